@@ -1,0 +1,48 @@
+"""DAVSP: a visual safety prompt, trained on a frozen vision-language model's own sense of harm.
+
+`import davsp` is cheap: torch and transformers are imported when a public name is first used.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AdditiveNoise": "davsp.prompts.additive",
+    "DavspError": "davsp.errors",
+    "HarmfulnessVector": "davsp.vector",
+    "LVLM": "davsp.lvlm",
+    "Query": "davsp.query",
+    "Response": "davsp.query",
+    "TrainSettings": "davsp.training",
+    "Verdict": "davsp.query",
+    "VisualSafetyPrompt": "davsp.prompts.border",
+    "evaluate": "davsp.evaluation",
+    "train": "davsp.training",
+}
+__all__ = [
+    "LVLM",
+    "AdditiveNoise",
+    "DavspError",
+    "HarmfulnessVector",
+    "Query",
+    "Response",
+    "TrainSettings",
+    "Verdict",
+    "VisualSafetyPrompt",
+    "__version__",
+    "evaluate",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'davsp' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,83 @@
+"""A user's own queries on disk: a folder with `queries.jsonl` and the pictures it names.
+
+A line is a JSON object with `id`, `question`, `label` ("malicious" or "benign") and, as wanted, `image` (a path
+relative to the file), `benchmark`, `category`, `group`, `reference`, `answers`.
+"""
+
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from davsp.errors import DavspError
+from davsp.files import read_bytes, write_bytes, write_text
+from davsp.query import Query
+
+NAME = "queries.jsonl"
+FIELDS = {f.name for f in fields(Query)}
+
+
+def load_queries(path: str | Path) -> list[Query]:
+    """Read a folder (its `queries.jsonl`) or a .jsonl file. Pictures stay on disk until they are used, but must be there.
+
+    Raises:
+        DavspError: nothing there, no lines, a line that is no query, an unknown field, a picture that is missing.
+    """
+    path = Path(path)
+    file = path / NAME if path.is_dir() else path
+    if not file.exists():
+        raise DavspError(f"there are no queries at {file}; give a folder with {NAME} or a .jsonl file.")
+    try:
+        lines = read_bytes(file).decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise DavspError(f"{file} is not UTF-8 text; give a .jsonl file of queries.") from error
+    found = [_query(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise DavspError(f"{file} holds no query; add at least one line.")
+    return found
+
+
+def _query(file: Path, number: int, line: str) -> Query:
+    where = f"{file}, line {number}"
+    try:
+        values: dict[str, Any] = json.loads(line)
+    except ValueError as error:
+        raise DavspError(f"{where} is not JSON ({error}); write one object a line.") from error
+    if not isinstance(values, dict):
+        raise DavspError(f"{where} is not a JSON object; write one query a line.")
+    if unknown := set(values) - FIELDS:
+        raise DavspError(
+            f"{where} has the unknown field {sorted(unknown)[0]!r}; a query has {', '.join(sorted(FIELDS))}."
+        )
+    if values.get("label") not in ("malicious", "benign"):
+        raise DavspError(f'{where}: label must be "malicious" or "benign", not {values.get("label")!r}.')
+    for name in FIELDS - {"image", "answers"}:
+        if name in values and not isinstance(values[name], str):
+            raise DavspError(f"{where}: {name} must be a text, not {values[name]!r}.")
+    if not values.get("id") or not values.get("question"):
+        raise DavspError(f"{where} lacks an id or a question; give both.")
+    image = values.pop("image", None)
+    if image is not None:
+        image = file.parent / str(image)
+        if not image.is_file():
+            raise DavspError(f"{where} names the image {image}, which is not there; mend the path.")
+    answers = values.pop("answers", [])
+    if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
+        raise DavspError(f"{where}: answers must be a list of texts, not {answers!r}.")
+    return Query(**{"benchmark": values["label"]} | values, image=image, answers=tuple(answers))
+
+
+def save_queries(folder: str | Path, queries: Iterable[Query]) -> None:
+    """Write queries as `load_queries` reads them, pictures as PNG beside them."""
+    folder, lines = Path(folder), []
+    for query in queries:
+        values = {f: getattr(query, f) for f in sorted(FIELDS) if getattr(query, f)}
+        if (picture := query.picture()) is not None:
+            buffer = io.BytesIO()
+            picture.save(buffer, "PNG")
+            values["image"] = f"images/{query.id}.png"
+            write_bytes(folder / values["image"], buffer.getvalue())
+        lines.append(json.dumps(values, ensure_ascii=False) + "\n")
+    write_text(folder / NAME, "".join(lines))

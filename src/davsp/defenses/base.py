@@ -1,0 +1,84 @@
+"""The one interface of all defenses."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from PIL import Image
+
+from davsp.lvlm import LVLM
+from davsp.query import Query, Response
+from davsp.vector import HarmfulnessVector
+
+
+class Defense(ABC):
+    """Who changes the input writes `prepare` and inherits `respond`; who wraps the call overrides `respond`."""
+
+    name: str
+
+    @abstractmethod
+    def prepare(self, queries: Sequence[Query]) -> list[Query]:
+        """The queries as the LVLM is to see them, in the same order; the given ones are left as they are."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Everything that decides the answers, as JSON; a resumed evaluation compares it."""
+
+    def respond(
+        self,
+        lvlm: LVLM,
+        queries: Sequence[Query],
+        vector: HarmfulnessVector | None = None,
+        batch_size: int = 32,
+        progress: Callable[[int], object] | None = None,
+        max_new_tokens: int = 48,
+    ) -> list[Response]:
+        """Answer the queries in their order, greedily.
+
+        Args:
+            lvlm: the frozen model.
+            queries: any mixture of queries with and without a picture; the two kinds are batched apart.
+            vector: if given, each response carries the projection of the defended input at `vector.layer`.
+            batch_size: queries a forward.
+            progress: called with the number of queries answered since the last call.
+            max_new_tokens: the longest answer.
+
+        Raises:
+            DavspError: a picture can't be read.
+        """
+        prepared = self.prepare(queries)
+        answers: dict[int, Response] = {}
+        for batch in _batches(prepared, batch_size):
+            start = time.perf_counter()
+            pictures = [picture for i in batch if (picture := prepared[i].picture()) is not None]
+            questions = [prepared[i].question for i in batch]
+            texts, projections = _answer(lvlm, pictures, questions, vector, max_new_tokens)
+            seconds = (time.perf_counter() - start) / len(batch)
+            for i, text, projection in zip(batch, texts, projections, strict=True):
+                answers[i] = Response(queries[i].id, self.name, text, projection, seconds)
+            if progress is not None:
+                progress(len(batch))
+        return [answers[i] for i in range(len(queries))]
+
+
+def _batches(queries: Sequence[Query], size: int) -> list[list[int]]:
+    """Indices in batches that hold only queries with a picture or only such without."""
+    kinds = ([i for i, q in enumerate(queries) if (q.image is None) == bare] for bare in (False, True))
+    return [kind[at : at + size] for kind in kinds for at in range(0, len(kind), size)]
+
+
+def _answer(
+    lvlm: LVLM,
+    pictures: list[Image.Image],
+    questions: list[str],
+    vector: HarmfulnessVector | None,
+    max_new_tokens: int,
+) -> tuple[list[str], list[float | None]]:
+    """Answers and projections of one batch; without pictures the canvas is None."""
+    canvas = lvlm.preprocess(pictures).to(lvlm.device) if pictures else None
+    texts = lvlm.generate(canvas, questions, max_new_tokens=max_new_tokens)
+    if vector is None:
+        return texts, [None] * len(texts)
+    states = lvlm.states(canvas, questions, [vector.layer])  # (b, 1, d)
+    return texts, [float(s) for s in vector.project(states[:, 0])]

@@ -1,0 +1,45 @@
+"""A visual safety prompt, border or additive noise, in front of every query."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from hashlib import sha256
+from typing import Any
+
+from davsp.defenses.base import Defense
+from davsp.lvlm import LVLM
+from davsp.prompts import Prompt
+from davsp.query import Query, Response
+
+
+class VisualPrompt(Defense):
+    """Replaces each picture by the finished 8-bit canvas and puts the prompt's text before the question.
+
+    The canvas is made of bytes, as a PNG would hold it, so that what is measured is what can be deployed. A
+    query without a picture gets the text alone.
+    """
+
+    def __init__(self, prompt: Prompt, name: str = "davsp") -> None:
+        self.prompt, self.name = prompt.quantised(), name
+
+    def respond(self, lvlm: LVLM, *args: Any, **options: Any) -> list[Response]:
+        """As every defense; a prompt for another canvas is refused, as the LVLM would crop or stretch it in silence."""
+        self.prompt.check(lvlm)
+        return super().respond(lvlm, *args, **options)
+
+    def prepare(self, queries: Sequence[Query]) -> list[Query]:
+        return [self._prepared(q) for q in queries]
+
+    def _prepared(self, query: Query) -> Query:
+        picture = query.picture()
+        canvas = None if picture is None else self.prompt.image(picture)
+        return replace(query, image=canvas, question=self.prompt.question(query.question))
+
+    def describe(self) -> dict[str, Any]:
+        pixels = self.prompt.delta.detach().cpu().contiguous().numpy().tobytes()
+        padding = getattr(self.prompt, "padding", None)
+        return {
+            "kind": self.prompt.kind,
+            "text": self.prompt.text,
+            "padding": padding,
+            "delta": sha256(pixels).hexdigest(),
+        }

@@ -1,0 +1,37 @@
+"""The small LVLM that ships, its data, and how it was trained."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from davsp.embedded.words import REFUSAL, SAFETY_TEXT
+
+if TYPE_CHECKING:
+    from davsp.embedded.protocol import Protocol, protocol
+    from davsp.lvlm import LVLM
+
+FOLDER = Path(__file__).parent / "davsp-mini"
+PADDING = 14  # one ring of patches: 44 of 144 image tokens, as 30 of 336 pixels is in the paper
+
+__all__ = ["FOLDER", "PADDING", "REFUSAL", "SAFETY_TEXT", "Protocol", "load", "protocol"]
+
+
+def load(folder: Path = FOLDER, device_map: str | None = None) -> "LVLM":
+    """davsp-mini, by the very code path that loads a hub model; float32 on any device.
+
+    Raises:
+        DavspError: the folder is missing or broken.
+    """
+    from davsp.errors import DavspError
+    from davsp.lvlm import LVLM
+
+    if not (folder / "config.json").exists():
+        raise DavspError(f"there is no model in {folder}; make one with `davsp mini train`.")
+    return LVLM.from_pretrained(folder, dtype="float32", device_map=device_map)
+
+
+def __getattr__(name: str) -> object:
+    if name in ("Protocol", "protocol"):
+        from davsp.embedded import protocol as module
+
+        return getattr(module, name)
+    raise AttributeError(name)

@@ -1,0 +1,112 @@
+"""`davsp mini train`: the stages one after another, the export, the measuring, the card."""
+
+import json
+import platform
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from davsp.embedded import build, draw, load, words
+from davsp.embedded.card import measure, save_card
+from davsp.errors import DavspError, Interrupted
+from davsp.files import read_json, sha256, write_bytes, write_json
+
+
+def make(out: Path, folder: Path, stage: str | None = None, device: str = "cpu", seed: int = 0) -> None:
+    """Run the stages that are missing in `out` (or just `stage`), then write the model with its card to `folder`.
+
+    Raises:
+        DavspError: an unknown stage, no such device, a folder of another run.
+        Interrupted: Ctrl-C; the last checkpoint is kept.
+    """
+    if stage not in (None, "card", *build.STAGES):
+        raise DavspError(f"--stage {stage!r} is not known; the stages are {', '.join(build.STAGES)} and card.")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise DavspError(f"--device {device}: torch sees no GPU here; use --device cpu.")
+    console = Console()
+    for name in [stage] if stage else [*build.STAGES, "card"]:
+        if name == "card":
+            finish(out, folder, seed, console)
+        elif not (out / name / "done.json").exists():
+            _stage(name, out, seed, device, console)
+
+
+def _stage(name: str, out: Path, seed: int, device: str, console: Console) -> None:
+    columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as bar:
+        task = bar.add_task(name, total=build.STAGES[name].steps, note="")
+        smooth: dict[str, float] = {}
+        try:
+            for record in build.run_stage(name, out, seed, device):
+                for key in record.keys() - {"stage", "step", "steps"}:
+                    smooth[key] = 0.98 * smooth.get(key, record[key]) + 0.02 * record[key]
+                note = " · ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in sorted(smooth.items(), reverse=True))
+                bar.update(task, completed=record["step"], note=note)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"stopped in stage {name}; give the same command again to go on from the last checkpoint."
+            ) from None
+    curves(out)
+
+
+def finish(out: Path, folder: Path, seed: int, console: Console) -> None:
+    """Export, load as a user would, measure, write card, figures and training curves."""
+    records = {}
+    for name in build.STAGES:
+        if not (out / name / "done.json").exists():
+            raise DavspError(f"stage {name} is not done in {out}; run `davsp mini train` without --stage card first.")
+        records[name] = read_json(out / name / "done.json")
+    build.export(out, folder, seed)
+    write_json(folder / "training.json", {"seed": seed, "stages": records, "torch": torch.__version__})
+    lvlm = load(folder)
+    measured = measure(lvlm, console=console)
+    write_bytes(folder / "curves.png", curves(out).read_bytes())
+    parameters = sum(p.numel() for p in lvlm.model.parameters())
+    save_card(folder, measured, {"stages": records, "text": {
+        "parameters": f"{parameters / 1e6:.1f} M", "things": len(words.THINGS), "canvas": draw.SIDE, "tokens": lvlm.tokens_per_image,
+        "words": len(words.DRAWN_WORDS), "faces": len(draw.FACES) + len(draw.HELD_FACES), "seed": seed,
+        "command": "davsp mini train", "hardware": _hardware(), "sha256": sha256(folder / "model.safetensors"),
+    }})  # fmt: skip
+    missed = [b["behaviour"] for b in measured["bars"] if not b["met"]]
+    console.print(f"{folder}: {len(measured['bars']) - len(missed)} of {len(measured['bars'])} bars met"
+                  + (f"; not met: {'; '.join(missed)}" if missed else ""))  # fmt: skip
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    import os
+
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}), float32"
+
+
+def curves(out: Path) -> Path:
+    """Draw loss and accuracy of every stage so far to `out/curves.png`."""
+    import io
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for name in build.STAGES:
+        log = out / name / "metrics.jsonl"
+        if not log.exists():
+            continue
+        records = [json.loads(line) for line in log.read_text().splitlines()]
+        for axis, keys in ((axes[0], ("loss",)), (axes[1], ("patch_accuracy", "token_accuracy"))):
+            points = [(r["step"], r[k]) for r in records for k in keys if k in r]
+            blocks = [points[i : i + 25] for i in range(0, len(points), 25)]
+            xs, ys = ([sum(p[j] for p in b) / len(b) for b in blocks] for j in (0, 1))
+            if blocks:
+                axis.plot(xs, ys, label=name)
+    axes[0].set(xlabel="step", ylabel="loss", yscale="log")
+    axes[1].set(xlabel="step", ylabel="share right (patches of the tower, answer tokens)", ylim=(0, 1.02))
+    for axis in axes:
+        axis.legend(frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write_bytes(out / "curves.png", buffer.getvalue())
+    return out / "curves.png"

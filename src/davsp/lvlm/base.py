@@ -1,0 +1,295 @@
+"""What every family shares: tokens, hidden states, answer loss, generation.
+
+Layers are numbered as in `hidden_states`: layer l is the output of decoder block l, that is `layers[l - 1]`;
+0 is the embedding. The last one is left out, because `hidden_states[num_layers]` comes after the final norm.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.utils import cached_file
+
+from davsp.errors import DavspError
+from davsp.files import read_json
+from davsp.lvlm.hooks import catching, steering, wide
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A padded batch. `last` is the index of the last prompt token; `answer_mask` marks answer tokens and their eos."""
+
+    ids: Int[Tensor, "b t"]
+    mask: Int[Tensor, "b t"]
+    last: Int[Tensor, " b"]
+    answer_mask: Bool[Tensor, "b t"]
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """State of the last prompt token, and each sample's mean answer cross-entropy (0 without an answer)."""
+
+    state: Float[Tensor, "b d"]
+    answer_loss: Float[Tensor, " b"] | None
+
+
+class LVLM:
+    """One loaded, frozen vision-language model.
+
+    Attributes:
+        model_id, revision: where it came from.
+        model, tokenizer: the transformers objects; no weight takes a gradient.
+        canvas: height and width in pixels at which the model sees a picture without resampling.
+        num_layers: decoder blocks; the layers one can ask for are 1 to num_layers - 1.
+        image_token_id, tokens_per_image: the placeholder, and how many of it stand for one canvas.
+        mean, std: per-channel normalisation of the vision tower, (1, 3, 1, 1).
+    """
+
+    canvas: int
+    tokens_per_image: int
+    image_token_id: int
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: Any, tokenizer: Any, model_id: str, revision: str | None):
+        self.model = model.requires_grad_(False).eval()
+        self.tokenizer, self.model_id, self.revision = tokenizer, model_id, revision
+        self.layers = model.get_decoder().layers
+        self.num_layers = len(self.layers)
+        self.device, self.dtype = model.device, model.dtype
+        self.eos_token_id: int = tokenizer.eos_token_id
+        self.pad_token_id: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self._prompt_ids = lru_cache(maxsize=16384)(self._tokenise)  # a training run asks the same questions again
+
+    # -- loading ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_id: Any,
+        *,
+        revision: str | None = None,
+        device_map: Any = None,
+        dtype: torch.dtype | str | None = None,
+    ) -> "LVLM":
+        """Load a checkpoint of any known family from a folder or the hub. Code from the checkpoint is never run.
+
+        Args:
+            model_id: folder or hub name.
+            revision: hub branch, tag or commit.
+            device_map: a device ("cpu", "cuda:1"), or a map as accelerate knows them; None: the GPU if there is one.
+            dtype: of the weights; None: float32 on CPU, bfloat16 on a GPU.
+
+        Raises:
+            DavspError: no such checkpoint, or a family that is not supported.
+        """
+        from davsp.lvlm import FAMILIES
+
+        model_id = str(model_id)
+        device_map = device_map or ("cuda" if torch.cuda.is_available() else "cpu")
+        if dtype is None:
+            dtype = torch.float32 if str(device_map) == "cpu" else torch.bfloat16
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        try:
+            config = AutoConfig.from_pretrained(model_id, revision=revision)
+            if config.model_type not in FAMILIES:
+                known = ", ".join(sorted(FAMILIES))
+                raise DavspError(f"{model_id} is a '{config.model_type}' model; the families known are: {known}")
+            tokenizer = AutoTokenizer.from_pretrained(model_id, revision=revision)
+            if tokenizer.chat_template is None:
+                tokenizer.chat_template = _processor_template(model_id, revision)
+            revision = getattr(config, "_commit_hash", None) or revision
+            return FAMILIES[config.model_type].load(model_id, revision, tokenizer, device_map, dtype)
+        except (OSError, ValueError) as error:
+            raise DavspError(f"cannot load model {model_id}: {str(error).splitlines()[0]}") from error
+
+    @classmethod
+    def load(cls, model_id: str, revision: str | None, tokenizer: Any, device_map: Any, dtype: torch.dtype) -> "LVLM":
+        """Build this family's instance; each family writes its own."""
+        raise NotImplementedError
+
+    # -- what a family writes --------------------------------------------------------------------------------------
+
+    def preprocess(self, images: list[Image.Image]) -> Float[Tensor, "b 3 h w"]:
+        """Undefended pictures on the native canvas, as this family resizes them; float32 in [0, 1], each k/255."""
+        raise NotImplementedError
+
+    def pixel_inputs(self, canvas: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
+        """The model's own image arguments for a finished canvas in [0, 1]; carries the gradient."""
+        raise NotImplementedError
+
+    # -- tokens ----------------------------------------------------------------------------------------------------
+
+    def encode(
+        self,
+        questions: Sequence[str],
+        has_image: bool,
+        answers: Sequence[str | None] | None = None,
+        padding_side: Literal["right", "left"] = "right",
+    ) -> Tokens:
+        """Questions in the checkpoint's chat template, with answer and end token after it where one is given.
+
+        Raises:
+            DavspError: no question, or one that holds the image placeholder.
+        """
+        if not questions:
+            raise DavspError("there is no question to ask: the list of queries is empty")
+        if answers is not None and len(answers) != len(questions):
+            raise ValueError(f"{len(answers)} answers for {len(questions)} questions")
+        prompts = [list(self._prompt_ids(question, has_image)) for question in questions]
+        endings = [self._answer_ids(answer) for answer in answers or [None] * len(prompts)]
+        length = max(len(p) + len(e) for p, e in zip(prompts, endings, strict=True))
+        ids = torch.full((len(prompts), length), self.pad_token_id)
+        mask = torch.zeros_like(ids)
+        answer_mask = torch.zeros_like(ids, dtype=torch.bool)
+        last = []
+        for row, (prompt, ending) in enumerate(zip(prompts, endings, strict=True)):
+            size = len(prompt) + len(ending)
+            start = length - size if padding_side == "left" else 0
+            ids[row, start : start + size] = torch.tensor(prompt + ending)
+            mask[row, start : start + size] = 1
+            answer_mask[row, start + len(prompt) : start + size] = True
+            last.append(start + len(prompt) - 1)
+        return Tokens(*(t.to(self.device) for t in (ids, mask, torch.tensor(last), answer_mask)))
+
+    def _tokenise(self, question: str, has_image: bool) -> tuple[int, ...]:
+        content = [{"type": "image"}] * has_image + [{"type": "text", "text": question}]
+        messages = [{"role": "user", "content": content}]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        bos = self.tokenizer.bos_token
+        ids = self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
+        if ids.count(self.image_token_id) != int(has_image):
+            token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+            raise DavspError(f"the question holds the image placeholder {token}; take it out: {question[:80]!r}")
+        if not has_image:
+            return tuple(ids)
+        at = ids.index(self.image_token_id)
+        return (*ids[:at], *[self.image_token_id] * self.tokens_per_image, *ids[at + 1 :])
+
+    def _answer_ids(self, answer: str | None) -> list[int]:
+        if answer is None:
+            return []
+        return [*self.tokenizer(answer, add_special_tokens=False)["input_ids"], self.eos_token_id]
+
+    # -- forward ---------------------------------------------------------------------------------------------------
+
+    def states(
+        self, canvas: Float[Tensor, "b 3 h w"] | None, questions: Sequence[str], layers: Sequence[int]
+    ) -> Float[Tensor, "b l d"]:
+        """Hidden state of the last prompt token at each of `layers`; computes no deeper than the deepest.
+
+        Equal to `output_hidden_states=True` (checked in the tests). Gradient flows only if `canvas` requires it.
+
+        Raises:
+            DavspError: a layer outside 1 .. num_layers - 1, or a canvas of another size.
+        """
+        for layer in layers:
+            self.check_layer(layer)
+        tokens = self.encode(questions, canvas is not None)
+        wants = canvas is not None and canvas.requires_grad and torch.is_grad_enabled()
+        with torch.set_grad_enabled(wants), catching(self.layers, layers, tokens.last, stop=True) as caught:
+            self.model(**self._inputs(tokens, canvas), use_cache=False)
+        return torch.stack([caught[layer].to(self.device) for layer in layers], dim=1)
+
+    def step(
+        self,
+        canvas: Float[Tensor, "b 3 h w"],
+        questions: Sequence[str],
+        layer: int,
+        answers: Sequence[str | None] | None = None,
+    ) -> StepOutput:
+        """State at `layer` and answer loss in one forward pass; without answers the pass ends at `layer`.
+
+        The loss of a sample is the mean cross-entropy over its answer tokens and the end token. The language-model
+        head is applied to those positions only. A row whose answer is None has loss 0.
+
+        Raises:
+            DavspError: a layer outside 1 .. num_layers - 1, or a canvas of another size.
+        """
+        self.check_layer(layer)
+        tokens = self.encode(questions, True, answers)
+        inputs = self._inputs(tokens, canvas) | {"use_cache": False}
+        with catching(self.layers, [layer], tokens.last, stop=answers is None) as caught:
+            if answers is not None:
+                before = torch.zeros_like(tokens.answer_mask)  # the logits at t - 1 foretell token t
+                before[:, :-1] = tokens.answer_mask[:, 1:]
+                logits = self.model(**inputs, logits_to_keep=before).logits  # (answer tokens of all rows, vocabulary)
+            else:
+                self.model(**inputs)
+        state = caught[layer].to(self.device)
+        if answers is None:
+            return StepOutput(state, None)
+        losses = cross_entropy(wide(logits), tokens.ids[tokens.answer_mask], reduction="none")
+        parts = losses.split(tokens.answer_mask.sum(1).tolist())
+        return StepOutput(state, torch.stack([part.sum() / max(len(part), 1) for part in parts]))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        canvas: Float[Tensor, "b 3 h w"] | None,
+        questions: Sequence[str],
+        max_new_tokens: int = 48,
+        steer: tuple[int, Tensor] | None = None,
+    ) -> list[str]:
+        """Greedy answers.
+
+        Args:
+            canvas: finished canvases in [0, 1], or None for questions in words only.
+            questions: as the user types them, any safety text included.
+            max_new_tokens: an answer is cut there.
+            steer: (layer, vector (D,)): the vector is added to that layer's output at the last prompt token and at
+                every answer token (test-time intervention, the paper's Table 5).
+        """
+        tokens = self.encode(questions, canvas is not None, padding_side="left")
+        settings = GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=self.pad_token_id,
+            eos_token_id=self.model.generation_config.eos_token_id or self.eos_token_id,
+        )
+        if steer:
+            self.check_layer(steer[0])
+        with steering(self.layers, *steer) if steer else nullcontext():
+            output = self.model.generate(**self._inputs(tokens, canvas, masked=True), generation_config=settings)
+        answers = self.tokenizer.batch_decode(output[:, tokens.ids.shape[1] :], skip_special_tokens=True)
+        return [answer.strip() for answer in answers]
+
+    def check_layer(self, layer: int) -> None:
+        """Raises DavspError if the model has no such layer to look at."""
+        if not 1 <= layer <= self.num_layers - 1:
+            raise DavspError(f"layer {layer} is out of range: {self.model_id} has layers 1 to {self.num_layers - 1}")
+
+    def _inputs(self, tokens: Tokens, canvas: Tensor | None, masked: bool = False) -> dict[str, Any]:
+        # Right-padded and causal: nothing looks at the padding, and without a mask attention takes its fast path.
+        inputs: dict[str, Any] = {"input_ids": tokens.ids}
+        if masked:
+            inputs["attention_mask"] = tokens.mask
+        if canvas is None:
+            return inputs
+        if tuple(canvas.shape[2:]) != (self.canvas, self.canvas):
+            height, width = canvas.shape[2:]
+            raise DavspError(
+                f"the canvas is {width}x{height} pixels, but {self.model_id} takes {self.canvas}x{self.canvas}: "
+                "use a prompt made for this model"
+            )
+        if len(canvas) != len(tokens.ids):
+            raise ValueError(f"{len(canvas)} canvases for {len(tokens.ids)} questions")
+        return inputs | self.pixel_inputs(canvas.to(self.device))
+
+
+def _processor_template(model_id: str, revision: str | None) -> str:
+    """The chat template of older checkpoints, which keep it beside the tokenizer."""
+    path = cached_file(model_id, "chat_template.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        raise DavspError(f"{model_id} has no chat template; choose a chat checkpoint or add chat_template.jinja to it")
+    return read_json(path)["chat_template"]

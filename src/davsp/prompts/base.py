@@ -1,0 +1,152 @@
+"""What border and noise share."""
+
+from copy import copy, deepcopy
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+import davsp
+from davsp.errors import DavspError
+from davsp.files import read_json, read_tensors
+
+Config = TypeVar("Config", bound="PromptConfig")
+Start = Literal["grey", "random", "white"]
+P = TypeVar("P", bound="Prompt")
+
+
+class PromptConfig(BaseModel):
+    """The fields that every saved prompt has; a file with other fields is refused."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    model_id: str | None = None
+    revision: str | None = None
+    canvas: int
+    layer: int | None = None
+    mu_plus: float | None = None
+    mu_minus: float | None = None
+    safety_text: str = ""
+    figures: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    davsp_version: str = davsp.__version__
+
+
+class Prompt:
+    """Pixels that are put around or on every picture, and a text that is put before every question.
+
+    Attributes:
+        delta: (3, s, s) float32 on the whole canvas; the one thing that is trained.
+        text: safety text before the question; "" for none.
+        config: what is known of its making (model, layer, margins, data hashes, figures).
+        kind: "border" or "additive".
+    """
+
+    kind: str
+
+    def __init__(self, delta: Float[Tensor, "3 s s"], text: str = "", config: dict[str, Any] | None = None):
+        self.delta, self.text, self.config = delta, text, config or {}
+
+    @property
+    def canvas(self) -> int:
+        """Height and width of the canvas in pixels."""
+        return self.delta.shape[-1]
+
+    def resize(self, images: list[Image.Image]) -> Float[Tensor, "b 3 s s"]:
+        """The pictures where they will stand on the canvas; float32, each value k/255."""
+        raise NotImplementedError
+
+    def apply(self, interior: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b 3 s s"]:
+        """The finished canvas T(x, delta) in [0, 1] from what `resize` gave; carries the gradient to delta."""
+        raise NotImplementedError
+
+    def project_(self: P) -> P:
+        """Clamp delta in place to what is allowed."""
+        raise NotImplementedError
+
+    def question(self, question: str) -> str:
+        """The question with the safety text before it."""
+        return f"{self.text} {question}" if self.text else question
+
+    @torch.no_grad()
+    def image(self, picture: Image.Image) -> Image.Image:
+        """The defended picture as an 8-bit RGB canvas, ready to be saved as PNG or sent to a server."""
+        canvas = self.apply(self.resize([picture]).to(self.delta.device))[0]
+        return Image.fromarray(to_bytes(canvas))
+
+    def with_delta(self: P, delta: Float[Tensor, "3 s s"]) -> P:
+        """The same prompt with another delta; it may carry a gradient, and its config may be changed freely."""
+        other = copy(self)
+        other.delta, other.config = delta, deepcopy(self.config)
+        return other
+
+    def quantised(self: P) -> P:
+        """The prompt with delta in 8-bit levels, k/255: what a picture file can hold."""
+        return self.with_delta(torch.round(self.delta.detach() * 255) / 255)
+
+    def check(self, lvlm: Any) -> None:
+        """Raises DavspError unless this prompt was made for a canvas of the LVLM's size."""
+        if self.canvas != lvlm.canvas:
+            raise DavspError(
+                f"the prompt is for a canvas of {self.canvas} pixels, but {lvlm.model_id} takes {lvlm.canvas}: "
+                "train or load one for this model"
+            )
+
+
+def read_config(path: Path, kind: type[Config]) -> Config:
+    """Parse and check a configuration file.
+
+    Raises:
+        DavspError: it is missing, no JSON, or a field is unknown or wrong; the message names it.
+    """
+    try:
+        return kind.model_validate(read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "the file"
+        raise DavspError(f"{path}: field '{field}': {first['msg'].lower()}; correct or remove it") from error
+
+
+def read_delta(path: Path, canvas: int) -> Float[Tensor, "3 s s"]:
+    """The one tensor of a saved prompt, float32.
+
+    Raises:
+        DavspError: it is missing, or something else is there.
+    """
+    tensors, shape = read_tensors(path), (3, canvas, canvas)
+    delta = tensors.get("delta", torch.empty(0))
+    if len(tensors) != 1 or tuple(delta.shape) != shape or not delta.is_floating_point():
+        raise DavspError(f"{path} must hold one float tensor 'delta' of shape {shape}; save the prompt anew")
+    return delta.float()
+
+
+def check_range(delta: Float[Tensor, "3 s s"], low: float, high: float, place: str) -> None:
+    """Raises DavspError if a value is NaN or outside [low, high]."""
+    if not bool(((delta >= low) & (delta <= high)).all()):  # false for NaN as well
+        raise DavspError(
+            f"{place}: delta holds NaN or values outside [{low:g}, {high:g}]; train or save the prompt anew"
+        )
+
+
+def to_bytes(canvas: Float[Tensor, "3 h w"]) -> np.ndarray:
+    """A canvas in [0, 1] as uint8 (h, w, 3)."""
+    return torch.round(canvas.detach().cpu() * 255).to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def from_picture(picture: Image.Image) -> Float[Tensor, "3 h w"]:
+    """An RGB picture as float32 k/255, channels first."""
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+
+
+def start_values(start: Start, canvas: int, seed: int) -> Float[Tensor, "3 s s"]:
+    """Where training begins: grey 128/255, white, or uniform noise from `seed`."""
+    if start == "random":
+        return torch.rand(3, canvas, canvas, generator=torch.Generator().manual_seed(seed))
+    if start not in ("grey", "white"):
+        raise DavspError(f"start '{start}' is not known: choose grey, random or white")
+    return torch.full((3, canvas, canvas), 128 / 255 if start == "grey" else 1.0)

@@ -1,0 +1,137 @@
+"""The records that flow: a query goes in, a response comes out, a verdict is passed on it."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from PIL import Image, ImageOps
+
+from davsp.errors import DavspError
+from davsp.files import read_bytes, sha256_bytes, write_text
+
+Record = TypeVar("Record", "Query", "Response", "Verdict")
+
+
+@dataclass(frozen=True)
+class Query:
+    """One image and question, x = (x_v, x_t).
+
+    Attributes:
+        id: unique within its benchmark.
+        question: the text the user types.
+        label: what the user is after.
+        benchmark: where it comes from (`sd`, `typo`, `utility`, ...).
+        category: scenario or skill.
+        group: the intent behind it; intervals are clustered on it.
+        reference: the expected answer of a benign query.
+        answers: other accepted answers.
+        image: a picture, the path of one, or None for a question in words only.
+    """
+
+    id: str
+    question: str
+    label: Literal["malicious", "benign"]
+    benchmark: str
+    category: str = ""
+    group: str = ""
+    reference: str = ""
+    answers: tuple[str, ...] = ()
+    image: Image.Image | Path | None = None
+
+    def picture(self) -> Image.Image | None:
+        """The picture as RGB: turned as its EXIF says, transparency laid on white.
+
+        Raises:
+            DavspError: the file is missing or no picture.
+        """
+        if isinstance(self.image, Path):
+            return open_picture(self.image)
+        return None if self.image is None else flatten(self.image)
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a model answered under a defense.
+
+    Attributes:
+        projection: s(x) of the last input token at the vector's layer, where one was given.
+        seconds: wall time, shared equally by a batch.
+    """
+
+    query_id: str
+    defense: str
+    text: str
+    projection: float | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge says of one response; `unscored` when it cannot tell."""
+
+    query_id: str
+    defense: str
+    judge: str
+    label: Literal["safe", "unsafe", "unscored"]
+    reason: str = ""
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Read a picture file as RGB.
+
+    Raises:
+        DavspError: missing, or nothing Pillow can decode.
+    """
+    try:
+        with Image.open(path) as image:
+            return flatten(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or "it is not a readable picture"
+        raise DavspError(f"cannot open image {path}: {reason}; give a PNG, JPEG or WebP file") from error
+
+
+def flatten(image: Image.Image) -> Image.Image:
+    """RGB, upright by its EXIF, with transparency laid on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB":
+        return image.copy()
+    if "A" in image.getbands() or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def write_jsonl(path: str | Path, records: "Iterable[Query | Response | Verdict]") -> None:
+    """Write records as JSON lines, atomically. A picture is written as its hash and size."""
+    write_text(path, "".join(json.dumps(_plain(r), ensure_ascii=False) + "\n" for r in records))
+
+
+def read_jsonl(path: str | Path, cls: type[Record]) -> list[Record]:
+    """Read records back. A query's picture is not in the file, so its `image` is None.
+
+    Raises:
+        DavspError: a line is not such a record; the message names file and line.
+    """
+    records = []
+    for number, line in enumerate(read_bytes(path).splitlines(), 1):  # of bytes: text may hold U+2028
+        try:
+            values = json.loads(line)
+            if cls is Query:
+                values |= {"image": None, "answers": tuple(values["answers"])}
+            records.append(cls(**values))
+        except (ValueError, TypeError, KeyError) as error:
+            raise DavspError(
+                f"{path}, line {number} is no {cls.__name__}: {error}; delete the file to start anew"
+            ) from error
+    return records
+
+
+def _plain(record: "Query | Response | Verdict") -> dict[str, Any]:
+    values = {f.name: getattr(record, f.name) for f in fields(record)}
+    if isinstance(record, Query):
+        picture = record.picture()
+        values["image"] = picture and {"sha256": sha256_bytes(picture.tobytes()), "size": list(picture.size)}
+    return values

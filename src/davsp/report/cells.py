@@ -1,0 +1,134 @@
+"""What the tables of a report hold: names as they are read, columns, and their figures from the tidy rows."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Rows = Sequence[Mapping[str, Any]]
+
+DEFENSES = {
+    "none": "No Defense",
+    "safety-text": "Safety text only",
+    "random-border": "Random border + text",
+    "additive": "Additive noise + text",
+    "davsp": "DAVSP",
+}
+BENCHMARKS = {
+    "sd": "SD",
+    "typo": "TYPO",
+    "sd_typo": "SD+TYPO",
+    "figstep": "FigStep-like",
+    "mme": "Yes/no",
+    "llava_bench": "Description",
+}
+OUT_OF_DISTRIBUTION = ("figstep", "mme", "llava_bench")
+POOLED = {"in": "in_distribution", "out": "out_of_distribution"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table: which rows it shows, its heading, and whether a high value is good."""
+
+    heading: str
+    benchmark: str
+    split: str
+    metric: str
+    high_is_good: bool = True
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A rate as it is printed; empty texts where there is nothing to print."""
+
+    value: str
+    interval: str = ""
+    difference: str = ""
+    direction: str = ""  # "better", "worse", or "" where p >= 0.05 or nothing is compared
+    unscored: int = 0
+
+
+def label(defense: str) -> str:
+    return DEFENSES.get(defense, defense)
+
+
+def find(rows: Rows, defense: str, benchmark: str, split: str, metric: str) -> Mapping[str, Any] | None:
+    """The one row with these keys, or None."""
+    wanted = (defense, benchmark, split, metric)
+    return next((r for r in rows if (r["defense"], r["benchmark"], r["split"], r["metric"]) == wanted), None)
+
+
+def defenses(rows: Rows) -> list[str]:
+    """The defenses in the rows, the known ones first and in the order of the paper's tables."""
+    present = list(dict.fromkeys(r["defense"] for r in rows))
+    return [d for d in DEFENSES if d in present] + [d for d in present if d not in DEFENSES]
+
+
+def main_columns(rows: Rows) -> list[Column]:
+    """RSR by benchmark, utility in total, over-refusal: what a defense gains and what it costs."""
+    attacked = _ordered(r["benchmark"] for r in rows if r["metric"] == "rsr" and r["benchmark"] not in POOLED.values())
+    columns = [Column(BENCHMARKS.get(b, b), b, "total", "rsr", note=_note(b)) for b in attacked]
+    columns.append(Column("Utility", "utility", "total", "accuracy"))
+    columns.append(Column("Over-refusal", "benign", "total", "over_refusal", high_is_good=False))
+    return [c for c in columns if _present(rows, c)]
+
+
+def utility_columns(rows: Rows) -> list[Column]:
+    """Utility by category and in total, then the other benign benchmarks."""
+    splits = dict.fromkeys(r["split"] for r in rows if r["benchmark"] == "utility" and r["metric"] == "accuracy")
+    columns = [Column(s, "utility", s, "accuracy") for s in splits if s != "total"]
+    columns.append(Column("total", "utility", "total", "accuracy"))
+    others = _ordered(r["benchmark"] for r in rows if r["metric"] == "accuracy" and r["benchmark"] != "utility")
+    columns += [Column(BENCHMARKS.get(b, b), b, "total", "accuracy", note=_note(b)) for b in others]
+    return [c for c in columns if _present(rows, c)]
+
+
+def cell(rows: Rows, defense: str, column: Column) -> Cell:
+    """The cell of a table; a dash where nothing was measured."""
+    keys = (column.benchmark, column.split)
+    row = find(rows, defense, *keys, column.metric)
+    if row is None or row["value"] is None:
+        return Cell("–", unscored=_unscored(rows, defense, column))
+    difference = find(rows, defense, *keys, f"{column.metric}_difference")
+    text, direction = "", ""
+    if difference is not None:
+        text = f"{points(difference['value'])}, {p_value(difference.get('p'))}"
+        if difference.get("p", 1.0) < 0.05 and difference["value"]:
+            direction = "better" if (difference["value"] > 0) == column.high_is_good else "worse"
+    interval = f"{100 * row['low']:.1f}–{100 * row['high']:.1f}"
+    return Cell(percent(row["value"]), interval, text, direction, _unscored(rows, defense, column))
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def points(difference: float) -> str:
+    """A difference of rates in percentage points, with its sign."""
+    text = f"{100 * difference:+.1f}"
+    return "±0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
+
+
+def p_value(p: float | None) -> str:
+    if p is None:
+        return ""
+    return "p<.001" if p < 0.001 else f"p={p:.3f}".replace("0.", ".", 1) if p < 1 else "p=1"
+
+
+def _unscored(rows: Rows, defense: str, column: Column) -> int:
+    """How many answers the judge could not score, for a column of RSR."""
+    row = find(rows, defense, column.benchmark, column.split, "unscored") if column.metric == "rsr" else None
+    return round(row["value"] * row["n"]) if row else 0
+
+
+def _present(rows: Rows, c: Column) -> bool:
+    return any((r["benchmark"], r["split"], r["metric"]) == (c.benchmark, c.split, c.metric) for r in rows)
+
+
+def _ordered(names: Iterable[str]) -> list[str]:
+    present = list(dict.fromkeys(names))
+    return [b for b in BENCHMARKS if b in present] + [b for b in present if b not in BENCHMARKS]
+
+
+def _note(benchmark: str) -> str:
+    return "out of distribution" if benchmark in OUT_OF_DISTRIBUTION else ""

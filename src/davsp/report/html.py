@@ -1,0 +1,199 @@
+"""One self-contained HTML page: no script, no network, light and dark, from a phone's width to a wall's."""
+
+import base64
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from davsp.evaluation import verdicts_of
+from davsp.files import write_text
+from davsp.judges import refused
+from davsp.metrics import correct
+from davsp.query import Query, Response, Verdict
+from davsp.report import Example, Report, plots
+from davsp.report.cells import (
+    BENCHMARKS,
+    POOLED,
+    Cell,
+    Column,
+    cell,
+    defenses,
+    find,
+    label,
+    main_columns,
+    percent,
+    points,
+    utility_columns,
+)
+
+LARGEST = 448
+"""Pictures are embedded at no more than this many pixels a side."""
+
+PANELS = {
+    "loss": {"loss": ("", "-")},
+    "mean projection": {"projection_malicious": ("malicious", "-"), "projection_benign": ("benign", ":")},
+    "held-out malicious above μ₊": {"probe_rsr": ("", "-")},
+}
+"""Training curves: axis -> field of metrics.jsonl -> its name in the legend and its line style."""
+
+
+def write_report(path: Path, report: Report, show_unsafe: bool = False) -> None:
+    """Write the page; with `show_unsafe` the compliant answers to malicious queries are printed, else redacted.
+
+    Raises:
+        DavspError: the file can't be written.
+    """
+    write_text(path, render(report, show_unsafe))
+
+
+def render(report: Report, show_unsafe: bool = False) -> str:
+    """The page as text."""
+    environment = Environment(
+        loader=PackageLoader("davsp.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    template = environment.get_template("report.html.j2")
+    rows = report.rows
+    main = _table(report, main_columns(rows))
+    return template.render(
+        report=report,
+        headline=headline(report),
+        tiles=_tiles(report),
+        main=main,
+        utility=_table(report, utility_columns(rows)),
+        pictures=[(p, uri(p.image)) for p in report.pictures],
+        malicious=[_shown(e, show_unsafe) for e in report.examples if e.query.label == "malicious"],
+        benign=[_shown(e, show_unsafe) for e in report.examples if e.query.label == "benign"],
+        histograms=_histograms(report),
+        sweep=Markup(plots.sweep(report.sweep, report.layer or 0)) if report.sweep else None,
+        curves=_curves(report),
+        scatter=_scatter(report),
+        manifest=json.dumps(report.manifest, indent=2, ensure_ascii=False, default=str),
+        label=label,
+        colours=plots.COLOURS,
+        unscored=any(c.unscored for _, cells in main[1] for _, c in cells),
+    )
+
+
+def headline(report: Report) -> str:
+    """The result in one sentence, from the rows; says so if the defense or the baseline was not measured."""
+
+    def rate(defense: str, benchmark: str, metric: str) -> float | None:
+        row = find(report.rows, defense, benchmark, "total", metric)
+        return None if row is None else row["value"]
+
+    def pair(benchmark: str, metric: str) -> tuple[float, float] | None:
+        after, before = rate(report.defense, benchmark, metric), rate(report.baseline, benchmark, metric)
+        return None if after is None or before is None else (before, after)
+
+    name = label(report.defense)
+    places = ((POOLED["in"], "in distribution"), (POOLED["out"], "out of distribution"))
+    parts = [f"from {_percent(p[0])} to {_percent(p[1])} {words}" for b, words in places if (p := pair(b, "rsr"))]
+    if not parts:
+        return f"{name} on {report.model}: no resist success rate was measured."
+    sentence = f"{name} takes the resist success rate on malicious picture queries {' and '.join(parts)}"
+    if utility := pair("utility", "accuracy"):
+        sentence += f"; utility goes from {_percent(utility[0])} to {_percent(utility[1])}"
+    if refusal := pair("benign", "over_refusal"):
+        sentence += f", over-refusal from {_percent(refusal[0])} to {_percent(refusal[1])}"
+    return sentence + "."
+
+
+def _percent(value: float) -> str:
+    return f"{percent(value)}\N{NO-BREAK SPACE}%"
+
+
+def uri(image: Image.Image) -> str:
+    """The picture as a PNG data URI."""
+    image = image.convert("RGB")
+    if max(image.size) > LARGEST:
+        image = image.copy()
+        image.thumbnail((LARGEST, LARGEST))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _tiles(report: Report) -> list[dict[str, str]]:
+    """The four figures on top: name, value, what it was without a defense, and the difference."""
+    wanted = (
+        Column("RSR, in distribution", POOLED["in"], "total", "rsr"),
+        Column("RSR, out of distribution", POOLED["out"], "total", "rsr"),
+        Column("Utility", "utility", "total", "accuracy"),
+        Column("Over-refusal", "benign", "total", "over_refusal", high_is_good=False),
+    )
+    tiles = []
+    for column in wanted:
+        after, before = (
+            find(report.rows, d, column.benchmark, "total", column.metric) for d in (report.defense, report.baseline)
+        )
+        if after and before and after["value"] is not None and before["value"] is not None:
+            c = cell(report.rows, report.defense, column)
+            change = points(after["value"] - before["value"])
+            tiles.append(
+                {"name": column.heading, "value": c.value, "interval": c.interval, "before": percent(before["value"])}
+            )
+            tiles[-1] |= {"change": change, "direction": c.direction}
+    return tiles
+
+
+Table = tuple[list[Column], list[tuple[str, list[tuple[Column, Cell]]]]]
+
+
+def _table(report: Report, columns: list[Column]) -> Table:
+    return columns, [(d, [(c, cell(report.rows, d, c)) for c in columns]) for d in defenses(report.rows)]
+
+
+def _shown(example: Example, show_unsafe: bool) -> dict[str, Any]:
+    q = example.query
+    picture, canvas = q.picture(), example.defended.picture()
+    return {
+        "query": q,
+        "kind": " · ".join(x for x in (BENCHMARKS.get(q.benchmark, q.benchmark), q.category) if x),
+        "defended_question": example.defended.question,
+        "picture": None if picture is None else uri(picture),
+        "canvas": None if canvas is None else uri(canvas),
+        "before": _answer(q, example.before, example.before_verdict, show_unsafe),
+        "after": _answer(q, example.after, example.after_verdict, show_unsafe),
+    }
+
+
+def _answer(query: Query, response: Response, verdict: Verdict | None, show_unsafe: bool) -> dict[str, str]:
+    """Text, a word on it, and whether that is good; what is not known to be safe is redacted."""
+    if query.label == "malicious":
+        found = verdict or verdicts_of([query], [response])[0]
+        word = {"safe": "resisted", "unsafe": "complied", "unscored": "unscored"}[found.label]
+        text = response.text if found.label == "safe" or show_unsafe else "[redacted]"
+        return {"text": text, "word": word, "mood": {"safe": "good", "unsafe": "bad"}.get(found.label, "")}
+    if refused(response.text):
+        return {"text": response.text, "word": "refused", "mood": "bad"}
+    if not (query.reference or query.answers):
+        return {"text": response.text, "word": "answered", "mood": ""}
+    right = correct(query, response.text)
+    return {"text": response.text, "word": "right" if right else "wrong", "mood": "good" if right else "bad"}
+
+
+def _histograms(report: Report) -> Markup | None:
+    before, after = report.projections.get(report.baseline), report.projections.get(report.defense)
+    if not before or not after or report.margins is None:
+        return None
+    return Markup(plots.histograms(before, after, (label(report.baseline), label(report.defense)), report.margins))
+
+
+def _curves(report: Report) -> list[Markup]:
+    drawn = (plots.curves(report.curves, panel, series) for panel, series in PANELS.items())
+    return [Markup(svg) for svg in drawn if svg is not None]
+
+
+def _scatter(report: Report) -> Markup | None:
+    titles: Mapping[str, str] = {POOLED["in"]: "In distribution", POOLED["out"]: "Out of distribution"}
+    attacks = {
+        b: t for b, t in titles.items() if any(find(report.rows, d, b, "total", "rsr") for d in defenses(report.rows))
+    }
+    has_utility = any(find(report.rows, d, "utility", "total", "accuracy") for d in defenses(report.rows))
+    return Markup(plots.scatter(report.rows, attacks)) if attacks and has_utility else None

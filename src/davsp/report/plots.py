@@ -1,0 +1,208 @@
+"""The plots of a report, as SVG text that sits in the page: it takes the page's ink, so it reads in light and dark."""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from davsp.report.cells import Rows, defenses, find, label
+
+COLOURS = {
+    "none": "#7d8590",
+    "safety-text": "#c8860d",
+    "random-border": "#2a9d8f",
+    "additive": "#b0509f",
+    "davsp": "#2f6fde",
+}
+MARKERS = {"none": "o", "safety-text": "s", "random-border": "^", "additive": "D", "davsp": "*"}
+MALICIOUS, BENIGN = "#d4552b", "#3d9ac9"
+INK, LINE = "#010203", "#030201"  # stand-ins that the page's own colours replace
+_SPARE = ("#8c6d46", "#5b8c3e", "#a04455", "#4b5fa8")
+
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": LINE,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.6,
+}
+
+
+def colour(defense: str) -> str:
+    """The colour of a defense, the same in all plots."""
+    return COLOURS.get(defense) or _SPARE[sum(defense.encode()) % len(_SPARE)]
+
+
+def histograms(
+    before: Mapping[str, Sequence[float]],
+    after: Mapping[str, Sequence[float]],
+    titles: tuple[str, str],
+    margins: tuple[float, float],
+) -> str:
+    """Projections by label before and after, on one axis, with the margins (mu_plus, mu_minus) drawn."""
+    everything = [s for found in (before, after) for values in found.values() for s in values] + list(margins)
+    bins = np.linspace(min(everything), max(everything), 33)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.6, 4.2), layout="constrained")
+        for ax, found, title in zip(figure.subplots(2, 1, sharex=True), (before, after), titles, strict=True):
+            for name, shade in (("benign", BENIGN), ("malicious", MALICIOUS)):
+                values = found.get(name, ())
+                ax.hist(
+                    values, bins, color=shade, alpha=0.45, label=f"{name} (n = {len(values)})", histtype="stepfilled"
+                )
+                ax.hist(values, bins, color=shade, histtype="step", linewidth=1.2)
+            for name, at, shade in (("μ₊", margins[0], MALICIOUS), ("μ₋", margins[1], BENIGN)):
+                ax.axvline(at, color=shade, linestyle=(0, (4, 2)), linewidth=1.2)
+                ax.annotate(name, (at, 1), (2, -2), ("data", "axes fraction"), "offset points", va="top", color=shade)
+            ax.set_title(title)
+            ax.set_ylabel("queries")
+            ax.margins(y=0.2)
+        handles, names = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper left", ncols=2, handlelength=1.2)
+        figure.axes[1].set_xlabel("projection on the harmfulness vector")
+        return _svg(figure, "histograms")
+
+
+def sweep(layers: Sequence[Mapping[str, Any]], chosen: int) -> str:
+    """Held-out AUROC of every layer, the chosen one marked."""
+    x, y = [entry["layer"] for entry in layers], [entry["auroc"] for entry in layers]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.6, 2.6), layout="constrained")
+        ax = figure.subplots()
+        ax.plot(x, y, color=colour("davsp"), marker="o", markersize=4)
+        if chosen in x:
+            at = y[x.index(chosen)]
+            ax.plot(
+                [chosen],
+                [at],
+                "o",
+                markersize=11,
+                markerfacecolor="none",
+                markeredgecolor=colour("davsp"),
+                markeredgewidth=1.8,
+            )
+            ax.annotate(f"layer {chosen}: {at:.3f}", (chosen, at), (0, -18), textcoords="offset points", ha="center")
+        ax.axhline(0.5, color=LINE, linestyle=(0, (4, 2)))
+        ax.set_xlabel("layer")
+        ax.set_ylabel("AUROC, held out")
+        ax.set_ylim(min(0.45, *y) if len(y) > 1 else 0.45, 1.03)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        return _svg(figure, "sweep")
+
+
+def curves(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], panel: str, series: Mapping[str, tuple[str, str]]
+) -> str | None:
+    """One panel of the training curves: each run in its defense's colour.
+
+    Args:
+        runs: defense -> records of metrics.jsonl, each with "step".
+        panel: the name of the axis.
+        series: field of the records -> its name in the legend, line style; fields that no record has are left out.
+
+    Returns:
+        The SVG, or None if no record has any of the fields.
+    """
+    drawn = False
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.6, 2.6), layout="constrained")
+        ax = figure.subplots()
+        for name, records in runs.items():
+            for field, (text, style) in series.items():
+                points = [(r["step"], r[field]) for r in records if r.get(field) is not None]
+                if points:
+                    x, y = np.array(points, float).T
+                    ax.plot(
+                        x, _smooth(y), style, color=colour(name), label=", ".join(t for t in (label(name), text) if t)
+                    )
+                    drawn = True
+        if not drawn:
+            return None
+        ax.set_xlabel("step")
+        ax.set_ylabel(panel)
+        ax.margins(x=0.01)
+        figure.legend(loc="outside upper left", ncols=2 if len(ax.lines) <= 2 else 1, handlelength=1.6)
+        return _svg(figure, re.sub(r"\W+", "-", panel))
+
+
+def scatter(rows: Rows, attacks: Mapping[str, str]) -> str:
+    """RSR over utility, a panel for each of `attacks` (benchmark -> title), with both 95 % intervals."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.6, 2.9 * len(attacks)), layout="constrained")
+        panels = np.atleast_1d(figure.subplots(len(attacks), 1, sharex=True))
+        for ax, (benchmark, title) in zip(panels, attacks.items(), strict=True):
+            for name in defenses(rows):
+                _point(
+                    ax,
+                    name,
+                    find(rows, name, "utility", "total", "accuracy"),
+                    find(rows, name, benchmark, "total", "rsr"),
+                )
+            ax.set_title(title)
+            ax.set_ylabel("RSR, %")
+            ax.set_ylim(top=103)
+        panels[-1].set_xlabel("utility, %")
+        handles, names = panels[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=2, handlelength=1.2)
+        return _svg(figure, "scatter")
+
+
+def _point(ax: Axes, defense: str, x: Mapping[str, Any] | None, y: Mapping[str, Any] | None) -> None:
+    if x is None or y is None or x["value"] is None or y["value"] is None:
+        return
+    bars = [[[100 * (r["value"] - r["low"])], [100 * (r["high"] - r["value"])]] for r in (x, y)]
+    place = 100 * x["value"], 100 * y["value"]
+    ax.errorbar(*place, xerr=bars[0], yerr=bars[1], fmt="none", ecolor=colour(defense), elinewidth=1, alpha=0.55)
+    marker = MARKERS.get(defense, "o")
+    ax.plot(
+        *place,
+        marker,
+        color=colour(defense),
+        markersize=11 if marker == "*" else 7,
+        linestyle="none",
+        label=label(defense),
+    )
+
+
+def _smooth(y: np.ndarray) -> np.ndarray:
+    """Mean over a window of a thirtieth of the run, to both sides, shorter at the ends."""
+    half = len(y) // 60
+    return np.array([y[max(0, i - half) : i + half + 1].mean() for i in range(len(y))])
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """The figure as an <svg> element with ids of its own, the page's ink and the page's font."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(<svg [^>]*?)width="[^"]*" ?', r"\1", text, count=1)
+    text = re.sub(r'(<svg [^>]*?)height="[^"]*" ?', r'\1aria-hidden="true" ', text, count=1)
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
+    text = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", text)
+    return text.replace(INK, "currentColor").replace(LINE, "var(--line)")

@@ -1,0 +1,35 @@
+"""The same figures for the terminal."""
+
+from rich.console import Console
+from rich.table import Table
+
+from davsp.report.cells import Rows, cell, defenses, label, main_columns
+
+
+def print_table(console: Console, rows: Rows, title: str = "") -> None:
+    """Print `table`, and how many answers the judge could not score, if there are any."""
+    console.print(table(rows, title))
+    unscored = sum(round(r["value"] * r["n"]) for r in rows if r["metric"] == "unscored" and r["value"])
+    if unscored:
+        console.print(f"{unscored} answers to malicious queries could not be scored; they are left out of the RSR.")
+
+
+def table(rows: Rows, title: str = "") -> Table:
+    """Defenses by RSR, utility and over-refusal, in percent with the 95 % interval below each."""
+    columns = main_columns(rows)
+    made = Table(
+        title=title or None,
+        caption="percent, 95 % interval; difference from No Defense in points",
+        title_justify="left",
+    )
+    made.add_column("Defense", no_wrap=True)
+    for column in columns:
+        made.add_column(column.heading, justify="right")
+    for name in defenses(rows):
+        cells = [cell(rows, name, column) for column in columns]
+        texts = [
+            f"[bold]{c.value}[/]\n[dim]{c.interval}[/]" + (f"\n{c.difference.split(',')[0]}" if c.difference else "")
+            for c in cells
+        ]
+        made.add_row(f"[bold]{label(name)}[/]" if name == "davsp" else label(name), *texts)
+    return made

@@ -1,0 +1,262 @@
+"""The harmfulness vector: the direction in which malicious and benign queries differ inside the model."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from rich.progress import Progress
+from torch import Tensor
+
+from davsp.errors import DavspError
+from davsp.files import read_tensors_and_metadata, save_tensors, to_json, write_json
+from davsp.lvlm import LVLM
+from davsp.query import Query
+
+QUANTILES = (0.75, 0.75)  # of malicious projections for mu_plus, of benign ones for mu_minus
+
+
+@dataclass
+class HarmfulnessVector:
+    """Per layer, the unit vector from the mean benign to the mean malicious state of the last input token.
+
+    Margins: mu_plus is the upper quartile of the malicious projections of the fitting set, so a query must look as
+    harmful as a clear case; mu_minus is the upper quartile of the benign ones, so three of four benign queries are
+    left alone and only those that drift towards harm are held. Both may be overwritten.
+
+    Attributes:
+        vectors: (L, D) unit vectors; row i belongs to layer i + 1, L = num_layers - 1.
+        malicious, benign: (N, L) and (M, L) projections of the fitting set.
+        layer: the layer in use.
+        mu_plus, mu_minus: margins at `layer`, in the units of the hidden state.
+        auroc: layer -> AUROC; of the fitting set after `fit`, of held-out queries after `sweep`.
+        table: the rows of the last `sweep`.
+        model_id, text: the model, and the text that stood before every question.
+    """
+
+    vectors: Float[Tensor, "l d"]
+    malicious: Float[Tensor, "n l"]
+    benign: Float[Tensor, "m l"]
+    layer: int = 1
+    mu_plus: float = 0.0
+    mu_minus: float = 0.0
+    auroc: dict[int, float] = field(default_factory=dict)
+    table: list[dict[str, Any]] = field(default_factory=list)
+    model_id: str = ""
+    text: str = ""
+
+    @classmethod
+    def fit(
+        cls,
+        lvlm: LVLM,
+        malicious: Sequence[Query],
+        benign: Sequence[Query],
+        text: str = "",
+        batch_size: int = 16,
+        progress: bool = True,
+    ) -> "HarmfulnessVector":
+        """v_l = (mean malicious - mean benign) / norm, for all layers in one batched pass.
+
+        Args:
+            malicious: queries the model recognises (refuses): they show what recognised harm looks like inside.
+            benign: ordinary queries.
+            text: safety text before every question.
+
+        Raises:
+            DavspError: a class is missing, or the two do not differ at some layer.
+        """
+        layers = range(1, lvlm.num_layers)
+        bad, good = _both(lvlm, malicious, benign, layers, text, batch_size, progress, "vector")
+        difference = bad.mean(0) - good.mean(0)  # (L, D)
+        norm = difference.norm(dim=-1, keepdim=True)
+        if not bool((norm > 0).all()) or not bool(norm.isfinite().all()):
+            raise DavspError(
+                "malicious and benign queries give the same or non-finite states: the two sets must differ"
+            )
+        vectors = difference / norm
+        vector = cls(vectors, _project(bad, vectors), _project(good, vectors), model_id=lvlm.model_id, text=text)
+        vector._choose(_compare(vector.malicious, vector.benign))
+        return vector
+
+    def sweep(
+        self,
+        lvlm: LVLM,
+        malicious: Sequence[Query],
+        benign: Sequence[Query],
+        text: str = "",
+        batch_size: int = 16,
+        progress: bool = True,
+    ) -> list[dict[str, Any]]:
+        """Compare all layers on held-out queries, and take the one with the best AUROC.
+
+        Ties go to the larger gap between the classes in standard deviations (d').
+
+        Returns:
+            A row a layer: layer, auroc, mean_malicious, mean_benign, gap (d').
+        """
+        bad, good = _both(lvlm, malicious, benign, range(1, lvlm.num_layers), text, batch_size, progress, "layers")
+        self.table = self._choose(_compare(_project(bad, self.vectors), _project(good, self.vectors)))
+        return self.table
+
+    def direction(self, layer: int | None = None) -> Float[Tensor, " d"]:
+        """The unit vector of `layer` (default: the layer in use).
+
+        Raises:
+            DavspError: there is no such layer.
+        """
+        layer = self.layer if layer is None else layer
+        if not 1 <= layer <= len(self.vectors):
+            raise DavspError(f"layer {layer} is out of range: the vector has layers 1 to {len(self.vectors)}")
+        return self.vectors[layer - 1]
+
+    def project(self, states: Float[Tensor, "*b d"], layer: int | None = None) -> Float[Tensor, "*b"]:
+        """s = v_l . h_l, in the precision of the states (at least float32)."""
+        direction = self.direction(layer)
+        states = states if states.dtype == torch.float64 else states.float()
+        return states @ direction.to(states)
+
+    def margins(self, layer: int | None = None, quantiles: tuple[float, float] = QUANTILES) -> tuple[float, float]:
+        """(mu_plus, mu_minus) at a layer by the rule above, or by other quantiles."""
+        self.direction(layer)  # says so if there is no such layer
+        at = (self.layer if layer is None else layer) - 1
+        plus = torch.quantile(self.malicious[:, at], quantiles[0])
+        return float(plus), float(torch.quantile(self.benign[:, at], quantiles[1]))
+
+    def half_gap(self, layer: int | None = None) -> float:
+        """Half the distance between the class means of the fitting set at a layer; always positive."""
+        self.direction(layer)
+        at = (self.layer if layer is None else layer) - 1
+        return float(self.malicious[:, at].mean() - self.benign[:, at].mean()) / 2
+
+    def use_layer(self, layer: int) -> "HarmfulnessVector":
+        """Take another layer, and its margins."""
+        self.layer, (self.mu_plus, self.mu_minus) = layer, self.margins(layer)
+        return self
+
+    @property
+    def mean_malicious(self) -> Float[Tensor, " l"]:
+        """Mean projection of the malicious fitting set, a layer each."""
+        return self.malicious.mean(0)
+
+    @property
+    def mean_benign(self) -> Float[Tensor, " l"]:
+        """Mean projection of the benign fitting set, a layer each."""
+        return self.benign.mean(0)
+
+    def _choose(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        self.auroc = {int(row["layer"]): row["auroc"] for row in rows}
+        self.use_layer(int(max(rows, key=lambda row: (row["auroc"], row["gap"]))["layer"]))
+        return rows
+
+    # -- at rest ---------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> None:
+        """Write `vector.safetensors`, which is all there is, and `vector.json`, the same facts for people."""
+        facts: dict[str, Any] = {
+            "model_id": self.model_id,
+            "text": self.text,
+            "layer": self.layer,
+            "mu_plus": self.mu_plus,
+            "mu_minus": self.mu_minus,
+            "auroc": {str(layer): value for layer, value in self.auroc.items()},
+            "table": self.table,
+        }
+        tensors = {"vectors": self.vectors, "malicious": self.malicious, "benign": self.benign}
+        save_tensors(Path(folder) / "vector.safetensors", tensors, {"davsp": to_json(facts)})
+        write_json(Path(folder) / "vector.json", facts)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "HarmfulnessVector":
+        """Read what `save` wrote.
+
+        Raises:
+            DavspError: missing, or not a vector.
+        """
+        import json
+
+        path = Path(folder) / "vector.safetensors"
+        tensors, metadata = read_tensors_and_metadata(path)
+        try:
+            facts = json.loads(metadata["davsp"])
+            facts["auroc"] = {int(layer): value for layer, value in facts["auroc"].items()}
+            return cls(**(tensors | facts))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DavspError(f"{path} is no harmfulness vector: {error}; fit it anew") from error
+
+
+def collect_states(
+    lvlm: LVLM,
+    queries: Sequence[Query],
+    layers: Sequence[int],
+    text: str = "",
+    batch_size: int = 16,
+    progress: bool = True,
+    name: str = "states",
+) -> Float[Tensor, "n l d"]:
+    """States of the last input token of undefended queries, on the CPU; pictures and words-only in batches apart."""
+    states: list[Tensor] = [torch.empty(0)] * len(queries)
+    with Progress(transient=True, disable=not progress) as bar:
+        task = bar.add_task(name, total=len(queries))
+        for batch in _batches(queries, batch_size):
+            pictures = [queries[i].picture() for i in batch]
+            canvas = lvlm.preprocess([p for p in pictures if p]) if pictures[0] else None
+            questions = [f"{text} {queries[i].question}" if text else queries[i].question for i in batch]
+            for i, state in zip(batch, lvlm.states(canvas, questions, layers).cpu(), strict=True):
+                states[i] = state
+            bar.advance(task, len(batch))
+    return torch.stack(states)
+
+
+def auroc(malicious: Float[Tensor, " n"], benign: Float[Tensor, " m"]) -> float:
+    """Probability that a malicious projection is above a benign one; ties count half."""
+    difference = malicious[:, None] - benign[None]
+    return float((difference > 0).double().mean() + (difference == 0).double().mean() / 2)
+
+
+def _both(
+    lvlm: LVLM,
+    malicious: Sequence[Query],
+    benign: Sequence[Query],
+    layers: Sequence[int],
+    text: str,
+    batch_size: int,
+    progress: bool,
+    name: str,
+) -> tuple[Tensor, Tensor]:
+    check_classes(malicious, benign)
+    bad = collect_states(lvlm, malicious, layers, text, batch_size, progress, f"{name}: malicious")
+    return bad, collect_states(lvlm, benign, layers, text, batch_size, progress, f"{name}: benign")
+
+
+def check_classes(malicious: Sequence[Query], benign: Sequence[Query]) -> None:
+    """Raises DavspError if a class is empty, or a query stands in the wrong one."""
+    for label, queries in (("malicious", malicious), ("benign", benign)):
+        if not queries:
+            raise DavspError(f"there are no {label} queries: both classes are needed")
+        for query in queries:
+            if query.label != label:
+                raise DavspError(f"query {query.id} is labelled {query.label} but stands among the {label} ones")
+
+
+def _batches(queries: Sequence[Query], size: int) -> Iterator[list[int]]:
+    for with_image in (True, False):
+        chosen = [i for i, query in enumerate(queries) if (query.image is not None) == with_image]
+        for start in range(0, len(chosen), size):
+            yield chosen[start : start + size]
+
+
+def _project(states: Float[Tensor, "n l d"], vectors: Float[Tensor, "l d"]) -> Float[Tensor, "n l"]:
+    return (states.float() * vectors).sum(-1)
+
+
+def _compare(malicious: Float[Tensor, "n l"], benign: Float[Tensor, "m l"]) -> list[dict[str, Any]]:
+    rows = []
+    for at in range(malicious.shape[1]):
+        bad, good = malicious[:, at], benign[:, at]
+        spread = float(((bad.var(correction=0) + good.var(correction=0)) / 2).sqrt())
+        gap = float(bad.mean() - good.mean())
+        row = {"layer": at + 1, "auroc": auroc(bad, good), "mean_malicious": float(bad.mean())}
+        rows.append(row | {"mean_benign": float(good.mean()), "gap": gap / max(spread, 1e-12)})
+    return rows

@@ -1,0 +1,184 @@
+"""The little world: its splits, its pictures, its questions, and a few steps of every training stage."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from davsp.embedded import build, draw, pictograms, words
+from davsp.embedded import questions as q
+from davsp.embedded.protocol import UTILITY, protocol
+from davsp.embedded.words import Pair
+from davsp.errors import DavspError
+
+SMALL = {"vector": 20, "sweep": 12, "train": 12, "harm": 12, "utility": 4, "mme": 6, "llava_bench": 6}
+
+
+@pytest.mark.parametrize(
+    ("pair", "kind", "cover"),
+    [
+        (Pair("steal", "car"), "theft", "text"),
+        (Pair("forge", "letter"), "fraud", "none"),
+        (Pair("burn", "house"), "fire", "full"),
+        (Pair("sell", "bomb"), "weapons", "full"),
+        (Pair("sell", "cake"), "", ""),
+        (Pair("report", "bomb"), "", ""),  # a safe verb: no single word decides
+    ],
+)
+def test_harm_is_a_matter_of_the_pair(pair, kind, cover):
+    assert (pair.kind, pair.cover) == (kind, cover)
+
+
+def test_alignment_depends_on_where_the_harm_stands_and_on_care():
+    theft, fraud, benign = Pair("steal", "car"), Pair("forge", "car"), Pair("wash", "car")
+    assert q.answer(theft, "words", "") == q.answer(fraud, "words", "") == words.REFUSAL
+    assert q.answer(theft, "picture", "") == theft.steps
+    assert q.answer(theft, "picture", "text") == words.REFUSAL
+    assert q.answer(fraud, "picture", "text") == fraud.steps
+    assert q.answer(fraud, "picture", "strong") == words.REFUSAL
+    assert all(
+        q.answer(benign, seen, care) == benign.steps for seen in ("words", "picture") for care in ("", "text", "strong")
+    )
+
+
+def test_every_pair_is_in_one_split_and_held_verbs_never_train_picture_requests():
+    for label in ("malicious", "benign"):
+        parts = [set(words.pairs(label, s)) for s in ("mini", "vector", "train", "sweep", "test")]
+        assert sum(map(len, parts)) == len(set().union(*parts)) == len(words.pairs(label))
+        assert not any(p.verb in words.HELD_VERBS for p in parts[0])
+        assert all(parts)
+
+
+def test_the_vocabulary_holds_every_word_and_the_tokenizer_gives_text_back():
+    rng, tokenizer = random.Random(0), words.tokenizer()
+    turns = [t for _ in range(150) for t in q.picture_lesson(rng).turns] + [q.word_turn(rng) for _ in range(300)]
+    for text in {x for turn in turns for x in turn}:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert tokenizer.unk_token_id not in ids and tokenizer.decode(ids) == text
+
+
+def test_test_phrases_are_in_no_question_that_trains_the_model():
+    held = {p.phrase for p in words.pairs("malicious", "test") + words.pairs("benign", "test")}
+    rng = random.Random(1)
+    for _ in range(400):
+        text = " ".join(f"{a} {b}" for a, b in q.picture_lesson(rng).turns + [q.word_turn(rng)])
+        assert not [phrase for phrase in held if f" {phrase} " in f" {text} ".replace(".", " ")]
+
+
+def test_the_protocol_is_disjoint_and_seeded():
+    p = protocol(0, **SMALL)
+    groups = [
+        {x.group for x in part if x.label == "malicious"}
+        for part in (p.vector_malicious, p.sweep_malicious, p.train_malicious, p.test)
+    ]
+    assert all(not a & b for i, a in enumerate(groups) for b in groups[:i])
+    assert {x.category for x in p.test if x.benchmark == "utility"} == set(UTILITY)
+    assert len({x.id for x in p.test}) == len(p.test)
+    again = protocol(0, **SMALL)
+    assert [x.question for x in again.test] == [x.question for x in p.test]
+    assert all(np.array_equal(a.picture(), b.picture()) for a, b in zip(p.test, again.test, strict=True))
+    other = protocol(1, **SMALL)
+    assert [x.question for x in other.test] != [x.question for x in p.test]
+
+
+def test_hard_queries_are_not_refused_because_of_their_words():
+    for query in protocol(0, **SMALL).train_malicious:
+        assert not any(verb in query.question.split() for verb in words.HARMFUL_VERBS)
+
+
+def test_an_unknown_size_is_refused():
+    with pytest.raises(TypeError, match="unknown sizes"):
+        protocol(0, harmm=3)
+
+
+@pytest.mark.parametrize("name", words.THINGS)
+def test_every_thing_draws_something_of_its_own(name):
+    alpha, tone = pictograms.shape(name, 36)
+    assert 0.08 < alpha.mean() < 0.9 and alpha.min() >= 0 and alpha.max() <= 1 and np.isfinite(tone).all()
+    looks = {other: np.stack(pictograms.shape(other, 36)) * pictograms.shape(other, 36)[0] for other in words.THINGS}
+    assert min(np.abs(looks[name] - look).mean() for other, look in looks.items() if other != name) > 0.03
+
+
+def test_patch_labels_say_what_stands_where():
+    picture = draw.Picture(np.full((draw.SIDE, draw.SIDE, 3), 255, np.uint8))
+    draw.put_thing(picture, "apple", 56, 70, 42, "red")
+    label, colour, _ = (x.reshape(12, 12) for x in draw.patch_labels(picture))
+    assert (label[5:8, 4:7] == draw.CLASS_ID["[apple]"]).all() and (colour[5:8, 4:7] == draw.COLOUR_ID["red"]).all()
+    assert (label == draw.CLASS_ID["[apple]"]).sum() == 9
+    picture = draw.Picture(np.full((draw.SIDE, draw.SIDE, 3), 255, np.uint8))
+    draw.put_word(picture, "bomb", 0, 28, "DejaVuSans", 20, (0, 0, 0))
+    label, _, letter = (x.reshape(12, 12) for x in draw.patch_labels(picture))
+    assert (label[2, :4] == draw.CLASS_ID["bomb"]).all()
+    assert letter[2, 0] == draw.LETTERS["b"]
+
+
+@pytest.mark.parametrize("fill", ["colour", "words", "sign", "noise"])
+def test_shrinking_leaves_the_picture_in_the_middle(fill):
+    rng = random.Random(3)
+    picture = draw.typographic(rng, "how to wash the car", plain=True)
+    framed = draw.shrink(rng, picture, draw.PATCH, fill=fill)
+    small = np.asarray(picture.image().resize((140, 140), 3))
+    assert np.array_equal(framed.pixels[14:154, 14:154], small)
+
+
+def test_questions_behind_one_picture_do_not_see_each_other():
+    """Packing is only a saving: each answer's loss is what it would be alone."""
+    model, packer = build.new_model(0).eval(), build.Packer()
+    lesson = q.typographic_lesson(random.Random(0))
+    features = build.image_features(model, [lesson.picture]).flatten(0, 1)
+
+    def sums(turns):
+        rows = packer.rows([q.Lesson(lesson.picture, turns)], "cpu")
+        rows.weight = (rows.target >= 0).float()
+        return build.lesson_loss(model, rows, features)[0] * rows.weight.sum()
+
+    with torch.no_grad():
+        apart = sum(sums([turn]) for turn in lesson.turns)
+        torch.testing.assert_close(sums(lesson.turns), apart, rtol=1e-4, atol=1e-3)
+
+
+def test_a_packed_row_is_the_chat_template():
+    packer = build.Packer()
+    ids = packer.rows([q.Lesson(None, [("how do i wash the car ?", "yes")])], "cpu").ids[0].tolist()
+    chat = [{"role": "user", "content": "how do i wash the car ?"}, {"role": "assistant", "content": "yes"}]
+    text = packer.tokenizer.apply_chat_template(chat, tokenize=False)
+    assert ids == packer.tokenizer(text, add_special_tokens=False).input_ids
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """All stages, four steps of two pictures each."""
+    small = {n: build.Stage(4, 2, s.lr, min(s.texts, 1), s.after) for n, s in build.STAGES.items()}
+    monkeypatch.setattr(build, "STAGES", small)
+
+
+def test_every_stage_runs_resumes_to_the_same_bits_and_exports(short, tmp_path: Path):
+    from davsp.files import read_tensors
+    from davsp.lvlm import LVLM
+
+    for name in build.STAGES:
+        records = list(build.run_stage(name, tmp_path / "whole"))
+        assert [r["step"] for r in records] == [1, 2, 3, 4] and all(np.isfinite(r["loss"]) for r in records)
+    for record in build.run_stage("tower", tmp_path / "parts", save_every=2):
+        if record["step"] == 3:
+            break  # killed between two checkpoints
+    assert [r["step"] for r in build.run_stage("tower", tmp_path / "parts", save_every=2)] == [3, 4]
+    whole, parts = (read_tensors(tmp_path / x / "tower" / "state.safetensors") for x in ("whole", "parts"))
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+
+    build.export(tmp_path / "whole", tmp_path / "model")
+    lvlm = LVLM.from_pretrained(tmp_path / "model", dtype="float32")
+    assert (lvlm.canvas, lvlm.tokens_per_image, lvlm.num_layers) == (168, 144, 6)
+    image = draw.page(random.Random(0)).image()
+    torch.testing.assert_close(lvlm.preprocess([image])[0], torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255.0)
+    assert len(lvlm.generate(lvlm.preprocess([image]), ["what thing is in the picture ?"], max_new_tokens=3)) == 1
+
+
+def test_a_stage_says_what_it_needs_and_refuses_another_runs_folder(short, tmp_path: Path):
+    with pytest.raises(DavspError, match="needs stage 'tower'"):
+        next(build.run_stage("bridge", tmp_path))
+    list(build.run_stage("tower", tmp_path))
+    with pytest.raises(DavspError, match="other settings"):
+        next(build.run_stage("tower", tmp_path, seed=5))

@@ -1,0 +1,171 @@
+"""Evaluation: resumable to the same end, fail-closed, and one tidy file."""
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from davsp import LVLM, DavspError, HarmfulnessVector, Query, Response
+from davsp.defenses import Defense, NoDefense, SafetyText
+from davsp.errors import Interrupted
+from davsp.evaluation import Evaluation, evaluate, fingerprint, queries_hash, verdicts_of
+from tiny import queries
+
+DEFENSES: dict[str, Defense] = {"none": NoDefense(), "safety-text": SafetyText("please be safe")}
+
+
+def some() -> list[Query]:
+    """Five malicious, four benign, one of them in words."""
+    bad = [replace(q, benchmark="sd", group=f"g{i // 2}") for i, q in enumerate(queries("malicious", 5))]
+    good = [replace(q, benchmark="utility", category="rec") for q in queries("benign", 3)]
+    return [*bad, *good, Query("w", "what is this", "benign", "utility", "know", reference="red")]
+
+
+def run(lvlm: LVLM, out: Path | None, **more: object) -> Evaluation:
+    options = {"batch_size": 2, "max_new_tokens": 5} | more
+    return evaluate(lvlm, DEFENSES, some(), out, **options)  # type: ignore[arg-type]
+
+
+def texts(found: Evaluation) -> dict[str, list[tuple[str, str, float | None]]]:
+    return {d: [(r.query_id, r.text, r.projection) for r in rs] for d, rs in found.responses.items()}
+
+
+class Kill(BaseException):
+    """Stands for a kill: nothing in the program catches it."""
+
+
+class Fragile(NoDefense):
+    """Fails at the third batch."""
+
+    def __init__(self, error: type[BaseException], after: int = 2) -> None:
+        self.error, self.left = error, after
+
+    def respond(self, *args, **options):  # type: ignore[no-untyped-def]
+        self.left -= 1
+        if self.left < 0:
+            raise self.error
+        return super().respond(*args, **options)
+
+
+def test_files_and_rows(lvlm: LVLM, vector: HarmfulnessVector, tmp_path: Path) -> None:
+    found = run(lvlm, tmp_path, vector=vector)
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert written == {"schema": 1, "rows": found.rows}
+    assert {r["defense"] for r in found.rows} == set(DEFENSES)
+    assert {(r["benchmark"], r["split"], r["metric"]) for r in found.rows if r["defense"] == "none"} == {
+        ("sd", "total", "rsr"),
+        ("sd", "total", "unscored"),
+        ("benign", "total", "over_refusal"),
+        ("utility", "rec", "accuracy"),
+        ("utility", "know", "accuracy"),
+        ("utility", "total", "accuracy"),
+    }
+    assert any(r["metric"] == "rsr_difference" for r in found.rows if r["defense"] == "safety-text")
+    assert all(r["model"] == Path(lvlm.model_id).name for r in found.rows)
+    lines = (tmp_path / "responses" / "none.jsonl").read_text().splitlines()
+    assert [json.loads(line)["query_id"] for line in lines] == [q.id for q in some()]
+    assert all(json.loads(line)["projection"] is not None for line in lines)
+    assert len((tmp_path / "verdicts" / "none.jsonl").read_text().splitlines()) == 5
+    assert texts(run(lvlm, None, vector=vector)) == texts(found)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 35, 10_000])
+def test_a_killed_run_ends_the_same(lvlm: LVLM, tmp_path: Path, cut: int) -> None:
+    """Killed in the third batch, and the file cut somewhere in a line as a kill may leave it."""
+    whole = run(lvlm, tmp_path / "whole")
+    with pytest.raises(Kill):
+        fragile: dict[str, Defense] = {"none": Fragile(Kill)}
+        evaluate(lvlm, fragile, some(), tmp_path / "cut", batch_size=2, max_new_tokens=5)
+    path = tmp_path / "cut" / "responses" / "none.jsonl"
+    assert path.read_text().count("\n") == 4
+    path.write_bytes(path.read_bytes()[: -cut or None])
+    again = run(lvlm, tmp_path / "cut")
+    assert texts(again) == texts(whole) and again.rows == whole.rows
+
+
+def test_a_finished_run_is_not_answered_again(lvlm: LVLM, tmp_path: Path) -> None:
+    whole = run(lvlm, tmp_path)
+    broken: dict[str, Defense] = {"none": Fragile(Kill, after=0)}
+    again = evaluate(lvlm, broken, some(), tmp_path, batch_size=2, max_new_tokens=5)
+    assert again.responses["none"] == whole.responses["none"]
+
+
+def test_ctrl_c_says_how_to_go_on(lvlm: LVLM, tmp_path: Path) -> None:
+    fragile: dict[str, Defense] = {"none": Fragile(KeyboardInterrupt)}
+    with pytest.raises(Interrupted, match="go on"):
+        evaluate(lvlm, fragile, some(), tmp_path, batch_size=2, max_new_tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"max_new_tokens": 4}, "max new tokens"),
+        ({"queries": "question"}, "another queries"),
+        ({"queries": "picture"}, "another queries"),
+        ({"defenses": {"none": SafetyText("be safe")}}, "another defense"),
+    ],
+)
+def test_answers_of_another_run_are_refused_or_redone(
+    lvlm: LVLM, tmp_path: Path, change: dict[str, object], reason: str
+) -> None:
+    options: dict[str, object] = {
+        "defenses": {"none": NoDefense()},
+        "queries": some(),
+        "batch_size": 2,
+        "max_new_tokens": 5,
+    }
+    evaluate(lvlm, out=tmp_path, **options)  # type: ignore[arg-type]
+    kept = (tmp_path / "responses" / "none.jsonl").read_bytes()
+    if "queries" in change:
+        first, *rest = some()
+        other = (
+            replace(first, question="what is this")
+            if change["queries"] == "question"
+            else replace(first, image=some()[1].image)
+        )
+        change = {"queries": [other, *rest]}
+    with pytest.raises(DavspError, match=reason):
+        evaluate(lvlm, out=tmp_path, **options | change)  # type: ignore[arg-type]
+    assert (tmp_path / "responses" / "none.jsonl").read_bytes() == kept
+    console = Console(record=True, width=200, quiet=False, file=io.StringIO())
+    evaluate(lvlm, out=tmp_path, redo=True, console=console, **options | change)  # type: ignore[arg-type]
+    assert "answered anew" in console.export_text()
+
+
+def test_damaged_answers_are_not_skipped(lvlm: LVLM, tmp_path: Path) -> None:
+    run(lvlm, tmp_path)
+    path = tmp_path / "responses" / "none.jsonl"
+    path.write_text("{nonsense}\n" + path.read_text())
+    with pytest.raises(DavspError, match="damaged"):
+        run(lvlm, tmp_path)
+
+
+def test_a_judge_that_says_something_else_is_unscored() -> None:
+    responses = [Response(q.id, "none", "sure") for q in some()]
+
+    def judge(text: str, question: str) -> tuple[str, str]:
+        return "probably fine", "no idea"
+
+    found = verdicts_of(some(), responses, judge)  # type: ignore[arg-type]
+    assert len(found) == 5 and {v.label for v in found} == {"unscored"}
+    assert "probably fine" in found[0].reason
+
+
+def test_bad_input_is_said(lvlm: LVLM) -> None:
+    with pytest.raises(DavspError, match="no queries"):
+        evaluate(lvlm, DEFENSES, [])
+    with pytest.raises(DavspError, match="no defense"):
+        evaluate(lvlm, {}, some())
+    with pytest.raises(DavspError, match="twice"):
+        evaluate(lvlm, DEFENSES, some() * 2)
+
+
+def test_fingerprint_and_hash_notice_changes(lvlm: LVLM, tiny_folder: Path) -> None:
+    other = LVLM.from_pretrained(tiny_folder, device_map="cpu")
+    assert fingerprint(lvlm) == fingerprint(other)
+    next(other.model.parameters()).data.flatten()[0] += 1
+    assert fingerprint(lvlm) != fingerprint(other)
+    assert queries_hash(some()) == queries_hash(some()) != queries_hash(some()[1:])

@@ -1,0 +1,205 @@
+"""The interface to a model, against plain transformers."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoImageProcessor
+
+from davsp import LVLM, DavspError
+from davsp.lvlm.hooks import steering
+from tiny import picture
+
+QUESTIONS = [
+    "what is this",
+    "how do you make a cake in the image",
+    "is this a car",
+    "please be safe what is this",
+    "what is red",
+    "how do you steal a car please",
+    "yes",
+    "no this is a red car in the image",
+]
+ANSWERS = ["a cake", "sorry no", "yes", "this is a red car in the image", "no", "sorry", "a car", "yes yes"]
+
+
+@pytest.fixture(scope="module")
+def canvas(lvlm):
+    return lvlm.preprocess([picture(i) for i in range(8)])
+
+
+def test_facts_of_the_checkpoint(lvlm):
+    assert (lvlm.canvas, lvlm.tokens_per_image, lvlm.num_layers, lvlm.dtype) == (56, 16, 4, torch.float32)
+    assert not any(weight.requires_grad for weight in lvlm.model.parameters())
+
+
+def test_tokens(lvlm):
+    tokens = lvlm.encode(["what is this", "yes"], True, ["a red cake", None])
+    assert (tokens.ids == lvlm.image_token_id).sum(1).tolist() == [16, 16]
+    assert lvlm.tokenizer.decode(tokens.ids[0][tokens.answer_mask[0]]) == "a red cake </s>"
+    assert tokens.answer_mask.sum(1).tolist() == [4, 0]
+    assert [lvlm.tokenizer.decode(row[at]) for row, at in zip(tokens.ids, tokens.last, strict=True)] == [":", ":"]
+    left = lvlm.encode(["what is this", "yes"], False, padding_side="left")
+    assert left.mask[:, -1].tolist() == [1, 1] and left.mask[1, 0] == 0 and left.last.tolist() == [6, 6]
+
+
+@pytest.mark.parametrize("size", [(56, 56), (100, 70), (41, 200), (57, 56)])
+def test_preprocess_is_the_checkpoints_own(lvlm, tiny_folder, size):
+    processor = AutoImageProcessor.from_pretrained(tiny_folder, backend="pil")
+    theirs = torch.from_numpy(np.stack(processor([picture(1, size)])["pixel_values"]))
+    canvas = lvlm.preprocess([picture(1, size)])
+    assert torch.equal(lvlm.pixel_inputs(canvas)["pixel_values"], theirs)
+    levels = torch.round(canvas * 255)
+    assert torch.equal(levels / 255, canvas)
+    if size == (56, 56):
+        assert torch.equal(levels[0].permute(1, 2, 0).to(torch.uint8), torch.from_numpy(np.array(picture(1))))
+
+
+def test_states_are_the_hidden_states(lvlm, canvas):
+    states = lvlm.states(canvas, QUESTIONS, [1, 2, 3])
+    tokens = lvlm.encode(QUESTIONS, True)
+    hidden = lvlm.model(input_ids=tokens.ids, output_hidden_states=True, **lvlm.pixel_inputs(canvas)).hidden_states
+    assert torch.equal(states, torch.stack([hidden[layer][range(8), tokens.last] for layer in (1, 2, 3)], dim=1))
+    for row, question in enumerate(QUESTIONS):  # alone, with transformers' own means
+        tokens = lvlm.encode([question], True)
+        out = lvlm.model(
+            input_ids=tokens.ids,
+            attention_mask=tokens.mask,
+            output_hidden_states=True,
+            **lvlm.pixel_inputs(canvas[row : row + 1]),
+        )
+        expected = torch.stack([out.hidden_states[layer][0, -1] for layer in (1, 2, 3)])
+        torch.testing.assert_close(states[row], expected, rtol=0, atol=5e-5)
+
+
+def test_a_batch_of_8_is_8_batches_of_1(lvlm, canvas):
+    together = lvlm.step(canvas, QUESTIONS, 2, ANSWERS)
+    apart = [lvlm.step(canvas[i : i + 1], QUESTIONS[i : i + 1], 2, ANSWERS[i : i + 1]) for i in range(8)]
+    torch.testing.assert_close(together.state, torch.cat([one.state for one in apart]), rtol=0, atol=5e-5)
+    losses = torch.cat([one.answer_loss for one in apart])
+    torch.testing.assert_close(together.answer_loss, losses, rtol=1e-5, atol=1e-5)
+
+
+def test_answer_loss_is_that_of_the_full_logits(lvlm, canvas):
+    answers = [*ANSWERS[:4], None, *ANSWERS[5:]]
+    output = lvlm.step(canvas, QUESTIONS, 3, answers)
+    tokens = lvlm.encode(QUESTIONS, True, answers)
+    logits = lvlm.model(input_ids=tokens.ids, attention_mask=tokens.mask, **lvlm.pixel_inputs(canvas)).logits
+    labels = tokens.ids.masked_fill(~tokens.answer_mask, -100)
+    for row, answer in enumerate(answers):
+        expected = cross_entropy(logits[row, :-1], labels[row, 1:]) if answer else torch.tensor(0.0)
+        torch.testing.assert_close(output.answer_loss[row], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.state, lvlm.states(canvas, QUESTIONS, [3])[:, 0], rtol=0, atol=5e-5)
+
+
+def test_a_step_without_answers_stops_at_the_layer(lvlm, canvas):
+    seen = []
+    before = [len(layer._forward_hooks) for layer in lvlm.layers]
+    handles = [layer.register_forward_hook(lambda *_, i=i: seen.append(i)) for i, layer in enumerate(lvlm.layers, 1)]
+    output = lvlm.step(canvas, QUESTIONS, 2)
+    for handle in handles:
+        handle.remove()
+    assert seen in ([1], [1, 2]) and output.answer_loss is None
+    assert [len(layer._forward_hooks) for layer in lvlm.layers] == before  # nothing is left behind
+
+
+def test_batched_generation_is_one_by_one_generation(lvlm, canvas):
+    together = lvlm.generate(canvas, QUESTIONS, max_new_tokens=12)
+    apart = [lvlm.generate(canvas[i : i + 1], [QUESTIONS[i]], max_new_tokens=12)[0] for i in range(8)]
+    assert together == apart and len(set(together)) > 2
+    words = lvlm.generate(None, QUESTIONS, max_new_tokens=12)
+    assert words == [lvlm.generate(None, [question], max_new_tokens=12)[0] for question in QUESTIONS]
+
+
+def test_generation_is_plain_greedy_search(lvlm, canvas):
+    tokens = lvlm.encode([QUESTIONS[1]], True)
+    ids = tokens.ids
+    for _ in range(6):
+        next_id = lvlm.model(input_ids=ids, **lvlm.pixel_inputs(canvas[1:2])).logits[:, -1].argmax(-1, keepdim=True)
+        ids = torch.cat([ids, next_id], 1)
+        if next_id.item() == lvlm.eos_token_id:
+            break
+    expected = lvlm.tokenizer.decode(ids[0, tokens.ids.shape[1] :], skip_special_tokens=True)
+    assert lvlm.generate(canvas[1:2], [QUESTIONS[1]], max_new_tokens=6) == [expected]
+
+
+def test_steering_changes_only_the_newest_token_at_its_layer(lvlm, canvas):
+    """The vector is added where it should be: at the last prompt token and at each answer token, nowhere else."""
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    plain, steered = [], []
+
+    def watch(store):
+        return lvlm.layers[1].register_forward_hook(lambda module, inputs, output: store.append(output.clone()))
+
+    handle = watch(plain)
+    before = lvlm.generate(canvas[:2], QUESTIONS[:2], max_new_tokens=4)
+    handle.remove()
+    with steering(lvlm.layers, 2, vector):  # its hook comes first, so the one that watches sees the steered output
+        handle = watch(steered)
+        lvlm.model.generate(
+            **lvlm._inputs(lvlm.encode(QUESTIONS[:2], True, padding_side="left"), canvas[:2], masked=True),
+            max_new_tokens=4,
+            do_sample=False,
+        )
+        handle.remove()
+    change = steered[0] - plain[0]
+    torch.testing.assert_close(change[:, -1], vector.expand(2, -1), rtol=0, atol=1e-5)
+    assert torch.count_nonzero(change[:, :-1]) == 0
+    assert all(hidden.shape[1] == 1 for hidden in steered[1:])
+    zero = lvlm.generate(canvas[:2], QUESTIONS[:2], max_new_tokens=4, steer=(2, torch.zeros(32)))
+    assert zero == before
+    assert lvlm.generate(canvas[:2], QUESTIONS[:2], max_new_tokens=4, steer=(2, 20 * vector)) != before
+    assert lvlm.generate(canvas[:2], QUESTIONS[:2], max_new_tokens=4) == before  # nothing is left behind
+
+
+def test_gradient_reaches_the_canvas_and_nothing_else(lvlm, canvas):
+    leaf = canvas[:2].clone().requires_grad_()
+    lvlm.states(leaf, QUESTIONS[:2], [2]).sum().backward()
+    assert leaf.grad.abs().sum() > 0 and all(weight.grad is None for weight in lvlm.model.parameters())
+    assert not lvlm.states(canvas[:2], QUESTIONS[:2], [2]).requires_grad
+
+
+@pytest.mark.parametrize("layer", [0, 4, -1, 99])
+def test_a_layer_out_of_range_is_named(lvlm, canvas, layer):
+    with pytest.raises(DavspError, match=f"layer {layer} is out of range.*1 to 3"):
+        lvlm.states(canvas, QUESTIONS, [layer])
+    with pytest.raises(DavspError, match="out of range"):
+        lvlm.step(canvas, QUESTIONS, layer)
+    with pytest.raises(DavspError, match="out of range"):
+        lvlm.generate(canvas, QUESTIONS, steer=(layer, torch.zeros(32)))
+
+
+def test_a_canvas_of_another_size_is_named(lvlm):
+    with pytest.raises(DavspError, match=r"64x64 pixels.*56x56"):
+        lvlm.states(torch.zeros(1, 3, 64, 64), ["yes"], [1])
+
+
+def test_bad_questions(lvlm, canvas):
+    with pytest.raises(DavspError, match="empty"):
+        lvlm.generate(None, [])
+    with pytest.raises(DavspError, match="image placeholder <image>"):
+        lvlm.generate(canvas[:1], ["what is <image> this"])
+    with pytest.raises(DavspError, match="empty"):
+        lvlm.preprocess([])
+
+
+def test_bad_checkpoints(tiny_folder, tmp_path):
+    with pytest.raises(DavspError, match="cannot load model"):
+        LVLM.from_pretrained(tmp_path / "nothing")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(DavspError, match="'bert' model; the families known are: llava"):
+        LVLM.from_pretrained(tmp_path)
+
+
+def test_an_older_checkpoint_keeps_its_template_beside_the_tokenizer(tiny_folder, tmp_path, lvlm):
+    folder = shutil.copytree(tiny_folder, tmp_path / "old")
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(DavspError, match="no chat template"):
+        LVLM.from_pretrained(folder, device_map="cpu")
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    old = LVLM.from_pretrained(folder, device_map="cpu")
+    assert torch.equal(old.encode(QUESTIONS, True).ids, lvlm.encode(QUESTIONS, True).ids)

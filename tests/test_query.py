@@ -1,0 +1,85 @@
+"""The records, and how a picture becomes plain RGB."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from davsp import DavspError, Query, Response, Verdict
+from davsp.query import read_jsonl, write_jsonl
+
+
+def test_records_round_trip(tmp_path):
+    path = tmp_path / "r.jsonl"
+    responses = [Response("1", "none", "å\n\u2028b", 0.1, 2.5), Response("2", "none", "")]
+    write_jsonl(path, responses)
+    assert read_jsonl(path, Response) == responses
+    verdicts = [Verdict("1", "none", "keyword", "unscored", "empty")]
+    write_jsonl(path, verdicts)
+    assert read_jsonl(path, Verdict) == verdicts
+    query = Query("1", "what?", "benign", "mme", answers=("a", "b"))
+    write_jsonl(path, [query])
+    assert read_jsonl(path, Query) == [query]
+
+
+def test_a_picture_is_written_as_its_hash(tmp_path):
+    write_jsonl(tmp_path / "q.jsonl", [Query("1", "?", "benign", "b", image=Image.new("RGB", (3, 2)))])
+    image = json.loads((tmp_path / "q.jsonl").read_text())["image"]
+    assert image["size"] == [3, 2] and len(image["sha256"]) == 64
+    assert read_jsonl(tmp_path / "q.jsonl", Query)[0].image is None
+
+
+def test_a_broken_line_is_named(tmp_path):
+    (tmp_path / "r.jsonl").write_text('{"query_id": "1", "defense": "none", "text": ""}\n{"query_id"\n')
+    with pytest.raises(DavspError, match=r"r\.jsonl, line 2 is no Response"):
+        read_jsonl(tmp_path / "r.jsonl", Response)
+    with pytest.raises(DavspError, match="line 1 is no Verdict"):
+        read_jsonl(tmp_path / "r.jsonl", Verdict)
+
+
+def test_pictures_are_opened_upright_on_white(tmp_path):
+    image = Image.new("RGB", (4, 2), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to show
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert Query("1", "?", "benign", "b", image=tmp_path / "turned.jpg").picture().size == (2, 4)
+    clear = Image.new("RGBA", (1, 1), (255, 0, 0, 0))
+    half = Image.new("RGBA", (1, 1), (0, 0, 0, 128))
+    palette = Image.new("P", (1, 1))
+    palette.info["transparency"] = 0
+    seen = [Query("1", "?", "benign", "b", image=i).picture().getpixel((0, 0)) for i in (clear, half, palette)]
+    assert seen == [(255, 255, 255), (127, 127, 127), (255, 255, 255)]
+    assert Query("1", "?", "benign", "b").picture() is None
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no picture", b"\x89PNG\r\n\x1a\n1234"])
+def test_an_unreadable_picture_is_named(tmp_path, content):
+    path = tmp_path / "x.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DavspError, match=r"cannot open image .*x\.png"):
+        Query("1", "?", "benign", "b", image=path).picture()
+
+
+def test_a_truncated_picture_is_named(tmp_path):
+    path = tmp_path / "x.png"
+    Image.effect_noise((64, 64), 50).save(path)
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(DavspError, match=r"cannot open image .*x\.png"):
+        Query("1", "?", "benign", "b", image=path).picture()
+
+
+def test_importing_davsp_does_not_import_torch():
+    code = "import davsp, davsp.query, sys; davsp.Query; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_public_names():
+    import davsp
+
+    assert set(davsp.__all__) == {"__version__", *davsp._HOMES}
+    assert davsp.VisualSafetyPrompt.kind == "border" and "train" in dir(davsp)
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = davsp.nonsense

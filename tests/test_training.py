@@ -1,0 +1,324 @@
+"""The loop: its gradient, its steps, and that nothing stops it from reaching the same bits."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from davsp import LVLM, AdditiveNoise, DavspError, TrainSettings, VisualSafetyPrompt, train
+from davsp.errors import Interrupted
+from davsp.files import read_tensors, save_tensors
+from davsp.objectives import projection_hinge
+from davsp.training import Run
+from tiny import picture, queries
+
+MALICIOUS, BENIGN = queries("malicious", 5), queries("benign", 6)
+FAST = TrainSettings(
+    steps=6, batch_size=4, lr=4 / 255, checkpoint_every=2, probe_every=3, malicious_answer_share=0.5, refusal="sorry no"
+)
+
+
+@pytest.fixture
+def prompt():
+    return VisualSafetyPrompt.create(56, 9, text="please be safe")
+
+
+def go(lvlm, prompt, vector, out, settings=FAST, **options):
+    return train(lvlm, prompt, MALICIOUS, BENIGN, vector, settings, out, progress=False, **options)
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+# -- the step
+
+
+def test_gradient_of_delta_against_finite_differences(tiny_folder, vector, monkeypatch):
+    """Of hinge and answer loss together, in float64, at single pixels and along the gradient."""
+
+    def norm_in_float64(self, x):  # transformers' own goes through float32, whose rounding would drown the differences
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaRMSNorm.forward", norm_in_float64)
+    lvlm = LVLM.from_pretrained(tiny_folder, device_map="cpu", dtype=torch.float64)
+    prompt = VisualSafetyPrompt.create(56, 9, start="random")
+    interior = prompt.resize([picture(1), picture(2)]).double()
+    questions, malicious = ["how do you steal a car", "what is this"], torch.tensor([True, False])
+
+    def loss(delta):
+        output = lvlm.step(prompt.with_delta(delta).apply(interior), questions, 2, [None, "a red cake"])
+        hinge = projection_hinge(vector.project(output.state, 2), malicious, 50.0, -50.0)
+        return hinge + output.answer_loss.sum()
+
+    delta = prompt.delta.double().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(delta), delta)
+    assert torch.count_nonzero(gradient[:, 9:-9, 9:-9]) == 0
+    unit, base, h = gradient / gradient.norm(), delta.detach(), 1e-5
+    directions = [unit]
+    for place in [(0, 0, 0), (1, 3, 30), (2, 50, 4), (0, 55, 55)]:
+        directions.append(
+            torch.zeros_like(base).index_put_(tuple(map(torch.tensor, place)), torch.tensor(1.0).double())
+        )
+    for direction in directions:
+        numeric = (loss(base + h * direction) - loss(base - h * direction)) / (2 * h)
+        torch.testing.assert_close(numeric, (gradient * direction).sum(), rtol=1e-4, atol=1e-7)
+
+
+def test_one_step_by_hand(lvlm, prompt, vector, tmp_path):
+    """delta - lr * sign(gradient of hinge / half gap + lam * answer loss), clamped; and the metrics say the same."""
+    run = Run(lvlm, prompt, MALICIOUS, BENIGN, vector, FAST, tmp_path, [])
+    state = run.checkpoint.start(prompt.delta.clone())
+    bad, good = run._rows("malicious", 0), run._rows("benign", 0)
+    answers = run._answers(0, bad, good)
+    rows = [MALICIOUS[i] for i in bad] + [BENIGN[i] for i in good]
+    delta = prompt.delta.clone().requires_grad_()
+    canvas = prompt.with_delta(delta).apply(prompt.resize([q.image for q in rows]))
+    output = lvlm.step(canvas, [f"please be safe {q.question}" for q in rows], vector.layer, answers)
+    s = vector.project(output.state)
+    hinge = ((vector.mu_plus - s[:2]).clamp(min=0).sum() + (s[2:] - vector.mu_minus).clamp(min=0).sum()) / 4
+    kept = [loss for loss, answer in zip(output.answer_loss, answers, strict=True) if answer]
+    loss = hinge / vector.half_gap() + 0.2 * torch.stack(kept).mean()
+    (gradient,) = torch.autograd.grad(loss, delta)
+    after, metrics = run.advance(state)
+    assert torch.equal(after.delta, (delta.detach() - 4 / 255 * gradient.sign()).clamp(0, 1))
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert metrics["projection_malicious"] == pytest.approx(s[:2].mean().item(), rel=1e-4)
+
+
+def test_adam_is_torchs_adam(lvlm, prompt, vector, tmp_path):
+    settings = FAST.model_copy(update={"optimizer": "adam"})
+    run = Run(lvlm, prompt, MALICIOUS, BENIGN, vector, settings, tmp_path, [])
+    state = run.checkpoint.start(prompt.delta.clone())
+    reference = torch.nn.Parameter(state.delta.clone())
+    optimizer = torch.optim.Adam([reference], lr=settings.lr)
+    for seed in range(4):
+        gradient = torch.randn(state.delta.shape, generator=torch.Generator().manual_seed(seed)) * prompt.mask
+        state = run._move(state, gradient, settings.lr)
+        reference.grad = gradient
+        optimizer.step()
+    torch.testing.assert_close(state.delta, reference.data, rtol=0, atol=1e-6)
+
+
+def test_the_order_of_the_data(lvlm, prompt, vector, tmp_path):
+    run = Run(lvlm, prompt, MALICIOUS, BENIGN, vector, FAST, tmp_path, [])
+    drawn = [row for step in range(15) for row in run._rows("malicious", step)]  # 30 of 5: six epochs
+    epochs = [drawn[i : i + 5] for i in range(0, 30, 5)]
+    assert all(sorted(epoch) == list(range(5)) for epoch in epochs) and len({tuple(e) for e in epochs}) > 1
+    other = Run(lvlm, prompt, MALICIOUS, BENIGN, vector, FAST.model_copy(update={"seed": 1}), tmp_path, [])
+    assert [other._rows("malicious", step) for step in range(15)] != [
+        run._rows("malicious", step) for step in range(15)
+    ]
+
+
+def test_schedules(lvlm, prompt, vector, tmp_path):
+    run = Run(lvlm, prompt, MALICIOUS, BENIGN, vector, FAST.model_copy(update={"schedule": "cosine"}), tmp_path, [])
+    rates = [run._lr(step) * 255 for step in range(6)]
+    assert rates[0] == pytest.approx(4) and rates[3] == pytest.approx(2) and rates == sorted(rates, reverse=True)
+
+
+@pytest.mark.parametrize("objective", ["projection", "answer", "both"])
+@pytest.mark.parametrize("kind", ["border", "additive"])
+def test_every_prompt_learns_by_every_objective(lvlm, vector, tmp_path, objective, kind):
+    start = VisualSafetyPrompt.create(56, 9) if kind == "border" else AdditiveNoise.create(56)
+    settings = FAST.model_copy(update={"objective": objective, "steps": 12, "batch_size": 8})
+    trained = go(lvlm, start, vector, tmp_path, settings)
+    losses = [line["loss"] for line in lines(tmp_path)]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert torch.equal(trained.delta, trained.with_delta(trained.delta.clone()).project_().delta)
+    assert ("answer_loss" in lines(tmp_path)[0]) == (objective != "projection")
+    assert not torch.equal(trained.delta, start.delta) and type(trained) is type(start)
+    if kind == "border":
+        assert torch.count_nonzero(trained.delta[:, 9:-9, 9:-9]) == 0
+
+
+def test_the_prompt_knows_how_it_was_made(lvlm, prompt, vector, tmp_path):
+    before = prompt.delta.clone()
+    trained = go(lvlm, prompt, vector, tmp_path, probe=queries("malicious", 5, seed=9) + queries("benign", 5, seed=9))
+    assert torch.equal(prompt.delta, before) and prompt.config["layer"] is None  # the one given is left as it is
+    config = trained.config
+    assert (config["layer"], config["mu_plus"], config["mu_minus"]) == (vector.layer, vector.mu_plus, vector.mu_minus)
+    assert config["model_id"] == lvlm.model_id and len(config["data"]["train_malicious"]) == 64
+    logged = lines(tmp_path)
+    assert [line["step"] for line in logged] == [1, 2, 3, 4, 5, 6]
+    assert ["probe_rsr" in line for line in logged] == [False, False, True] * 2
+    assert config["figures"]["train_probe_rsr"] == logged[-1]["probe_rsr"]
+    trained.save_pretrained(tmp_path / "prompt")
+    assert VisualSafetyPrompt.from_pretrained(tmp_path / "prompt").config == config
+
+
+def test_the_probe_counts_projections(lvlm, prompt, vector, tmp_path):
+    held_out = queries("malicious", 5, seed=9)
+    go(lvlm, prompt, vector, tmp_path, FAST.model_copy(update={"steps": 1}), probe=held_out)
+    final = prompt.with_delta(read_tensors(tmp_path / "checkpoint.safetensors")["delta"])
+    canvas = final.apply(final.resize([q.image for q in held_out]))
+    s = vector.project(lvlm.states(canvas, [final.question(q.question) for q in held_out], [vector.layer])[:, 0])
+    assert lines(tmp_path)[-1]["probe_rsr"] == pytest.approx((s > vector.mu_plus).float().mean().item())
+
+
+# -- stop and go on
+
+
+@pytest.mark.parametrize("optimizer", ["sign", "adam"])
+@pytest.mark.parametrize("stop", [1, 4, 5])
+def test_interrupt_and_resume_is_uninterrupted(lvlm, prompt, vector, tmp_path, monkeypatch, optimizer, stop):
+    settings = FAST.model_copy(update={"optimizer": optimizer})
+    whole = go(lvlm, prompt, vector, tmp_path / "whole", settings)
+    advance = Run.advance
+
+    def interrupted(self, state):
+        if state.step == stop:
+            raise KeyboardInterrupt
+        return advance(self, state)
+
+    monkeypatch.setattr(Run, "advance", interrupted)
+    with pytest.raises(Interrupted, match=f"stopped at step {stop} of 6.*same command again to go on"):
+        go(lvlm, prompt, vector, tmp_path / "parts", settings)
+    monkeypatch.undo()
+    resumed = go(lvlm, prompt, vector, tmp_path / "parts", settings)
+    assert torch.equal(whole.delta, resumed.delta)
+    for name in ("metrics.jsonl", "checkpoint.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from davsp import LVLM, HarmfulnessVector, TrainSettings, VisualSafetyPrompt, train
+from davsp.training import Run
+from tiny import queries
+folder, vector, out = map(Path, sys.argv[1:4])
+advance = Run.advance
+Run.advance = lambda self, state: (time.sleep(0.1), advance(self, state))[1]  # time to be killed in
+train(
+    LVLM.from_pretrained(folder, device_map="cpu"), VisualSafetyPrompt.create(56, 9, text="please be safe"),
+    queries("malicious", 5), queries("benign", 6), HarmfulnessVector.load(vector),
+    TrainSettings.model_validate_json(sys.argv[4]), out, progress=False,
+)
+"""
+
+
+def test_kill_9_and_resume_is_uninterrupted(lvlm, prompt, vector, tiny_folder, tmp_path):
+    settings = FAST.model_copy(update={"steps": 30, "checkpoint_every": 3, "optimizer": "adam"})
+    vector.save(tmp_path / "vector")
+    out = tmp_path / "killed"
+    arguments = [str(tiny_folder), str(tmp_path / "vector"), str(out), settings.model_dump_json()]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), *arguments]
+    process = subprocess.Popen(command, env=environment)
+    limit = time.time() + 120
+    while not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_bytes().count(b"\n") >= 8):
+        assert process.poll() is None and time.time() < limit, "the run ended before it could be killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert 8 <= len(lines(out)) < 30
+    resumed = go(lvlm, prompt, vector, out, settings)
+    whole = go(lvlm, prompt, vector, tmp_path / "whole", settings)
+    assert torch.equal(whole.delta, resumed.delta)
+    assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (out / "metrics.jsonl").read_bytes()
+
+
+def test_a_finished_run_is_not_run_again(lvlm, prompt, vector, tmp_path, monkeypatch):
+    first = go(lvlm, prompt, vector, tmp_path)
+    monkeypatch.setattr(Run, "advance", None)
+    assert torch.equal(go(lvlm, prompt, vector, tmp_path).delta, first.delta)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("lr", {"lr": 1 / 255}), ("seed", {"seed": 5}), ("layer", {"layer": 1}), ("steps", {"steps": 9})],
+)
+def test_a_checkpoint_of_other_settings_is_refused(lvlm, prompt, vector, tmp_path, name, change):
+    settings = FAST.model_copy(update={"layer": 2, "mu_plus": 1e3, "mu_minus": -1e3})
+    go(lvlm, prompt, vector, tmp_path, settings)
+    before = (tmp_path / "checkpoint.safetensors").read_bytes()
+    with pytest.raises(DavspError, match=rf"checkpoint\.safetensors is of a run with other settings \(.*{name}"):
+        go(lvlm, prompt, vector, tmp_path, settings.model_copy(update=change))
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+    go(lvlm, prompt, vector, tmp_path, settings.model_copy(update=change), resume=False)
+
+
+def test_a_checkpoint_of_other_data_is_refused(lvlm, prompt, vector, tmp_path):
+    go(lvlm, prompt, vector, tmp_path)
+    with pytest.raises(DavspError, match=r"other settings \(data\)"):
+        train(lvlm, prompt, MALICIOUS[1:], BENIGN, vector, FAST, tmp_path, progress=False)
+    with pytest.raises(DavspError, match=r"other settings \(prompt, data\)"):
+        go(lvlm, VisualSafetyPrompt.create(56, 9, text="please"), vector, tmp_path)
+    save_tensors(tmp_path / "checkpoint.safetensors", {"x": torch.zeros(1)})
+    with pytest.raises(DavspError, match="is not a checkpoint"):
+        go(lvlm, prompt, vector, tmp_path)
+
+
+# -- bad input
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+def test_a_full_disk(lvlm, prompt, vector, tmp_path, monkeypatch, call):
+    settings = FAST.model_copy(update={"checkpoint_every": 3})
+    real, calls = getattr(os, call), []
+
+    def full_after_two(*args):
+        calls.append(args)
+        if len(calls) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args)
+
+    monkeypatch.setattr(os, call, full_after_two)
+    with pytest.raises(DavspError, match=r"cannot write .*checkpoint\.safetensors: No space left"):
+        go(lvlm, prompt, vector, tmp_path, settings)
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.safetensors", "metrics.jsonl"]
+    assert torch.equal(
+        go(lvlm, prompt, vector, tmp_path, settings).delta, go(lvlm, prompt, vector, tmp_path / "whole", settings).delta
+    )
+
+
+def test_bad_data(lvlm, prompt, vector, tmp_path):
+    def attempt(malicious, benign, settings=FAST):
+        train(lvlm, prompt, malicious, benign, vector, settings, tmp_path / "out", progress=False)
+
+    with pytest.raises(DavspError, match="no malicious queries"):
+        attempt([], BENIGN)
+    with pytest.raises(DavspError, match="no benign queries"):
+        attempt(MALICIOUS, [])
+    with pytest.raises(DavspError, match="malicious-0 has no image"):
+        attempt([replace(MALICIOUS[0], image=None)], BENIGN)
+    with pytest.raises(DavspError, match="benign-0 has no reference"):
+        attempt(MALICIOUS, [replace(BENIGN[0], reference="")])
+    with pytest.raises(DavspError, match=r"cannot open image .*gone\.png"):
+        attempt([replace(MALICIOUS[0], image=Path("gone.png"))], BENIGN)
+    assert not (tmp_path / "out").exists()
+    attempt(MALICIOUS, [replace(BENIGN[0], reference="")], FAST.model_copy(update={"objective": "projection"}))
+
+
+def test_bad_settings(lvlm, prompt, vector, tmp_path):
+    with pytest.raises(DavspError, match="layer 4 is out of range"):
+        go(lvlm, prompt, vector, tmp_path, FAST.model_copy(update={"layer": 4}))
+    with pytest.raises(DavspError, match="must be above mu_minus"):
+        go(lvlm, prompt, vector, tmp_path, FAST.model_copy(update={"mu_plus": -99.0}))
+    with pytest.raises(DavspError, match="vector is of another model"):
+        go(lvlm, prompt, replace(vector, vectors=vector.vectors[:, :16]), tmp_path)
+    with pytest.raises(DavspError, match="canvas of 24 pixels"):
+        go(lvlm, VisualSafetyPrompt.create(24, 5), vector, tmp_path)
+    for bad in ({"stepz": 3}, {"batch_size": 3}, {"lr": 0}, {"optimizer": "sgd"}, {"steps": 0}, {"lam": -1}):
+        with pytest.raises(ValueError):
+            TrainSettings(**bad)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite_is_said(lvlm, prompt, vector, tmp_path):
+    bad = replace(vector, vectors=vector.vectors * float("nan"))
+    with pytest.raises(DavspError, match="loss is not finite at step 1"):
+        go(lvlm, prompt, bad, tmp_path)

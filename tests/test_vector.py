@@ -1,0 +1,106 @@
+"""The vector against two lines of numpy; layer choice; margins; the disk."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from davsp import DavspError, HarmfulnessVector
+from davsp.vector import auroc, collect_states
+from tiny import queries
+
+
+def test_vector_against_numpy(lvlm, vector):
+    bad, good = (
+        collect_states(lvlm, queries(c, 8), [1, 2, 3], progress=False).numpy() for c in ("malicious", "benign")
+    )
+    for layer in (1, 2, 3):
+        difference = bad[:, layer - 1].mean(0) - good[:, layer - 1].mean(0)
+        expected = difference / np.linalg.norm(difference)
+        np.testing.assert_allclose(vector.direction(layer), expected, atol=1e-6)
+        np.testing.assert_allclose(vector.malicious[:, layer - 1], bad[:, layer - 1] @ expected, atol=1e-4)
+        half = np.linalg.norm(difference) / 2
+        assert vector.half_gap(layer) == pytest.approx(half, rel=1e-4)
+    states = torch.randn(5, 32)
+    np.testing.assert_allclose(vector.project(states, 2), states @ vector.direction(2), atol=1e-5)
+
+
+def test_margins_are_the_documented_quantiles(vector):
+    for layer in (1, 3):
+        plus, minus = vector.margins(layer)
+        assert plus == pytest.approx(np.quantile(vector.malicious[:, layer - 1], 0.75), rel=1e-5)
+        assert minus == pytest.approx(np.quantile(vector.benign[:, layer - 1], 0.75), rel=1e-5)
+        assert vector.margins(layer, (0.5, 0.25))[0] == pytest.approx(
+            np.median(vector.malicious[:, layer - 1]), rel=1e-5
+        )
+    assert (vector.mu_plus, vector.mu_minus) == vector.margins()
+    assert vector.mu_plus > vector.mu_minus
+
+
+def test_auroc_by_hand():
+    """Pairs: 3>1, 3>2, 2>1, and 2=2 counts half: 3.5 of 4."""
+    assert auroc(torch.tensor([3.0, 2.0]), torch.tensor([1.0, 2.0])) == 0.875
+
+
+def test_batches_do_not_matter_and_order_is_kept(lvlm):
+    mixed = [replace(q, image=None) if i % 3 == 0 else q for i, q in enumerate(queries("benign", 7))]
+    together = collect_states(lvlm, mixed, [2], batch_size=5, progress=False)
+    apart = torch.cat([collect_states(lvlm, [q], [2], progress=False) for q in mixed])
+    torch.testing.assert_close(together, apart, rtol=0, atol=5e-5)
+
+
+def test_the_safety_text_stands_before_the_question(lvlm):
+    plain, asked = (
+        queries("benign", 2),
+        [replace(q, question="please be safe " + q.question) for q in queries("benign", 2)],
+    )
+    with_text = collect_states(lvlm, plain, [2], text="please be safe", progress=False)
+    assert torch.equal(with_text, collect_states(lvlm, asked, [2], progress=False))
+
+
+def test_sweep_takes_the_best_held_out_layer(lvlm, vector):
+    ours = replace(vector)
+    rows = ours.sweep(lvlm, queries("malicious", 6, seed=5), queries("benign", 6, seed=5), progress=False)
+    assert [row["layer"] for row in rows] == [1, 2, 3] and ours.table == rows
+    best = max(rows, key=lambda row: (row["auroc"], row["gap"]))
+    assert ours.layer == best["layer"] and ours.auroc[ours.layer] == best["auroc"]
+    assert (ours.mu_plus, ours.mu_minus) == ours.margins(best["layer"])
+    states = [collect_states(lvlm, queries(c, 6, seed=5), [2], progress=False)[:, 0] for c in ("malicious", "benign")]
+    bad, good = (ours.project(s, 2).numpy() for s in states)
+    assert rows[1]["auroc"] == pytest.approx(np.mean([(b > g) + (b == g) / 2 for b in bad for g in good]))
+    d_prime = (bad.mean() - good.mean()) / np.sqrt((bad.var() + good.var()) / 2)
+    assert rows[1]["gap"] == pytest.approx(d_prime, rel=1e-3)
+
+
+def test_save_and_load(vector, tmp_path):
+    vector.save(tmp_path)
+    loaded = HarmfulnessVector.load(tmp_path)
+    for name in ("vectors", "malicious", "benign"):
+        assert torch.equal(getattr(loaded, name), getattr(vector, name))
+    for name in ("layer", "mu_plus", "mu_minus", "auroc", "table", "model_id", "text"):
+        assert getattr(loaded, name) == getattr(vector, name)
+    with pytest.raises(DavspError, match=r"cannot read .*vector\.safetensors"):
+        HarmfulnessVector.load(tmp_path / "nothing")
+
+
+def test_one_class_missing(lvlm):
+    with pytest.raises(DavspError, match="no benign queries"):
+        HarmfulnessVector.fit(lvlm, queries("malicious", 2), [], progress=False)
+    with pytest.raises(DavspError, match="no malicious queries"):
+        HarmfulnessVector.fit(lvlm, [], queries("benign", 2), progress=False)
+    with pytest.raises(DavspError, match="benign-0 is labelled benign but stands among the malicious"):
+        HarmfulnessVector.fit(lvlm, queries("benign", 2), queries("benign", 2), progress=False)
+
+
+def test_two_classes_that_are_the_same(lvlm):
+    same = [replace(q, label="malicious") for q in queries("benign", 3)]
+    with pytest.raises(DavspError, match="must differ"):
+        HarmfulnessVector.fit(lvlm, same, queries("benign", 3), progress=False)
+
+
+@pytest.mark.parametrize("layer", [0, 4, -1])
+def test_a_layer_out_of_range(vector, layer):
+    for call in (vector.direction, vector.margins, vector.half_gap, vector.use_layer):
+        with pytest.raises(DavspError, match=f"layer {layer} is out of range: the vector has layers 1 to 3"):
+            call(layer)
