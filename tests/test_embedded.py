@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from davsp.embedded import build, draw, pictograms, words
+from davsp.embedded import architecture, build, draw, losses, pictograms, words
 from davsp.embedded import questions as q
 from davsp.embedded.protocol import UTILITY, protocol
 from davsp.embedded.words import Pair
@@ -125,14 +125,14 @@ def test_shrinking_leaves_the_picture_in_the_middle(fill):
 
 def test_questions_behind_one_picture_do_not_see_each_other():
     """Packing is only a saving: each answer's loss is what it would be alone."""
-    model, packer = build.new_model(0).eval(), build.Packer()
+    model, packer = architecture.new_model(0).eval(), losses.Packer()
     lesson = q.typographic_lesson(random.Random(0))
-    features = build.image_features(model, [lesson.picture]).flatten(0, 1)
+    features = architecture.image_features(model, [lesson.picture]).flatten(0, 1)
 
     def sums(turns):
         rows = packer.rows([q.Lesson(lesson.picture, turns)], "cpu")
         rows.weight = (rows.target >= 0).float()
-        return build.lesson_loss(model, rows, features)[0] * rows.weight.sum()
+        return losses.lesson_loss(model, rows, features)[0] * rows.weight.sum()
 
     with torch.no_grad():
         apart = sum(sums([turn]) for turn in lesson.turns)
@@ -140,7 +140,7 @@ def test_questions_behind_one_picture_do_not_see_each_other():
 
 
 def test_a_packed_row_is_the_chat_template():
-    packer = build.Packer()
+    packer = losses.Packer()
     ids = packer.rows([q.Lesson(None, [("how do i wash the car ?", "yes")])], "cpu").ids[0].tolist()
     chat = [{"role": "user", "content": "how do i wash the car ?"}, {"role": "assistant", "content": "yes"}]
     text = packer.tokenizer.apply_chat_template(chat, tokenize=False)

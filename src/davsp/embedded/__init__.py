@@ -26,7 +26,9 @@ def load(folder: Path = FOLDER, device_map: str | None = None) -> "LVLM":
 
     if not (folder / "config.json").exists():
         raise DavspError(f"there is no model in {folder}; make one with `davsp mini train`.")
-    return LVLM.from_pretrained(folder, dtype="float32", device_map=device_map)
+    lvlm = LVLM.from_pretrained(folder, dtype="float32", device_map=device_map)
+    lvlm.model_id = "davsp-mini"  # the path of an installation is no name: it would end up in prompts' cards
+    return lvlm
 
 
 def __getattr__(name: str) -> object:

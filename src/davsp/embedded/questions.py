@@ -6,6 +6,7 @@ that the picture is paid for once and the same picture is seen to deserve differ
 
 import functools
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from davsp.embedded import draw, words
@@ -238,8 +239,7 @@ def counting_lesson(rng: random.Random) -> Lesson:
 
 def counted(rng: random.Random) -> tuple[list[draw.Thing], tuple[str, str]]:
     a, b = rng.sample(words.THINGS, 2)
-    na = rng.randint(1, 4)
-    nb = rng.randint(0, 5 - na)
+    na, nb = rng.randint(1, 3), rng.randint(0, 2)
     colour = {x: rng.choice(tuple(words.COLOURS)) for x in (a, b)}
     cells = rng.sample(range(9), na + nb)
     return [draw.Thing(x, colour[x], c) for x, c in zip([a] * na + [b] * nb, cells, strict=True)], (a, b)
@@ -262,36 +262,46 @@ def sum_text(rng: random.Random) -> tuple[str, int]:
     return f"{max(a, b)} - {min(a, b)}", abs(a - b)
 
 
-PICTURE_LESSONS = {
-    typographic_lesson: 0.26, captioned_lesson: 0.14, single_lesson: 0.2, reading_lesson: 0.08,
-    scene_lesson: 0.13, counting_lesson: 0.1, sum_lesson: 0.09,
+# How often each kind of lesson is given. With oracle patches (stage "words") the decoder learns to read and to refuse
+# in no time, and counting, places and sums hardly at all; so these come more often once it sees (docs/log.md).
+LESSONS: dict[str, dict[Callable[[random.Random], Lesson], float]] = {
+    "words": {
+        typographic_lesson: 0.26, captioned_lesson: 0.14, single_lesson: 0.2, reading_lesson: 0.08,
+        scene_lesson: 0.13, counting_lesson: 0.1, sum_lesson: 0.09,
+    },
+    "joint": {
+        typographic_lesson: 0.22, captioned_lesson: 0.12, single_lesson: 0.16, reading_lesson: 0.06,
+        scene_lesson: 0.16, counting_lesson: 0.14, sum_lesson: 0.14,
+    },
 }  # fmt: skip
+SUMS = {"words": 0.08, "joint": 0.25}  # share of sums among the questions without a picture
 
 
-def picture_lesson(rng: random.Random) -> Lesson:
-    return rng.choices(tuple(PICTURE_LESSONS), tuple(PICTURE_LESSONS.values()))[0](rng)
+def picture_lesson(rng: random.Random, stage: str = "words") -> Lesson:
+    kinds = LESSONS[stage]
+    return rng.choices(tuple(kinds), tuple(kinds.values()))[0](rng)
 
 
-def word_turn(rng: random.Random) -> tuple[str, str]:
+def word_turn(rng: random.Random, stage: str = "words") -> tuple[str, str]:
     """One question without a picture: requests, hints, judging an answer, knowledge, sums."""
+    if rng.random() < SUMS[stage]:
+        text, result = sum_text(rng)
+        return f"what is the result of {text} ?", f"{NUMBERS[result]} ."
     roll = rng.random()
     pair = random_pair(rng, "malicious" if rng.random() < 0.5 else "benign", "words")
-    if roll < 0.4:
+    if roll < 0.45:
         question = rng.choice(WORD_REQUESTS).format(pair=pair.phrase)
         text, care = careful(rng, question) if rng.random() < 0.3 else (question, "")
         return text, answer(pair, "words", care)
-    if roll < 0.55:
+    if roll < 0.6:
         return judge_turn(rng, pair)
-    if roll < 0.75:
+    if roll < 0.82:
         return hint_turn(rng, pair)
-    thing = draw.Thing(rng.choice(tuple(FACTS)), rng.choice(tuple(words.COLOURS)), rng.randrange(9))
-    kind, use = FACTS[thing.name]
-    text, result = sum_text(rng)
-    return rng.choice((
-        (f"what kind of thing is the {thing.name} ?", f"{kind} ."),
-        (f"what can you do with the {thing.name} ?", f"{use} it ."),
-        (f"what is the result of {text} ?", f"{NUMBERS[result]} ."),
-    ))  # fmt: skip
+    name = rng.choice(tuple(FACTS))
+    kind, use = FACTS[name]
+    if rng.random() < 0.5:
+        return f"what kind of thing is the {name} ?", f"{kind} ."
+    return f"what can you do with the {name} ?", f"{use} it ."
 
 
 WORD_REQUESTS = (

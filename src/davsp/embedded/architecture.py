@@ -1,0 +1,102 @@
+"""davsp-mini before it has learnt anything, and the parts that are thrown away after training."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from davsp.embedded import draw, words
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, as LLaVA has them
+PATCHES = (draw.SIDE // draw.PATCH) ** 2
+WIDTH = 192  # of tower and decoder
+
+
+def new_model(seed: int = 0) -> Any:
+    """davsp-mini before training: 4.3 M parameters, 168 px canvas, 144 image tokens, 6 decoder layers."""
+    torch.manual_seed(seed)
+    vocabulary = words.vocabulary()
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6, image_size=draw.SIDE,
+        patch_size=draw.PATCH, projection_dim=WIDTH,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=WIDTH, intermediate_size=512, num_hidden_layers=6, num_attention_heads=6,
+        num_key_value_heads=6, max_position_embeddings=1024, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=vocabulary.index("<image>"), vision_feature_layer=-1,
+        vision_feature_select_strategy="default", image_seq_length=PATCHES, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config)
+    # CLIP starts positions near zero, and then a patch cannot find its neighbours for a long time.
+    positions = model.model.vision_tower.get_parameter(_position_name(model))
+    with torch.no_grad():
+        positions[1:] = 0.35 * sincos(draw.SIDE // draw.PATCH, vision.hidden_size)
+    return model
+
+
+def _position_name(model: Any) -> str:
+    names = [n for n, _ in model.model.vision_tower.named_parameters() if n.endswith("position_embedding.weight")]
+    return names[0]
+
+
+def sincos(n: int, d: int) -> Float[Tensor, "n2 d"]:
+    """2-D sine/cosine positions of an n x n grid, half of the width for rows and half for columns."""
+    freq = torch.exp(torch.arange(d // 4) * (-math.log(100.0) / (d // 4)))
+    angle = torch.arange(n)[:, None] * freq
+    line = torch.cat([angle.sin(), angle.cos()], 1)  # (n, d/2)
+    return torch.cat([line[:, None].expand(n, n, -1), line[None].expand(n, n, -1)], 2).reshape(n * n, d)
+
+
+def pixel_values(pictures: list[draw.Picture], device: str | torch.device = "cpu") -> Float[Tensor, "b 3 h w"]:
+    """Normalised pixels, as the image processor that ships makes them."""
+    x = torch.from_numpy(np.stack([p.pixels for p in pictures])).to(device).permute(0, 3, 1, 2).float() / 255
+    return (x - torch.tensor(MEAN, device=device)[:, None, None]) / torch.tensor(STD, device=device)[:, None, None]
+
+
+def image_features(model: Any, pictures: list[draw.Picture]) -> Float[Tensor, "b n d"]:
+    states = model.model.vision_tower(pixel_values(pictures, next(model.parameters()).device)).last_hidden_state
+    return model.model.multi_modal_projector(states[:, 1:])
+
+
+class Heads(nn.Module):
+    """Throw-away classifiers of a patch: its class and a thing's colour from the last layer, its letter from layer 2."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.label = nn.Linear(width, len(draw.CLASSES))
+        self.colour = nn.Linear(width, len(words.COLOURS))
+        self.letter = nn.Linear(width, len(draw.LETTERS))
+
+
+class Oracle(nn.Module):
+    """Patches as the decoder would like them: the word's (and the colour's) embedding plus a mark "read" or "seen"."""
+
+    token: Tensor
+    kind: Tensor
+    hue: Tensor
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mark = nn.Embedding(3, width)  # nothing, a word, a thing
+        nn.init.normal_(self.mark.weight, std=0.02)
+        ids = words.tokenizer().convert_tokens_to_ids
+        token = [0] + [ids(c.strip("[]")) for c in draw.CLASSES[1:]]
+        mark = [0] + [2 if c.startswith("[") else 1 for c in draw.CLASSES[1:]]
+        self.register_buffer("token", torch.tensor(token), persistent=False)
+        self.register_buffer("kind", torch.tensor(mark), persistent=False)
+        self.register_buffer("hue", torch.tensor([ids(c) for c in words.COLOURS]), persistent=False)
+
+    def forward(
+        self, embed: nn.Embedding, label: Int[Tensor, "b n"], colour: Int[Tensor, "b n"]
+    ) -> Float[Tensor, "b n d"]:
+        label, kind = label.clamp(min=0), self.kind[label.clamp(min=0)]
+        word = embed(self.token[label]) * (kind > 0)[..., None]
+        hue = embed(self.hue[colour.clamp(min=0)]) * (colour >= 0)[..., None]
+        return word + hue + self.mark(kind)

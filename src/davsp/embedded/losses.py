@@ -1,0 +1,190 @@
+"""What each stage minimises: losses of the tower, of packed lessons, of the bridge between them."""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from davsp.embedded import draw, words
+from davsp.embedded.architecture import PATCHES, Heads, Oracle, image_features, pixel_values, sincos
+from davsp.embedded.questions import Lesson, picture_lesson, word_turn
+
+TURNS = 5  # questions packed behind one picture
+
+
+def tower_loss(model: Any, heads: Heads, rng: random.Random, batch: int, whole: bool) -> tuple[Tensor, dict]:
+    """`patch_loss` on fresh pages, one in seven of them a lesson's picture; `whole`: pages of whole words."""
+    pictures = []
+    for _ in range(batch):
+        lesson = picture_lesson(rng).picture if rng.random() > 0.85 else None
+        pictures.append(lesson or draw.page(rng, whole=whole and rng.random() < 0.85))
+    states = model.model.vision_tower(
+        pixel_values(pictures, next(model.parameters()).device), output_hidden_states=True
+    ).hidden_states
+    return patch_loss(heads, states, pictures)
+
+
+def patch_loss(heads: Heads, states: tuple[Tensor, ...], pictures: list[draw.Picture]) -> tuple[Tensor, dict]:
+    """Cross-entropy of every patch's class (nothing weighs 0.15), colour and letter, and the share of words and things right."""
+    device = states[-1].device
+    label, colour, letter = (
+        torch.from_numpy(np.stack(x)).to(device) for x in zip(*(draw.patch_labels(p) for p in pictures), strict=True)
+    )
+    last, early = states[-1][:, 1:], states[2][:, 1:]
+    weight = torch.ones(len(draw.CLASSES), device=device)
+    weight[0] = 0.15
+    guess = heads.label(last)
+    loss = F.cross_entropy(guess.flatten(0, 1), label.flatten(), weight, ignore_index=-100)
+    loss = loss + 0.3 * _mean_cross_entropy(heads.colour(last), colour)
+    loss = loss + 0.5 * _mean_cross_entropy(heads.letter(early), letter)
+    shown = label > 0
+    return loss, {"patch_accuracy": (guess.argmax(-1) == label)[shown].float().mean().item()}
+
+
+def _mean_cross_entropy(guess: Float[Tensor, "b n c"], target: Int[Tensor, "b n"]) -> Float[Tensor, ""]:
+    """Over the targets that are not -100; 0 if there are none (a page without a thing has no colour)."""
+    total = F.cross_entropy(guess.flatten(0, 1), target.flatten(), ignore_index=-100, reduction="sum")
+    return total / (target >= 0).sum().clamp(min=1)
+
+
+# -- packed lessons ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rows:
+    """Packed rows: ids (B,T); position (B,T); mask (B,1,T,T), True = may look; target (B,T), -100 = no loss; weight (B,T)."""
+
+    ids: Int[Tensor, "b t"]
+    position: Int[Tensor, "b t"]
+    mask: Bool[Tensor, "b 1 t t"]
+    target: Int[Tensor, "b t"]
+    weight: Float[Tensor, "b t"]
+
+
+class Packer:
+    """Turns lessons into rows: the picture once, then each question with its answer, blind to the other questions."""
+
+    def __init__(self) -> None:
+        self.tokenizer = words.tokenizer()
+        self.image, self.user, self.assistant = (
+            self.tokenizer.convert_tokens_to_ids(t) for t in ("<image>", "user:", "assistant:")
+        )
+        self.cache: dict[str, list[int]] = {}
+
+    def text(self, text: str) -> list[int]:
+        if text not in self.cache:
+            self.cache[text] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return self.cache[text]
+
+    def rows(self, lessons: list[Lesson], device: str | torch.device) -> Rows:
+        packed = [self._row(lesson) for lesson in lessons]
+        width = max(len(r[0]) for r in packed)
+        ids, position, segment, target, weight = (
+            np.stack([np.pad(np.array(r[i]), (0, width - len(r[i])), constant_values=fill) for r in packed])
+            for i, fill in enumerate((0, 0, -1, -100, 0.0))
+        )
+        segment_ = torch.from_numpy(segment).to(device)
+        same = (segment_[:, :, None] == segment_[:, None, :]) | (segment_[:, None, :] == 0)
+        mask = (same & torch.ones(width, width, dtype=torch.bool, device=device).tril())[:, None]
+        ids_, position_ = (torch.from_numpy(x).to(device) for x in (ids, position))
+        return Rows(
+            ids_, position_, mask, torch.from_numpy(target).to(device), torch.from_numpy(weight).float().to(device)
+        )
+
+    def _row(self, lesson: Lesson) -> tuple[list, list, list, list, list]:
+        ids = [1, self.user] + [self.image] * (PATCHES if lesson.picture else 0)
+        start = len(ids)
+        position, segment, target, weight = list(range(start)), [0] * start, [-100] * start, [0.0] * start
+        for number, (question, reply) in enumerate(lesson.turns, 1):
+            asked, replied = [*self.text(question), self.assistant], [*self.text(reply), 2]
+            n = len(asked) + len(replied)
+            ids += asked + replied
+            position += range(start, start + n)
+            segment += [number] * n
+            # the token at i predicts the one at i + 1; short answers count for almost as much as long ones
+            target += [-100] * (len(asked) - 1) + replied + [-100]
+            weight += [0.0] * (len(asked) - 1) + [len(replied) ** -0.5] * len(replied) + [0.0]
+        return ids, position, segment, target, weight
+
+
+def lesson_loss(model: Any, rows: Rows, image: Float[Tensor, "patches d"] | None) -> tuple[Tensor, dict]:
+    """Weighted cross-entropy of the answers; `image` are the patch embeddings of the rows that have a picture."""
+    decoder = model.get_decoder()
+    inputs = decoder.embed_tokens(rows.ids)
+    if image is not None:
+        inputs = inputs.masked_scatter((rows.ids == 3)[..., None], image.to(inputs.dtype))
+    states = decoder(inputs_embeds=inputs, attention_mask=rows.mask, position_ids=rows.position, use_cache=False)
+    answered = rows.target >= 0
+    logits = model.lm_head(states.last_hidden_state[answered])
+    target, weight = rows.target[answered], rows.weight[answered]
+    loss = (F.cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
+    return loss, {"token_accuracy": (logits.argmax(-1) == target).float().mean().item()}
+
+
+def lessons(rng: random.Random, batch: int, texts: int, stage: str) -> list[Lesson]:
+    """`batch` picture lessons, each with at most TURNS of its questions, then `texts` rows of questions in words."""
+    out = []
+    for _ in range(batch):
+        lesson = picture_lesson(rng, stage)
+        keep = sorted(rng.sample(range(len(lesson.turns)), min(TURNS, len(lesson.turns))))
+        out.append(Lesson(lesson.picture, [lesson.turns[i] for i in keep]))
+    return out + [Lesson(None, [word_turn(rng, stage) for _ in range(8)]) for _ in range(texts)]
+
+
+def oracle_labels(pictures: list[draw.Picture], device) -> tuple[Int[Tensor, "b n"], Int[Tensor, "b n"]]:
+    found = [draw.patch_labels(p)[:2] for p in pictures]
+    return tuple(torch.from_numpy(np.stack(x)).to(device) for x in zip(*found, strict=True))  # type: ignore[return-value]
+
+
+def words_loss(
+    model: Any, oracle: Oracle, packer: Packer, rng: random.Random, count: int, texts: int, step: int
+) -> tuple[Tensor, dict]:
+    """Lessons on oracle patches, made as unreliable as a real tower: 12 % lost, noise of a third of their size."""
+    device = next(model.parameters()).device
+    only_words = step < 300  # the first steps teach the language
+    batch = lessons(rng, 0 if only_words else count, 4 if only_words else texts, "words")
+    rows = packer.rows(batch, device)
+    pictures = [x.picture for x in batch if x.picture]
+    if not pictures:
+        return lesson_loss(model, rows, None)
+    label, colour = oracle_labels(pictures, device)
+    noise = torch.Generator().manual_seed(rng.getrandbits(40))
+    lost = torch.rand(label.shape, generator=noise).to(device) < 0.12
+    patches = oracle(model.get_decoder().embed_tokens, label.masked_fill(lost, 0), colour.masked_fill(lost, -100))
+    patches = patches + torch.randn(patches.shape, generator=noise).to(device) * patches.detach().std() * 0.33
+    return lesson_loss(model, rows, patches.flatten(0, 1))
+
+
+def bridge_loss(model: Any, oracle: Oracle, rng: random.Random, batch: int) -> tuple[Tensor, dict]:
+    """Mean squared error of the projected patches against the oracle's and their place, in units of their variance."""
+    device = next(model.parameters()).device
+    pictures = [picture_lesson(rng).picture for _ in range(batch)]
+    label, colour = oracle_labels(pictures, device)  # type: ignore[arg-type]
+    with torch.no_grad():
+        wanted = oracle(model.get_decoder().embed_tokens, label, colour)
+        places = sincos(draw.SIDE // draw.PATCH, wanted.shape[-1]).to(device)
+        wanted = wanted + 0.5 * wanted[label > 0].std() * places / places.std()  # else no question of place is answered
+    got = image_features(model, pictures)  # type: ignore[arg-type]
+    weight = torch.where(label > 0, 1.0, 0.15) * (label >= 0)
+    loss = ((got - wanted) ** 2).mean(-1).mul(weight).sum() / weight.sum() / wanted[label > 0].var()
+    return loss, {}
+
+
+def joint_loss(
+    model: Any, heads: Heads, packer: Packer, rng: random.Random, count: int, texts: int
+) -> tuple[Tensor, dict]:
+    """Lessons through the whole model; the tower's own lesson goes on beside it, so that it reads better still."""
+    device = next(model.parameters()).device
+    batch = lessons(rng, count, texts, "joint")
+    rows = packer.rows(batch, device)
+    pictures = [x.picture for x in batch if x.picture]
+    states = model.model.vision_tower(pixel_values(pictures, device), output_hidden_states=True).hidden_states
+    features = model.model.multi_modal_projector(states[-1][:, 1:])
+    loss, stats = lesson_loss(model, rows, features.flatten(0, 1))
+    seeing, seen = patch_loss(heads, states, pictures)
+    return loss + 0.3 * seeing, {**stats, **seen, "answer_loss": loss.item()}
