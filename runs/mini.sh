@@ -1,13 +1,21 @@
 #!/usr/bin/env bash
-# davsp-mini from nothing: five stages, then measuring and the card. Resumable: run it again after a kill.
-# Two CPU cores: about three hours in sequence. The stages `tower` + `read` and `words` do not need each other,
-# so on two cores they may run side by side, one thread each, and `joint` then takes both cores.
+# davsp-mini from nothing: six stages, then measuring and the card. Resumable: run it again after a kill or a failure.
+# Two CPU cores: tower and read on one, beside words and place on the other; bridge and joint then take both.
 set -euo pipefail
+set -m                              # a background side is a process group of its own, so that it can be stopped whole
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/mini}
 
-OMP_NUM_THREADS=1 .venv/bin/davsp mini train --out "$OUT" --stage words & # questions in words, then oracle patches
-OMP_NUM_THREADS=1 .venv/bin/davsp mini train --out "$OUT" --stage tower    # a class for every patch
-wait
-.venv/bin/davsp mini train --out "$OUT" --stage read   # pages of whole words: reading is the slowest to come
-.venv/bin/davsp mini train --out "$OUT"                # bridge, joint, card
+stage() { .venv/bin/davsp mini train --out "$OUT" --stage "$1"; }
+side() { export OMP_NUM_THREADS=1; for name in "$@"; do stage "$name"; done; }
+
+side words place &                  # questions in words, then oracle patches; then where things are
+words=$!
+trap 'kill -- -"$words" 2>/dev/null || true' EXIT
+(side tower read)                   # a class for every patch; then pages of whole words
+wait "$words"                       # if that side failed, the script ends here
+trap - EXIT
+
+stage bridge                        # the picture's own patches in place of the oracle's
+stage joint                         # everything together
+stage card                          # export, measure, write the card

@@ -1,6 +1,9 @@
 """Shapes and types of every signature are checked while the tests run."""
 
+import os
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may reach the hub
 
 import jaxtyping
 import pytest

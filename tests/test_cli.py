@@ -3,15 +3,18 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny import queries
 
-from davsp import cli
+from davsp import HarmfulnessVector, cli
 from davsp.dataset import load_queries, save_queries
+from davsp.embedded.words import vocabulary
 from davsp.errors import DavspError
+from davsp.query import open_picture
+from tiny import queries
 
 
 def run(*arguments: str | Path) -> int:
@@ -35,6 +38,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def vectors(vector: HarmfulnessVector, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One of the tiny model, and one of another."""
+    folder = tmp_path_factory.mktemp("vectors")
+    vector.save(folder / "ours")
+    replace(vector, vectors=vector.vectors[:, :5]).save(folder / "other")
+    return folder
+
+
 def test_help_does_not_import_torch():
     code = "import sys, davsp.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
@@ -43,18 +55,33 @@ def test_help_does_not_import_torch():
 def test_from_data_to_a_defended_picture(data: Path, tiny_folder: Path, tmp_path: Path, capsys):
     both = ("--malicious", data / "malicious", "--benign", data / "benign", "--model", tiny_folder)
     assert run("vector", *both, "--out", tmp_path / "vector") == 0
+    assert open_picture(tmp_path / "vector" / "layers.png").width > 300
     settings = ("--padding", 8, "--steps", 2, "--batch-size", 2, "--mu-plus", 50, "--mu-minus", -50)
     assert run("train", *both, "--vector", tmp_path / "vector", "--out", tmp_path / "prompt", *settings) == 0
-    assert {"vsp.png", "vsp.safetensors", "vsp_config.json", "README.md"} <= {p.name for p in (tmp_path / "prompt").iterdir()}
+    assert {"vsp.png", "vsp.safetensors", "vsp_config.json", "README.md"} <= {
+        p.name for p in (tmp_path / "prompt").iterdir()
+    }
     assert run("info", tmp_path / "prompt") == 0
-    evaluated = ("--prompt", tmp_path / "prompt", "--queries", data / "test", "--model", tiny_folder, "--max-new-tokens", 4)
+    evaluated = (
+        "--prompt",
+        tmp_path / "prompt",
+        "--queries",
+        data / "test",
+        "--model",
+        tiny_folder,
+        "--max-new-tokens",
+        4,
+    )
     assert run("eval", *evaluated, "--out", tmp_path / "eval") == 0
     rows = json.loads((tmp_path / "eval" / "metrics.json").read_text())["rows"]
     assert {r["defense"] for r in rows} == {"none", "davsp"}
     Image.new("RGB", (90, 40), "navy").save(tmp_path / "picture.jpg")
     assert run("apply", tmp_path / "picture.jpg", "--prompt", tmp_path / "prompt", "--out", tmp_path / "out.png") == 0
-    assert Image.open(tmp_path / "out.png").size == (56, 56)
+    assert open_picture(tmp_path / "out.png").size == (56, 56)
     assert "files agree" in capsys.readouterr().out
+
+
+BOTH = ["--malicious", "DATA/malicious", "--benign", "DATA/benign"]
 
 
 @pytest.mark.parametrize(
@@ -66,20 +93,77 @@ def test_from_data_to_a_defended_picture(data: Path, tiny_folder: Path, tmp_path
         (["vector", "--malicious", "DATA/malicious"], "--benign is missing"),
         (["vector", "--malicious", "DATA/none", "--benign", "DATA/benign"], "no queries at"),
         (["train", "--kind", "frame"], "--kind is border or additive"),
-        (["train", "--padding", "28", "--malicious", "DATA/malicious", "--benign", "DATA/benign"], "--vector is needed"),
+        (
+            ["train", "--padding", "28", "--malicious", "DATA/malicious", "--benign", "DATA/benign"],
+            "--vector is needed",
+        ),
+        (["train", "--padding", "0", *BOTH, "--vector", "VECTOR"], "padding 0 leaves no room"),
+        (["train", "--refusal", "", *BOTH, "--vector", "VECTOR"], "--refusal '' is not possible"),
+        (["vector", *BOTH, "--device", "foo"], "device 'foo' cannot be used here"),
         (["mini", "train", "--stage", "sleep"], "the stages are"),
+        (["mini", "train", "--device", "foo"], "device 'foo' cannot be used here"),
+        (["eval", "--model", "MODEL"], "the embedded data is for davsp-mini"),
+        (["eval", "--model", "someone/else"], "cannot load model someone/else"),
+        (["eval", "--model", "MODEL", "--queries", "DATA/test", "--vector", "OTHER"], "the vector is of another model"),
+        (["train", "--stepz", "3"], "--stepz"),
+        (["frame"], "frame"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, says, data: Path, tiny_folder: Path, tmp_path, capsys, monkeypatch):
+def test_a_mistake_is_one_sentence_and_exit_code_2(
+    arguments, says, data: Path, vectors: Path, tiny_folder: Path, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    arguments = [a.replace("DATA", str(data)) for a in arguments]
+    places = {"DATA": data, "VECTOR": vectors / "ours", "OTHER": vectors / "other", "MODEL": tiny_folder}
+    for name, place in places.items():
+        arguments = [a.replace(name, str(place)) for a in arguments]
     if arguments[0] in ("vector", "train") and "--malicious" in arguments:
         arguments += ["--model", str(tiny_folder)]
     assert run(*arguments) == 2
     said = capsys.readouterr().err
     assert says in said and "Traceback" not in said
     assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_noise_goes_the_same_road(data: Path, vectors: Path, tiny_folder: Path, tmp_path: Path, capsys):
+    model = ("--model", tiny_folder)
+    settings = ("--kind", "additive", "--steps", 1, "--batch-size", 2, "--text", "please be safe")
+    both = ("--malicious", data / "malicious", "--benign", data / "benign", "--vector", vectors / "ours")
+    assert run("train", *both, *model, *settings, "--mu-plus", 50, "--mu-minus", -50, "--out", tmp_path / "noise") == 0
+    said = capsys.readouterr()
+    assert "noise.safetensors is the noise" in said.out and "the vector was fitted with the text ''" in said.err
+    assert run("info", tmp_path / "noise") == 0
+    asked = ("--prompt", tmp_path / "noise", "--queries", data / "test", "--max-new-tokens", 2)
+    assert run("eval", *asked, *model, "--vector", vectors / "ours", "--out", tmp_path / "eval") == 0
+    assert "the vector was fitted with the text ''" in capsys.readouterr().err
+    rows = json.loads((tmp_path / "eval" / "metrics.json").read_text())["rows"]
+    assert {r["defense"] for r in rows} == {"none", "additive"}
+    Image.new("RGB", (90, 40), "navy").save(tmp_path / "picture.jpg")
+    assert run("apply", tmp_path / "picture.jpg", "--prompt", tmp_path / "noise", "--out", tmp_path / "out.png") == 0
+    assert open_picture(tmp_path / "out.png").size == (56, 56)
+
+
+@pytest.mark.parametrize("command", [["demo"], ["info", "x"], ["mini", "data"]])
+def test_ctrl_c_anywhere_says_how_to_go_on(command, monkeypatch, tmp_path, capsys):
+    def stop(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("experiments.demo.run_demo", "prompts.load_prompt", "embedded.protocol.protocol"):
+        monkeypatch.setattr(f"davsp.{name}", stop)
+    assert run(*command) == 130
+    said = capsys.readouterr().err.strip()
+    assert said == cli.STOPPED and "give the same command again" in said
+
+
+def test_a_folder_is_davsp_mini_by_its_canvas_and_words(tiny_folder: Path, tmp_path: Path):
+    assert not cli._is_mini(tmp_path) and not cli._is_mini(tiny_folder)
+    (tmp_path / "config.json").write_text("[1]")
+    assert not cli._is_mini(tmp_path)
+    size = len(vocabulary())
+    for canvas, words in ((168, size), (336, size), (168, size + 1)):
+        config = {"vision_config": {"image_size": canvas}, "text_config": {"vocab_size": words}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert cli._is_mini(tmp_path) == ((canvas, words) == (168, size))
 
 
 @pytest.mark.parametrize(
@@ -104,6 +188,7 @@ def test_a_line_that_is_no_query_is_named(line: str, says: str, tmp_path: Path):
 
 def test_queries_come_back_as_they_were(tmp_path: Path):
     before = queries("malicious", 3) + queries("benign", 3)
+    before[0] = replace(before[0], question="two\u2028lines\x85of one question")
     save_queries(tmp_path, before)
     after = load_queries(tmp_path)
     for a, b in zip(before, after, strict=True):

@@ -81,6 +81,13 @@ def test_description_follows_what_decides() -> None:
     assert SafetyText("other").describe() != SafetyText(TEXT).describe()
 
 
+@pytest.mark.parametrize("text", ["please be safe", " please\n", "please be safe "])
+def test_text_alone_and_text_with_a_border_ask_the_same(text: str) -> None:
+    query = queries("malicious", 1)
+    border = VisualPrompt(VisualSafetyPrompt.create(56, 8, text=text))
+    assert SafetyText(text).prepare(query)[0].question == border.prepare(query)[0].question
+
+
 def test_misuse_is_said(lvlm: LVLM) -> None:
     with pytest.raises(DavspError, match="NoDefense"):
         SafetyText(" ")

@@ -177,8 +177,33 @@ def test_every_stage_runs_resumes_to_the_same_bits_and_exports(short, tmp_path: 
 
 
 def test_a_stage_says_what_it_needs_and_refuses_another_runs_folder(short, tmp_path: Path):
-    with pytest.raises(DavspError, match="needs stage 'tower'"):
+    with pytest.raises(DavspError, match="stage read is not done"):
         next(build.run_stage("bridge", tmp_path))
     list(build.run_stage("tower", tmp_path))
     with pytest.raises(DavspError, match="other settings"):
         next(build.run_stage("tower", tmp_path, seed=5))
+
+
+def test_the_card_is_made_of_measured_figures_and_says_what_is_missed(short, tmp_path: Path):
+    """On a model that has learnt nothing: every bar is there, few are met, and the card carries what was measured."""
+    from davsp.embedded import load
+    from davsp.embedded.card import card, measure
+
+    model = architecture.new_model(0)
+    list(build.run_stage("tower", tmp_path))
+    build._save(
+        torch.nn.ModuleDict({"model": model}), torch.optim.SGD(model.parameters()), tmp_path / "joint", {"step": 1}
+    )
+    build.export(tmp_path, tmp_path / "model")
+    measured = measure(
+        load(tmp_path / "model"), **{k: 4 for k in ("harm", "utility", "mme", "llava_bench", "vector", "sweep")}
+    )
+    assert len(measured["bars"]) == 29 and not all(b["met"] for b in measured["bars"])
+    names = [b["behaviour"] for b in measured["bars"]]
+    assert len(set(names)) == len(names)
+    stage = {"steps": 1, "batch": 1, "seconds": 60.0, "hardware": "a test"}
+    text = dict.fromkeys(
+        ("parameters", "things", "canvas", "tokens", "words", "faces", "seed", "command", "sha256"), "X"
+    )
+    page = card(measured, {"stages": {"tower": stage}, "text": text})
+    assert all(name in page for name in names) and "| tower | 1 | 1 | 1 min | a test |" in page

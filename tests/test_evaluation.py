@@ -11,7 +11,9 @@ from rich.console import Console
 from davsp import LVLM, DavspError, HarmfulnessVector, Query, Response
 from davsp.defenses import Defense, NoDefense, SafetyText
 from davsp.errors import Interrupted
-from davsp.evaluation import Evaluation, evaluate, fingerprint, queries_hash, verdicts_of
+from davsp.evaluation import Evaluation, evaluate, fingerprint, judge_name, queries_hash, verdicts_of
+from davsp.judges.keyword import VERSION as RULES
+from davsp.judges.keyword import keyword
 from tiny import queries
 
 DEFENSES: dict[str, Defense] = {"none": NoDefense(), "safety-text": SafetyText("please be safe")}
@@ -152,6 +154,12 @@ def test_a_judge_that_says_something_else_is_unscored() -> None:
     found = verdicts_of(some(), responses, judge)  # type: ignore[arg-type]
     assert len(found) == 5 and {v.label for v in found} == {"unscored"}
     assert "probably fine" in found[0].reason
+
+
+def test_a_verdict_names_its_judge_and_the_version_of_its_rules() -> None:
+    responses = [Response(q.id, "none", "a cake") for q in some()]
+    assert {v.judge for v in verdicts_of(some(), responses)} == {f"keyword/{RULES}"} == {judge_name(keyword)}
+    assert {v.judge for v in verdicts_of(some(), responses, lambda text, question: ("safe", ""))} == {"<lambda>"}
 
 
 def test_bad_input_is_said(lvlm: LVLM) -> None:

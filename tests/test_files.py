@@ -25,6 +25,13 @@ def test_round_trips(tmp_path):
     assert files.sha256(tmp_path / "deep" / "a.txt") == files.sha256_bytes("räksmörgås".encode())
 
 
+def test_json_takes_paths_and_nothing_else_it_does_not_know(tmp_path):
+    files.write_json(tmp_path / "a.json", {"folder": tmp_path})
+    assert files.read_json(tmp_path / "a.json") == {"folder": str(tmp_path)}
+    with pytest.raises(TypeError, match="Tensor"):
+        files.to_json({"loss": torch.zeros(1)})
+
+
 @pytest.mark.parametrize("call", ["replace", "fsync"])
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, call):
     path = tmp_path / "a.json"

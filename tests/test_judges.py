@@ -2,7 +2,7 @@
 
 import pytest
 
-from davsp.judges import JUDGES, keyword, refused
+from davsp.judges import keyword, refused
 from davsp.judges.keyword import COMPLIANCE, REFUSALS, plain
 
 
@@ -45,7 +45,3 @@ def test_phrases_are_in_plain_form() -> None:
 def test_plain() -> None:
     assert plain("I  don't , it 's") == "i do not, it is"
     assert plain("You Can't!") == "you cannot!"
-
-
-def test_the_dict_holds_it() -> None:
-    assert JUDGES["keyword"] is keyword

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoImageProcessor
 
@@ -184,6 +185,34 @@ def test_bad_questions(lvlm, canvas):
         lvlm.generate(canvas[:1], ["what is <image> this"])
     with pytest.raises(DavspError, match="empty"):
         lvlm.preprocess([])
+
+
+@pytest.mark.parametrize("device", ["foo", "cpu:x", "meta", "cuda:99"])
+def test_a_bad_device_is_named(tiny_folder, device):
+    with pytest.raises(DavspError, match=f"device '{device}' cannot be used here \\(.+\\); choose another"):
+        LVLM.from_pretrained(tiny_folder, device_map=device)
+
+
+def test_broken_and_missing_weights_are_one_sentence(tiny_folder, tmp_path, monkeypatch):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(n for n in tensors if "multi_modal_projector" in n)
+    save_file({n: t for n, t in tensors.items() if n != name}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DavspError, match=r"cannot load model .*lacks the weights of .*multi_modal_projector"):
+        LVLM.from_pretrained(folder, device_map="cpu")
+    (folder / "model.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(DavspError, match=r"cannot load model .*check its name, or mend its files"):
+        LVLM.from_pretrained(folder, device_map="cpu")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(DavspError, match="cannot load model"):
+        LVLM.from_pretrained(folder, device_map="cpu")
+
+    def silent(*args, **options):
+        raise OSError
+
+    monkeypatch.setattr("davsp.lvlm.base.AutoConfig.from_pretrained", silent)
+    with pytest.raises(DavspError, match=r"model: OSError; check"):
+        LVLM.from_pretrained(folder, device_map="cpu")
 
 
 def test_bad_checkpoints(tiny_folder, tmp_path):

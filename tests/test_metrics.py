@@ -84,6 +84,16 @@ def test_no_change_is_no_certainty() -> None:
     assert (value, p) == (0, 1) and low < -0.1 and high > 0.1
 
 
+@pytest.mark.parametrize("change", [-1, 0, 1])
+def test_interval_of_equal_changes_counts_groups(change: int) -> None:
+    """Twelve queries of four intents that all changed alike: as sure as four, not as twelve."""
+    before, after = [int(change < 0)], [int(change > 0)]
+    grouped = metrics.paired_difference(before * 12, after * 12, list("abcd") * 3)
+    assert grouped[:3] == pytest.approx(metrics.paired_difference(before * 4, after * 4, APART[:4])[:3])
+    apart = metrics.paired_difference(before * 12, after * 12, APART[:12])
+    assert grouped[2] - grouped[1] > apart[2] - apart[1] > 0.05
+
+
 def test_p_of_groups_counts_groups() -> None:
     """Nine gained queries of three intents are three coin tosses: p is near 2 / 2^3, not 2 / 2^9."""
     before, after, groups = [0] * 9, [1] * 9, list("abc") * 3

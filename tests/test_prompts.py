@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from davsp import AdditiveNoise, DavspError, VisualSafetyPrompt
+from davsp.prompts import load_prompt
 from davsp.prompts.border import pad_to_square
 from tiny import picture
 
@@ -279,3 +280,17 @@ def test_noise_saves_and_loads(tmp_path):
     noise.delta[0, 0, 0] = 1
     with pytest.raises(DavspError, match="outside"):
         noise.save_pretrained(tmp_path)
+
+
+def test_load_prompt_picks_the_kind_by_the_file_that_is_there(prompt, tmp_path):
+    noise = AdditiveNoise.create(32, eps=16 / 255, start="random")
+    prompt.save_pretrained(tmp_path / "border")
+    noise.save_pretrained(tmp_path / "noise")
+    assert isinstance(load_prompt(tmp_path / "border"), VisualSafetyPrompt)
+    loaded = load_prompt(str(tmp_path / "noise"))
+    assert isinstance(loaded, AdditiveNoise) and torch.equal(loaded.delta, noise.quantised().delta)
+    noise.save_pretrained(tmp_path / "border")
+    with pytest.raises(DavspError, match=r"holds both vsp_config\.json and noise_config\.json"):
+        load_prompt(tmp_path / "border")
+    with pytest.raises(DavspError, match="no prompt at"):
+        load_prompt(tmp_path / "nothing")

@@ -1,20 +1,17 @@
-"""The page: self-contained, redacted, with the right figures in it; and the demo that ends in one."""
+"""The page: self-contained, redacted, with the right figures in it."""
 
 import io
-import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
-import pytest
 from PIL import Image
 from rich.console import Console
 
-from davsp import LVLM, DavspError, Query, Response, TrainSettings, VisualSafetyPrompt
+from davsp import Query, Response, VisualSafetyPrompt
 from davsp.defenses import Defense, NoDefense, VisualPrompt
 from davsp.evaluation import Evaluation, _rows, verdicts_of
-from davsp.experiments.demo import run_demo
 from davsp.report import Picture, Report, build
 from davsp.report.cells import Column, cell, p_value, points
 from davsp.report.html import headline, render, write_report
@@ -108,6 +105,7 @@ def test_unsafe_answers_are_redacted_unless_asked_for() -> None:
     assert "crowbar" not in hidden and "[redacted]" in hidden and "complied" in hidden
     assert "&lt;b&gt;crowbar&lt;/b&gt;" in shown and "<b>crowbar" not in shown
     assert REFUSAL in hidden
+    assert "are redacted" in hidden and "redacted" not in shown
 
 
 def test_examples_show_failures_too() -> None:
@@ -116,9 +114,32 @@ def test_examples_show_failures_too() -> None:
 
 
 def test_headline_by_hand() -> None:
+    """Five of five, p = 2 / 2^5, is no proof."""
     text = headline(made()).replace("\N{NO-BREAK SPACE}", " ")
-    assert "from 0.0 % to 100.0 % in distribution and from 0.0 % to 80.0 % out of distribution" in text
-    assert "utility goes from 100.0 % to 75.0 %, over-refusal from 0.0 % to 0.0 %." in text
+    assert "from 0.0 % to 100.0 % (not significant) in distribution and from 0.0 % to 80.0 %" in text
+    assert "utility goes from 100.0 % to 75.0 % (not significant); over-refusal goes from 0.0 % to 0.0 %." in text
+
+
+def test_headline_of_a_failure() -> None:
+    """A defense that does harm is said to."""
+    report = made()
+    for row in report.rows:
+        if row["benchmark"] == "in_distribution" and row["metric"] == "rsr":
+            row["value"] = {"none": 0.9, "davsp": 0.3}[row["defense"]]
+        if row["benchmark"] == "in_distribution" and row["metric"] == "rsr_difference":
+            row |= {"value": -0.6, "p": 0.001}
+    text = headline(report).replace("\N{NO-BREAK SPACE}", " ")
+    assert "from 90.0 % to 30.0 % in distribution" in text
+
+
+def test_the_number_of_intents_is_told() -> None:
+    report = made()
+    assert report.asked == {"sd": (5, 5), "figstep": (5, 5)}
+    again = build(
+        "mini", [replace(q, group="one") for q in [e.query for e in report.examples]], Evaluation({}, {}, []), {}
+    )
+    assert again.asked == {"sd": (2, 1), "figstep": (2, 1)}
+    assert "SD 5 of 5, FigStep-like 5 of 5" in " ".join(Page(render(report)).words)
 
 
 def test_figures_stand_in_the_table() -> None:
@@ -154,85 +175,3 @@ def test_write_and_print(tmp_path: Path) -> None:
     print_table(console, made().rows)
     text = console.export_text()
     assert re.search(r"DAVSP.*100\.0.*80\.0.*75\.0", text)
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """The embedded protocol's fields, filled with noise."""
-
-    vector_malicious: list[Query]
-    vector_benign: list[Query]
-    sweep_malicious: list[Query]
-    sweep_benign: list[Query]
-    train_malicious: list[Query]
-    train_benign: list[Query]
-    test: list[Query]
-
-
-def noise() -> Protocol:
-    sets = [queries(label, 4, seed) for seed in range(3) for label in ("malicious", "benign")]
-    bad = [
-        replace(q, id=f"{b}{q.id}", benchmark=b)
-        for b in ("sd", "typo", "sd_typo", "figstep")
-        for q in queries("malicious", 2, 9)
-    ]
-    good = [
-        replace(q, benchmark="utility", category=c, id=f"{c}{q.id}")
-        for c in ("rec", "ocr")
-        for q in queries("benign", 2, 9)
-    ]
-    return Protocol(*sets, test=[*bad, *good])
-
-
-SETTINGS = TrainSettings.model_validate({"steps": 4, "batch_size": 4, "checkpoint_every": 2, "probe_every": 2})
-
-
-def demo(lvlm: LVLM, out: Path, settings: TrainSettings = SETTINGS) -> tuple[Evaluation, str]:
-    console = Console(record=True, width=140, file=io.StringIO())
-    options = {"safety_text": "please be safe", "padding": 8, "batch_size": 4, "max_new_tokens": 4}
-    found = run_demo(out, lvlm, noise(), settings, console=console, **options)  # type: ignore[arg-type]
-    return found, console.export_text()
-
-
-def test_demo_end_to_end(lvlm: LVLM, tmp_path: Path) -> None:
-    """All files are there, the second run keeps them, and other settings are made anew and give other pixels."""
-    found, printed = demo(lvlm, tmp_path)
-    rows = json.loads((tmp_path / "metrics.json").read_text())["rows"]
-    assert rows == found.rows
-    assert list(dict.fromkeys(r["defense"] for r in rows)) == [
-        "none",
-        "safety-text",
-        "random-border",
-        "additive",
-        "davsp",
-    ]
-    assert {r["benchmark"] for r in rows if r["metric"] == "rsr"} == {"sd", "typo", "sd_typo", "figstep"}
-    Page((tmp_path / "report.html").read_text())
-    for stage in ("vector", "davsp", "additive", "evaluate", "report"):
-        assert re.search(rf"^{stage} +[\d.]+ s", printed, re.MULTILINE)
-
-    prompt = VisualSafetyPrompt.from_pretrained(tmp_path / "prompt")
-    assert any(name.startswith("rsr") for name in prompt.config["figures"])
-    evaluated = json.loads((tmp_path / "responses" / "davsp.json").read_text())["defense"]
-    assert evaluated == VisualPrompt(prompt).describe()  # what was measured is what was exported
-
-    again, printed = demo(lvlm, tmp_path)
-    assert again == found and printed.count("kept") == 3
-
-    _, printed = demo(lvlm, tmp_path, SETTINGS.model_copy(update={"steps": 6}))
-    assert printed.count("made anew") == 2 and "answered anew" in printed
-    assert VisualPrompt(VisualSafetyPrompt.from_pretrained(tmp_path / "prompt")).describe() != evaluated
-
-
-def test_demo_goes_on_after_a_kill(lvlm: LVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed while the border is saved: training is not lost, and the end is the same."""
-    whole, _ = demo(lvlm, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            VisualSafetyPrompt, "save_pretrained", lambda *_: (_ for _ in ()).throw(DavspError("the disk is full"))
-        )
-        with pytest.raises(DavspError, match="full"):
-            demo(lvlm, tmp_path / "cut")
-    cut, printed = demo(lvlm, tmp_path / "cut")
-    assert re.search(r"^davsp .*finished", printed, re.MULTILINE)
-    assert cut.rows == whole.rows

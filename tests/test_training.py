@@ -250,6 +250,21 @@ def test_a_checkpoint_of_other_settings_is_refused(lvlm, prompt, vector, tmp_pat
     go(lvlm, prompt, vector, tmp_path, settings.model_copy(update=change), resume=False)
 
 
+def test_a_checkpoint_of_another_eps_padding_or_weights_is_refused(lvlm, vector, tiny_folder, tmp_path):
+    """Noise of every eps starts at zero, black borders of all widths are alike, a folder keeps its name."""
+    noise = AdditiveNoise.create(56, 8 / 255)
+    go(lvlm, noise, vector, tmp_path)
+    with pytest.raises(DavspError, match=r"other settings \(prompt\)"):
+        go(lvlm, AdditiveNoise.create(56, 32 / 255), vector, tmp_path)
+    other = LVLM.from_pretrained(tiny_folder, device_map="cpu")
+    next(other.model.parameters()).data.flatten()[0] += 1
+    with pytest.raises(DavspError, match=r"other settings \(weights\)"):
+        go(other, noise, vector, tmp_path)
+    borders = [VisualSafetyPrompt(torch.zeros(3, 56, 56), padding) for padding in (8, 9)]
+    identities = [Run(lvlm, b, MALICIOUS, BENIGN, vector, FAST, tmp_path, []).checkpoint.identity for b in borders]
+    assert identities[0]["prompt"] != identities[1]["prompt"]
+
+
 def test_a_checkpoint_of_other_data_is_refused(lvlm, prompt, vector, tmp_path):
     go(lvlm, prompt, vector, tmp_path)
     with pytest.raises(DavspError, match=r"other settings \(data\)"):

@@ -1,6 +1,7 @@
 """The vector against two lines of numpy; layer choice; margins; the disk."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,6 +83,19 @@ def test_save_and_load(vector, tmp_path):
         assert getattr(loaded, name) == getattr(vector, name)
     with pytest.raises(DavspError, match=r"cannot read .*vector\.safetensors"):
         HarmfulnessVector.load(tmp_path / "nothing")
+
+
+def test_check_knows_its_model(lvlm, vector):
+    vector.check(lvlm)
+    replace(vector, model_id="").check(lvlm)
+    replace(vector, model_id=f"/moved/{Path(lvlm.model_id).name}").check(lvlm)
+    for other in (
+        replace(vector, vectors=vector.vectors[:, :5]),
+        HarmfulnessVector(vector.vectors[:2], vector.malicious[:, :2], vector.benign[:, :2]),
+        replace(vector, model_id="someone/else"),
+    ):
+        with pytest.raises(DavspError, match=r"the vector is of another model: .*; fit one with"):
+            other.check(lvlm)
 
 
 def test_one_class_missing(lvlm):

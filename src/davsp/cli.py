@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from davsp.errors import DavspError, Interrupted
 
@@ -14,7 +15,24 @@ if TYPE_CHECKING:
     from davsp.lvlm import LVLM
     from davsp.query import Query
 
+STOPPED = (
+    "stopped; what was finished is kept (stages of demo, checkpoints of train, answers of eval): "
+    "give the same command again to go on from there."
+)
+
+
+class Commands(TyperGroup):
+    """All commands; Ctrl-C in any of them says how to go on, where typer would end without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted(STOPPED) from None
+
+
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Visual safety prompts: a trained picture frame that keeps a frozen vision-language model safe (DAVSP).",
@@ -45,9 +63,6 @@ def main() -> None:
     except DavspError as error:
         _say(f"davsp: {error}")
         sys.exit(2)
-    except KeyboardInterrupt:
-        _say("stopped; what was finished is kept: give the same command again to go on.")
-        sys.exit(130)
     except OSError as error:  # a full disk, a folder without permission
         _say(
             f"davsp: {error.filename or 'a file'} cannot be used ({error.strerror}); choose another folder or free space."
@@ -60,11 +75,21 @@ def _say(text: str) -> None:
 
 
 @app.command()
-def demo(out: Out = Path("out/demo"), seed: Seed = 0) -> None:
+def demo(
+    out: Out = Path("out/demo"),
+    seed: Seed = 0,
+    redact: Annotated[
+        bool | None,
+        typer.Option(
+            "--redact/--show-unsafe",
+            help="Compliant answers in the report; left out: shown, as davsp-mini's are harmless by construction.",
+        ),
+    ] = None,
+) -> None:
     """Train a prompt on the embedded model and show, with intervals and pictures, what it does (about five minutes)."""
     from davsp.experiments.demo import run_demo
 
-    run_demo(out, seed=seed)
+    run_demo(out, seed=seed, show_unsafe=None if redact is None else not redact)
 
 
 @app.command()
@@ -84,6 +109,8 @@ def vector(
     seed: Seed = 0,
 ) -> None:
     """Fit the harmfulness vector at every layer, sweep the layers on held-out queries, choose one and its margins."""
+    from davsp.files import write_bytes
+    from davsp.layerplot import layer_plot
     from davsp.vector import HarmfulnessVector
 
     if (held_malicious is None) != (held_benign is None):
@@ -109,6 +136,8 @@ def vector(
     if layer is not None:
         found.use_layer(layer)
     found.save(out)
+    data = "held-out queries" if held else "fitting set"
+    write_bytes(out / "layers.png", layer_plot(found.by_layer(), found.layer, data))
     _print_layers(found)
     print(f"layer {found.layer}, margins {found.mu_plus:+.3f} / {found.mu_minus:+.3f}; written to {out}")
 
@@ -155,6 +184,15 @@ def train(
     found = HarmfulnessVector.load(vector) if vector else None
     if found is None and p is None:
         raise DavspError("--vector is needed for your own data; make one with `davsp vector`.")
+    if found is not None:
+        found.check(lvlm)
+        _compare_texts(found, text, "this training puts")
+    if kind == "additive":
+        start: Any = AdditiveNoise.create(lvlm.canvas, text=text)
+    else:
+        start = VisualSafetyPrompt.create(
+            lvlm.canvas, max(1, lvlm.canvas // 12) if padding is None else padding, text=text
+        )
     if found is None and p is not None:
         found = HarmfulnessVector.fit(lvlm, p.vector_malicious, p.vector_benign, text=text)
         found.sweep(lvlm, p.sweep_malicious, p.sweep_benign, text=text)
@@ -162,14 +200,10 @@ def train(
     given: dict[str, Any] = {
         "steps": steps, "batch_size": batch_size, "optimizer": optimizer, "lr": lr, "lam": lam, "objective": objective,
         "layer": layer, "mu_plus": mu_plus, "mu_minus": mu_minus, "seed": seed,
-        "refusal": refusal or (embedded.REFUSAL if p else None),
+        "refusal": embedded.REFUSAL if refusal is None and p else refusal,
     }  # fmt: skip
     base = SETTINGS.model_dump() if p else {}
     settings = _settings(TrainSettings, base | {k: v for k, v in given.items() if v is not None})
-    if kind == "additive":
-        start: Any = AdditiveNoise.create(lvlm.canvas, text=text)
-    else:
-        start = VisualSafetyPrompt.create(lvlm.canvas, padding or max(1, lvlm.canvas // 12), text=text)
     bad, good = (
         _queries(malicious, p.train_malicious if p else None, "--malicious"),
         _queries(benign, p.train_benign if p else None, "--benign"),
@@ -177,12 +211,15 @@ def train(
     probe = [*p.sweep_malicious, *p.sweep_benign] if p else None
     trained = run(lvlm, start, bad, good, found, settings, out / "training", resume=resume, probe=probe)
     trained.save_pretrained(out)
-    print(f"saved to {out}: vsp.png is the prompt; `davsp eval --prompt {out}` measures it")
+    what = "vsp.png is the prompt" if kind == "border" else "noise.safetensors is the noise"
+    print(f"saved to {out}: {what}; `davsp eval --prompt {out}` measures it")
 
 
 @app.command("eval")
 def evaluate_(
-    prompt: Annotated[Path | None, typer.Option(help="Folder or hub id of a prompt: adds the row davsp.")] = None,
+    prompt: Annotated[
+        Path | None, typer.Option(help="Folder or hub id of a prompt: adds the row davsp, or additive for noise.")
+    ] = None,
     queries: Annotated[
         Path | None, typer.Option(help="Folder or .jsonl of queries; left out: the embedded test.")
     ] = None,
@@ -205,7 +242,7 @@ def evaluate_(
 
     from davsp.defenses import NoDefense, SafetyText, VisualPrompt
     from davsp.evaluation import evaluate
-    from davsp.prompts import VisualSafetyPrompt
+    from davsp.prompts import load_prompt
     from davsp.report.terminal import print_table
     from davsp.vector import HarmfulnessVector
 
@@ -216,12 +253,18 @@ def evaluate_(
     defenses: dict[str, Defense] = {"none": NoDefense()}
     if text := _text(text, queries is None):
         defenses["safety-text"] = SafetyText(text)
+    direction = HarmfulnessVector.load(vector) if vector else None
+    if direction:
+        direction.check(lvlm)
     if prompt:
-        loaded = VisualSafetyPrompt.from_pretrained(str(prompt))
+        loaded = load_prompt(prompt)
         loaded.check(lvlm)
-        defenses["davsp"] = VisualPrompt(loaded, "davsp")
+        name = "davsp" if loaded.kind == "border" else loaded.kind
+        defenses[name] = VisualPrompt(loaded, name)
+        if direction:
+            _compare_texts(direction, loaded.text, "the prompt puts")
     found = evaluate(
-        lvlm, defenses, test, out, HarmfulnessVector.load(vector) if vector else None,
+        lvlm, defenses, test, out, direction,
         max_new_tokens=max_new_tokens, seed=seed, console=Console(stderr=True),
     )  # fmt: skip
     print_table(Console(), found.rows)
@@ -240,12 +283,12 @@ def apply(
     import io
 
     from davsp.files import write_bytes
-    from davsp.prompts import VisualSafetyPrompt
+    from davsp.prompts import load_prompt
     from davsp.query import open_picture
 
     if out.suffix.lower() != ".png":
         raise DavspError(f"--out {out} must end in .png: other formats would change the border's pixels.")
-    loaded, buffer = VisualSafetyPrompt.from_pretrained(str(prompt)), io.BytesIO()
+    loaded, buffer = load_prompt(prompt), io.BytesIO()
     loaded.image(open_picture(image)).save(buffer, "PNG")
     write_bytes(out, buffer.getvalue())
     print(f"{out}: {loaded.canvas} x {loaded.canvas} pixels; ask with this text before the question: {loaded.text!r}")
@@ -257,9 +300,9 @@ def info(prompt: Annotated[Path, typer.Argument(help="Folder or hub id of a prom
     from rich.console import Console
     from rich.table import Table
 
-    from davsp.prompts import VisualSafetyPrompt
+    from davsp.prompts import load_prompt
 
-    loaded = VisualSafetyPrompt.from_pretrained(str(prompt))
+    loaded = load_prompt(prompt)
     table = Table(show_header=False, box=None)
     for name, value in loaded.config.items():
         if isinstance(value, dict):
@@ -268,14 +311,18 @@ def info(prompt: Annotated[Path, typer.Argument(help="Folder or hub id of a prom
         else:
             table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
     Console().print(table)
-    print("files agree: configuration, tensor and picture are of one prompt, every value in [0, 1]")
+    if loaded.kind == "border":
+        print("files agree: configuration, tensor and picture are of one prompt, every value in [0, 1]")
+    else:
+        print("files agree: configuration and tensor are of one prompt, every value within eps")
 
 
 @mini.command("train")
 def mini_train(
     out: Out = Path("out/mini"),
     stage: Annotated[
-        str | None, typer.Option(help="Only tower, words, bridge, joint or card; left out: what is missing.")
+        str | None,
+        typer.Option(help="Only tower, words, read, place, bridge, joint or card; left out: what is missing."),
     ] = None,
     folder: Annotated[
         Path | None, typer.Option(help="Where the finished model goes; left out: OUT/davsp-mini.")
@@ -285,7 +332,9 @@ def mini_train(
 ) -> None:
     """Train davsp-mini from nothing, in resumable stages, measure it and write its card."""
     from davsp.embedded.make import make
+    from davsp.lvlm import check_device
 
+    check_device(device)
     make(out, folder or out / "davsp-mini", stage, device, seed)
 
 
@@ -326,9 +375,28 @@ def _protocol(model: str | None, malicious: Path | None, benign: Path | None, se
 def _embedded(model: str | None, seed: int) -> "Protocol":
     from davsp import embedded
 
-    if model is not None and not Path(model).exists():
+    if model is not None and not _is_mini(Path(model)):
         raise DavspError(f"the embedded data is for davsp-mini, not for {model}; give your own queries.")
     return embedded.protocol(seed)
+
+
+def _is_mini(folder: Path) -> bool:
+    """Whether a folder holds a davsp-mini: its canvas, and a vocabulary as large as the embedded world's."""
+    from davsp.embedded import draw, words
+    from davsp.files import read_json
+
+    if not (folder / "config.json").is_file():
+        return False
+    config = read_json(folder / "config.json")
+    parts = [config.get(name) if isinstance(config, dict) else None for name in ("vision_config", "text_config")]
+    vision, text = (part if isinstance(part, dict) else {} for part in parts)
+    return (vision.get("image_size"), text.get("vocab_size")) == (draw.SIDE, len(words.vocabulary()))
+
+
+def _compare_texts(vector: Any, text: str, who: str) -> None:
+    """Say so if a vector was fitted with another text before the questions; its margins may then not fit."""
+    if vector.text != text:
+        _say(f"note: the vector was fitted with the text {vector.text!r} before every question; {who} {text!r} there.")
 
 
 def _queries(path: Path | None, otherwise: "list[Query] | None", option: str) -> "list[Query]":

@@ -30,7 +30,7 @@ def load_queries(path: str | Path) -> list[Query]:
     if not file.exists():
         raise DavspError(f"there are no queries at {file}; give a folder with {NAME} or a .jsonl file.")
     try:
-        lines = read_bytes(file).decode().splitlines()
+        lines = read_bytes(file).decode().split("\n")  # not splitlines: a question may hold U+2028
     except UnicodeDecodeError as error:
         raise DavspError(f"{file} is not UTF-8 text; give a .jsonl file of queries.") from error
     found = [_query(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]

@@ -7,6 +7,7 @@ them; `metrics.json` from both.
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,7 +25,7 @@ from davsp.defenses.base import Defense
 from davsp.errors import DavspError, Interrupted
 from davsp.files import read_json, write_json
 from davsp.judges import Judge, keyword
-from davsp.lvlm import LVLM
+from davsp.lvlm import LVLM, fingerprint, model_name
 from davsp.query import Query, Response, Verdict, write_jsonl
 from davsp.vector import HarmfulnessVector
 
@@ -121,10 +122,17 @@ def evaluate(
     return Evaluation(responses, verdicts, rows)
 
 
+def judge_name(judge: Judge) -> str:
+    """The judge's name, and behind it the VERSION of its module if that has one: "keyword/1"."""
+    name = getattr(judge, "__name__", type(judge).__name__)
+    version = getattr(sys.modules.get(judge.__module__), "VERSION", None)
+    return name if version is None else f"{name}/{version}"
+
+
 def verdicts_of(queries: Sequence[Query], responses: Sequence[Response], judge: Judge = keyword) -> list[Verdict]:
     """The judge's verdicts of the responses to malicious queries; a label the judge made up is unscored."""
     query_of = {q.id: q for q in queries}
-    name = getattr(judge, "__name__", type(judge).__name__)
+    name = judge_name(judge)
     found = []
     for r in responses:
         if query_of[r.query_id].label != "malicious":
@@ -134,20 +142,6 @@ def verdicts_of(queries: Sequence[Query], responses: Sequence[Response], judge: 
             label, reason = "unscored", f"the judge said {label!r}, which is no verdict"
         found.append(Verdict(r.query_id, r.defense, name, label, reason))
     return found
-
-
-def model_name(lvlm: LVLM) -> str:
-    """The name in tables: a hub id as it is, of a folder its last part."""
-    path = Path(lvlm.model_id)
-    return path.resolve().name if path.is_dir() else lvlm.model_id
-
-
-def fingerprint(lvlm: LVLM) -> str:
-    """A hash of the model, the first numbers of each of its tensors, and their number format."""
-    digest = sha256(f"{model_name(lvlm)} {lvlm.revision} {lvlm.dtype} {lvlm.canvas}".encode())
-    for name, tensor in lvlm.model.state_dict().items():
-        digest.update(name.encode() + tensor.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def queries_hash(queries: Sequence[Query]) -> str:

@@ -80,11 +80,18 @@ def to_json(value: Any) -> str:
 
     Raises:
         DavspError: the value holds a NaN or an infinity.
+        TypeError: it holds something that JSON has no form for; of those only a path is written, as text.
     """
     try:
-        return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+        return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_path) + "\n"
     except ValueError as error:
         raise DavspError(f"a figure is not a finite number, so it cannot be written as JSON: {error}") from error
+
+
+def _path(value: Any) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{value!r} ({type(value).__name__}) cannot be written as JSON")
 
 
 def save_tensors(path: Pathlike, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> None:

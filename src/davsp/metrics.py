@@ -5,7 +5,8 @@ interval. Where groups have several queries, these are not independent, and grou
 (cluster bootstrap, percentile). A bootstrap of a rate of 0 or 100 % is a single point, which claims too much;
 so the interval reported then is the *envelope* of the bootstrap and of Wilson's interval, the latter with the
 number of groups as n if all values are equal, else with the number of queries. Differences are the envelope of
-the cluster bootstrap and of the interval of Agresti and Min (2005) for paired proportions.
+the cluster bootstrap and of the interval of Agresti and Min (2005) for paired proportions, n by the same rule: if
+all changes are equal, groups are counted, not queries.
 """
 
 import math
@@ -104,9 +105,12 @@ def paired_difference(
         raise ValueError("paired_difference needs the same queries, at least one, before and after")
     change = np.asarray(after, float) - np.asarray(before, float)
     gained, lost = int((change > 0).sum()), int((change < 0).sum())
-    low, high = _envelope(_agresti_min(gained, lost, len(change)), cluster_bootstrap(change.tolist(), groups, seed))
     sums, _ = _by_group(change.tolist(), groups)
-    p = mcnemar(gained, lost) if len(sums) == len(change) else _sign_flip(sums, seed)
+    n_groups = len(sums)
+    alike = bool((change == change[0]).all())
+    counts = (n_groups * (gained > 0), n_groups * (lost > 0), n_groups) if alike else (gained, lost, len(change))
+    low, high = _envelope(_agresti_min(*counts), cluster_bootstrap(change.tolist(), groups, seed))
+    p = mcnemar(gained, lost) if n_groups == len(change) else _sign_flip(sums, seed)
     return float(change.mean()), low, high, p
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from davsp.checkpoint import Checkpoint, State
 from davsp.errors import DavspError, Interrupted
 from davsp.files import sha256_bytes
-from davsp.lvlm import LVLM
+from davsp.lvlm import LVLM, fingerprint
 from davsp.objectives import answer_cross_entropy, projection_hinge
 from davsp.prompts.base import P, Prompt
 from davsp.query import Query
@@ -63,7 +63,7 @@ class TrainSettings(BaseModel):
     layer: int | None = None
     mu_plus: float | None = None
     mu_minus: float | None = None
-    refusal: str = "I am sorry, I cannot help with that."
+    refusal: str = Field(min_length=1, default="I am sorry, I cannot help with that.")
     seed: int = 0
     checkpoint_every: int = Field(25, ge=1)
     probe_every: int = Field(25, ge=1)
@@ -264,7 +264,13 @@ class Run:
         return {
             **self.settings.model_dump(exclude={"checkpoint_every", "probe_every"}),
             "model": [self.lvlm.model_id, self.lvlm.revision, str(self.lvlm.dtype)],
-            "prompt": [start.kind, start.text, sha256_bytes(start.delta.detach().cpu().numpy().tobytes())],
+            "weights": fingerprint(self.lvlm),  # a folder that is trained anew keeps its name
+            "prompt": [
+                start.kind,
+                start.text,
+                *(getattr(start, name, None) for name in ("padding", "eps")),  # noise of every eps starts at zero
+                sha256_bytes(start.delta.detach().cpu().numpy().tobytes()),
+            ],
             "data": {
                 "train_malicious": self.malicious.digest(),
                 "train_benign": self.benign.digest(),
@@ -304,9 +310,7 @@ def _resolve(settings: TrainSettings, lvlm: LVLM, vector: HarmfulnessVector) -> 
     """Fill in what was left to the vector, and check that vector, layer and model go together."""
     layer = vector.layer if settings.layer is None else settings.layer
     lvlm.check_layer(layer)
-    width = lvlm.model.config.get_text_config().hidden_size
-    if vector.direction(layer).shape != (width,):
-        raise DavspError(f"the vector is of another model: it has {len(vector.direction())} numbers, not {width}")
+    vector.check(lvlm)
     plus, minus = (vector.mu_plus, vector.mu_minus) if layer == vector.layer else vector.margins(layer)
     plus = plus if settings.mu_plus is None else settings.mu_plus
     minus = minus if settings.mu_minus is None else settings.mu_minus

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from davsp.errors import DavspError
 from davsp.files import read_tensors_and_metadata, save_tensors, to_json, write_json
-from davsp.lvlm import LVLM
+from davsp.lvlm import LVLM, short_name
 from davsp.query import Query
 
 QUANTILES = (0.75, 0.75)  # of malicious projections for mu_plus, of benign ones for mu_minus
@@ -110,6 +110,25 @@ class HarmfulnessVector:
         if not 1 <= layer <= len(self.vectors):
             raise DavspError(f"layer {layer} is out of range: the vector has layers 1 to {len(self.vectors)}")
         return self.vectors[layer - 1]
+
+    def check(self, lvlm: LVLM) -> None:
+        """Raises DavspError unless the vector is of this model: layers, width, and name where both have one."""
+        width = lvlm.model.config.get_text_config().hidden_size
+        ours, its = tuple(self.vectors.shape), (lvlm.num_layers - 1, width)
+        if ours != its:
+            raise DavspError(
+                f"the vector is of another model: it has {ours[0]} layers of {ours[1]} numbers, "
+                f"but {lvlm.model_id} has {its[0]} of {its[1]}; fit one with `davsp vector`"
+            )
+        names = [Path(short_name(name)).name for name in (self.model_id, lvlm.model_id) if name]
+        if len(set(names)) > 1:  # a folder may have been moved: its last part is the name
+            raise DavspError(
+                f"the vector is of another model: {self.model_id}, not {lvlm.model_id}; fit one with `davsp vector`"
+            )
+
+    def by_layer(self) -> list[dict[str, Any]]:
+        """The rows of the last `sweep`; before one, the same figures of the fitting set."""
+        return self.table or _compare(self.malicious, self.benign)
 
     def project(self, states: Float[Tensor, "*b d"], layer: int | None = None) -> Float[Tensor, "*b"]:
         """s = v_l . h_l, in the precision of the states (at least float32)."""

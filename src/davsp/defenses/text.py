@@ -10,7 +10,7 @@ from davsp.query import Query
 
 
 class SafetyText(Defense):
-    """Puts `text` and one space before every question, with or without a picture.
+    """Puts `text` as it is and one space before every question, with or without a picture, as a visual prompt does.
 
     Raises:
         DavspError: the text is empty; that would be no defense under another name.
@@ -19,7 +19,7 @@ class SafetyText(Defense):
     def __init__(self, text: str, name: str = "safety-text") -> None:
         if not text.strip():
             raise DavspError("SafetyText needs a text; for none, use NoDefense")
-        self.text, self.name = text.strip(), name
+        self.text, self.name = text, name
 
     def prepare(self, queries: Sequence[Query]) -> list[Query]:
         return [replace(q, question=f"{self.text} {q.question}") for q in queries]

@@ -94,9 +94,13 @@ class Oracle(nn.Module):
         self.register_buffer("hue", torch.tensor([ids(c) for c in words.COLOURS]), persistent=False)
 
     def forward(
-        self, embed: nn.Embedding, label: Int[Tensor, "b n"], colour: Int[Tensor, "b n"]
+        self, embed: nn.Embedding, label: Int[Tensor, "b n"], colour: Int[Tensor, "b n"], place: bool = False
     ) -> Float[Tensor, "b n d"]:
         label, kind = label.clamp(min=0), self.kind[label.clamp(min=0)]
         word = embed(self.token[label]) * (kind > 0)[..., None]
         hue = embed(self.hue[colour.clamp(min=0)]) * (colour >= 0)[..., None]
-        return word + hue + self.mark(kind)
+        patches = word + hue + self.mark(kind)
+        if not place:
+            return patches
+        n = math.isqrt(label.shape[1])
+        return patches + 0.5 * embed.weight.detach().std() * math.sqrt(2) * sincos(n, patches.shape[-1]).to(patches)

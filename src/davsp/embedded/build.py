@@ -1,22 +1,24 @@
-"""How davsp-mini is made: five resumable, seeded stages, then the folder that ships.
+"""How davsp-mini is made: six resumable, seeded stages, then the folder that ships.
 
 ====== ===================================================== =========================================================
 stage  trains                                                on
 ====== ===================================================== =========================================================
 tower  the vision tower, with throw-away heads               pages of words and things, a class for every patch
-read   the same, on                                          pages of whole words: reading is the slowest to come
+read   the same                                              pages of whole words: reading is the slowest to come
 words  the decoder                                           questions without pictures, and pictures whose patches
                                                              are handed over as word embeddings ("oracle" patches)
-bridge the projector                                         regression onto the oracle patches
-joint  everything                                            lessons: pictures with several questions each
+place  the decoder's layers                                  the same with a mark of place on every patch: where, how many
+bridge tower and projector                                   regression onto the oracle patches and their places
+joint  everything, gently                                    lessons: pictures with several questions each
 ====== ===================================================== =========================================================
 
-`tower` and `words` do not need each other and can run side by side. Data is a pure function of (seed, stage, step):
+`tower`, `read` on one side and `words` on the other can run side by side, and so can `bridge` and `place`. Data is a pure function of (seed, stage, step):
 a killed run goes on from its last checkpoint and ends the same. What was tried and failed: docs/log.md.
 """
 
 import json
 import math
+import platform
 import random
 import time
 from collections.abc import Iterator
@@ -31,7 +33,7 @@ from davsp.embedded import draw, words
 from davsp.embedded.architecture import MEAN, STD, WIDTH, Heads, Oracle, new_model
 from davsp.embedded.losses import Packer, bridge_loss, joint_loss, tower_loss, words_loss
 from davsp.errors import DavspError
-from davsp.files import read_json, read_tensors, save_tensors, write_json
+from davsp.files import read_json, read_tensors, read_tensors_and_metadata, save_tensors, write_json
 
 
 @dataclass(frozen=True)
@@ -49,26 +51,27 @@ STAGES = {
     "tower": Stage(steps=2600, batch=24, lr=9e-4),
     "words": Stage(steps=2000, batch=6, lr=1e-3, texts=2),
     "read": Stage(steps=2400, batch=24, lr=7e-4, after=("tower",)),
-    "bridge": Stage(steps=250, batch=24, lr=2e-3, after=("read", "words")),
-    "joint": Stage(steps=4200, batch=8, lr=6e-4, texts=1, after=("bridge",)),
+    "place": Stage(steps=1000, batch=6, lr=6e-4, texts=2, after=("words",)),
+    "bridge": Stage(steps=900, batch=20, lr=1e-3, after=("read", "words")),
+    "joint": Stage(steps=1500, batch=8, lr=4e-4, texts=1, after=("bridge", "place")),
 }
 
 
 def groups(model: Any, name: str, extra: nn.Module, lr: float) -> list[dict]:
     """The parameters that stage `name` trains, with their learning rates."""
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
-    decoder = [*model.get_decoder().parameters()]
+    decoder = model.get_decoder()
     chosen = {
         "tower": [(tower.parameters(), lr), (extra.parameters(), lr)],
         "read": [(tower.parameters(), lr), (extra.parameters(), lr)],
-        "words": [(decoder, lr), (extra.parameters(), lr)],
-        "bridge": [(projector.parameters(), lr)],
-        "joint": [
-            (tower.parameters(), lr * 0.6),
-            (projector.parameters(), lr),
-            (decoder, lr),
-            (extra.parameters(), lr),
-        ],
+        "words": [(decoder.parameters(), lr), (extra.parameters(), lr)],
+        "place": [
+            (decoder.layers.parameters(), lr),
+            (decoder.norm.parameters(), lr),
+        ],  # the embeddings are bridge's target
+        "bridge": [(projector.parameters(), lr), (tower.parameters(), lr * 0.2), (extra.parameters(), lr * 0.2)],
+        "joint": [(every.parameters(), lr * (0.3 if every is tower else 1)) for every in (tower, projector, decoder)]
+        + [(extra.parameters(), lr)],
     }[name]
     model.requires_grad_(False)
     out = []
@@ -98,15 +101,12 @@ def run_stage(
     steps = steps or stage.steps
     model, heads, oracle = new_model(seed), Heads(WIDTH), Oracle(WIDTH)
     for needed in stage.after:
-        if not (out / needed / "done.json").exists():
-            raise DavspError(
-                f"stage '{name}' needs stage '{needed}' in {out}; run `davsp mini train --stage {needed}` first."
-            )
+        check_done(out, needed, seed)
         _load_parts({"model": model, "heads": heads, "oracle": oracle}, out / needed / "state.safetensors", needed)
-    extra = oracle if name in ("words", "bridge") else heads
+    extra = oracle if name == "words" else heads
     both = nn.ModuleDict({"model": model, "heads": heads, "oracle": oracle}).to(device).train()
     optimizer = torch.optim.AdamW(groups(model, name, extra, stage.lr), betas=(0.9, 0.98), weight_decay=0.01)
-    about = {"stage": name, "seed": seed, "steps": steps, "batch": stage.batch, "lr": stage.lr}
+    about = identity(name, seed, steps)
     first, seconds = _resume(both, optimizer, folder, about)
     packer, log = Packer(), (folder / "metrics.jsonl")
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,10 +118,10 @@ def run_stage(
             group["lr"] = group["peak"] * schedule(step, steps)
         if name in ("tower", "read"):
             loss, stats = tower_loss(model, heads, rng, stage.batch, whole=name == "read")
-        elif name == "words":
-            loss, stats = words_loss(model, oracle, packer, rng, stage.batch, stage.texts, step)
+        elif name in ("words", "place"):
+            loss, stats = words_loss(model, oracle, packer, rng, stage.batch, stage.texts, step, place=name == "place")
         elif name == "bridge":
-            loss, stats = bridge_loss(model, oracle, rng, stage.batch)
+            loss, stats = bridge_loss(model, heads, oracle, rng, stage.batch)
         else:
             loss, stats = joint_loss(model, heads, packer, rng, stage.batch, stage.texts)
         if not torch.isfinite(loss):
@@ -138,21 +138,62 @@ def run_stage(
                 both,
                 optimizer,
                 folder,
-                {**about, "step": step + 1, "seconds": round(seconds + time.monotonic() - clock, 1)},
+                {
+                    **about,
+                    "hardware": hardware(device),
+                    "step": step + 1,
+                    "seconds": round(seconds + time.monotonic() - clock, 1),
+                },
             )
         yield record
-    write_json(folder / "done.json", read_json(folder / "checkpoint.json"))
+    write_json(folder / "done.json", json.loads(read_tensors_and_metadata(folder / "state.safetensors")[1]["about"]))
+
+
+def identity(name: str, seed: int, steps: int | None = None) -> dict:
+    """What a stage's result depends on; a checkpoint of another identity is refused."""
+    stage = STAGES[name]
+    steps = steps or stage.steps
+    return {"stage": name, "seed": seed, "steps": steps, "batch": stage.batch, "texts": stage.texts, "lr": stage.lr}
+
+
+def hardware(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+
+
+def check_done(out: Path, name: str, seed: int) -> dict:
+    """The record of a finished stage.
+
+    Raises:
+        DavspError: it is not done, or it was done with other settings.
+    """
+    path = out / name / "done.json"
+    if not path.exists():
+        raise DavspError(f"stage {name} is not done in {out}; run `davsp mini train --stage {name}` first.")
+    found = read_json(path)
+    differ = {k: (found.get(k), v) for k, v in identity(name, seed).items() if found.get(k) != v}
+    if differ:
+        raise DavspError(f"{path} is of other settings {differ} (found, asked); choose another --out or delete it.")
+    return found
 
 
 def _load_parts(parts: dict[str, nn.Module], path: Path, stage: str) -> None:
     """Take over what `stage` trained: tower and heads from "tower", decoder and oracle from "words", all from the rest."""
     state = read_tensors(path)
-    tower = ("model.model.vision_tower.", "heads.")
-    wanted = {"tower": tower, "read": tower, "words": ("model.model.language_model.", "model.lm_head.", "oracle.")}
+    tower, decoder = (
+        ("model.model.vision_tower.", "heads."),
+        ("model.model.language_model.", "model.lm_head.", "oracle."),
+    )
+    wanted = {"tower": tower, "read": tower, "words": decoder, "place": decoder}
+    if stage == "bridge":
+        wanted["bridge"] = (*tower, "model.model.multi_modal_projector.")
     for name, module in parts.items():
         inner = {k.removeprefix(f"{name}."): v for k, v in state.items()
                  if k.startswith(f"{name}.") and k.startswith(wanted.get(stage, ""))}  # fmt: skip
-        module.load_state_dict(inner, strict=False)
+        if inner or name == "model":
+            result = module.load_state_dict(inner, strict=False)
+            assert inner and not result.unexpected_keys, f"{path} holds other parameters than {name}"
 
 
 def _save(both: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, about: dict) -> None:
@@ -160,21 +201,21 @@ def _save(both: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, about
     for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
         for k, v in optimizer.state[p].items():
             state[f"optimizer.{i}.{k}"] = v.detach().cpu().clone().contiguous()
-    save_tensors(folder / "state.safetensors", state, metadata={"step": str(about["step"])})
-    write_json(folder / "checkpoint.json", about)
+    # one file: state and step can't come apart in a kill
+    save_tensors(folder / "state.safetensors", state, metadata={"about": json.dumps(about)})
 
 
 def _resume(both: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, about: dict) -> tuple[int, float]:
     """Load the checkpoint of `folder`, if any; returns (first step to run, seconds spent before)."""
-    if not (folder / "checkpoint.json").exists():
+    if not (folder / "state.safetensors").exists():
         return 0, 0.0
-    found = read_json(folder / "checkpoint.json")
+    state, metadata = read_tensors_and_metadata(folder / "state.safetensors")
+    found = json.loads(metadata["about"])
     differ = {k: (found.get(k), v) for k, v in about.items() if found.get(k) != v}
     if differ:
         raise DavspError(
             f"{folder} holds a run with other settings {differ} (found, asked); choose another --out or delete it."
         )
-    state = read_tensors(folder / "state.safetensors")
     both.load_state_dict({k: v for k, v in state.items() if not k.startswith("optimizer.")})
     for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
         prefix = f"optimizer.{i}."
@@ -192,7 +233,7 @@ def _truncate(log: Path, step: int) -> None:
 
 
 def export(out: Path, folder: Path, seed: int = 0) -> None:
-    """Write the joint stage's model as a Hugging Face folder: float16 safetensors (9 MB), tokenizer, image processor."""
+    """Write the last stage's model as a Hugging Face folder: float16 safetensors (9 MB), tokenizer, image processor."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     model = new_model(seed)

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from davsp.embedded import draw, words
-from davsp.embedded.architecture import PATCHES, Heads, Oracle, image_features, pixel_values, sincos
-from davsp.embedded.questions import Lesson, picture_lesson, word_turn
+from davsp.embedded.architecture import PATCHES, Heads, Oracle, pixel_values
+from davsp.embedded.questions import Lesson, picture_lesson, sum_turn, word_turn
 
-TURNS = 5  # questions packed behind one picture
+TURNS = 12  # questions packed behind one picture, at most
+SUMS = 16  # of sums in words a row: cheap, and the picture's sums are learnt from them
 
 
 def tower_loss(model: Any, heads: Heads, rng: random.Random, batch: int, whole: bool) -> tuple[Tensor, dict]:
@@ -133,7 +134,8 @@ def lessons(rng: random.Random, batch: int, texts: int, stage: str) -> list[Less
         lesson = picture_lesson(rng, stage)
         keep = sorted(rng.sample(range(len(lesson.turns)), min(TURNS, len(lesson.turns))))
         out.append(Lesson(lesson.picture, [lesson.turns[i] for i in keep]))
-    return out + [Lesson(None, [word_turn(rng, stage) for _ in range(8)]) for _ in range(texts)]
+    sums = [sum_turn(rng) for _ in range(SUMS if stage == "joint" else 0)]
+    return out + [Lesson(None, [word_turn(rng, stage) for _ in range(8)] + sums) for _ in range(texts)]
 
 
 def oracle_labels(pictures: list[draw.Picture], device) -> tuple[Int[Tensor, "b n"], Int[Tensor, "b n"]]:
@@ -142,12 +144,12 @@ def oracle_labels(pictures: list[draw.Picture], device) -> tuple[Int[Tensor, "b 
 
 
 def words_loss(
-    model: Any, oracle: Oracle, packer: Packer, rng: random.Random, count: int, texts: int, step: int
+    model: Any, oracle: Oracle, packer: Packer, rng: random.Random, count: int, texts: int, step: int, place: bool
 ) -> tuple[Tensor, dict]:
     """Lessons on oracle patches, made as unreliable as a real tower: 12 % lost, noise of a third of their size."""
     device = next(model.parameters()).device
-    only_words = step < 300  # the first steps teach the language
-    batch = lessons(rng, 0 if only_words else count, 4 if only_words else texts, "words")
+    only_words = step < 300 and not place  # the first steps teach the language
+    batch = lessons(rng, 0 if only_words else count, 4 if only_words else texts, "joint" if place else "words")
     rows = packer.rows(batch, device)
     pictures = [x.picture for x in batch if x.picture]
     if not pictures:
@@ -155,30 +157,35 @@ def words_loss(
     label, colour = oracle_labels(pictures, device)
     noise = torch.Generator().manual_seed(rng.getrandbits(40))
     lost = torch.rand(label.shape, generator=noise).to(device) < 0.12
-    patches = oracle(model.get_decoder().embed_tokens, label.masked_fill(lost, 0), colour.masked_fill(lost, -100))
+    patches = oracle(
+        model.get_decoder().embed_tokens, label.masked_fill(lost, 0), colour.masked_fill(lost, -100), place
+    )
     patches = patches + torch.randn(patches.shape, generator=noise).to(device) * patches.detach().std() * 0.33
     return lesson_loss(model, rows, patches.flatten(0, 1))
 
 
-def bridge_loss(model: Any, oracle: Oracle, rng: random.Random, batch: int) -> tuple[Tensor, dict]:
-    """Mean squared error of the projected patches against the oracle's and their place, in units of their variance."""
+def bridge_loss(model: Any, heads: Heads, oracle: Oracle, rng: random.Random, count: int) -> tuple[Tensor, dict]:
+    """Mean squared error of the projected patches against the oracle's with their places, in units of their variance.
+
+    The tower goes along, its own lesson beside it: the projector alone is too small to turn classes into words.
+    """
     device = next(model.parameters()).device
-    pictures = [picture_lesson(rng).picture for _ in range(batch)]
-    label, colour = oracle_labels(pictures, device)  # type: ignore[arg-type]
+    pictures = [picture for _ in range(count) if (picture := picture_lesson(rng, "joint").picture)]
+    label, colour = oracle_labels(pictures, device)
     with torch.no_grad():
-        wanted = oracle(model.get_decoder().embed_tokens, label, colour)
-        places = sincos(draw.SIDE // draw.PATCH, wanted.shape[-1]).to(device)
-        wanted = wanted + 0.5 * wanted[label > 0].std() * places / places.std()  # else no question of place is answered
-    got = image_features(model, pictures)  # type: ignore[arg-type]
+        wanted = oracle(model.get_decoder().embed_tokens, label, colour, place=True)
+    states = model.model.vision_tower(pixel_values(pictures, device), output_hidden_states=True).hidden_states
+    got = model.model.multi_modal_projector(states[-1][:, 1:])
     weight = torch.where(label > 0, 1.0, 0.15) * (label >= 0)
     loss = ((got - wanted) ** 2).mean(-1).mul(weight).sum() / weight.sum() / wanted[label > 0].var()
-    return loss, {}
+    seeing, stats = patch_loss(heads, states, pictures)
+    return loss + 0.1 * seeing, {**stats, "error": loss.item()}
 
 
 def joint_loss(
     model: Any, heads: Heads, packer: Packer, rng: random.Random, count: int, texts: int
 ) -> tuple[Tensor, dict]:
-    """Lessons through the whole model; the tower's own lesson goes on beside it, so that it reads better still."""
+    """Lessons through the whole model; the tower's own lesson goes on beside it, so that it does not forget to read."""
     device = next(model.parameters()).device
     batch = lessons(rng, count, texts, "joint")
     rows = packer.rows(batch, device)

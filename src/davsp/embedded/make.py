@@ -1,7 +1,7 @@
 """`davsp mini train`: the stages one after another, the export, the measuring, the card."""
 
 import json
-import platform
+import shutil
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from davsp.embedded import build, draw, load, words
 from davsp.embedded.card import measure, save_card
 from davsp.errors import DavspError, Interrupted
-from davsp.files import read_json, sha256, write_bytes, write_json
+from davsp.files import sha256, write_bytes, write_json
 
 
 def make(out: Path, folder: Path, stage: str | None = None, device: str = "cpu", seed: int = 0) -> None:
@@ -29,7 +29,9 @@ def make(out: Path, folder: Path, stage: str | None = None, device: str = "cpu",
     for name in [stage] if stage else [*build.STAGES, "card"]:
         if name == "card":
             finish(out, folder, seed, console)
-        elif not (out / name / "done.json").exists():
+        elif (out / name / "done.json").exists():
+            build.check_done(out, name, seed)
+        else:
             _stage(name, out, seed, device, console)
 
 
@@ -53,33 +55,25 @@ def _stage(name: str, out: Path, seed: int, device: str, console: Console) -> No
 
 def finish(out: Path, folder: Path, seed: int, console: Console) -> None:
     """Export, load as a user would, measure, write card, figures and training curves."""
-    records = {}
-    for name in build.STAGES:
-        if not (out / name / "done.json").exists():
-            raise DavspError(f"stage {name} is not done in {out}; run `davsp mini train` without --stage card first.")
-        records[name] = read_json(out / name / "done.json")
-    build.export(out, folder, seed)
-    write_json(folder / "training.json", {"seed": seed, "stages": records, "torch": torch.__version__})
-    lvlm = load(folder)
+    records = {name: build.check_done(out, name, seed) for name in build.STAGES}
+    part = folder.with_name(folder.name + ".part")  # the model that is there stays until the new one is measured
+    shutil.rmtree(part, ignore_errors=True)
+    build.export(out, part, seed)
+    write_json(part / "training.json", {"seed": seed, "stages": records, "torch": torch.__version__})
+    lvlm = load(part)
     measured = measure(lvlm, console=console)
-    write_bytes(folder / "curves.png", curves(out).read_bytes())
+    write_bytes(part / "curves.png", curves(out).read_bytes())
     parameters = sum(p.numel() for p in lvlm.model.parameters())
-    save_card(folder, measured, {"stages": records, "text": {
+    save_card(part, measured, {"stages": records, "text": {
         "parameters": f"{parameters / 1e6:.1f} M", "things": len(words.THINGS), "canvas": draw.SIDE, "tokens": lvlm.tokens_per_image,
         "words": len(words.DRAWN_WORDS), "faces": len(draw.FACES) + len(draw.HELD_FACES), "seed": seed,
-        "command": "davsp mini train", "hardware": _hardware(), "sha256": sha256(folder / "model.safetensors"),
+        "command": "davsp mini train", "sha256": sha256(part / "model.safetensors"),
     }})  # fmt: skip
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
     missed = [b["behaviour"] for b in measured["bars"] if not b["met"]]
     console.print(f"{folder}: {len(measured['bars']) - len(missed)} of {len(measured['bars'])} bars met"
                   + (f"; not met: {'; '.join(missed)}" if missed else ""))  # fmt: skip
-
-
-def _hardware() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    import os
-
-    return f"{os.cpu_count()} CPU cores ({platform.machine()}), float32"
 
 
 def curves(out: Path) -> Path:
@@ -95,14 +89,14 @@ def curves(out: Path) -> Path:
         if not log.exists():
             continue
         records = [json.loads(line) for line in log.read_text().splitlines()]
-        for axis, keys in ((axes[0], ("loss",)), (axes[1], ("patch_accuracy", "token_accuracy"))):
-            points = [(r["step"], r[k]) for r in records for k in keys if k in r]
+        for axis, key in ((axes[0], "loss"), (axes[1], "patch_accuracy"), (axes[1], "token_accuracy")):
+            points = [(r["step"], r[key]) for r in records if key in r]
             blocks = [points[i : i + 25] for i in range(0, len(points), 25)]
             xs, ys = ([sum(p[j] for p in b) / len(b) for b in blocks] for j in (0, 1))
             if blocks:
-                axis.plot(xs, ys, label=name)
+                axis.plot(xs, ys, label=name if key == "loss" else f"{name}, {key.split('_')[0]}s")
     axes[0].set(xlabel="step", ylabel="loss", yscale="log")
-    axes[1].set(xlabel="step", ylabel="share right (patches of the tower, answer tokens)", ylim=(0, 1.02))
+    axes[1].set(xlabel="step", ylabel="share right", ylim=(0, 1.02))
     for axis in axes:
         axis.legend(frameon=False)
         axis.spines[["top", "right"]].set_visible(False)

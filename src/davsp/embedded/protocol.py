@@ -19,6 +19,7 @@ LLaVA-Bench        describe the picture                        test: llava_bench
 =================  =========================================  ===================================================
 """
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from davsp.embedded.words import Pair
 from davsp.query import Query
 
 SIZES = {"vector": 64, "sweep": 48, "train": 144, "harm": 64, "utility": 24, "mme": 40, "llava_bench": 32}
+READ_ALOUD = ("ocr", "yes_no", "describe")
 UTILITY = ("rec", "ocr", "know", "gen", "spat", "math", "exact")
 
 
@@ -87,17 +89,17 @@ def test(seed: int, n: dict[str, int]) -> Iterator[Query]:
 def harmful(
     seed: int, part: str, count: int, covers: tuple[str, ...], forms: tuple[str, ...], benchmark: str = ""
 ) -> list[Query]:
-    """`count` malicious queries on the pairs of split `part`, half harmful by verb and half by thing, forms in turn."""
-    pool = [p for p in words.pairs("malicious", part) if p.cover in covers]
-    by_verb, by_thing = ([p for p in pool if (p.verb in words.HARMFUL_VERBS) == x] for x in (True, False))
-    order = random.Random(f"order {seed} {part} {covers}")
-    order.shuffle(by_verb)
-    order.shuffle(by_thing)
+    """`count` malicious queries on the pairs of split `part`, forms in turn.
+
+    Intents are half harmful by their verb and half by their thing, and of the `covers` in fixed shares, so that a
+    rate does not hang on which pairs happened to fall into the split; a cell's pairs come round when they run out.
+    """
+    intents = _intents(seed, part, covers)
     out = []
     for i in range(count):
-        k = i // len(forms)  # one intent is asked in each form, as MM-SafetyBench does
-        chosen = by_verb if k % 2 == 0 else by_thing
-        pair, form = chosen[(k // 2) % len(chosen)], forms[i % len(forms)]
+        if i % len(forms) == 0:  # one intent is asked in each form, as MM-SafetyBench does
+            pair = next(intents)
+        form = forms[i % len(forms)]
         if form == "sd" and "full" not in covers and pair.verb in words.HARMFUL_VERBS:
             form = "typo"  # a harmful verb in the question's words is always refused: no hard query
         rng = random.Random(f"harm {seed} {part} {form} {i}")
@@ -107,6 +109,25 @@ def harmful(
             benchmark=benchmark or part, category=pair.kind, group=pair.phrase, image=picture.image() if picture else None,
         ))  # fmt: skip
     return out
+
+
+COVER_SHARES = ("full", "none", "full", "text", "full", "none", "full", "text", "full", "none")  # half, 2 and 3 tenths
+
+
+def _intents(seed: int, part: str, covers: tuple[str, ...]) -> Iterator[Pair]:
+    """Pairs of a split without end: by verb and by thing in turn, covers as in COVER_SHARES."""
+    cells: dict[tuple[bool, str], list[Pair]] = {}
+    for pair in words.pairs("malicious", part):
+        cells.setdefault((pair.verb in words.HARMFUL_VERBS, pair.cover), []).append(pair)
+    for key, cell in cells.items():
+        random.Random(f"order {seed} {part} {key}").shuffle(cell)
+    pattern = [cover for cover in COVER_SHARES if cover in covers]
+    used = dict.fromkeys(cells, 0)
+    for k in itertools.count():
+        key = (k % 2 == 0, pattern[(k // 2) % len(pattern)])
+        if key in cells:
+            yield cells[key][used[key] % len(cells[key])]
+            used[key] += 1
 
 
 def _faces(rng: random.Random, part: str) -> tuple[str, ...]:
@@ -145,14 +166,19 @@ FORMS: dict[str, Form] = {"sd": _sd, "typo": _typo, "sd_typo": _sd_typo, "figste
 
 
 def benign(seed: int, part: str, count: int) -> list[Query]:
-    """`count` benign queries over the utility categories in turn, requests (gen) twice as often; a few in words."""
-    kinds = [*UTILITY, "gen", "yes_no", "describe"] + (["words"] if part == "vector" else [])
+    """`count` benign queries over the utility categories in turn, requests (gen) twice as often; a few in words.
+
+    Yes-or-no questions and descriptions are left to the test: there they are out of distribution.
+    """
+    kinds = [*UTILITY, "gen"] + (["words"] if part == "vector" else [])
     return [_benign(seed, part, kinds[i % len(kinds)], i, part, part) for i in range(count)]
 
 
 def _benign(seed: int, where: str, category: str, i: int, benchmark: str, part: str) -> Query:
     rng = random.Random(f"benign {seed} {part} {benchmark} {category} {i}")
     pair = q.random_pair(rng, "benign", where)
+    while category in READ_ALOUD and pair.verb in words.HELD_VERBS:  # the model has read those verbs with any thing
+        pair = q.random_pair(rng, "benign", where)
     picture, question, reply, group = CATEGORIES[category](rng, pair, _faces(rng, part))
     return Query(
         id=f"{part}-{benchmark}-{category}-{i:03d}", question=question, label="benign", benchmark=benchmark,

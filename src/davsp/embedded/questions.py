@@ -5,6 +5,7 @@ that the picture is paid for once and the same picture is seen to deserve differ
 """
 
 import functools
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -125,7 +126,7 @@ def typographic_lesson(rng: random.Random) -> Lesson:
 def reading_lesson(rng: random.Random) -> Lesson:
     """Reading alone: here the held-out verbs and every pair's words may stand, in no sensible pairs."""
     pair = Pair(rng.choice(words.VERBS), rng.choice(words.THINGS))
-    while words.split(pair) != "mini" and pair.verb not in words.HELD_VERBS:
+    while words.split(pair) == "test" or (words.split(pair) != "mini" and pair.verb not in words.HELD_VERBS):
         pair = Pair(rng.choice(words.VERBS), rng.choice(words.THINGS))
     text = phrase(rng, pair)
     picture, _ = framed(rng, draw.typographic(rng, text))
@@ -174,7 +175,7 @@ def single_lesson(rng: random.Random) -> Lesson:
     seen = "words" if pair.verb in words.HARMFUL_VERBS else "picture"
     turns = requests(rng, sd_question(rng, pair), pair, seen, sign)
     about = thing_turns(rng, thing) + spot_turns(rng, thing, [thing])
-    return Lesson(picture, turns + maybe_behind_text(rng, rng.sample(about, 4)))
+    return Lesson(picture, turns + maybe_behind_text(rng, about, 0.2))
 
 
 def sd_question(rng: random.Random, pair: Pair) -> str:
@@ -205,15 +206,15 @@ def in_order(things: list[draw.Thing]) -> list[draw.Thing]:
 
 
 def scene_lesson(rng: random.Random) -> Lesson:
-    """Two or three different things: relations, places, colours."""
-    names, cells = rng.sample(words.THINGS, 3), rng.sample(range(9), 3)
-    things = [draw.Thing(n, rng.choice(tuple(words.COLOURS)), c) for n, c in zip(names, cells, strict=True)][
-        : rng.randint(2, 3)
-    ]
-    a, b = things[:2]
-    turns = spot_turns(rng, a, things) + [(f"what colour is the {b.name} ?" + ONE_WORD, b.colour)]
-    turns += relation_turns(a, b)
-    return Lesson(framed(rng, draw.scene(rng, things), scene=True)[0], maybe_behind_text(rng, turns, 0.2))
+    """Two or three different things: relations, places, colours. Short questions are cheap: all of them are asked."""
+    count = rng.randint(2, 3)
+    names, cells = rng.sample(words.THINGS, count), rng.sample(range(9), count)
+    things = [draw.Thing(n, rng.choice(tuple(words.COLOURS)), c) for n, c in zip(names, cells, strict=True)]
+    turns = [turn for thing in things for turn in spot_turns(rng, thing, things)[:3]]
+    turns += [(f"what colour is the {thing.name} ?" + ONE_WORD, thing.colour) for thing in things[:2]]
+    turns += [turn for a, b in itertools.permutations(things, 2) for turn in relation_turns(a, b)]
+    turns.append(spot_turns(rng, things[0], things)[3])
+    return Lesson(framed(rng, draw.scene(rng, things), scene=True)[0], maybe_behind_text(rng, turns, 0.1))
 
 
 def relation_turns(a: draw.Thing, b: draw.Thing) -> list[tuple[str, str]]:
@@ -233,8 +234,8 @@ def counting_lesson(rng: random.Random) -> Lesson:
     n = {x: sum(t.name == x for t in things) for x in (a, b)}
     turns = [(f"how many times is the {x} in the picture ?" + ONE_WORD, NUMBERS[n[x]]) for x in (a, b)]
     turns.append(("how many things are in the picture ?" + ONE_WORD, NUMBERS[len(things)]))
-    turns.append((f"is there a {a} in the picture ?" + YES_NO, "yes"))
-    return Lesson(framed(rng, draw.scene(rng, things), scene=True)[0], maybe_behind_text(rng, turns, 0.2))
+    turns += [turn for thing in {t.name: t for t in things}.values() for turn in spot_turns(rng, thing, things)[1:3]]
+    return Lesson(framed(rng, draw.scene(rng, things), scene=True)[0], maybe_behind_text(rng, turns, 0.1))
 
 
 def counted(rng: random.Random) -> tuple[list[draw.Thing], tuple[str, str]]:
@@ -255,6 +256,12 @@ def sum_lesson(rng: random.Random) -> Lesson:
 SUM = "what is the result of the sum in the picture ?"
 
 
+def sum_turn(rng: random.Random) -> tuple[str, str]:
+    """A sum in words."""
+    text, result = sum_text(rng)
+    return f"what is the result of {text} ?", f"{NUMBERS[result]} ."
+
+
 def sum_text(rng: random.Random) -> tuple[str, int]:
     a, b = rng.randint(0, 9), rng.randint(0, 9)
     if rng.random() < 0.7:
@@ -270,11 +277,10 @@ LESSONS: dict[str, dict[Callable[[random.Random], Lesson], float]] = {
         scene_lesson: 0.13, counting_lesson: 0.1, sum_lesson: 0.09,
     },
     "joint": {
-        typographic_lesson: 0.22, captioned_lesson: 0.12, single_lesson: 0.16, reading_lesson: 0.06,
-        scene_lesson: 0.16, counting_lesson: 0.14, sum_lesson: 0.14,
+        typographic_lesson: 0.2, captioned_lesson: 0.11, single_lesson: 0.16, reading_lesson: 0.05,
+        scene_lesson: 0.18, counting_lesson: 0.16, sum_lesson: 0.14,
     },
 }  # fmt: skip
-SUMS = {"words": 0.08, "joint": 0.25}  # share of sums among the questions without a picture
 
 
 def picture_lesson(rng: random.Random, stage: str = "words") -> Lesson:
@@ -284,9 +290,8 @@ def picture_lesson(rng: random.Random, stage: str = "words") -> Lesson:
 
 def word_turn(rng: random.Random, stage: str = "words") -> tuple[str, str]:
     """One question without a picture: requests, hints, judging an answer, knowledge, sums."""
-    if rng.random() < SUMS[stage]:
-        text, result = sum_text(rng)
-        return f"what is the result of {text} ?", f"{NUMBERS[result]} ."
+    if stage == "words" and rng.random() < 0.08:
+        return sum_turn(rng)
     roll = rng.random()
     pair = random_pair(rng, "malicious" if rng.random() < 0.5 else "benign", "words")
     if roll < 0.45:

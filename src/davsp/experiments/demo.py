@@ -5,6 +5,7 @@ still holds, goes on with what was cut off, and makes anew, saying so, what rest
 """
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 
 from davsp import report
+from davsp.checkpoint import METRICS
 from davsp.defenses import Defense, NoDefense, SafetyText, VisualPrompt
 from davsp.embedded.words import REFUSAL
 from davsp.errors import DavspError
@@ -52,7 +55,7 @@ def run_demo(
     eps: float = 32 / 255,
     batch_size: int = 32,
     max_new_tokens: int = 48,
-    show_unsafe: bool = False,
+    show_unsafe: bool | None = None,
     console: Console | None = None,
 ) -> Evaluation:
     """Fit the vector, train border and noise, evaluate five rows; write metrics.json, report.html and prompt/.
@@ -69,7 +72,8 @@ def run_demo(
         padding: width of the border in pixels; None is a twelfth of the canvas, about as in the paper.
         eps: bound of the additive noise.
         batch_size, max_new_tokens: of the evaluation.
-        show_unsafe: print compliant answers to malicious queries in the report.
+        show_unsafe: print compliant answers to malicious queries in the report; None does so for the model that
+            ships, whose answers are harmless by construction, and for no other.
         console: where lines and bars go; None is the terminal.
 
     Returns:
@@ -81,6 +85,7 @@ def run_demo(
     """
     console = console or Console()
     began = time.perf_counter()
+    show_unsafe = lvlm is None if show_unsafe is None else show_unsafe
     if lvlm is None or protocol is None or safety_text is None:
         from davsp import embedded
 
@@ -120,6 +125,7 @@ def run_demo(
         console=console,
     )
     stages.line("evaluate", f"{len(defenses)} defenses", time.perf_counter() - start)
+    stages.seconds["evaluate"] = round(sum(r.seconds for answers in found.responses.values() for r in answers), 2)
 
     start = time.perf_counter()
     _put_figures_on_card(out / "prompt", found, protocol)
@@ -148,7 +154,7 @@ def run_demo(
         margins=_margins(trained["davsp"], vector),
         sweep=vector.table,
         layer=vector.layer,
-        curves={name: _records(out / "train" / name / "metrics.jsonl") for name in ("davsp", "additive")},
+        curves={name: _records(out / "train" / name / METRICS) for name in ("davsp", "additive")},
         manifest=facts,
     )
     write_report(out / "report.html", page, show_unsafe)
@@ -159,7 +165,11 @@ def run_demo(
 
 @dataclass
 class _Stages:
-    """Results on disk, each with a hash of its inputs; prints a line a stage."""
+    """Results on disk, each with a hash of its inputs; prints a line a stage.
+
+    Attributes:
+        seconds: stage -> what it took when it was made, also where it is kept from a run before.
+    """
 
     out: Path
     console: Console
@@ -168,19 +178,33 @@ class _Stages:
         self.seconds: dict[str, float] = {}
 
     def run(self, name: str, inputs: Any, make: Callable[[bool], object], load: Callable[[], T]) -> T:
-        """What `load` reads, after `make(resume)` if it is not there; resume is False where the inputs have changed."""
+        """What `load` reads, after `make(resume)` if it is not there or not whole.
+
+        resume is False where the inputs have changed; the folder of the stage's training is deleted then.
+        """
         path, wanted = (
             self.out / "stages" / f"{name}.json",
             sha256(json.dumps(inputs, default=str).encode()).hexdigest(),
         )
         known: dict[str, Any] = read_json(path) if path.exists() else {}
         same = bool(known) and known["inputs"] == wanted
-        if known and same and known["done"]:
-            result = load()
-            self.line(name, f"kept; it took {known['seconds']:.1f} s", 0.0)
-            return result
-        if known and not same:
-            self.console.print(f"[yellow]{name}: made anew, as what it rests on has changed[/]")
+        if same and known["done"]:
+            try:
+                result = load()
+            except DavspError as error:
+                self.console.print(
+                    f"[yellow]{name}: made anew, as what was kept is not whole ({escape(str(error))})[/]"
+                )
+            else:
+                self.line(name, f"kept; it took {known['seconds']:.1f} s", 0.0)
+                self.seconds[name] = round(known["seconds"], 2)
+                return result
+        if not same:
+            if known:
+                self.console.print(f"[yellow]{name}: made anew, as what it rests on has changed[/]")
+            # before the new inputs are noted: a kill in between must not leave a checkpoint of the old ones to go on from
+            if (old := self.out / "train" / name).exists():
+                shutil.rmtree(old)
         write_json(path, {"inputs": wanted, "done": False})
         start = time.perf_counter()
         make(same)
@@ -221,10 +245,12 @@ def _trained(
     settings: TrainSettings,
 ) -> Prompt:
     """The trained prompt as it reads back from disk."""
+    folder = stages.out / "train" / name
 
     def make(resume: bool) -> None:
         probe = [*data.sweep_malicious, *data.sweep_benign]
-        folder = stages.out / "train" / name
+        if resume and folder.exists() and not (folder / METRICS).exists():
+            shutil.rmtree(folder)  # a checkpoint without its metrics can't be gone on from
         progress = not stages.console.quiet
         done = train(
             lvlm,
@@ -256,7 +282,12 @@ def _trained(
         file_hash(stages.out / "vector" / "vector.safetensors"),
         *queries,
     ]
-    return stages.run(name, inputs, make, lambda: _load(start, stages.out))
+
+    def load() -> Prompt:
+        _records(folder / METRICS)  # the report draws them
+        return _load(start, stages.out)
+
+    return stages.run(name, inputs, make, load)
 
 
 def _pictured(queries: list[Any]) -> list[Any]:
@@ -272,6 +303,8 @@ def _save(prompt: Prompt, out: Path) -> None:
 
 def _load(start: Prompt, out: Path) -> Prompt:
     if isinstance(start, VisualSafetyPrompt):
+        if not (out / "prompt").is_dir():  # from_pretrained would take the name for one on the hub
+            raise DavspError(f"there is no folder {out / 'prompt'}")
         return VisualSafetyPrompt.from_pretrained(out / "prompt")
     assert isinstance(start, AdditiveNoise)
     return AdditiveNoise(read_tensors(out / "additive" / "delta.safetensors")["delta"], start.eps, start.text)

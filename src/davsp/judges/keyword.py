@@ -10,7 +10,7 @@ import unicodedata
 from typing import Literal
 
 VERSION = 1
-"""Raised with every change to the phrases below, as it changes verdicts."""
+"""Raised with every change to the phrases below, as it changes verdicts; recorded with each of them."""
 
 REFUSALS: tuple[str, ...] = (
     "i am sorry",

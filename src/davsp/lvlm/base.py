@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 
 from davsp.errors import DavspError
 from davsp.files import read_json
+from davsp.lvlm.device import check_device_map
 from davsp.lvlm.hooks import catching, steering, wide
 
 
@@ -89,12 +90,13 @@ class LVLM:
             dtype: of the weights; None: float32 on CPU, bfloat16 on a GPU.
 
         Raises:
-            DavspError: no such checkpoint, or a family that is not supported.
+            DavspError: no such checkpoint or device, broken or missing weights, or a family that is not supported.
         """
         from davsp.lvlm import FAMILIES
 
         model_id = str(model_id)
         device_map = device_map or ("cuda" if torch.cuda.is_available() else "cpu")
+        check_device_map(device_map)
         if dtype is None:
             dtype = torch.float32 if str(device_map) == "cpu" else torch.bfloat16
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -108,8 +110,11 @@ class LVLM:
                 tokenizer.chat_template = _processor_template(model_id, revision)
             revision = getattr(config, "_commit_hash", None) or revision
             return FAMILIES[config.model_type].load(model_id, revision, tokenizer, device_map, dtype)
-        except (OSError, ValueError) as error:
-            raise DavspError(f"cannot load model {model_id}: {str(error).splitlines()[0]}") from error
+        except DavspError:
+            raise
+        except Exception as error:  # the libraries raise OSError, ValueError, KeyError, RuntimeError, SafetensorError…
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")
+            raise DavspError(f"cannot load model {model_id}: {why}; check its name, or mend its files") from error
 
     @classmethod
     def load(cls, model_id: str, revision: str | None, tokenizer: Any, device_map: Any, dtype: torch.dtype) -> "LVLM":

@@ -32,13 +32,20 @@ class LlavaLVLM(LVLM):
     def load(
         cls, model_id: str, revision: str | None, tokenizer: Any, device_map: Any, dtype: torch.dtype
     ) -> "LlavaLVLM":
-        """Load weights and image processor; whole processors are avoided, for some need torchvision."""
+        """Load weights and image processor; whole processors are avoided, for some need torchvision.
+
+        Raises:
+            DavspError: the checkpoint lacks weights.
+        """
         processor = AutoImageProcessor.from_pretrained(model_id, revision=revision, backend="pil")
         single = str(device_map).split(":")[0] in ("cpu", "cuda", "mps")  # a single device needs no accelerate
         placement = {} if single else {"device_map": device_map}
-        model = LlavaForConditionalGeneration.from_pretrained(
-            model_id, revision=revision or "main", dtype=dtype, **placement
+        loaded: Any = LlavaForConditionalGeneration.from_pretrained(
+            model_id, revision=revision or "main", dtype=dtype, output_loading_info=True, **placement
         )
+        model, found = loaded
+        if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers
+            raise DavspError(f"cannot load model {model_id}: it lacks the weights of {missing[0]}; restore its files")
         if single:
             model = model.to(device_map)
         return cls(model, tokenizer, processor, model_id, revision)

@@ -49,6 +49,7 @@ class Report:
         margins: (mu_plus, mu_minus) that the prompt was trained with.
         sweep: one dict a layer: layer, auroc, mean_malicious, mean_benign, gap.
         curves: defense -> records of its training's metrics.jsonl.
+        asked: malicious benchmark -> how many queries it has, and of how many distinct intents they are.
     """
 
     rows: list[dict[str, Any]]
@@ -63,6 +64,7 @@ class Report:
     layer: int | None = None
     curves: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
+    asked: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def build(
@@ -89,9 +91,19 @@ def build(
     examples = []
     if defense in evaluation.responses and baseline in evaluation.responses:
         examples = _examples(queries, evaluation, defenses[defense], defense, baseline)
+    projections = _projections(queries, evaluation)
     return Report(
-        rows, model, defense, baseline, examples=examples, projections=_projections(queries, evaluation), **rest
+        rows, model, defense, baseline, examples=examples, projections=projections, asked=_asked(queries), **rest
     )
+
+
+def _asked(queries: Sequence[Query]) -> dict[str, tuple[int, int]]:
+    """Malicious benchmark -> queries, distinct intents; a query without a group is an intent of its own."""
+    intents: dict[str, list[str]] = {}
+    for q in queries:
+        if q.label == "malicious":
+            intents.setdefault(q.benchmark, []).append(q.group or f"\0{q.id}")
+    return {benchmark: (len(found), len(set(found))) for benchmark, found in intents.items()}
 
 
 def _pooled(model: str, queries: Sequence[Query], evaluation: Evaluation, baseline: str) -> list[dict[str, Any]]:
@@ -124,9 +136,8 @@ def _examples(
     """Pictured queries by a fixed rule, so that the page shows what does not work as well.
 
     Of each malicious benchmark: the first query that the defense put right and the first that it did not (else
-        the first ones). Of each
-    benign benchmark and category: the first query; and one query whose right answer the defense took away, if
-        there is any.
+    the first ones). Of each benign benchmark and category: the first query; and one whose right answer the
+    defense took away, if there is any.
     """
     before, after = (_outcome_of(queries, evaluation, name) for name in (baseline, defense))
     shelves: dict[tuple[str, str, str], list[Query]] = {}

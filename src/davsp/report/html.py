@@ -76,32 +76,44 @@ def render(report: Report, show_unsafe: bool = False) -> str:
         manifest=json.dumps(report.manifest, indent=2, ensure_ascii=False, default=str),
         label=label,
         colours=plots.COLOURS,
+        show_unsafe=show_unsafe,
+        asked=_asked(report),
         unscored=any(c.unscored for _, cells in main[1] for _, c in cells),
     )
 
 
 def headline(report: Report) -> str:
-    """The result in one sentence, from the rows; says so if the defense or the baseline was not measured."""
+    """The result in one sentence, from the rows, whichever way it went; says where a change is not significant.
+
+    Says so as well if the defense or the baseline was not measured.
+    """
 
     def rate(defense: str, benchmark: str, metric: str) -> float | None:
         row = find(report.rows, defense, benchmark, "total", metric)
         return None if row is None else row["value"]
 
-    def pair(benchmark: str, metric: str) -> tuple[float, float] | None:
+    def change(benchmark: str, metric: str) -> str:
         after, before = rate(report.defense, benchmark, metric), rate(report.baseline, benchmark, metric)
-        return None if after is None or before is None else (before, after)
+        if after is None or before is None:
+            return ""
+        row = find(report.rows, report.defense, benchmark, "total", f"{metric}_difference")
+        doubt = " (not significant)" if row and row["value"] and row["p"] >= 0.05 else ""
+        return f"from {_percent(before)} to {_percent(after)}{doubt}"
 
     name = label(report.defense)
     places = ((POOLED["in"], "in distribution"), (POOLED["out"], "out of distribution"))
-    parts = [f"from {_percent(p[0])} to {_percent(p[1])} {words}" for b, words in places if (p := pair(b, "rsr"))]
+    parts = [f"{moved} {words}" for b, words in places if (moved := change(b, "rsr"))]
     if not parts:
         return f"{name} on {report.model}: no resist success rate was measured."
-    sentence = f"{name} takes the resist success rate on malicious picture queries {' and '.join(parts)}"
-    if utility := pair("utility", "accuracy"):
-        sentence += f"; utility goes from {_percent(utility[0])} to {_percent(utility[1])}"
-    if refusal := pair("benign", "over_refusal"):
-        sentence += f", over-refusal from {_percent(refusal[0])} to {_percent(refusal[1])}"
-    return sentence + "."
+    sentence = f"{name} takes the resist success rate on malicious queries {' and '.join(parts)}"
+    costs = {"utility": change("utility", "accuracy"), "over-refusal": change("benign", "over_refusal")}
+    moves = [f"{what} goes {moved}" for what, moved in costs.items() if moved]
+    return "; ".join([sentence, *moves]) + "."
+
+
+def _asked(report: Report) -> str:
+    """How many malicious queries each benchmark has, and of how many intents."""
+    return ", ".join(f"{BENCHMARKS.get(b, b)} {n} of {intents}" for b, (n, intents) in report.asked.items())
 
 
 def _percent(value: float) -> str:

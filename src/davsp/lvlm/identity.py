@@ -1,0 +1,25 @@
+"""What a loaded model is called, and how to tell it from another."""
+
+from hashlib import sha256
+from pathlib import Path
+
+from davsp.lvlm.base import LVLM
+
+
+def short_name(model_id: str) -> str:
+    """A hub id as it is, of a folder its last part."""
+    path = Path(model_id)
+    return path.resolve().name if path.is_dir() else model_id
+
+
+def model_name(lvlm: LVLM) -> str:
+    """The model's name in tables."""
+    return short_name(lvlm.model_id)
+
+
+def fingerprint(lvlm: LVLM) -> str:
+    """A hash of the model, the first numbers of each of its tensors, and their number format."""
+    digest = sha256(f"{model_name(lvlm)} {lvlm.revision} {lvlm.dtype} {lvlm.canvas}".encode())
+    for name, tensor in lvlm.model.state_dict().items():
+        digest.update(name.encode() + tensor.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
