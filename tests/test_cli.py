@@ -148,7 +148,7 @@ def test_ctrl_c_anywhere_says_how_to_go_on(command, monkeypatch, tmp_path, capsy
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
-    for name in ("experiments.demo.run_demo", "prompts.load_prompt", "embedded.protocol.protocol"):
+    for name in ("experiments.demo.run_demo", "prompts.load_prompt", "embedded.data.protocol"):
         monkeypatch.setattr(f"davsp.{name}", stop)
     assert run(*command) == 130
     said = capsys.readouterr().err.strip()

@@ -9,7 +9,7 @@ import torch
 
 from davsp.embedded import architecture, build, draw, losses, pictograms, words
 from davsp.embedded import questions as q
-from davsp.embedded.protocol import UTILITY, protocol
+from davsp.embedded.data import UTILITY, protocol
 from davsp.embedded.words import Pair
 from davsp.errors import DavspError
 

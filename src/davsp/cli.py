@@ -11,7 +11,7 @@ from davsp.errors import DavspError, Interrupted
 
 if TYPE_CHECKING:
     from davsp.defenses import Defense
-    from davsp.embedded.protocol import Protocol
+    from davsp.embedded.data import Protocol
     from davsp.lvlm import LVLM
     from davsp.query import Query
 
@@ -344,7 +344,7 @@ def mini_data(out: Out = Path("out/data"), seed: Seed = 0) -> None:
     from dataclasses import fields
 
     from davsp.dataset import save_queries
-    from davsp.embedded.protocol import protocol
+    from davsp.embedded.data import protocol
 
     drawn = protocol(seed)
     for field in fields(drawn):

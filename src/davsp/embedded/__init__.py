@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from davsp.embedded.words import REFUSAL, SAFETY_TEXT
 
 if TYPE_CHECKING:
-    from davsp.embedded.protocol import Protocol, protocol
+    from davsp.embedded.data import Protocol, protocol
     from davsp.lvlm import LVLM
 
 FOLDER = Path(__file__).parent / "davsp-mini"
@@ -33,7 +33,7 @@ def load(folder: Path = FOLDER, device_map: str | None = None) -> "LVLM":
 
 def __getattr__(name: str) -> object:
     if name in ("Protocol", "protocol"):
-        from davsp.embedded import protocol as module
+        from davsp.embedded import data as module
 
         return getattr(module, name)
     raise AttributeError(name)

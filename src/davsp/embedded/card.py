@@ -16,7 +16,7 @@ from davsp import metrics
 from davsp.defenses import Defense, NoDefense, SafetyText, VisualPrompt
 from davsp.embedded import draw, words
 from davsp.embedded import questions as q
-from davsp.embedded.protocol import FORMS, UTILITY, Protocol, protocol
+from davsp.embedded.data import FORMS, UTILITY, Protocol, protocol
 from davsp.evaluation import Evaluation, evaluate
 from davsp.judges.keyword import refused
 from davsp.lvlm import LVLM
@@ -46,7 +46,7 @@ def measure(lvlm: LVLM, seed: int = 1, console: Console | None = None, **sizes: 
         {"rows": tidy rows with intervals, "bars": [{"behaviour", "bar", "value", "low", "high", "n", "met"}],
         "layers": the sweep, "layer": the best}.
     """
-    n = {"harm": 96, "utility": 60, "mme": 60, "llava_bench": 60, "vector": 96, "sweep": 96} | sizes
+    n = {"harm": 72, "utility": 40, "mme": 48, "llava_bench": 48, "vector": 96, "sweep": 64} | sizes
     p = protocol(seed, **n)
     console = console or Console(quiet=True)
     extra = skills(seed, n["mme"])

@@ -34,11 +34,11 @@ from davsp.training import TrainSettings, train
 from davsp.vector import HarmfulnessVector
 
 if TYPE_CHECKING:
-    from davsp.embedded.protocol import Protocol
+    from davsp.embedded.data import Protocol
 
 T = TypeVar("T")
 
-SETTINGS = TrainSettings.model_validate({"refusal": REFUSAL})
+SETTINGS = TrainSettings(steps=100, optimizer="adam", lr=0.03, schedule="cosine", refusal=REFUSAL)
 """Of the demo and of `davsp train` on the embedded model; the seed is the run's."""
 
 
