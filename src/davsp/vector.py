@@ -15,15 +15,15 @@ from davsp.files import read_tensors_and_metadata, save_tensors, to_json, write_
 from davsp.lvlm import LVLM, short_name
 from davsp.query import Query
 
-QUANTILES = (0.75, 0.75)  # of malicious projections for mu_plus, of benign ones for mu_minus
+QUANTILES = (0.3, 0.75)  # of malicious projections for mu_plus, of benign ones for mu_minus
 
 
 @dataclass
 class HarmfulnessVector:
     """Per layer, the unit vector from the mean benign to the mean malicious state of the last input token.
 
-    Margins: mu_plus is the upper quartile of the malicious projections of the fitting set, so a query must look as
-    harmful as a clear case; mu_minus is the upper quartile of the benign ones, so three of four benign queries are
+    Margins: mu_plus is the 30 % quantile of the malicious projections of the fitting set, so a query must look as
+    harmful as the weaker of the clear cases (higher costs utility, docs/log.md); mu_minus is the upper quartile of the benign ones, so three of four benign queries are
     left alone and only those that drift towards harm are held. Both may be overwritten.
 
     Attributes:
