@@ -1,5 +1,7 @@
 """The same figures for the terminal."""
 
+import re
+
 from rich.console import Console
 from rich.table import Table
 
@@ -24,12 +26,18 @@ def table(rows: Rows, title: str = "") -> Table:
     )
     made.add_column("Defense", no_wrap=True)
     for column in columns:
-        made.add_column(column.heading, justify="right")
+        made.add_column(column.heading, justify="right", overflow="fold")
     for name in defenses(rows):
         cells = [cell(rows, name, column) for column in columns]
         texts = [
-            f"[bold]{c.value}[/]\n[dim]{c.interval}[/]" + (f"\n{c.difference.split(',')[0]}" if c.difference else "")
+            f"[bold]{c.value}[/]\n[dim]{_whole(c.interval)}[/]"
+            + (f"\n{c.difference.split(',')[0]}" if c.difference else "")
             for c in cells
         ]
         made.add_row(f"[bold]{label(name)}[/]" if name == "davsp" else label(name), *texts)
     return made
+
+
+def _whole(interval: str) -> str:
+    """An interval in whole percent: eighty columns have no room for more; metrics.json has all digits."""
+    return re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.0f}", interval)
