@@ -113,7 +113,9 @@ def headline(report: Report) -> str:
 
 def _asked(report: Report) -> str:
     """How many malicious queries each benchmark has, and of how many intents."""
-    return ", ".join(f"{BENCHMARKS.get(b, b)} {n} queries of {intents} intents" for b, (n, intents) in report.asked.items())
+    return ", ".join(
+        f"{BENCHMARKS.get(b, b)} {n} queries of {intents} intents" for b, (n, intents) in report.asked.items()
+    )
 
 
 def _percent(value: float) -> str:
