@@ -4,33 +4,22 @@ import io
 import json
 import re
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from davsp import LVLM, DavspError, Query, TrainSettings, VisualSafetyPrompt
+from davsp import LVLM, DavspError, TrainSettings, VisualSafetyPrompt
 from davsp.defenses import VisualPrompt
+from davsp.embedded.data import Protocol
 from davsp.evaluation import Evaluation
 from davsp.experiments.demo import run_demo
 from tiny import queries
 
 
-@dataclass(frozen=True)
-class Protocol:
-    """The embedded protocol's fields, filled with noise."""
-
-    vector_malicious: list[Query]
-    vector_benign: list[Query]
-    sweep_malicious: list[Query]
-    sweep_benign: list[Query]
-    train_malicious: list[Query]
-    train_benign: list[Query]
-    test: list[Query]
-
-
 def noise() -> Protocol:
+    """A protocol of noise for the tiny model."""
     sets = [queries(label, 4, seed) for seed in range(3) for label in ("malicious", "benign")]
     bad = [
         replace(q, id=f"{b}{q.id}", benchmark=b)
