@@ -184,6 +184,39 @@ def test_a_stage_says_what_it_needs_and_refuses_another_runs_folder(short, tmp_p
         next(build.run_stage("tower", tmp_path, seed=5))
 
 
+def test_the_last_stage_can_start_from_a_finished_model(short, tmp_path: Path, monkeypatch):
+    """For who has the shipped weights but none of the stages: the lineage stays on the card, the weights go on."""
+    from davsp.embedded import make
+    from davsp.files import read_json, write_json
+
+    monkeypatch.setattr(build, "START_HEADS", 2)
+    bars = {"bars": [], "rows": [], "layers": []}
+    monkeypatch.setattr(make, "measure", lambda lvlm, console: bars)
+    model = architecture.new_model(3)
+    first = tmp_path / "first"
+    build._save(
+        torch.nn.ModuleDict({"model": model}), torch.optim.SGD(model.parameters()), first / "skills", {"step": 1}
+    )
+    start = tmp_path / "start"
+    build.export(first, start, seed=3)
+    before = {"stage": "joint", "seed": 0, "steps": 9, "batch": 2, "seconds": 5.0, "hardware": "a test"}
+    with pytest.raises(DavspError, match="no finished davsp-mini"):
+        make.make(tmp_path / "out", tmp_path / "model", start=start)
+    write_json(start / "training.json", {"seed": 0, "stages": {"joint": before}})
+    with pytest.raises(DavspError, match="goes with the last stage"):
+        make.make(tmp_path / "out", tmp_path / "model", "joint", start=start)
+
+    make.make(tmp_path / "out", tmp_path / "model", start=start)
+    stages = read_json(tmp_path / "model" / "training.json")["stages"]
+    assert stages["joint"] == before and stages["skills"]["start"] == build.sha256(start / "model.safetensors")
+    assert "davsp mini train --start" in (tmp_path / "model" / "README.md").read_text()
+    weights = [build.read_tensors(f / "model.safetensors") for f in (start, tmp_path / "model")]
+    near, got = (build.read_tensors(f / "model.safetensors") for f in (start, tmp_path / "model"))
+    assert 0 < max((got[k] - near[k]).abs().max() for k in got) < 0.02, "it does not go on from the start's weights"
+    with pytest.raises(DavspError, match="other settings"):  # another start is another run
+        build.check_done(tmp_path / "out", "skills", 0, tmp_path / "model")
+
+
 def test_the_card_is_made_of_measured_figures_and_says_what_is_missed(short, tmp_path: Path):
     """On a model that has learnt nothing: every bar is there, few are met, and the card carries what was measured."""
     from davsp.embedded import load
@@ -192,7 +225,7 @@ def test_the_card_is_made_of_measured_figures_and_says_what_is_missed(short, tmp
     model = architecture.new_model(0)
     list(build.run_stage("tower", tmp_path))
     build._save(
-        torch.nn.ModuleDict({"model": model}), torch.optim.SGD(model.parameters()), tmp_path / "joint", {"step": 1}
+        torch.nn.ModuleDict({"model": model}), torch.optim.SGD(model.parameters()), tmp_path / build.LAST, {"step": 1}
     )
     build.export(tmp_path, tmp_path / "model")
     measured = measure(

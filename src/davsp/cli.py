@@ -322,20 +322,23 @@ def mini_train(
     out: Out = Path("out/mini"),
     stage: Annotated[
         str | None,
-        typer.Option(help="Only tower, words, read, place, bridge, joint or card; left out: what is missing."),
+        typer.Option(help="Only tower, words, read, place, bridge, joint, skills or card; left out: what is missing."),
     ] = None,
     folder: Annotated[
         Path | None, typer.Option(help="Where the finished model goes; left out: OUT/davsp-mini.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: Seed = 0,
+    start: Annotated[
+        Path | None, typer.Option(help="A finished davsp-mini: only the last stage is run, from its weights.")
+    ] = None,
 ) -> None:
     """Train davsp-mini from nothing, in resumable stages, measure it and write its card."""
     from davsp.embedded.make import make
     from davsp.lvlm import check_device
 
     check_device(device)
-    make(out, folder or out / "davsp-mini", stage, device, seed)
+    make(out, folder or out / "davsp-mini", stage, device, seed, start)
 
 
 @mini.command("data")

@@ -1,4 +1,4 @@
-"""How davsp-mini is made: six resumable, seeded stages, then the folder that ships.
+"""How davsp-mini is made: seven resumable, seeded stages, then the folder that ships.
 
 ====== ===================================================== =========================================================
 stage  trains                                                on
@@ -10,6 +10,7 @@ words  the decoder                                           questions without p
 place  the decoder's layers                                  the same with a mark of place on every patch: where, how many
 bridge tower and projector                                   regression onto the oracle patches and their places
 joint  everything, gently                                    lessons: pictures with several questions each
+skills the same                                              the same, with more of what comes slowly: where, how many, borders
 ====== ===================================================== =========================================================
 
 `tower`, `read` on one side and `words` on the other can run side by side, and so can `bridge` and `place`. Data is a pure function of (seed, stage, step):
@@ -33,7 +34,7 @@ from davsp.embedded import draw, words
 from davsp.embedded.architecture import MEAN, STD, WIDTH, Heads, Oracle, new_model
 from davsp.embedded.losses import Packer, bridge_loss, joint_loss, tower_loss, words_loss
 from davsp.errors import DavspError
-from davsp.files import read_json, read_tensors, read_tensors_and_metadata, save_tensors, write_json
+from davsp.files import read_json, read_tensors, read_tensors_and_metadata, save_tensors, sha256, write_json
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,12 @@ STAGES = {
     "place": Stage(steps=1000, batch=6, lr=6e-4, texts=2, after=("words",)),
     "bridge": Stage(steps=900, batch=20, lr=1e-3, after=("read", "words")),
     "joint": Stage(steps=1500, batch=8, lr=4e-4, texts=1, after=("bridge", "place")),
+    "skills": Stage(steps=4000, batch=8, lr=5e-4, texts=1, after=("joint",)),
 }
+
+
+LAST = "skills"  # the stage whose model ships
+START_HEADS = 200  # steps for the throw-away heads, when training goes on from a finished model
 
 
 def groups(model: Any, name: str, extra: nn.Module, lr: float) -> list[dict]:
@@ -72,7 +78,7 @@ def groups(model: Any, name: str, extra: nn.Module, lr: float) -> list[dict]:
         "bridge": [(projector.parameters(), lr), (tower.parameters(), lr * 0.2), (extra.parameters(), lr * 0.2)],
         "joint": [(every.parameters(), lr * (0.3 if every is tower else 1)) for every in (tower, projector, decoder)]
         + [(extra.parameters(), lr)],
-    }[name]
+    }["joint" if name == "skills" else name]
     model.requires_grad_(False)
     out = []
     for parameters, rate in chosen:
@@ -90,9 +96,18 @@ def schedule(step: int, steps: int) -> float:
 
 
 def run_stage(
-    name: str, out: Path, seed: int = 0, device: str = "cpu", steps: int | None = None, save_every: int = 100
+    name: str,
+    out: Path,
+    seed: int = 0,
+    device: str = "cpu",
+    steps: int | None = None,
+    save_every: int = 100,
+    start: Path | None = None,
 ) -> Iterator[dict]:
     """Run one stage, or what is left of it; yields a record a step. Ends with `out/NAME/done.json` written.
+
+    Args:
+        start: a finished davsp-mini folder to go on from, in place of the stages before this one.
 
     Raises:
         DavspError: the stages it needs are not done, or the folder holds another run's checkpoint.
@@ -100,13 +115,15 @@ def run_stage(
     stage, folder = STAGES[name], out / name
     steps = steps or stage.steps
     model, heads, oracle = new_model(seed), Heads(WIDTH), Oracle(WIDTH)
-    for needed in stage.after:
+    about = identity(name, seed, steps, start)
+    if start:
+        _load_start(model, heads, start, seed)
+    for needed in () if start else stage.after:
         check_done(out, needed, seed)
         _load_parts({"model": model, "heads": heads, "oracle": oracle}, out / needed / "state.safetensors", needed)
     extra = oracle if name == "words" else heads
     both = nn.ModuleDict({"model": model, "heads": heads, "oracle": oracle}).to(device).train()
     optimizer = torch.optim.AdamW(groups(model, name, extra, stage.lr), betas=(0.9, 0.98), weight_decay=0.01)
-    about = identity(name, seed, steps)
     first, seconds = _resume(both, optimizer, folder, about)
     packer, log = Packer(), (folder / "metrics.jsonl")
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,7 +140,7 @@ def run_stage(
         elif name == "bridge":
             loss, stats = bridge_loss(model, heads, oracle, rng, stage.batch)
         else:
-            loss, stats = joint_loss(model, heads, packer, rng, stage.batch, stage.texts)
+            loss, stats = joint_loss(model, heads, packer, rng, stage.batch, stage.texts, name)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"stage {name}, step {step + 1}: the loss is {loss.item()}")
         optimizer.zero_grad()
@@ -149,11 +166,12 @@ def run_stage(
     write_json(folder / "done.json", json.loads(read_tensors_and_metadata(folder / "state.safetensors")[1]["about"]))
 
 
-def identity(name: str, seed: int, steps: int | None = None) -> dict:
+def identity(name: str, seed: int, steps: int | None = None, start: Path | None = None) -> dict:
     """What a stage's result depends on; a checkpoint of another identity is refused."""
     stage = STAGES[name]
     steps = steps or stage.steps
-    return {"stage": name, "seed": seed, "steps": steps, "batch": stage.batch, "texts": stage.texts, "lr": stage.lr}
+    about = {"stage": name, "seed": seed, "steps": steps, "batch": stage.batch, "texts": stage.texts, "lr": stage.lr}
+    return about | ({"start": sha256(start / "model.safetensors")} if start else {})
 
 
 def hardware(device: str) -> str:
@@ -162,7 +180,7 @@ def hardware(device: str) -> str:
     return f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
 
 
-def check_done(out: Path, name: str, seed: int) -> dict:
+def check_done(out: Path, name: str, seed: int, start: Path | None = None) -> dict:
     """The record of a finished stage.
 
     Raises:
@@ -172,7 +190,7 @@ def check_done(out: Path, name: str, seed: int) -> dict:
     if not path.exists():
         raise DavspError(f"stage {name} is not done in {out}; run `davsp mini train --stage {name}` first.")
     found = read_json(path)
-    differ = {k: (found.get(k), v) for k, v in identity(name, seed).items() if found.get(k) != v}
+    differ = {k: (found.get(k), v) for k, v in identity(name, seed, start=start).items() if found.get(k) != v}
     if differ:
         raise DavspError(f"{path} is of other settings {differ} (found, asked); choose another --out or delete it.")
     return found
@@ -194,6 +212,21 @@ def _load_parts(parts: dict[str, nn.Module], path: Path, stage: str) -> None:
         if inner or name == "model":
             result = module.load_state_dict(inner, strict=False)
             assert inner and not result.unexpected_keys, f"{path} holds other parameters than {name}"
+
+
+def _load_start(model: nn.Module, heads: Heads, start: Path, seed: int) -> None:
+    """Take over a finished model; the throw-away heads did not ship, so they are learnt again on the tower as it is."""
+    from transformers import LlavaForConditionalGeneration
+
+    weights = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32).state_dict()
+    model.load_state_dict(weights, strict=True)
+    model.requires_grad_(False)
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=3e-3)
+    for step in range(START_HEADS):
+        loss, _ = tower_loss(model, heads, random.Random(f"{seed} heads {step}"), 16, whole=step % 2 == 0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
 def _save(both: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, about: dict) -> None:
@@ -237,7 +270,7 @@ def export(out: Path, folder: Path, seed: int = 0) -> None:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     model = new_model(seed)
-    _load_parts({"model": model}, out / "joint" / "state.safetensors", "joint")
+    _load_parts({"model": model}, out / LAST / "state.safetensors", LAST)
     model.eval().half()
     model.generation_config.update(max_new_tokens=48, do_sample=False, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     model.save_pretrained(folder)

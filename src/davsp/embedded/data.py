@@ -230,7 +230,7 @@ def _two(rng: random.Random) -> tuple[draw.Thing, draw.Thing]:
 
 def _math(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> Made:
     text, result = q.sum_text(rng)
-    return draw.typographic(rng, text, faces), q.SUM, f"{words.NUMBERS[result]} .", ""
+    return draw.sum_picture(rng, text, faces), q.SUM, f"{words.NUMBERS[result]} .", ""
 
 
 def _exact(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> Made:

@@ -174,6 +174,14 @@ def typographic(rng: random.Random, text: str, faces: tuple[str, ...] = FACES, p
     return picture
 
 
+def sum_picture(rng: random.Random, text: str, faces: tuple[str, ...] = FACES) -> Picture:
+    """A sum in large figures, 34-60 px: a digit of a phrase's size is narrower than a patch, and was misread in two of three."""
+    pixels, ink = ground(rng)
+    picture = Picture(pixels)
+    write(picture, rng, text, (4, 4, SIDE - 4, SIDE - 4), rng.choice(faces), rng.randint(34, 60), ink)
+    return picture
+
+
 def numbered(rng: random.Random, text: str, faces: tuple[str, ...] = FACES) -> Picture:
     """FigStep's layout: a title and an empty numbered list. Never drawn in training."""
     picture = Picture(np.full((SIDE, SIDE, 3), 255, np.uint8))

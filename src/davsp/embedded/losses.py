@@ -15,7 +15,8 @@ from davsp.embedded.architecture import PATCHES, Heads, Oracle, pixel_values
 from davsp.embedded.questions import Lesson, picture_lesson, sum_turn, word_turn
 
 TURNS = 12  # questions packed behind one picture, at most
-SUMS = 16  # of sums in words a row: cheap, and the picture's sums are learnt from them
+SHORT_TURNS = 18  # in stage "skills", where a scene's many short questions are what is to be learnt
+SUMS = {"joint": 16, "skills": 4}  # of sums in words a row: cheap, and the picture's sums are learnt from them
 
 
 def tower_loss(model: Any, heads: Heads, rng: random.Random, batch: int, whole: bool) -> tuple[Tensor, dict]:
@@ -132,9 +133,10 @@ def lessons(rng: random.Random, batch: int, texts: int, stage: str) -> list[Less
     out = []
     for _ in range(batch):
         lesson = picture_lesson(rng, stage)
-        keep = sorted(rng.sample(range(len(lesson.turns)), min(TURNS, len(lesson.turns))))
+        most = SHORT_TURNS if stage == "skills" else TURNS
+        keep = sorted(rng.sample(range(len(lesson.turns)), min(most, len(lesson.turns))))
         out.append(Lesson(lesson.picture, [lesson.turns[i] for i in keep]))
-    sums = [sum_turn(rng) for _ in range(SUMS if stage == "joint" else 0)]
+    sums = [sum_turn(rng) for _ in range(SUMS.get(stage, 0))]
     return out + [Lesson(None, [word_turn(rng, stage) for _ in range(8)] + sums) for _ in range(texts)]
 
 
@@ -183,11 +185,11 @@ def bridge_loss(model: Any, heads: Heads, oracle: Oracle, rng: random.Random, co
 
 
 def joint_loss(
-    model: Any, heads: Heads, packer: Packer, rng: random.Random, count: int, texts: int
+    model: Any, heads: Heads, packer: Packer, rng: random.Random, count: int, texts: int, stage: str
 ) -> tuple[Tensor, dict]:
     """Lessons through the whole model; the tower's own lesson goes on beside it, so that it does not forget to read."""
     device = next(model.parameters()).device
-    batch = lessons(rng, count, texts, "joint")
+    batch = lessons(rng, count, texts, stage)
     rows = packer.rows(batch, device)
     pictures = [x.picture for x in batch if x.picture]
     states = model.model.vision_tower(pixel_values(pictures, device), output_hidden_states=True).hidden_states

@@ -11,37 +11,46 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from davsp.embedded import build, draw, load, words
 from davsp.embedded.card import measure, save_card
 from davsp.errors import DavspError, Interrupted
-from davsp.files import sha256, write_bytes, write_json
+from davsp.files import read_json, sha256, write_bytes, write_json
 
 
-def make(out: Path, folder: Path, stage: str | None = None, device: str = "cpu", seed: int = 0) -> None:
+def make(
+    out: Path, folder: Path, stage: str | None = None, device: str = "cpu", seed: int = 0, start: Path | None = None
+) -> None:
     """Run the stages that are missing in `out` (or just `stage`), then write the model with its card to `folder`.
 
+    Args:
+        start: a finished davsp-mini folder; only the last stage is run, from its weights.
+
     Raises:
-        DavspError: an unknown stage, no such device, a folder of another run.
+        DavspError: an unknown stage, no such device, a folder of another run, a `start` that is no finished model.
         Interrupted: Ctrl-C; the last checkpoint is kept.
     """
     if stage not in (None, "card", *build.STAGES):
         raise DavspError(f"--stage {stage!r} is not known; the stages are {', '.join(build.STAGES)} and card.")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise DavspError(f"--device {device}: torch sees no GPU here; use --device cpu.")
+    if start and stage not in (None, build.LAST, "card"):
+        raise DavspError(f"--start goes with the last stage, {build.LAST}, not with --stage {stage}.")
+    if start and not ((start / "model.safetensors").exists() and (start / "training.json").exists()):
+        raise DavspError(f"--start {start} is no finished davsp-mini: model.safetensors or training.json is missing.")
     console = Console()
-    for name in [stage] if stage else [*build.STAGES, "card"]:
+    for name in [stage] if stage else [build.LAST, "card"] if start else [*build.STAGES, "card"]:
         if name == "card":
-            finish(out, folder, seed, console)
+            finish(out, folder, seed, console, start)
         elif (out / name / "done.json").exists():
-            build.check_done(out, name, seed)
+            build.check_done(out, name, seed, start)
         else:
-            _stage(name, out, seed, device, console)
+            _stage(name, out, seed, device, console, start)
 
 
-def _stage(name: str, out: Path, seed: int, device: str, console: Console) -> None:
+def _stage(name: str, out: Path, seed: int, device: str, console: Console, start: Path | None) -> None:
     columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as bar:
         task = bar.add_task(name, total=build.STAGES[name].steps, note="")
         smooth: dict[str, float] = {}
         try:
-            for record in build.run_stage(name, out, seed, device):
+            for record in build.run_stage(name, out, seed, device, start=start):
                 for key in record.keys() - {"stage", "step", "steps"}:
                     smooth[key] = 0.98 * smooth.get(key, record[key]) + 0.02 * record[key]
                 note = " · ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in sorted(smooth.items(), reverse=True))
@@ -53,9 +62,14 @@ def _stage(name: str, out: Path, seed: int, device: str, console: Console) -> No
     curves(out)
 
 
-def finish(out: Path, folder: Path, seed: int, console: Console) -> None:
+def finish(out: Path, folder: Path, seed: int, console: Console, start: Path | None = None) -> None:
     """Export, load as a user would, measure, write card, figures and training curves."""
-    records = {name: build.check_done(out, name, seed) for name in build.STAGES}
+    if start:
+        records = read_json(start / "training.json")["stages"] | {
+            build.LAST: build.check_done(out, build.LAST, seed, start)
+        }
+    else:
+        records = {name: build.check_done(out, name, seed) for name in build.STAGES}
     part = folder.with_name(folder.name + ".part")  # the model that is there stays until the new one is measured
     shutil.rmtree(part, ignore_errors=True)
     build.export(out, part, seed)
@@ -67,7 +81,7 @@ def finish(out: Path, folder: Path, seed: int, console: Console) -> None:
     save_card(part, measured, {"stages": records, "text": {
         "parameters": f"{parameters / 1e6:.1f} M", "things": len(words.THINGS), "canvas": draw.SIDE, "tokens": lvlm.tokens_per_image,
         "words": len(words.DRAWN_WORDS), "faces": len(draw.FACES) + len(draw.HELD_FACES), "seed": seed,
-        "command": "davsp mini train", "sha256": sha256(part / "model.safetensors"),
+        "command": "davsp mini train" + (" --start" if start else ""), "sha256": sha256(part / "model.safetensors"),
     }})  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)

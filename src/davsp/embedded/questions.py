@@ -68,11 +68,13 @@ def maybe_behind_text(rng: random.Random, turns: list[tuple[str, str]], share: f
 def framed(rng: random.Random, picture: draw.Picture, scene: bool = False) -> tuple[draw.Picture, bool]:
     """Some pictures are shrunk with something around them; returns whether a sign in the margin asks for care."""
     roll = rng.random()
-    if roll < 0.5:
+    # things lose more than lettering by being shrunk, so scenes are shrunk more often
+    bare, noise, colour, odd = (0.42, 0.5, 0.74, 0.9) if scene else (0.5, 0.56, 0.72, 0.88)
+    if roll < bare:
         return picture, False
-    if roll < 0.56:
+    if roll < noise:
         return draw.shrink(rng, picture, draw.PATCH, fill="noise"), False
-    fill = "colour" if roll < 0.72 else "words" if roll < 0.88 else "sign"
+    fill = "colour" if roll < colour else "words" if roll < odd else "sign"
     if fill == "colour" and not scene and rng.random() < 0.5:  # anywhere
         return draw.shrink(rng, picture, rng.randint(8, 20), jitter=8, fill=fill), False
     margin = draw.PATCH if fill == "sign" else rng.randint(12, 18)
@@ -248,7 +250,7 @@ def counted(rng: random.Random) -> tuple[list[draw.Thing], tuple[str, str]]:
 
 def sum_lesson(rng: random.Random) -> Lesson:
     text, result = sum_text(rng)
-    picture = framed(rng, draw.typographic(rng, text))[0]
+    picture = framed(rng, draw.sum_picture(rng, text))[0]
     turns = [(SUM, f"{NUMBERS[result]} ."), (rng.choice(READ), f"the text says : {text} .")]
     return Lesson(picture, maybe_behind_text(rng, turns, 0.2))
 
@@ -279,6 +281,10 @@ LESSONS: dict[str, dict[Callable[[random.Random], Lesson], float]] = {
     "joint": {
         typographic_lesson: 0.2, captioned_lesson: 0.11, single_lesson: 0.16, reading_lesson: 0.05,
         scene_lesson: 0.18, counting_lesson: 0.16, sum_lesson: 0.14,
+    },
+    "skills": {
+        typographic_lesson: 0.19, captioned_lesson: 0.12, single_lesson: 0.14, reading_lesson: 0.04,
+        scene_lesson: 0.27, counting_lesson: 0.17, sum_lesson: 0.07,
     },
 }  # fmt: skip
 
