@@ -210,7 +210,6 @@ def test_the_last_stage_can_start_from_a_finished_model(short, tmp_path: Path, m
     stages = read_json(tmp_path / "model" / "training.json")["stages"]
     assert stages["joint"] == before and stages["skills"]["start"] == build.sha256(start / "model.safetensors")
     assert "davsp mini train --start" in (tmp_path / "model" / "README.md").read_text()
-    weights = [build.read_tensors(f / "model.safetensors") for f in (start, tmp_path / "model")]
     near, got = (build.read_tensors(f / "model.safetensors") for f in (start, tmp_path / "model"))
     assert 0 < max((got[k] - near[k]).abs().max() for k in got) < 0.02, "it does not go on from the start's weights"
     with pytest.raises(DavspError, match="other settings"):  # another start is another run
