@@ -76,7 +76,7 @@ def _answer(
     max_new_tokens: int,
 ) -> tuple[list[str], list[float | None]]:
     """Answers and projections of one batch; without pictures the canvas is None."""
-    canvas = lvlm.preprocess(pictures).to(lvlm.device) if pictures else None
+    canvas = lvlm.preprocess(pictures) if pictures else None
     texts = lvlm.generate(canvas, questions, max_new_tokens=max_new_tokens)
     if vector is None:
         return texts, [None] * len(texts)

@@ -1,16 +1,32 @@
 """Frozen vision-language models behind one small interface, a file a family."""
 
-from davsp.lvlm.base import LVLM, StepOutput, Tokens
+from davsp.lvlm.base import LVLM, Canvas, StepOutput, Tokens
+from davsp.lvlm.deepseek_vl import DeepseekVLHybridLVLM, DeepseekVLLVLM
 from davsp.lvlm.device import check_device
 from davsp.lvlm.identity import fingerprint, model_name, short_name
 from davsp.lvlm.llava import LlavaLVLM
+from davsp.lvlm.qwen2_5_vl import Qwen25VLLVLM
+from davsp.lvlm.qwen2_vl import Qwen2VLLVLM
 
-FAMILIES: dict[str, type[LVLM]] = {"llava": LlavaLVLM}  # by the checkpoint's `config.model_type`
+FAMILIES: dict[
+    str, type[LVLM]
+] = {  # by the checkpoint's `config.model_type`; a new one is a file and a line (docs/families.md)
+    "llava": LlavaLVLM,
+    "qwen2_vl": Qwen2VLLVLM,
+    "qwen2_5_vl": Qwen25VLLVLM,
+    "deepseek_vl": DeepseekVLLVLM,
+    "deepseek_vl_hybrid": DeepseekVLHybridLVLM,
+}
 
 __all__ = [
     "FAMILIES",
     "LVLM",
+    "Canvas",
+    "DeepseekVLHybridLVLM",
+    "DeepseekVLLVLM",
     "LlavaLVLM",
+    "Qwen2VLLVLM",
+    "Qwen25VLLVLM",
     "StepOutput",
     "Tokens",
     "check_device",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -15,13 +16,23 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
 from transformers.utils import cached_file
 
 from davsp.errors import DavspError
 from davsp.files import read_json
 from davsp.lvlm.device import check_device_map
 from davsp.lvlm.hooks import catching, steering, wide
+
+# Finished pictures in [0, 1]: a batch of one size, or one by one where they keep sizes of their own.
+Canvas = Float[Tensor, "b 3 h w"] | list[Float[Tensor, "3 _ _"]]
 
 
 @dataclass(frozen=True)
@@ -52,22 +63,38 @@ class LVLM:
         num_layers: decoder blocks; the layers one can ask for are 1 to num_layers - 1.
         image_token_id, tokens_per_image: the placeholder, and how many of it stand for one canvas.
         mean, std: per-channel normalisation of the vision tower, (1, 3, 1, 1).
+        processors: image processors that this family's checkpoints come with.
     """
 
+    processors: tuple[str, ...]
     canvas: int
     tokens_per_image: int
     image_token_id: int
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: Any, tokenizer: Any, model_id: str, revision: str | None):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        image_processor: Any,
+        model_id: str,
+        revision: str | None,
+        canvas: int | None = None,
+    ):
         self.model = model.requires_grad_(False).eval()
         self.tokenizer, self.model_id, self.revision = tokenizer, model_id, revision
+        self.image_processor = image_processor
         self.layers = model.get_decoder().layers
         self.num_layers = len(self.layers)
         self.device, self.dtype = model.device, model.dtype
         self.eos_token_id: int = tokenizer.eos_token_id
         self.pad_token_id: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.image_token_id = model.config.image_token_id
+        self.mean, self.std = (
+            torch.tensor(x, device=self.device).view(1, 3, 1, 1)
+            for x in (image_processor.image_mean, image_processor.image_std)
+        )
         self._prompt_ids = lru_cache(maxsize=16384)(self._tokenise)  # a training run asks the same questions again
 
     # -- loading ---------------------------------------------------------------------------------------------------
@@ -80,6 +107,8 @@ class LVLM:
         revision: str | None = None,
         device_map: Any = None,
         dtype: torch.dtype | str | None = None,
+        quantization: str | None = None,
+        canvas: int | None = None,
     ) -> "LVLM":
         """Load a checkpoint of any known family from a folder or the hub. Code from the checkpoint is never run.
 
@@ -88,6 +117,10 @@ class LVLM:
             revision: hub branch, tag or commit.
             device_map: a device ("cpu", "cuda:1"), or a map as accelerate knows them; None: the GPU if there is one.
             dtype: of the weights; None: float32 on CPU, bfloat16 on a GPU.
+            quantization: "4bit" or "8bit", by bitsandbytes on a GPU: the decoder's linear layers alone, so that the
+                gradient to the picture stays good. None: none.
+            canvas: side in pixels of the pictures that prompts make, for families that take many sizes (Qwen2-VL);
+                None: the family's own.
 
         Raises:
             DavspError: no such checkpoint or device, broken or missing weights, or a family that is not supported.
@@ -105,11 +138,14 @@ class LVLM:
             if config.model_type not in FAMILIES:
                 known = ", ".join(sorted(FAMILIES))
                 raise DavspError(f"{model_id} is a '{config.model_type}' model; the families known are: {known}")
+            family = FAMILIES[config.model_type]
             tokenizer = AutoTokenizer.from_pretrained(model_id, revision=revision)
             if tokenizer.chat_template is None:
                 tokenizer.chat_template = _processor_template(model_id, revision)
+            processor = family.load_processor(model_id, revision)
             revision = getattr(config, "_commit_hash", None) or revision
-            return FAMILIES[config.model_type].load(model_id, revision, tokenizer, device_map, dtype)
+            model = load_weights(model_id, revision, device_map, dtype, quantization)
+            return family(model, tokenizer, processor, model_id, revision, canvas)
         except DavspError:
             raise
         except Exception as error:  # the libraries raise OSError, ValueError, KeyError, RuntimeError, SafetensorError…
@@ -117,30 +153,72 @@ class LVLM:
             raise DavspError(f"cannot load model {model_id}: {why}; check its name, or mend its files") from error
 
     @classmethod
-    def load(cls, model_id: str, revision: str | None, tokenizer: Any, device_map: Any, dtype: torch.dtype) -> "LVLM":
-        """Build this family's instance; each family writes its own."""
-        raise NotImplementedError
+    def load_processor(cls, model_id: str, revision: str | None) -> Any:
+        """The checkpoint's image processor, without torchvision; whole processors are avoided, for some need it.
+
+        Raises:
+            DavspError: it is another family's.
+        """
+        processor = AutoImageProcessor.from_pretrained(model_id, revision=revision, backend="pil")
+        if type(processor).__name__.removesuffix("Pil") not in cls.processors:
+            raise DavspError(
+                f"{model_id} comes with a {type(processor).__name__.removesuffix('Pil')}, but its model needs "
+                f"{' or '.join(cls.processors)}: restore its preprocessor_config.json"
+            )
+        return processor
 
     # -- what a family writes --------------------------------------------------------------------------------------
 
-    def preprocess(self, images: list[Image.Image]) -> Float[Tensor, "b 3 h w"]:
-        """Undefended pictures on the native canvas, as this family resizes them; float32 in [0, 1], each k/255."""
+    def preprocess(self, images: list[Image.Image]) -> Canvas:
+        """Undefended pictures as this family resizes them; float32 in [0, 1], each k/255.
+
+        A picture that `check_canvas` accepts passes unchanged. A list comes back where the pictures keep sizes of
+        their own (Qwen2-VL).
+
+        Raises:
+            DavspError: there is no picture.
+        """
         raise NotImplementedError
 
-    def pixel_inputs(self, canvas: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """The model's own image arguments for a finished canvas in [0, 1]; carries the gradient."""
+    def pixel_inputs(self, canvas: Any) -> dict[str, Tensor]:
+        """The model's own image arguments for finished canvases in [0, 1]; carries the gradient.
+
+        Canvases of one size come as a tensor (b, 3, h, w), others as a list.
+        """
         raise NotImplementedError
+
+    def image_tokens(self, height: int, width: int) -> int:
+        """How many placeholders stand for a canvas of this size."""
+        return self.tokens_per_image
+
+    def check_canvas(self, height: int, width: int) -> None:
+        """Raises DavspError unless the model sees a picture of this size without resampling it."""
+        if (height, width) != (self.canvas, self.canvas):
+            raise DavspError(
+                f"the canvas is {width}x{height} pixels, but {self.model_id} takes {self.canvas}x{self.canvas}: "
+                "use a prompt made for this model"
+            )
+
+    def token_inputs(self, ids: Int[Tensor, "b t"]) -> dict[str, Tensor]:
+        """What else the model wants to know of the tokens."""
+        return {}
 
     # -- tokens ----------------------------------------------------------------------------------------------------
 
     def encode(
         self,
         questions: Sequence[str],
-        has_image: bool,
+        images: bool | Sequence[int],
         answers: Sequence[str | None] | None = None,
         padding_side: Literal["right", "left"] = "right",
     ) -> Tokens:
         """Questions in the checkpoint's chat template, with answer and end token after it where one is given.
+
+        Args:
+            questions: as the user types them.
+            images: whether a picture on the native canvas stands before each, or how many placeholders it takes.
+            answers: what follows; None for a row without.
+            padding_side: right for training and states, left for generation.
 
         Raises:
             DavspError: no question, or one that holds the image placeholder.
@@ -149,7 +227,9 @@ class LVLM:
             raise DavspError("there is no question to ask: the list of queries is empty")
         if answers is not None and len(answers) != len(questions):
             raise ValueError(f"{len(answers)} answers for {len(questions)} questions")
-        prompts = [list(self._prompt_ids(question, has_image)) for question in questions]
+        if isinstance(images, bool):
+            images = [self.tokens_per_image * images] * len(questions)
+        prompts = [list(self._prompt_ids(question, n)) for question, n in zip(questions, images, strict=True)]
         endings = [self._answer_ids(answer) for answer in answers or [None] * len(prompts)]
         length = max(len(p) + len(e) for p, e in zip(prompts, endings, strict=True))
         ids = torch.full((len(prompts), length), self.pad_token_id)
@@ -165,7 +245,8 @@ class LVLM:
             last.append(start + len(prompt) - 1)
         return Tokens(*(t.to(self.device) for t in (ids, mask, torch.tensor(last), answer_mask)))
 
-    def _tokenise(self, question: str, has_image: bool) -> tuple[int, ...]:
+    def _tokenise(self, question: str, image_tokens: int) -> tuple[int, ...]:
+        has_image = image_tokens > 0
         content = [{"type": "image"}] * has_image + [{"type": "text", "text": question}]
         messages = [{"role": "user", "content": content}]
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -177,7 +258,7 @@ class LVLM:
         if not has_image:
             return tuple(ids)
         at = ids.index(self.image_token_id)
-        return (*ids[:at], *[self.image_token_id] * self.tokens_per_image, *ids[at + 1 :])
+        return (*ids[:at], *[self.image_token_id] * image_tokens, *ids[at + 1 :])
 
     def _answer_ids(self, answer: str | None) -> list[int]:
         if answer is None:
@@ -186,9 +267,7 @@ class LVLM:
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
-    def states(
-        self, canvas: Float[Tensor, "b 3 h w"] | None, questions: Sequence[str], layers: Sequence[int]
-    ) -> Float[Tensor, "b l d"]:
+    def states(self, canvas: Canvas | None, questions: Sequence[str], layers: Sequence[int]) -> Float[Tensor, "b l d"]:
         """Hidden state of the last prompt token at each of `layers`; computes no deeper than the deepest.
 
         Equal to `output_hidden_states=True` (checked in the tests). Gradient flows only if `canvas` requires it.
@@ -198,8 +277,8 @@ class LVLM:
         """
         for layer in layers:
             self.check_layer(layer)
-        tokens = self.encode(questions, canvas is not None)
-        wants = canvas is not None and canvas.requires_grad and torch.is_grad_enabled()
+        tokens = self.encode(questions, self._placeholders(canvas))
+        wants = isinstance(canvas, Tensor) and canvas.requires_grad and torch.is_grad_enabled()
         with torch.set_grad_enabled(wants), catching(self.layers, layers, tokens.last, stop=True) as caught:
             self.model(**self._inputs(tokens, canvas), use_cache=False)
         return torch.stack([caught[layer].to(self.device) for layer in layers], dim=1)
@@ -220,7 +299,7 @@ class LVLM:
             DavspError: a layer outside 1 .. num_layers - 1, or a canvas of another size.
         """
         self.check_layer(layer)
-        tokens = self.encode(questions, True, answers)
+        tokens = self.encode(questions, self._placeholders(canvas), answers)
         inputs = self._inputs(tokens, canvas) | {"use_cache": False}
         with catching(self.layers, [layer], tokens.last, stop=answers is None) as caught:
             if answers is not None:
@@ -239,7 +318,7 @@ class LVLM:
     @torch.no_grad()
     def generate(
         self,
-        canvas: Float[Tensor, "b 3 h w"] | None,
+        canvas: Canvas | None,
         questions: Sequence[str],
         max_new_tokens: int = 48,
         steer: tuple[int, Tensor] | None = None,
@@ -253,7 +332,7 @@ class LVLM:
             steer: (layer, vector (D,)): the vector is added to that layer's output at the last prompt token and at
                 every answer token (test-time intervention, the paper's Table 5).
         """
-        tokens = self.encode(questions, canvas is not None, padding_side="left")
+        tokens = self.encode(questions, self._placeholders(canvas), padding_side="left")
         settings = GenerationConfig(
             do_sample=False,
             num_beams=1,
@@ -274,22 +353,69 @@ class LVLM:
         if not 1 <= layer <= self.num_layers - 1:
             raise DavspError(f"layer {layer} is out of range: {self.model_id} has layers 1 to {self.num_layers - 1}")
 
-    def _inputs(self, tokens: Tokens, canvas: Tensor | None, masked: bool = False) -> dict[str, Any]:
+    def _placeholders(self, canvas: Canvas | None) -> bool | list[int]:
+        """How many image tokens each row takes; canvases are checked here, before anything is computed."""
+        if canvas is None:
+            return False
+        for one in canvas[:1] if isinstance(canvas, Tensor) else canvas:
+            self.check_canvas(*one.shape[-2:])
+        return [self.image_tokens(*one.shape[-2:]) for one in canvas]
+
+    def _inputs(self, tokens: Tokens, canvas: Canvas | None, masked: bool = False) -> dict[str, Any]:
         # Right-padded and causal: nothing looks at the padding, and without a mask attention takes its fast path.
         inputs: dict[str, Any] = {"input_ids": tokens.ids}
         if masked:
             inputs["attention_mask"] = tokens.mask
         if canvas is None:
             return inputs
-        if tuple(canvas.shape[2:]) != (self.canvas, self.canvas):
-            height, width = canvas.shape[2:]
-            raise DavspError(
-                f"the canvas is {width}x{height} pixels, but {self.model_id} takes {self.canvas}x{self.canvas}: "
-                "use a prompt made for this model"
-            )
         if len(canvas) != len(tokens.ids):
             raise ValueError(f"{len(canvas)} canvases for {len(tokens.ids)} questions")
-        return inputs | self.pixel_inputs(canvas.to(self.device))
+        if not isinstance(canvas, Tensor):
+            canvas = [one.to(self.device) for one in canvas]
+            canvas = torch.stack(canvas) if len({one.shape for one in canvas}) == 1 else canvas
+        pixels = self.pixel_inputs(canvas.to(self.device) if isinstance(canvas, Tensor) else canvas)
+        return inputs | self.token_inputs(tokens.ids) | pixels
+
+
+def load_weights(
+    model_id: str, revision: str | None, device_map: Any, dtype: torch.dtype, quantization: str | None = None
+) -> Any:
+    """The transformers model on its device.
+
+    Raises:
+        DavspError: weights are missing, or the quantization can't be had.
+    """
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    single = str(device_map).split(":")[0] in ("cpu", "cuda", "mps")  # a single device needs no accelerate
+    if quantization:
+        options["quantization_config"] = quantized(quantization, dtype)
+        options["device_map"] = {"": device_map} if single else device_map
+    elif not single:
+        options["device_map"] = device_map
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(model_id, revision=revision or "main", **options)
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers
+        raise DavspError(f"cannot load model {model_id}: it lacks the weights of {missing[0]}; restore its files")
+    return model.to(device_map) if single and not quantization else model
+
+
+def quantized(kind: str, dtype: torch.dtype) -> Any:
+    """The settings of a quantized decoder; tower, projector and head keep `dtype`, as the picture's gradient needs them.
+
+    Raises:
+        DavspError: an unknown kind, or no bitsandbytes.
+    """
+    if kind not in ("4bit", "8bit"):
+        raise DavspError(f"quantization '{kind}' is not known: choose 4bit or 8bit")
+    if find_spec("bitsandbytes") is None:
+        raise DavspError("quantization needs bitsandbytes and a GPU: pip install 'davsp[quantization]'")
+    keep = ["lm_head", "vision_tower", "multi_modal_projector", "visual", "vision_model", "aligner"]
+    keep += ["high_res_vision_model", "high_res_vision_neck", "high_res_vision_proj"]
+    if kind == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=keep
+    )
 
 
 def _processor_template(model_id: str, revision: str | None) -> str:

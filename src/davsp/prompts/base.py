@@ -90,12 +90,8 @@ class Prompt:
         return self.with_delta(torch.round(self.delta.detach() * 255) / 255)
 
     def check(self, lvlm: Any) -> None:
-        """Raises DavspError unless this prompt was made for a canvas of the LVLM's size."""
-        if self.canvas != lvlm.canvas:
-            raise DavspError(
-                f"the prompt is for a canvas of {self.canvas} pixels, but {lvlm.model_id} takes {lvlm.canvas}: "
-                "train or load one for this model"
-            )
+        """Raises DavspError unless the LVLM sees this prompt's canvas as it is, without resampling it."""
+        lvlm.check_canvas(self.canvas, self.canvas)
 
 
 def read_config(path: Path, kind: type[Config]) -> Config:

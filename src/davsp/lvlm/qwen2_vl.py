@@ -1,0 +1,90 @@
+"""Qwen2-VL: pictures of any size in multiples of 28 pixels, three-axis positions."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor
+
+from davsp.errors import DavspError
+from davsp.lvlm.base import LVLM, Canvas
+
+CANVAS = 448  # 256 image tokens; a multiple of 28, and of 32 and 14 besides, so that other families take it too
+
+
+class Qwen2VLLVLM(LVLM):
+    """A tower of dynamic resolution: undefended pictures keep a size of their own, prompts make a square canvas.
+
+    The paper's canvas for Qwen2-VL was not published; see docs/decisions.md.
+    """
+
+    processors = ("Qwen2VLImageProcessor",)
+
+    def __init__(
+        self, model: Any, tokenizer: Any, processor: Any, model_id: str, revision: str | None, canvas: int | None
+    ):
+        super().__init__(model, tokenizer, processor, model_id, revision)
+        vision = model.config.vision_config
+        self.patch, self.merge, self.frames = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+        found = (processor.patch_size, processor.merge_size, processor.temporal_patch_size)
+        if found != (self.patch, self.merge, self.frames):
+            raise DavspError(
+                f"{model_id}'s preprocessor_config.json cuts pictures as {found} (patch, merge, frames), its config.json "
+                f"as {(self.patch, self.merge, self.frames)}: restore its files"
+            )
+        self.least, self.most = processor.size["shortest_edge"], processor.size["longest_edge"]
+        self.canvas = canvas or CANVAS
+        self.check_canvas(self.canvas, self.canvas)
+        self.tokens_per_image = self.image_tokens(self.canvas, self.canvas)
+
+    def image_tokens(self, height: int, width: int) -> int:
+        return height * width // (self.patch * self.merge) ** 2
+
+    def check_canvas(self, height: int, width: int) -> None:
+        unit = self.patch * self.merge
+        if height % unit or width % unit or not self.least <= height * width <= self.most:
+            raise DavspError(
+                f"the canvas is {width}x{height} pixels, but {self.model_id} takes multiples of {unit} with "
+                f"{self.least} to {self.most} pixels in all: use a prompt made for this model"
+            )
+
+    def preprocess(self, images: list[Image.Image]) -> Canvas:
+        """The checkpoint's own resize: to the nearest multiples of 28 within its bounds of pixels, bicubic.
+
+        A picture that `check_canvas` accepts passes unchanged. A tensor where all come out of one size.
+        """
+        if not images:
+            raise DavspError("there is no image to prepare: the list is empty")
+        canvases = []
+        for image in images:
+            pixels = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+            size, unit = self.image_processor.size, self.patch * self.merge
+            try:
+                pixels = self.image_processor.resize(pixels, size, self.image_processor.resample, unit)
+            except ValueError as error:  # thinner than 1:200
+                raise DavspError(f"a picture of {image.width}x{image.height} pixels is too thin: {error}") from error
+            canvases.append(torch.from_numpy(pixels.astype(np.float32)) / 255)
+        same = all(one.shape == canvases[0].shape for one in canvases)
+        return torch.stack(canvases) if same else canvases
+
+    def pixel_inputs(self, canvas: Canvas) -> dict[str, Tensor]:
+        """Normalised patches in the order that the tower merges them, and each picture's grid."""
+        batches = [canvas] if isinstance(canvas, Tensor) else [one[None] for one in canvas]
+        patches = torch.cat([self._patchify((batch - self.mean) / self.std) for batch in batches])
+        grid = [[1, one.shape[-2] // self.patch, one.shape[-1] // self.patch] for one in canvas]
+        return {"pixel_values": patches.to(self.dtype), "image_grid_thw": torch.tensor(grid, device=self.device)}
+
+    def token_inputs(self, ids: Int[Tensor, "b t"]) -> dict[str, Tensor]:
+        """Which tokens are a picture's (1) and which are words (0): the three-axis positions are made of it."""
+        return {"mm_token_type_ids": (ids == self.image_token_id).int()}
+
+    def _patchify(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "n d"]:
+        """Patches, four neighbours after one another; both frames are the same picture. A view and a permutation."""
+        b, c, height, width = pixels.shape
+        p, m = self.patch, self.merge
+        blocks = pixels.reshape(b, c, height // (m * p), m, p, width // (m * p), m, p)
+        blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)[:, :, :, :, :, :, None]  # (b, gh, gw, m, m, c, 1, p, p)
+        blocks = blocks.expand(-1, -1, -1, -1, -1, -1, self.frames, -1, -1)
+        return blocks.reshape(b * (height // p) * (width // p), c * self.frames * p * p)

@@ -1,0 +1,133 @@
+"""Checkpoints of every real architecture with random weights, small enough for every test."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    DeepseekVLConfig,
+    DeepseekVLForConditionalGeneration,
+    DeepseekVLHybridConfig,
+    DeepseekVLHybridForConditionalGeneration,
+    DeepseekVLHybridImageProcessorPil,
+    DeepseekVLImageProcessorPil,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+    SamVisionConfig,
+    SiglipVisionConfig,
+)
+
+WORDS = "what is this how do you make steal a car cake in the image please be safe sorry no yes red helpful assistant".split()
+WORDS += "USER: ASSISTANT: User: Assistant: You are a language and vision assistant. system user assistant".split()
+PLACEHOLDER = {"llava": "<image>", "qwen": "<|image_pad|>", "deepseek": "<image_placeholder>"}
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
+SPECIAL += [*PLACEHOLDER.values(), "<|video_pad|>"]
+
+# Of the shape of the published templates.
+TEMPLATES = {
+    "llava": (
+        "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+        "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+        "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' ' }}"
+        "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    ),
+    "qwen": (
+        "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+        "{% for content in message['content'] %}{% if content['type'] == 'image' %}"
+        "<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
+        "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "deepseek": (
+        "You are a helpful language and vision assistant.\n\n"
+        "{% for message in messages %}{{ message['role'].capitalize() }}: {% for content in message['content'] %}"
+        "{% if content['type'] == 'image' %}<image_placeholder>{% else %}{{ content['text'] }}{% endif %}{% endfor %}"
+        "\n\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+    ),
+}
+COMMON = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+
+
+def tokenizer(style: str) -> PreTrainedTokenizerFast:
+    words = dict.fromkeys([*SPECIAL, *WORDS])
+    core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token=None if style == "qwen" else "<s>", unk_token="<unk>",
+        eos_token="<|im_end|>" if style == "qwen" else "</s>", additional_special_tokens=[*SPECIAL[4:]],
+        chat_template=TEMPLATES[style], extra_special_tokens={"image_token": PLACEHOLDER[style]},
+    )  # fmt: skip
+
+
+def save_family(name: str, folder: Path) -> Path:
+    """Save a folder such as the hub has: 4 layers of width 32, weights wide enough that answers differ."""
+    style = name.split("_")[0].removesuffix("2")
+    words = tokenizer(style)
+    image = words.convert_tokens_to_ids(PLACEHOLDER[style])
+    llama = LlamaConfig(
+        **COMMON, num_hidden_layers=4, vocab_size=len(words), pad_token_id=0, bos_token_id=1, eos_token_id=2
+    )
+    siglip = SiglipVisionConfig(**COMMON, num_hidden_layers=2, image_size=56, patch_size=14)
+    torch.manual_seed(0)
+    if name == "llava":
+        vision = CLIPVisionConfig(**COMMON, num_hidden_layers=3, image_size=56, patch_size=14)
+        config = LlavaConfig(vision_config=vision, text_config=llama, image_token_index=image, vision_feature_layer=-2)
+        model = LlavaForConditionalGeneration(config)
+        size = {"height": 56, "width": 56}
+        processor = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size=size)
+    elif style == "qwen":
+        ids = words.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])
+        marks = dict(
+            zip(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), ids, strict=True)
+        )
+        text = {**COMMON, "num_hidden_layers": 4, "num_key_value_heads": 2, "vocab_size": len(words), "max_position_embeddings": 512,
+                "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
+                "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 5}  # fmt: skip
+        if name == "qwen2_vl":
+            vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 14}
+            model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **marks))
+        else:
+            vision = {"depth": 2, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 64, "num_heads": 4,
+                      "patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]}  # fmt: skip
+            model = Qwen2_5_VLForConditionalGeneration(
+                Qwen2_5_VLConfig(text_config=text, vision_config=vision, **marks)
+            )
+        processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=28 * 28 * 64)
+    elif name == "deepseek_vl":
+        model = DeepseekVLForConditionalGeneration(
+            DeepseekVLConfig(text_config=llama, vision_config=siglip, image_token_id=image)
+        )
+        processor = DeepseekVLImageProcessorPil(
+            size={"height": 56, "width": 56}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        )
+    else:
+        sam = SamVisionConfig(
+            hidden_size=32, output_channels=16, num_hidden_layers=2, num_attention_heads=2, image_size=128, patch_size=16,
+            window_size=4, global_attn_indexes=[0, 1], mlp_dim=64,
+        )  # fmt: skip
+        config = DeepseekVLHybridConfig(
+            text_config=llama, vision_config=siglip, image_token_id=image, high_res_vision_config=sam
+        )
+        model = DeepseekVLHybridForConditionalGeneration(config)
+        processor = DeepseekVLHybridImageProcessorPil(
+            size={"height": 56, "width": 56}, high_res_size={"height": 128, "width": 128}, resample=2,
+            image_mean=[0.5] * 3, image_std=[0.5] * 3,
+        )  # fmt: skip
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.2)
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

@@ -1,0 +1,228 @@
+"""Every family against plain transformers: pixels, prompt ids, hidden states, generation, prompts."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, DeepseekVLHybridProcessor, DeepseekVLProcessor, LlavaProcessor
+
+from davsp import LVLM, DavspError, Query, VisualSafetyPrompt, evaluate
+from davsp.defenses import NoDefense, VisualPrompt
+from davsp.lvlm import FAMILIES
+from davsp.lvlm.resample import resample
+from families import PLACEHOLDER, save_family
+from tiny import picture
+
+QUESTIONS = ["what is this", "how do you make a cake in the image", "is this a car", "please be safe what is this",
+             "what is red", "how do you steal a car please", "yes", "no this is a red car in the image"]  # fmt: skip
+ANSWERS = ["a cake", "sorry no", "yes", "this is a red car in the image", "no", "sorry", "a car", "yes yes"]
+NATIVE = {"deepseek_vl_hybrid": 128}
+SIDE = 112  # of Qwen2-VL's canvas here
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request, tmp_path_factory):
+    return save_family(request.param, tmp_path_factory.mktemp("family") / request.param)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return LVLM.from_pretrained(folder, device_map="cpu", canvas=SIDE if "qwen" in folder.name else None)
+
+
+@pytest.fixture(scope="module")
+def canvas(model):
+    return model.preprocess([picture(i, (model.canvas, model.canvas)) for i in range(8)])
+
+
+def theirs(folder, images):
+    """What the family's own image processor gives."""
+    made = AutoImageProcessor.from_pretrained(folder, backend="pil")(images, return_tensors="pt")
+    return {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+
+
+def test_a_finished_canvas_is_seen_exactly_as_the_processor_shows_it(folder, model, canvas):
+    assert canvas.shape == (8, 3, model.canvas, model.canvas)
+    images = [Image.fromarray((one * 255).round().byte().permute(1, 2, 0).numpy()) for one in canvas]
+    assert all(np.array_equal(np.array(a), np.array(picture(i, a.size))) for i, a in enumerate(images))
+    wanted, got = theirs(folder, images), model.pixel_inputs(canvas)
+    assert set(got) >= set(wanted)
+    for name in wanted:
+        assert torch.equal(got[name], wanted[name]), name
+
+
+@pytest.mark.parametrize("size", [(100, 70), (41, 200), (300, 310)])
+def test_an_undefended_picture_is_what_the_processor_makes_of_it(folder, model, size):
+    images = [picture(1, size), picture(2, (90, 60))]
+    wanted, got = theirs(folder, images), model.pixel_inputs(model.preprocess(images))
+    for name in wanted:
+        tolerance = (
+            2 * 2 / 255 if name == "pixel_values" and len(wanted) > 1 and "grid" not in str(wanted.keys()) else 0
+        )
+        assert (got[name] - wanted[name]).abs().max() <= tolerance, name
+
+
+def test_prompt_ids_are_the_processors_own(folder, model, canvas):
+    """Chat template and placeholder rule, token for token."""
+    content = [{"type": "image"}, {"type": "text", "text": QUESTIONS[1]}]
+    text = model.tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    image = picture(0, (model.canvas, model.canvas))
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    if "qwen" in folder.name:  # its processor needs torchvision; this is its rule
+        grid = processor([image])["image_grid_thw"][0]
+        pad = PLACEHOLDER["qwen"]
+        text = text.replace(pad, pad * (int(np.prod(grid)) // processor.merge_size**2))
+        wanted = model.tokenizer(text)["input_ids"]
+    else:
+        kinds = {
+            "llava": LlavaProcessor,
+            "deepseek_vl": DeepseekVLProcessor,
+            "deepseek_vl_hybrid": DeepseekVLHybridProcessor,
+        }
+        extra = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+        extra = extra if folder.name == "llava" else {"num_image_tokens": 16}
+        made = kinds[folder.name](processor, model.tokenizer, **extra)(images=[image], text=[text], return_tensors="pt")
+        wanted = made["input_ids"][0].tolist()
+    assert model.encode([QUESTIONS[1]], True).ids[0].tolist() == wanted
+    assert len(wanted) > model.tokens_per_image + 8
+
+
+def test_states_are_the_hidden_states_of_each_row_alone(model, canvas):
+    states = model.states(canvas, QUESTIONS, [1, 2, 3])
+    for row, question in enumerate(QUESTIONS):
+        inputs = model._inputs(model.encode([question], True), canvas[row : row + 1], masked=True)
+        hidden = model.model(**inputs, output_hidden_states=True).hidden_states
+        expected = torch.stack([hidden[layer][0, -1] for layer in (1, 2, 3)])
+        torch.testing.assert_close(states[row], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_of_8_is_8_batches_of_1(model, canvas):
+    together = model.step(canvas, QUESTIONS, 2, ANSWERS)
+    apart = [model.step(canvas[i : i + 1], QUESTIONS[i : i + 1], 2, ANSWERS[i : i + 1]) for i in range(8)]
+    torch.testing.assert_close(together.state, torch.cat([one.state for one in apart]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(together.answer_loss, torch.cat([o.answer_loss for o in apart]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_without_answers_never_runs_the_upper_layers(model, canvas):
+    seen = []
+    handles = [layer.register_forward_hook(lambda *_, i=i: seen.append(i)) for i, layer in enumerate(model.layers, 1)]
+    output = model.step(canvas, QUESTIONS, 2)
+    for handle in handles:
+        handle.remove()
+    assert seen in ([1], [1, 2]) and output.answer_loss is None
+    torch.testing.assert_close(output.state, model.states(canvas, QUESTIONS, [2])[:, 0])
+
+
+def test_generation_batched_is_one_by_one_and_leaves_nothing_behind(model, canvas):
+    words = model.states(None, QUESTIONS, [2])
+    together = model.generate(canvas, QUESTIONS, max_new_tokens=6)
+    apart = [model.generate(canvas[i : i + 1], [QUESTIONS[i]], max_new_tokens=6)[0] for i in range(8)]
+    assert together == apart and len(set(together)) > 2
+    assert torch.equal(
+        model.states(None, QUESTIONS, [2]), words
+    )  # Qwen2-VL keeps position offsets of the last pictures
+    bare = model.generate(None, QUESTIONS, max_new_tokens=6)
+    assert bare == [model.generate(None, [question], max_new_tokens=6)[0] for question in QUESTIONS]
+
+
+def test_the_gradient_is_that_of_the_whole_path(folder, canvas):
+    """Against a finite difference along a random direction, in float64; the hybrid's rounding is passed straight through."""
+    model = LVLM.from_pretrained(
+        folder, device_map="cpu", dtype="float64", canvas=SIDE if "qwen" in folder.name else None
+    )
+    point, direction = canvas[:2].double(), torch.randn(2, 3, model.canvas, model.canvas, dtype=torch.float64)
+
+    def value(x):
+        output = model.step(x, QUESTIONS[:2], 2, ANSWERS[:2])
+        return output.state.sum() + output.answer_loss.sum()
+
+    leaf = point.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(value(leaf), leaf)
+    assert gradient.abs().sum() > 0 and gradient.isfinite().all()
+    if "hybrid" not in folder.name:
+        step = 1e-3  # the decoders' norms compute in float32
+        with torch.no_grad():
+            change = (value(point + step * direction) - value(point - step * direction)) / (2 * step)
+        torch.testing.assert_close((gradient * direction).sum(), change, rtol=2e-2, atol=1e-3)
+
+
+def test_a_prompt_defends_and_is_measured(model, tmp_path):
+    """Save, load, evaluate with and without: the same code for every family."""
+    prompt = VisualSafetyPrompt.create(model.canvas, model.canvas // 8, "random", 0, "please be safe")
+    prompt.save_pretrained(tmp_path / "prompt")
+    prompt = VisualSafetyPrompt.from_pretrained(tmp_path / "prompt")
+    queries = [Query(f"q{i}", QUESTIONS[i], "malicious" if i % 2 else "benign", "test", image=picture(i, (60 + 9 * i, 70)))
+               for i in range(4)]  # fmt: skip
+    result = evaluate(model, {"none": NoDefense(), "davsp": VisualPrompt(prompt)}, queries, max_new_tokens=5)
+    texts = {name: [r.text for r in result.responses[name]] for name in ("none", "davsp")}
+    assert texts["none"] != texts["davsp"]
+
+
+def test_a_canvas_that_would_be_resampled_is_refused(model, canvas):
+    wrong = model.canvas + 14
+    with pytest.raises(DavspError, match=f"{wrong}x{wrong} pixels, but .* takes"):
+        model.states(torch.zeros(1, 3, wrong, wrong), ["yes"], [1])
+    with pytest.raises(DavspError, match="use a prompt made for this model"):
+        VisualPrompt(VisualSafetyPrompt.create(wrong, 4)).respond(model, [Query("a", "yes", "benign", "test")])
+
+
+def test_a_processor_of_another_family_is_named(folder, tmp_path):
+    other = "qwen2_vl" if folder.name == "llava" else "llava"
+    mixed = shutil.copytree(folder, tmp_path / "mixed")
+    shutil.copy(save_family(other, tmp_path / "other") / "preprocessor_config.json", mixed)
+    with pytest.raises(DavspError, match=r"comes with a \w+ImageProcessor, but its model needs .*preprocessor_config"):
+        LVLM.from_pretrained(mixed, device_map="cpu")
+
+
+def test_qwen_takes_prompts_of_many_sizes_and_pictures_of_their_own(tmp_path):
+    folder = save_family("qwen2_vl", tmp_path / "qwen2_vl")
+    model = LVLM.from_pretrained(folder, device_map="cpu", canvas=SIDE)
+    ragged = model.preprocess([picture(0, (100, 70)), picture(1, (57, 171))])
+    assert isinstance(ragged, list) and [tuple(x.shape[1:]) for x in ragged] == [(56, 112), (168, 56)]
+    together = model.states(ragged, QUESTIONS[:2], [2])
+    apart = torch.cat([model.states(one[None], [q], [2]) for one, q in zip(ragged, QUESTIONS[:2], strict=True)])
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
+    assert model.generate(ragged, QUESTIONS[:2], max_new_tokens=4) == [
+        model.generate(one[None], [q], max_new_tokens=4)[0] for one, q in zip(ragged, QUESTIONS[:2], strict=True)
+    ]
+    for side in (56, 84, 168):  # a prompt of another size than the model's own
+        VisualSafetyPrompt.create(side, 8).check(model)
+    with pytest.raises(DavspError, match="multiples of 28"):
+        LVLM.from_pretrained(folder, device_map="cpu", canvas=100)
+    with pytest.raises(DavspError, match="too thin"):
+        model.preprocess([picture(0, (1, 300))])
+    config = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(config | {"merge_size": 1}))
+    with pytest.raises(DavspError, match="restore its files"):
+        LVLM.from_pretrained(folder, device_map="cpu")
+
+
+def test_quantization_says_what_it_needs(tmp_path, monkeypatch):
+    folder = save_family("llava", tmp_path / "llava")
+    with pytest.raises(DavspError, match="choose 4bit or 8bit"):
+        LVLM.from_pretrained(folder, device_map="cpu", quantization="3bit")
+    monkeypatch.setattr("davsp.lvlm.base.find_spec", lambda name: None)
+    with pytest.raises(DavspError, match=r"needs bitsandbytes.*davsp\[quantization\]"):
+        LVLM.from_pretrained(folder, device_map="cpu", quantization="4bit")
+
+
+@pytest.mark.parametrize("kernel", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS])
+@pytest.mark.parametrize(("size", "side"), [(128, 56), (56, 128), (336, 276), (1024, 384), (100, 99)])
+def test_resample_is_pillows(kernel, size, side):
+    image = picture(3, (size, size))
+    canvas = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+    wanted = torch.from_numpy(np.array(image.resize((side, side), kernel))).permute(2, 0, 1)[None]
+    assert torch.equal((resample(canvas, side, kernel) * 255).round().byte(), wanted)
+
+
+def test_the_gradient_of_a_resample_is_that_of_its_weights():
+    leaf = torch.rand(1, 3, 20, 20, requires_grad=True)
+    (gradient,) = torch.autograd.grad(resample(leaf, 10, Image.Resampling.BILINEAR).sum(), leaf)
+    torch.testing.assert_close(gradient.sum(), torch.tensor(300.0))  # every output's weights sum to 1
+    with pytest.raises(ValueError, match="no matrix for BOX"):
+        resample(leaf, 10, Image.Resampling.BOX)
