@@ -7,13 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from davsp import HarmfulnessVector, cli
+from davsp.cli.inputs import is_mini
 from davsp.dataset import load_queries, save_queries
 from davsp.embedded.words import vocabulary
 from davsp.errors import DavspError
+from davsp.prompts import load_prompt
 from davsp.query import open_picture
+from test_published import published
 from tiny import queries
 
 
@@ -105,6 +109,8 @@ BOTH = ["--malicious", "DATA/malicious", "--benign", "DATA/benign"]
         (["eval", "--model", "MODEL"], "the embedded data is for davsp-mini"),
         (["eval", "--model", "someone/else"], "cannot load model someone/else"),
         (["eval", "--model", "MODEL", "--queries", "DATA/test", "--vector", "OTHER"], "the vector is of another model"),
+        (["import-published", "missing.pt"], "cannot read missing.pt"),
+        (["import-published", "missing.pt", "--form", "png"], "--form is displayable or exact, not 'png'"),
         (["train", "--stepz", "3"], "--stepz"),
         (["frame"], "frame"),
     ],
@@ -142,6 +148,54 @@ def test_noise_goes_the_same_road(data: Path, vectors: Path, tiny_folder: Path, 
     assert open_picture(tmp_path / "out.png").size == (56, 56)
 
 
+def test_the_published_border_in_both_forms(data: Path, tiny_folder: Path, tmp_path: Path, capsys):
+    torch.save(published(torch.rand(3, 56, 56) * 1.2 - 0.1, 8), tmp_path / "noise.pt")
+    given = ("import-published", tmp_path / "noise.pt", "--padding", 8, "--text", "please be safe", "--layer", 2)
+    for form in ("displayable", "exact"):
+        assert run(*given, "--model", "m", "--form", form, "--out", tmp_path / form) == 0
+        said = capsys.readouterr().out
+        assert all(word in said for word in ("red", "green", "blue", "all", "largest", "padding 8"))
+        loaded = load_prompt(tmp_path / form)
+        assert (loaded.text, loaded.config["layer"], loaded.config["model_id"]) == ("please be safe", 2, "m")
+        assert f"{loaded.config['figures']['published_all_outside']}" in said
+        assert run("info", tmp_path / form) == 0
+        assert "files agree" in capsys.readouterr().out
+    assert {p.name for p in (tmp_path / "exact").iterdir()} == {"exact.safetensors", "vsp_config.json"}
+    Image.new("RGB", (90, 40), "navy").save(tmp_path / "picture.png")
+    asked = ("--queries", data / "test", "--model", tiny_folder, "--max-new-tokens", 2, "--out", tmp_path / "eval")
+    for command in (("eval", *asked), ("apply", tmp_path / "picture.png", "--out", tmp_path / "out.png")):
+        assert run(*command, "--prompt", tmp_path / "exact") == 2
+        assert "--form displayable" in capsys.readouterr().err
+        assert run(*command, "--prompt", tmp_path / "displayable") == 0
+    assert run(*given, "--form", "displayable", "--out", tmp_path / "exact") == 2
+    assert "already holds exact.safetensors" in capsys.readouterr().err
+
+
+def test_doctor_by_its_exit_code(monkeypatch, capsys):
+    monkeypatch.setattr("davsp.doctor._failure", lambda code: None)
+    assert run("doctor") == 0
+    said = capsys.readouterr().out
+    assert all(part in said for part in ("torch", "transformers", "cpu", "torchvision")) and "broken" not in said
+    monkeypatch.setattr("davsp.doctor._failure", lambda code: "ImportError: a library is missing")
+    assert run("doctor") == 2
+    assert "broken: transformers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [ImportError, RuntimeError])
+def test_a_failing_import_is_explained_or_left_to_be_seen(error, monkeypatch, capsys):
+    def fail(*args: object, **options: object) -> None:
+        raise error("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr("davsp.experiments.demo.run_demo", fail)
+    monkeypatch.setattr("davsp.doctor.explain_import_error", lambda error: f"said of: {error}")
+    assert run("demo") == 2
+    assert "davsp: said of: operator torchvision::nms" in capsys.readouterr().err
+    monkeypatch.setattr("davsp.doctor.explain_import_error", lambda error: None)
+    monkeypatch.setattr(sys, "argv", ["davsp", "demo"])
+    with pytest.raises(error, match="nms"):
+        cli.main()
+
+
 @pytest.mark.parametrize("command", [["demo"], ["info", "x"], ["mini", "data"]])
 def test_ctrl_c_anywhere_says_how_to_go_on(command, monkeypatch, tmp_path, capsys):
     def stop(*args: object, **options: object) -> None:
@@ -156,14 +210,14 @@ def test_ctrl_c_anywhere_says_how_to_go_on(command, monkeypatch, tmp_path, capsy
 
 
 def test_a_folder_is_davsp_mini_by_its_canvas_and_words(tiny_folder: Path, tmp_path: Path):
-    assert not cli._is_mini(tmp_path) and not cli._is_mini(tiny_folder)
+    assert not is_mini(tmp_path) and not is_mini(tiny_folder)
     (tmp_path / "config.json").write_text("[1]")
-    assert not cli._is_mini(tmp_path)
+    assert not is_mini(tmp_path)
     size = len(vocabulary())
     for canvas, words in ((168, size), (336, size), (168, size + 1)):
         config = {"vision_config": {"image_size": canvas}, "text_config": {"vocab_size": words}}
         (tmp_path / "config.json").write_text(json.dumps(config))
-        assert cli._is_mini(tmp_path) == ((canvas, words) == (168, size))
+        assert is_mini(tmp_path) == ((canvas, words) == (168, size))
 
 
 @pytest.mark.parametrize(

@@ -38,10 +38,22 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its module on first use."""
+    """Import a public name from its module on first use.
+
+    Raises:
+        DavspError: transformers cannot be imported, because of a torchvision that does not go with torch.
+    """
     if name not in _HOMES:
         raise AttributeError(f"module 'davsp' has no attribute '{name}'")
-    return getattr(import_module(_HOMES[name]), name)
+    try:
+        return getattr(import_module(_HOMES[name]), name)
+    except (ImportError, RuntimeError) as error:
+        from davsp.doctor import explain_import_error
+        from davsp.errors import DavspError
+
+        if why := explain_import_error(error):
+            raise DavspError(why) from error
+        raise
 
 
 def __dir__() -> list[str]:

@@ -1,0 +1,84 @@
+"""The command line: parse, call the Python API, print. Heavy imports stay inside the commands, so that help is quick."""
+
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from davsp.cli import evaluate, mini, prompt, train
+from davsp.cli.inputs import say
+from davsp.errors import DavspError, Interrupted
+
+STOPPED = (
+    "stopped; what was finished is kept (stages of demo, checkpoints of train, answers of eval): "
+    "give the same command again to go on from there."
+)
+
+
+class Commands(TyperGroup):
+    """All commands; Ctrl-C in any of them says how to go on, where typer would end without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted(STOPPED) from None
+
+
+def doctor() -> None:
+    """Versions, devices and optional parts; what is broken or missing, and how to mend it (exit code 2 if broken)."""
+    from rich.console import Console
+
+    from davsp.doctor import examine, print_findings
+
+    findings = examine()
+    print_findings(Console(), findings)
+    if any(finding.state == "broken" for finding in findings):
+        raise typer.Exit(2)
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Visual safety prompts: a trained picture frame that keeps a frozen vision-language model safe (DAVSP).",
+)
+app.command()(train.demo)
+app.command()(train.vector)
+app.command()(train.train)
+app.command("eval")(evaluate.evaluate)
+app.command()(prompt.apply)
+app.command()(prompt.info)
+app.command()(prompt.import_published)
+app.command()(doctor)
+app.add_typer(mini.app, name="mini")
+
+
+def main() -> None:
+    """Entry point: one sentence and exit code 2 for what the user can mend, 130 for Ctrl-C."""
+    try:
+        app(standalone_mode=True)
+    except Interrupted as stop:
+        say(f"{stop}")
+        sys.exit(130)
+    except DavspError as error:
+        say(f"davsp: {_explained(error) or error}")
+        sys.exit(2)
+    except OSError as error:  # a full disk, a folder without permission
+        say(
+            f"davsp: {error.filename or 'a file'} cannot be used ({error.strerror}); choose another folder or free space."
+        )
+        sys.exit(2)
+    except (ImportError, RuntimeError) as error:
+        why = _explained(error)
+        if why is None:
+            raise
+        say(f"davsp: {why}")
+        sys.exit(2)
+
+
+def _explained(error: Exception) -> str | None:
+    from davsp.doctor import explain_import_error
+
+    return explain_import_error(error)

@@ -1,0 +1,5 @@
+"""`python -m davsp.cli`."""
+
+from davsp.cli import main
+
+main()

@@ -1,0 +1,48 @@
+"""`davsp mini`: how the small vision-language model that ships is made, and its data."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from davsp.cli.options import Out, Seed
+
+app = typer.Typer(no_args_is_help=True, help="The small vision-language model that ships: how it is made, its data.")
+
+
+@app.command()
+def train(
+    out: Out = Path("out/mini"),
+    stage: Annotated[
+        str | None,
+        typer.Option(help="Only tower, words, read, place, bridge, joint, skills or card; left out: what is missing."),
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where the finished model goes; left out: OUT/davsp-mini.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seed: Seed = 0,
+    start: Annotated[
+        Path | None, typer.Option(help="A finished davsp-mini: only the last stage is run, from its weights.")
+    ] = None,
+) -> None:
+    """Train davsp-mini from nothing, in resumable stages, measure it and write its card."""
+    from davsp.embedded.make import make
+    from davsp.lvlm import check_device
+
+    check_device(device)
+    make(out, folder or out / "davsp-mini", stage, device, seed, start)
+
+
+@app.command()
+def data(out: Out = Path("out/data"), seed: Seed = 0) -> None:
+    """Write the embedded protocol as folders of queries, in the form in which your own data is read."""
+    from dataclasses import fields
+
+    from davsp.dataset import save_queries
+    from davsp.embedded.data import protocol
+
+    drawn = protocol(seed)
+    for field in fields(drawn):
+        save_queries(out / field.name, getattr(drawn, field.name))
+        print(f"{out / field.name}: {len(getattr(drawn, field.name))} queries")

@@ -1,0 +1,85 @@
+"""`davsp apply`, `davsp info` and `davsp import-published`: what one does with a finished prompt."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from davsp.cli.options import Out
+from davsp.errors import DavspError
+
+
+def apply(
+    image: Annotated[Path, typer.Argument(help="A picture.")],
+    prompt: Annotated[Path, typer.Option(help="Folder or hub id of a prompt.")],
+    out: Annotated[Path, typer.Option(help="Where to write the defended canvas; must end in .png.")] = Path(
+        "out/defended.png"
+    ),
+) -> None:
+    """Put a prompt around a picture and write the finished canvas as a lossless PNG."""
+    import io
+
+    from davsp.files import write_bytes
+    from davsp.prompts import load_prompt
+    from davsp.query import open_picture
+
+    if out.suffix.lower() != ".png":
+        raise DavspError(f"--out {out} must end in .png: other formats would change the border's pixels.")
+    loaded, buffer = load_prompt(prompt), io.BytesIO()
+    loaded.image(open_picture(image)).save(buffer, "PNG")
+    write_bytes(out, buffer.getvalue())
+    print(f"{out}: {loaded.canvas} x {loaded.canvas} pixels; ask with this text before the question: {loaded.text!r}")
+
+
+def info(prompt: Annotated[Path, typer.Argument(help="Folder or hub id of a prompt.")]) -> None:
+    """What a prompt is: model, sizes, layer, margins, text, data hashes, figures. Checks the files against each other."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from davsp.prompts import load_prompt
+
+    loaded = load_prompt(prompt)
+    table = Table(show_header=False, box=None)
+    for name, value in loaded.config.items():
+        if isinstance(value, dict):
+            for inner, v in value.items():
+                table.add_row(f"{name}.{inner}", f"{v:.4g}" if isinstance(v, float) else str(v))
+        else:
+            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+    agree = {
+        "border": "configuration, tensor and picture are of one prompt, every value in [0, 1]",
+        "additive": "configuration and tensor are of one prompt, every value within eps",
+        "exact": "configuration and tensor are of one prompt, every value finite; it is no picture",
+    }
+    print(f"files agree: {agree[loaded.kind]}")
+
+
+def import_published(
+    pt: Annotated[Path, typer.Argument(metavar="PT", help="The authors' tensor, such as noise-1200.pt.")],
+    padding: Annotated[int, typer.Option(help="Its border width in pixels.")] = 30,
+    out: Out = Path("out/published"),
+    form: Annotated[
+        str, typer.Option(help="displayable: clamped to a picture; exact: as it is, for training and Python only.")
+    ] = "displayable",
+    model: Annotated[str | None, typer.Option(help="Id of the model it was trained on, to be written down.")] = None,
+    text: Annotated[str, typer.Option(help="Safety text that belongs before every question.")] = "",
+    layer: Annotated[int | None, typer.Option(help="Layer it was aligned at, to be written down.")] = None,
+) -> None:
+    """Bring the authors' border into davsp's form, and say how much of it no picture can hold."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from davsp.prompts.published import published_prompt, save_published
+
+    prompt, overshoot = published_prompt(pt, padding, form, model, text, layer)
+    save_published(prompt, out)
+    table = Table(title="border values outside [0, 1]", caption="overshoot of those outside, in grey levels of 255")
+    for heading in ("channel", "values", "outside", "share", "largest", "mean"):
+        table.add_column(heading, justify="left" if heading == "channel" else "right")
+    for row in overshoot:
+        figures = f"{row.values}", f"{row.outside}", f"{row.share:.2%}", f"{row.largest:.2f}", f"{row.mean:.2f}"
+        table.add_row(row.channel, *figures)
+    Console().print(table)
+    done = {"displayable": "clamped to [0, 1] and rounded to 8 bit", "exact": "kept as floats; it is no picture"}
+    print(f"saved to {out}: {prompt.canvas} x {prompt.canvas} pixels, padding {padding}, {done[form]}")

@@ -1,0 +1,172 @@
+"""`davsp demo`, `davsp vector` and `davsp train`: the road to a prompt."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from davsp.cli.inputs import compare_texts, load_lvlm, own_protocol, queries_at, safety_text, say
+from davsp.cli.options import Benign, Device, Malicious, Model, Out, Revision, Seed
+from davsp.errors import DavspError
+
+
+def demo(
+    out: Out = Path("out/demo"),
+    seed: Seed = 0,
+    redact: Annotated[
+        bool | None,
+        typer.Option(
+            "--redact/--show-unsafe",
+            help="Compliant answers in the report; left out: shown, as davsp-mini's are harmless by construction.",
+        ),
+    ] = None,
+) -> None:
+    """Train a prompt on the embedded model and show, with intervals and pictures, what it does (about five minutes)."""
+    from davsp.experiments.demo import run_demo
+
+    run_demo(out, seed=seed, show_unsafe=None if redact is None else not redact)
+
+
+def vector(
+    out: Out = Path("out/vector"),
+    model: Model = None,
+    malicious: Malicious = None,
+    benign: Benign = None,
+    held_malicious: Annotated[
+        Path | None, typer.Option(help="Held-out malicious queries, to choose the layer by.")
+    ] = None,
+    held_benign: Annotated[Path | None, typer.Option(help="Held-out benign queries.")] = None,
+    text: Annotated[str | None, typer.Option(help='Safety text before every question ("" for none).')] = None,
+    layer: Annotated[int | None, typer.Option(help="Use this layer, whatever the sweep says.")] = None,
+    revision: Revision = None,
+    device: Device = None,
+    seed: Seed = 0,
+) -> None:
+    """Fit the harmfulness vector at every layer, sweep the layers on held-out queries, choose one and its margins."""
+    from davsp.files import write_bytes
+    from davsp.layerplot import layer_plot
+    from davsp.vector import HarmfulnessVector
+
+    if (held_malicious is None) != (held_benign is None):
+        raise DavspError("--held-malicious and --held-benign go together; give both or neither.")
+    lvlm, p = load_lvlm(model, revision, device), own_protocol(model, malicious, benign, seed)
+    fitting = (
+        queries_at(malicious, p.vector_malicious if p else None, "--malicious"),
+        queries_at(benign, p.vector_benign if p else None, "--benign"),
+    )
+    if layer is not None:
+        lvlm.check_layer(layer)
+    text = safety_text(text, p is not None)
+    found = HarmfulnessVector.fit(lvlm, *fitting, text=text)
+    held = None
+    if held_malicious and held_benign:
+        held = queries_at(held_malicious, None, ""), queries_at(held_benign, None, "")
+    elif p:
+        held = p.sweep_malicious, p.sweep_benign
+    if held:
+        found.sweep(lvlm, *held, text=text)
+    else:
+        say("no held-out queries: the layer is chosen on the fitting set, which flatters it.")
+    if layer is not None:
+        found.use_layer(layer)
+    found.save(out)
+    data = "held-out queries" if held else "fitting set"
+    write_bytes(out / "layers.png", layer_plot(found.by_layer(), found.layer, data))
+    _print_layers(found)
+    print(f"layer {found.layer}, margins {found.mu_plus:+.3f} / {found.mu_minus:+.3f}; written to {out}")
+
+
+def train(
+    out: Out = Path("out/prompt"),
+    vector: Annotated[Path | None, typer.Option(help="Folder that `davsp vector` wrote.")] = None,
+    model: Model = None,
+    malicious: Malicious = None,
+    benign: Benign = None,
+    padding: Annotated[
+        int | None, typer.Option(help="Border width p in pixels; left out: a twelfth of the canvas.")
+    ] = None,
+    kind: Annotated[str, typer.Option(help="border or additive.")] = "border",
+    text: Annotated[str | None, typer.Option(help='Safety text before every question ("" for none).')] = None,
+    refusal: Annotated[str | None, typer.Option(help="The answer wanted for malicious queries.")] = None,
+    steps: Annotated[int | None, typer.Option()] = None,
+    batch_size: Annotated[int | None, typer.Option()] = None,
+    optimizer: Annotated[str | None, typer.Option(help="sign or adam.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Step in pixel units, white = 1.")] = None,
+    lam: Annotated[float | None, typer.Option(help="Weight of the answer cross-entropy.")] = None,
+    objective: Annotated[str | None, typer.Option(help="both, projection or answer.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Layer of the projection; left out: the vector's.")] = None,
+    mu_plus: Annotated[float | None, typer.Option(help="Margin of malicious queries; left out: the vector's.")] = None,
+    mu_minus: Annotated[float | None, typer.Option(help="Margin of benign queries; left out: the vector's.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in --out.")] = True,
+    revision: Revision = None,
+    device: Device = None,
+    seed: Seed = 0,
+) -> None:
+    """Train a visual safety prompt and save it as a folder with an 8-bit picture."""
+    from davsp import embedded
+    from davsp.experiments.demo import SETTINGS
+    from davsp.prompts import AdditiveNoise, VisualSafetyPrompt
+    from davsp.training import TrainSettings
+    from davsp.training import train as run
+    from davsp.vector import HarmfulnessVector
+
+    if kind not in ("border", "additive"):
+        raise DavspError(f"--kind is border or additive, not {kind!r}.")
+    lvlm, p = load_lvlm(model, revision, device), own_protocol(model, malicious, benign, seed)
+    text = safety_text(text, p is not None)
+    found = HarmfulnessVector.load(vector) if vector else None
+    if found is None and p is None:
+        raise DavspError("--vector is needed for your own data; make one with `davsp vector`.")
+    if found is not None:
+        found.check(lvlm)
+        compare_texts(found, text, "this training puts")
+    if kind == "additive":
+        start: Any = AdditiveNoise.create(lvlm.canvas, text=text)
+    else:
+        start = VisualSafetyPrompt.create(
+            lvlm.canvas, max(1, lvlm.canvas // 12) if padding is None else padding, text=text
+        )
+    if found is None and p is not None:
+        found = HarmfulnessVector.fit(lvlm, p.vector_malicious, p.vector_benign, text=text)
+        found.sweep(lvlm, p.sweep_malicious, p.sweep_benign, text=text)
+    assert found is not None
+    given: dict[str, Any] = {
+        "steps": steps, "batch_size": batch_size, "optimizer": optimizer, "lr": lr, "lam": lam, "objective": objective,
+        "layer": layer, "mu_plus": mu_plus, "mu_minus": mu_minus, "seed": seed,
+        "refusal": embedded.REFUSAL if refusal is None and p else refusal,
+    }  # fmt: skip
+    base = SETTINGS.model_dump() if p else {}
+    settings = _settings(TrainSettings, base | {k: v for k, v in given.items() if v is not None})
+    bad, good = (
+        queries_at(malicious, p.train_malicious if p else None, "--malicious"),
+        queries_at(benign, p.train_benign if p else None, "--benign"),
+    )
+    probe = [*p.sweep_malicious, *p.sweep_benign] if p else None
+    trained = run(lvlm, start, bad, good, found, settings, out / "training", resume=resume, probe=probe)
+    trained.save_pretrained(out)
+    what = "vsp.png is the prompt" if kind == "border" else "noise.safetensors is the noise"
+    print(f"saved to {out}: {what}; `davsp eval --prompt {out}` measures it")
+
+
+def _settings(cls: type, values: dict[str, Any]) -> Any:
+    from pydantic import ValidationError
+
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = "--" + str(first["loc"][0]).replace("_", "-")
+        raise DavspError(f"{option} {first['input']!r} is not possible: {first['msg'].lower()}.") from error
+
+
+def _print_layers(vector: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("layer", "AUROC", "malicious", "benign", "d'", title="harmfulness vector, held-out queries")
+    for row in vector.table:
+        mark = "bold" if int(row["layer"]) == vector.layer else ""
+        cells = [f"{row['layer']:.0f}", *(f"{row[k]:.3f}" for k in ("auroc", "mean_malicious", "mean_benign", "gap"))]
+        table.add_row(*cells, style=mark)
+    if vector.table:
+        Console().print(table)
