@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from davsp import LVLM, AdditiveNoise, DavspError, TrainSettings, VisualSafetyPrompt, train
+from davsp import LVLM, AdditiveNoise, DavspError, HarmfulnessVector, TrainSettings, VisualSafetyPrompt, train
 from davsp.errors import Interrupted
 from davsp.files import read_tensors, save_tensors
+from davsp.memory import advice, estimate_memory, recomputing
 from davsp.objectives import projection_hinge
 from davsp.training import Run
 from tiny import picture, queries
@@ -165,6 +166,130 @@ def test_the_probe_counts_projections(lvlm, prompt, vector, tmp_path):
     assert lines(tmp_path)[-1]["probe_rsr"] == pytest.approx((s > vector.mu_plus).float().mean().item())
 
 
+# -- less memory
+
+
+def both_ways(lvlm, prompt, vector, tmp_path, objective, **options):
+    """Gradients and terms of the first steps without and with the options, at margins that every row violates."""
+    margins = {"objective": objective, "batch_size": 6, "mu_plus": 1e3, "mu_minus": -1e3}
+    plain = Run(lvlm, prompt, MALICIOUS, BENIGN, vector, FAST.model_copy(update=margins), tmp_path, [])
+    saving = Run(lvlm, prompt, MALICIOUS, BENIGN, vector, FAST.model_copy(update=margins | options), tmp_path, [])
+    for step in range(4):  # with one to three answers among the malicious rows
+        batch = plain._batch(step)
+        yield batch, plain.gradient(prompt.delta, batch), saving.gradient(prompt.delta, batch)
+
+
+def assert_same(plain, saving):
+    (gradient, terms), (other, other_terms) = plain, saving
+    assert gradient.abs().max() > 1e-6
+    assert (other - gradient).abs().max() < 1e-5 * gradient.abs().max()
+    assert other_terms.keys() == terms.keys() and other_terms == pytest.approx(terms, rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["projection", "answer", "both"])
+@pytest.mark.parametrize("micro_batch", [1, 2, 4, 99])
+def test_micro_batches_add_up_to_the_batch(lvlm, prompt, vector, tmp_path, objective, micro_batch):
+    """Also where a part holds no answer, or another number of them than the next."""
+    answered = set()
+    for batch, plain, saving in both_ways(lvlm, prompt, vector, tmp_path, objective, micro_batch=micro_batch):
+        assert_same(plain, saving)
+        answered.add(batch.answered)
+    assert (
+        answered == {0}
+        if objective == "projection"
+        else answered == {6}
+        if objective == "answer"
+        else len(answered) > 1
+    )
+
+
+@pytest.mark.parametrize("objective", ["projection", "answer", "both"])
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_checkpointing_leaves_the_gradient(lvlm, prompt, vector, tmp_path, objective, micro_batch):
+    """With the forward pass that ends at the layer and with the whole one."""
+    options = {"activation_checkpointing": True, "micro_batch": micro_batch}
+    for _, plain, saving in both_ways(lvlm, prompt, vector, tmp_path, objective, **options):
+        assert_same(plain, saving)
+
+
+@pytest.mark.parametrize(("objective", "runs"), [("projection", [2, 1, 0, 0]), ("both", [2, 1, 2, 2])])
+def test_checkpointing_computes_blocks_again(lvlm, prompt, vector, tmp_path, objective, runs):
+    """All but the one that is looked at, here the second."""
+    settings = {"objective": objective, "activation_checkpointing": True, "layer": 2, "mu_plus": 9.0, "mu_minus": -9.0}
+    run = Run(lvlm, prompt, MALICIOUS, BENIGN, vector, FAST.model_copy(update=settings), tmp_path, [])
+    counts = [0] * 4
+
+    def count(at):
+        def hook(*args):
+            counts[at] += 1
+
+        return hook
+
+    handles = [block.self_attn.register_forward_hook(count(at)) for at, block in enumerate(lvlm.layers)]
+    run.gradient(prompt.delta, run._batch(0))
+    for handle in handles:
+        handle.remove()
+    assert counts == runs
+
+
+def test_checkpointing_leaves_the_model_as_it_was(lvlm, prompt, vector, tmp_path, monkeypatch):
+    """No dropout acts meanwhile, and an error ends it as well."""
+    settings = FAST.model_copy(update={"activation_checkpointing": True})
+    run = Run(lvlm, prompt, MALICIOUS, BENIGN, vector, settings, tmp_path, [])
+
+    def modes():
+        return [(module.training, getattr(module, "gradient_checkpointing", None)) for module in lvlm.model.modules()]
+
+    before, meanwhile = modes(), []
+
+    def fail(*args):
+        meanwhile.extend(modes())
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(HarmfulnessVector, "project", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run.gradient(prompt.delta, run._batch(0))
+    assert modes() == before and not any(training for training, _ in before)
+    assert sum(training for training, _ in meanwhile) == 3 + 2  # blocks of decoder and tower, and nothing within them
+    with (
+        pytest.raises(DavspError, match="Linear can't compute activations again"),
+        recomputing(torch.nn.Linear(1, 1), 0),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("options", [{"answered": False}, {"answered": True}, {"answered": True, "rows": 2}])
+def test_the_memory_estimate_is_about_right(lvlm, prompt, options):
+    """Against the tensors that autograd keeps."""
+    rows = options.get("rows", 1)
+    answers = ["a red cake"] * rows if options["answered"] else None
+    kept: dict[int, int] = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    weights = {weight.untyped_storage().data_ptr() for weight in lvlm.model.parameters()}
+    canvas = prompt.with_delta(prompt.delta.clone().requires_grad_()).apply(prompt.resize([picture(1)] * rows))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = lvlm.step(canvas, ["what is this"] * rows, 2, answers)
+    measured = sum(size for place, size in kept.items() if place not in weights)
+    tokens = lvlm.encode(["what is this"], True, answers and answers[:1]).ids.shape[1]
+    estimate = estimate_memory(lvlm, rows, tokens, 2, options["answered"])
+    assert 0.5 < measured / estimate < 2 and output.state.requires_grad
+    assert estimate_memory(lvlm, rows, tokens, 2, options["answered"], True) < estimate / 2
+
+
+def test_memory_advice(lvlm, prompt, vector, tmp_path):
+    run = Run(lvlm, prompt, MALICIOUS, BENIGN, vector, FAST, tmp_path, [])
+    assert run.memory_advice(10**9) is None and "--micro-batch 1 lowers it" in run.memory_advice(1000)
+    assert advice(10**9, 4, 10 * 10**9) is None
+    assert advice(10**9, 16, 10 * 10**9) == (
+        "about 16.0 GB of activations a step, 10.0 GB are free; --micro-batch 6 lowers it"
+    )
+    assert "--activation-checkpointing lowers it" in advice(10**10, 1, 10**10)
+
+
 # -- stop and go on
 
 
@@ -238,7 +363,13 @@ def test_a_finished_run_is_not_run_again(lvlm, prompt, vector, tmp_path, monkeyp
 
 @pytest.mark.parametrize(
     ("name", "change"),
-    [("lr", {"lr": 1 / 255}), ("seed", {"seed": 5}), ("layer", {"layer": 1}), ("steps", {"steps": 9})],
+    [
+        ("lr", {"lr": 1 / 255}),
+        ("seed", {"seed": 5}),
+        ("layer", {"layer": 1}),
+        ("steps", {"steps": 9}),
+        ("micro_batch", {"micro_batch": 1}),
+    ],
 )
 def test_a_checkpoint_of_other_settings_is_refused(lvlm, prompt, vector, tmp_path, name, change):
     settings = FAST.model_copy(update={"layer": 2, "mu_plus": 1e3, "mu_minus": -1e3})
@@ -325,9 +456,17 @@ def test_bad_settings(lvlm, prompt, vector, tmp_path):
         go(lvlm, prompt, vector, tmp_path, FAST.model_copy(update={"mu_plus": -99.0}))
     with pytest.raises(DavspError, match="vector is of another model"):
         go(lvlm, prompt, replace(vector, vectors=vector.vectors[:, :16]), tmp_path)
-    with pytest.raises(DavspError, match="canvas of 24 pixels"):
+    with pytest.raises(DavspError, match="canvas is 24x24 pixels"):
         go(lvlm, VisualSafetyPrompt.create(24, 5), vector, tmp_path)
-    for bad in ({"stepz": 3}, {"batch_size": 3}, {"lr": 0}, {"optimizer": "sgd"}, {"steps": 0}, {"lam": -1}):
+    for bad in (
+        {"stepz": 3},
+        {"batch_size": 3},
+        {"lr": 0},
+        {"optimizer": "sgd"},
+        {"steps": 0},
+        {"lam": -1},
+        {"micro_batch": 0},
+    ):
         with pytest.raises(ValueError):
             TrainSettings(**bad)
     assert not list(tmp_path.iterdir())

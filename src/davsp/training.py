@@ -4,82 +4,33 @@ The order of the data is a pure function of seed and step, so a checkpoint needs
 and a run that was killed goes on to the very same bits.
 """
 
-import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from random import Random
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from jaxtyping import Float, UInt8
-from pydantic import BaseModel, ConfigDict, Field
+from jaxtyping import Float
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from davsp.checkpoint import Checkpoint, State
 from davsp.errors import DavspError, Interrupted
+from davsp.examples import Batch, pixels, prepare, reference
 from davsp.files import sha256_bytes
 from davsp.lvlm import LVLM, fingerprint
+from davsp.memory import advice, estimate_memory, recomputing
 from davsp.objectives import answer_cross_entropy, projection_hinge
 from davsp.prompts.base import P, Prompt
 from davsp.query import Query
+from davsp.settings import TrainSettings, resolve
 from davsp.vector import HarmfulnessVector, check_classes
 
-
-class TrainSettings(BaseModel):
-    """How a prompt is trained.
-
-    Attributes:
-        steps, batch_size: half of a batch is malicious, half benign.
-        optimizer: "sign" (published: delta -= lr * sign of the gradient) or "adam".
-        lr: step in pixel units, where white is 1; 1/255 is one 8-bit level.
-        schedule: "constant", or "cosine" down to zero.
-        objective: "projection" (hinge alone), "answer" (cross-entropy alone: every benign row its reference, every
-            malicious row the refusal), or "both" (hinge + lam * cross-entropy, as published).
-        lam: weight of the cross-entropy in "both".
-        malicious_answer_share: share of malicious rows that carry the refusal in "both"; published 0.05.
-        normalise: divide the hinge by half the distance between the class means, so that `lam` means the same for
-            every model and layer; False is the raw sum of the slides.
-        layer, mu_plus, mu_minus: None: the vector's.
-        refusal: the answer wanted for malicious queries.
-        seed: of data order and choice of rows that carry an answer.
-        checkpoint_every, probe_every: in steps.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    steps: int = Field(150, ge=1)
-    batch_size: int = Field(16, ge=2, multiple_of=2)
-    optimizer: Literal["sign", "adam"] = "sign"
-    lr: float = Field(1 / 255, gt=0)
-    schedule: Literal["constant", "cosine"] = "constant"
-    objective: Literal["projection", "answer", "both"] = "both"
-    lam: float = Field(0.2, ge=0)
-    malicious_answer_share: float = Field(0.05, ge=0, le=1)
-    normalise: bool = True
-    layer: int | None = None
-    mu_plus: float | None = None
-    mu_minus: float | None = None
-    refusal: str = Field(min_length=1, default="I am sorry, I cannot help with that.")
-    seed: int = 0
-    checkpoint_every: int = Field(25, ge=1)
-    probe_every: int = Field(25, ge=1)
-
-
-@dataclass(frozen=True)
-class Examples:
-    """One class of training data, prepared once: pictures resized to the canvas as 8-bit levels."""
-
-    interiors: UInt8[Tensor, "n 3 s s"]
-    questions: list[str]
-    answers: list[str]
-
-    def digest(self) -> str:
-        """SHA-256 over pictures, questions and answers."""
-        return sha256_bytes(self.interiors.numpy().tobytes() + json.dumps([self.questions, self.answers]).encode())
+__all__ = ["Run", "TrainSettings", "train"]
 
 
 def train(
@@ -118,6 +69,10 @@ def train(
     state = checkpoint.restore(lvlm.device) if resume else None
     state = state or checkpoint.start(prompt.delta.detach().clone().to(lvlm.device))
     with _bar(progress) as bar:
+        if progress and lvlm.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(lvlm.device)
+            if note := run.memory_advice(free):
+                bar.console.print(note)
         task = bar.add_task("training", total=settings.steps, completed=state.step, note="")
         try:
             while state.step < settings.steps:
@@ -151,13 +106,13 @@ class Run:
         check_classes(malicious, benign)
         prompt.check(lvlm)
         self.lvlm, self.prompt, self.vector = lvlm, prompt, vector
-        self.settings, self.layer, self.mu_plus, self.mu_minus = _resolve(settings, lvlm, vector)
-        self.weight_hinge, self.weight_answer = _weights(self.settings)
+        self.settings, self.layer, self.mu_plus, self.mu_minus = resolve(settings, lvlm, vector)
+        self.weight_hinge, self.weight_answer = self.settings.weights
         if self.settings.normalise:
             self.weight_hinge /= vector.half_gap(self.layer)
         answered = self.weight_answer > 0
         self.malicious = prepare(prompt, malicious, lambda query: self.settings.refusal)
-        self.benign = prepare(prompt, benign, _reference if answered else lambda query: "")
+        self.benign = prepare(prompt, benign, reference if answered else lambda query: "")
         self.probes = {
             label: prepare(prompt, chosen, lambda query: "")
             for label in ("malicious", "benign")
@@ -168,36 +123,64 @@ class Run:
     # -- the step --------------------------------------------------------------------------------------------------
 
     def advance(self, state: State) -> tuple[State, dict[str, Any]]:
-        """One step: draw a batch, one forward and backward, move delta, write the metrics."""
-        settings, half = self.settings, self.settings.batch_size // 2
-        bad, good = self._rows("malicious", state.step), self._rows("benign", state.step)
-        interior = torch.cat([self.malicious.interiors[bad], self.benign.interiors[good]])
-        questions = [self.malicious.questions[i] for i in bad] + [self.benign.questions[i] for i in good]
-        answers = self._answers(state.step, bad, good) if self.weight_answer > 0 else None
-
-        delta = state.delta.clone().requires_grad_()
-        canvas = self.prompt.with_delta(delta).apply(_pixels(interior, delta.device))
-        output = self.lvlm.step(canvas, questions, self.layer, answers)
-        s = self.vector.project(output.state, self.layer)
-        hinge = projection_hinge(s, torch.arange(2 * half, device=s.device) < half, self.mu_plus, self.mu_minus)
-        loss = self.weight_hinge * hinge
-        metrics = {"step": state.step + 1, "lr": self._lr(state.step), "hinge": hinge.item()}
-        if output.answer_loss is not None and answers is not None:
-            answered = torch.tensor([answer is not None for answer in answers], device=s.device)
-            answer_loss = answer_cross_entropy(output.answer_loss, answered)
-            loss = loss + self.weight_answer * answer_loss
-            metrics["answer_loss"] = answer_loss.item()
-        metrics["loss"] = loss.item()
-        metrics["projection_malicious"], metrics["projection_benign"] = s[:half].mean().item(), s[half:].mean().item()
+        """One step: draw a batch, one gradient, move delta, write the metrics."""
+        settings = self.settings
+        gradient, terms = self.gradient(state.delta, self._batch(state.step))
+        metrics: dict[str, Any] = {"step": state.step + 1, "lr": self._lr(state.step), **terms}
         if not math.isfinite(metrics["loss"]):
             raise DavspError(f"the loss is not finite at step {metrics['step']}: lower lr or lam, or use dtype float32")
-
-        (gradient,) = torch.autograd.grad(loss, delta)
         after = self._move(state, gradient, metrics["lr"])
         if after.step % settings.probe_every == 0 or after.step == settings.steps:
             metrics |= self._probe(after)
         self.checkpoint.log(metrics)
         return after, metrics
+
+    def gradient(self, delta: Float[Tensor, "3 s s"], batch: Batch) -> tuple[Float[Tensor, "3 s s"], dict[str, float]]:
+        """The gradient of the loss at delta, and hinge, answer_loss, loss and the mean projection of each class.
+
+        Micro-batches are added up; one that holds no answer is not computed beyond the layer.
+        """
+        settings, leaf = self.settings, delta.clone().requires_grad_()
+        gradient, terms, projections = torch.zeros_like(delta), defaultdict[str, float](float), []
+        saving = recomputing(self.lvlm.model, self.lvlm.layers[self.layer - 1])
+        with saving if settings.activation_checkpointing else nullcontext():
+            for part in batch.parts(settings.micro_batch or len(batch)):
+                s, losses = self._losses(leaf, part, batch)
+                gradient += torch.autograd.grad(losses["loss"], leaf)[0]
+                projections.append(s.detach().cpu())
+                for name, value in losses.items():
+                    terms[name] += value.item()
+        s = torch.cat(projections)
+        for label, rows in (("malicious", batch.malicious), ("benign", ~batch.malicious)):
+            if rows.any():
+                terms[f"projection_{label}"] = s[rows].mean().item()
+        return gradient, dict(terms)
+
+    def _losses(self, delta: Tensor, part: Batch, whole: Batch) -> tuple[Float[Tensor, " b"], dict[str, Tensor]]:
+        """Projections of a part of the batch, and what it adds to the losses, which are means over the whole batch."""
+        canvas = self.prompt.with_delta(delta).apply(pixels(part.interiors, delta.device))
+        answers = part.answers if part.answered else None
+        output = self.lvlm.step(canvas, part.questions, self.layer, answers)
+        s = self.vector.project(output.state, self.layer)
+        hinge = projection_hinge(s, part.malicious.to(s.device), self.mu_plus, self.mu_minus)
+        losses = {"hinge": hinge * (len(part) / len(whole))}
+        loss = self.weight_hinge * losses["hinge"]
+        if output.answer_loss is not None:
+            answered = torch.tensor([answer is not None for answer in part.answers], device=s.device)
+            mean = answer_cross_entropy(output.answer_loss, answered)
+            losses["answer_loss"] = mean * (part.answered / whole.answered)
+            loss = loss + self.weight_answer * losses["answer_loss"]
+        return s, losses | {"loss": loss}
+
+    def _batch(self, step: int) -> Batch:
+        """Half malicious, half benign."""
+        bad, good = self._rows("malicious", step), self._rows("benign", step)
+        return Batch(
+            torch.cat([self.malicious.interiors[bad], self.benign.interiors[good]]),
+            [self.malicious.questions[i] for i in bad] + [self.benign.questions[i] for i in good],
+            torch.tensor([True] * len(bad) + [False] * len(good)),
+            self._answers(step, bad, good) if self.weight_answer > 0 else [None] * (len(bad) + len(good)),
+        )
 
     def _move(self, state: State, gradient: Tensor, lr: float) -> State:
         """Sign step, or Adam with the usual constants; then back to what is allowed."""
@@ -233,7 +216,7 @@ class Run:
         for label, examples in self.probes.items():
             projections = []
             for start in range(0, len(examples.questions), size):
-                canvas = prompt.apply(_pixels(examples.interiors[start : start + size], state.delta.device))
+                canvas = prompt.apply(pixels(examples.interiors[start : start + size], state.delta.device))
                 output = self.lvlm.step(canvas, examples.questions[start : start + size], self.layer)
                 projections.append(self.vector.project(output.state, self.layer))
             s = torch.cat(projections)
@@ -242,6 +225,16 @@ class Run:
             )
             shares[name] = float(right.float().mean())
         return shares
+
+    def memory_advice(self, free: int) -> str | None:
+        """A sentence if the activations of a step will crowd a device with `free` bytes."""
+        settings, answered, longest = self.settings, self.weight_answer > 0, 0
+        for examples in (self.malicious, self.benign):
+            images = [self.lvlm.image_tokens(self.prompt.canvas, self.prompt.canvas)] * len(examples.questions)
+            tokens = self.lvlm.encode(examples.questions, images, examples.answers if answered else None)
+            longest = max(longest, tokens.ids.shape[1])
+        row = estimate_memory(self.lvlm, 1, longest, self.layer, answered, settings.activation_checkpointing)
+        return advice(row, min(settings.micro_batch or settings.batch_size, settings.batch_size), free)
 
     def finish(self, state: State) -> Prompt:
         """The trained prompt with the facts of its making."""
@@ -279,55 +272,9 @@ class Run:
         }
 
 
-def prepare(prompt: Prompt, queries: Sequence[Query], answer: Callable[[Query], str]) -> Examples:
-    """Resize every picture once and put the safety text before every question.
-
-    Raises:
-        DavspError: a query has no picture; a prompt can't act on it.
-    """
-    interiors = []
-    for query in queries:
-        picture = query.picture()
-        if picture is None:
-            raise DavspError(f"query {query.id} has no image: a visual prompt is trained on queries with one")
-        interiors.append(torch.round(prompt.resize([picture]) * 255).to(torch.uint8))
-    questions = [prompt.question(query.question) for query in queries]
-    return Examples(torch.cat(interiors), questions, [answer(query) for query in queries])
-
-
-def _reference(query: Query) -> str:
-    if not query.reference:
-        raise DavspError(f"benign query {query.id} has no reference answer: add one, or choose objective 'projection'")
-    return query.reference
-
-
-def _weights(settings: TrainSettings) -> tuple[float, float]:
-    """Weights of hinge and cross-entropy."""
-    return {"projection": (1.0, 0.0), "answer": (0.0, 1.0), "both": (1.0, settings.lam)}[settings.objective]
-
-
-def _resolve(settings: TrainSettings, lvlm: LVLM, vector: HarmfulnessVector) -> tuple[TrainSettings, int, float, float]:
-    """Fill in what was left to the vector, and check that vector, layer and model go together."""
-    layer = vector.layer if settings.layer is None else settings.layer
-    lvlm.check_layer(layer)
-    vector.check(lvlm)
-    plus, minus = (vector.mu_plus, vector.mu_minus) if layer == vector.layer else vector.margins(layer)
-    plus = plus if settings.mu_plus is None else settings.mu_plus
-    minus = minus if settings.mu_minus is None else settings.mu_minus
-    if plus <= minus:
-        raise DavspError(
-            f"mu_plus ({plus:.4g}) must be above mu_minus ({minus:.4g}): give other margins or another layer"
-        )
-    return settings.model_copy(update={"layer": layer, "mu_plus": plus, "mu_minus": minus}), layer, plus, minus
-
-
 @lru_cache(maxsize=64)
 def _order(key: str, count: int) -> list[int]:
     return Random(key).sample(range(count), count)
-
-
-def _pixels(levels: UInt8[Tensor, "b 3 s s"], device: torch.device) -> Float[Tensor, "b 3 s s"]:
-    return levels.to(device).float() / 255
 
 
 def _bar(progress: bool) -> Progress:

@@ -1,0 +1,196 @@
+"""The benchmarks in small: that they run, and that what they compare is the same."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from davsp import TrainSettings, VisualSafetyPrompt, embedded
+from davsp.defenses import NoDefense
+from davsp.training import Run
+from tiny import queries
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "perf"))
+
+import inference
+import random_llava
+import time_to_quality
+import training_step
+
+# -- training_step
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    random_llava.build(folder, random_llava.SMALL)
+    return training_step.measure(folder, random_llava.SMALL, "cpu", "float32", rounds=1, apart=False)
+
+
+def test_the_published_step_and_ours_have_the_same_gradient(steps):
+    """Each term apart, early stop and whole depth, micro-batches and checkpointing."""
+    found = {(g["term"], g["way"].removeprefix("benign ").removeprefix("malicious ")) for g in steps["gradients"]}
+    ours = {"ours sdpa", "ours sdpa micro-batch 1"}
+    less_memory = {"ours sdpa checkpointing", "ours sdpa micro-batch 1 checkpointing"}
+    assert found == {(term, way) for term in training_step.TERMS for way in ours} | {
+        (term, way) for term in training_step.TERMS if term.startswith("benign") for way in less_memory
+    }
+    for g in steps["gradients"]:
+        assert g["largest"] > 1e-6 and g["relative"] < 1e-5 and g["cosine"] > 1 - 1e-9, g
+
+
+def test_both_ways_were_timed(steps):
+    assert {(row["who"], row["step"], row["attention"]) for row in steps["ways"].values()} == {
+        ("published", "benign", "sdpa"), ("published", "benign", "eager"), ("ours", "benign", "sdpa"),
+        ("published", "malicious", "sdpa"), ("published", "malicious", "eager"), ("ours", "malicious", "sdpa"),
+    }  # fmt: skip
+    assert all(len(row["seconds"]) == 1 and row["seconds"][0] > 0 for row in steps["ways"].values())
+    assert {t["met"] for t in steps["targets"] if t["target"].startswith("gradient")} == {True}
+    training_step.show(json.loads(json.dumps(steps)))
+
+
+def test_what_each_way_computes(tmp_path):
+    """(rows, tokens) that reach the last block: published two passes a sample, the second of 16 + 64; ours one of all."""
+    random_llava.build(tmp_path, random_llava.SMALL)
+    bench, ways = training_step.Bench(tmp_path, random_llava.SMALL), {way.name: way for way in training_step.WAYS}
+    seen: list[tuple[int, int]] = []
+    bench.lvlm.layers[-1].register_forward_hook(lambda block, inputs, output: seen.append(tuple(output.shape[:2])))
+    expected = {
+        "benign published sdpa": [(1, 31), (1, 80), (1, 31), (1, 80)],
+        "malicious published eager": [(1, 31), (1, 31)],
+        "benign ours sdpa": [(2, 38)],
+        "benign ours sdpa micro-batch 1": [(1, 38), (1, 38)],
+        "malicious ours sdpa": [],
+    }
+    for name, shapes in expected.items():
+        bench.step(ways[name], bench.run("both", ways[name]))()
+        assert seen == shapes, name
+        seen.clear()
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_peak_memory_is_of_the_step(tmp_path, monkeypatch):
+    random_llava.build(tmp_path, random_llava.SMALL)
+    bench = training_step.Bench(tmp_path, random_llava.SMALL)
+    monkeypatch.setattr(bench, "step", lambda way, run: lambda: bytearray(300_000_000).count(1))
+    assert training_step.peak(bench, training_step.WAYS[0]) == pytest.approx(3e8, rel=0.1)
+
+
+# -- inference
+
+
+def test_every_answer_has_the_same_length(lvlm):
+    """Also where the model would have ended; and the model is as it was."""
+    before = lvlm.model.generation_config.eos_token_id
+    asked = queries("malicious", 3) + queries("benign", 3)
+    defenses = inference.forms(lvlm, 9, "please be safe")
+    rows = inference.measure(lvlm, defenses, asked, rounds=2, new_tokens=7, seed=0)
+    assert lvlm.model.generation_config.eos_token_id == before and not lvlm.layers[0]._forward_pre_hooks
+    assert sorted((row["query"], row["form"]) for row in rows) == sorted(
+        2 * [(q.id, d) for q in asked for d in defenses]
+    )
+    table = inference.summary(rows, "cpu", 0)
+    tokens = {name: row["prompt_tokens"] for name, row in table.items()}
+    assert tokens["border"] == tokens["no defense"] == tokens["text"] - 3 == tokens["border and text"] - 3
+    assert table["no defense"]["ratio"] == 1 and all(
+        row["low"] <= row["ratio"] <= row["high"] for row in table.values()
+    )
+
+
+def test_an_answer_of_another_length_is_refused(lvlm, monkeypatch):
+    generate = lvlm.generate
+    monkeypatch.setattr(lvlm, "generate", lambda *args, max_new_tokens: generate(*args, max_new_tokens - 1))
+    with pytest.raises(RuntimeError, match="6 tokens, not 7"):
+        inference.measure(lvlm, {"no defense": NoDefense()}, queries("benign", 1), 1, 7, 0)
+
+
+def test_ratios_are_of_the_same_query():
+    """A query that takes ten times as long does not sway the ratio."""
+    rows = [
+        {"query": query, "form": form, "cpu": base * factor, "wall": base, "prompt": 1}
+        for _ in range(3)
+        for query, base in (("a", 1.0), ("b", 10.0), ("c", 2.0))
+        for form, factor in ((inference.NONE, 1), (inference.BORDER, 1.5), (inference.TEXT, 2), (inference.BOTH, 3))
+    ]
+    found = {name: (row["low"], row["ratio"], row["high"]) for name, row in inference.summary(rows, "cpu", 0).items()}
+    assert [found[name] for name in (inference.BORDER, inference.BOTH)] == [(1.5,) * 3, (3.0,) * 3]
+
+
+# -- time_to_quality
+
+
+@pytest.fixture
+def recipe(lvlm, vector, tmp_path):
+    """The published one on the tiny model."""
+    settings = time_to_quality.published_settings(vector, "sorry no")
+    prompt = VisualSafetyPrompt.create(56, 9)
+    return Run(lvlm, prompt, queries("malicious", 5), queries("benign", 6), vector, settings, tmp_path, [])
+
+
+def test_the_published_recipe(lvlm, vector, recipe, monkeypatch):
+    """Batches of one class that come again in the same order, signs of a level each, mean colour, no clamp."""
+    seen, gradient = [], recipe.gradient
+
+    def spy(delta, batch):
+        seen.append((delta, batch))
+        return torch.sign(recipe.prompt.delta), {}  # always the same way, so that the border leaves [0, 1]
+
+    monkeypatch.setattr(recipe, "gradient", spy)
+    steps = time_to_quality.published(recipe, seed=0)
+    prompts = [next(steps) for _ in range(200)]
+    mask = recipe.prompt.mask
+    torch.testing.assert_close(seen[0][0], lvlm.mean.view(3, 1, 1) * mask)
+    torch.testing.assert_close(seen[1][0], seen[0][0] - mask / 255)
+    assert seen[199][0].min() < 0 and prompts[-1].delta.min() == 0
+    batches = {
+        label: [b for _, b in seen if bool(b.malicious[0]) == (label == "malicious")] for label in recipe.__dict__
+    }
+    bad, good = batches["malicious"], batches["benign"]
+    assert 70 < len(bad) < 130 and all(bool(b.malicious.all()) != bool((~b.malicious).all()) for _, b in seen)
+    assert [b.questions for b in bad[:9]] == [b.questions for b in bad[3:12]]  # five queries: three batches
+    assert [b.interiors.sum() for b in good[:9]] == [b.interiors.sum() for b in good[3:12]]
+    assert all(b.answered == len(b) for b in good) and 0 < sum(b.answered > 0 for b in bad) < 25
+    gradient(recipe.prompt.delta, bad[0])  # and the loop can take such a batch
+
+
+def test_the_published_loss_on_this_models_scale(vector, recipe):
+    """Margins 29 apart are the class means; the hinge in that unit plus 0.02 x the answer loss, times the unit."""
+    benign, malicious = (float(mean[vector.layer - 1]) for mean in (vector.mean_benign, vector.mean_malicious))
+    assert (recipe.mu_plus, recipe.mu_minus) == pytest.approx((malicious, benign))
+    assert recipe.weight_hinge == 1 and recipe.weight_answer == pytest.approx(0.02 * (malicious - benign) / 29)
+
+
+def test_until_good_stops_at_the_first_good_look():
+    border = VisualSafetyPrompt.create(56, 9)
+    looks = iter([(0.5, 0.9), (0.96, 0.6), (0.95, 0.7), (1.0, 1.0)])
+
+    def look(prompt):
+        return dict(zip(("rsr", "utility"), next(looks), strict=True))
+
+    found = time_to_quality.until_good(iter([border] * 100), border, look, 0.7, 100, 10, "")
+    assert (found["reached"], found["steps"]) == (True, 20) and [row["step"] for row in found["curve"]] == [0, 10, 20]
+    never = time_to_quality.until_good(iter([border] * 7), border, lambda p: {"rsr": 1, "utility": 0}, 0.7, 7, 5, "")
+    assert (never["reached"], never["steps"]) == (False, 7) and never["curve"][-1]["step"] == 7
+
+
+def test_a_recipe_that_does_not_get_there_gives_a_bound():
+    def recipes(ours, theirs):
+        return {"default": {"reached": ours, "steps": 10, "cpu": 2.0},
+                "published": {"reached": theirs, "steps": 100, "cpu": 40.0}}  # fmt: skip
+
+    assert time_to_quality.times_as_fast(recipes(True, True), "cpu") == {"steps": 10, "seconds": 20, "at_least": False}
+    assert time_to_quality.times_as_fast(recipes(True, False), "cpu")["at_least"]
+    assert time_to_quality.times_as_fast(recipes(False, True), "cpu")["seconds"] is None
+
+
+def test_both_recipes_run(lvlm):
+    """On the embedded data in small, with a model that can't read it."""
+    data = embedded.protocol(0, vector=6, sweep=6, train=6, harm=1, utility=1, mme=1, llava_bench=1)
+    settings = TrainSettings(steps=3, batch_size=4, mu_plus=99.0, mu_minus=-99.0, refusal=embedded.REFUSAL)
+    result = time_to_quality.compare(lvlm, data, "please be safe", settings, 9, 4, (2, 2), 0)
+    assert {name: [row["step"] for row in found["curve"]] for name, found in result["recipes"].items()} == {
+        "default": [0, 2, 3], "published": [0, 2, 4],
+    }  # fmt: skip
+    assert result["queries"] == 4 + 7 and all(found["cpu"] > 0 for found in result["recipes"].values())
