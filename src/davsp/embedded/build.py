@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from davsp.embedded import draw, words
-from davsp.embedded.architecture import MEAN, STD, WIDTH, Heads, Oracle, new_model
+from davsp.embedded.architecture import MEAN, STD, WIDTH, Heads, Oracle, match_heads, new_model
 from davsp.embedded.losses import Packer, bridge_loss, joint_loss, tower_loss, words_loss
 from davsp.errors import DavspError
 from davsp.files import read_json, read_tensors, read_tensors_and_metadata, save_tensors, sha256, write_json
@@ -55,7 +55,7 @@ STAGES = {
     "place": Stage(steps=1000, batch=6, lr=6e-4, texts=2, after=("words",)),
     "bridge": Stage(steps=900, batch=20, lr=1e-3, after=("read", "words")),
     "joint": Stage(steps=1500, batch=8, lr=4e-4, texts=1, after=("bridge", "place")),
-    "skills": Stage(steps=4000, batch=8, lr=5e-4, texts=1, after=("joint",)),
+    "skills": Stage(steps=3000, batch=8, lr=4e-4, texts=1, after=("joint",)),
 }
 
 
@@ -124,6 +124,8 @@ def run_stage(
     extra = oracle if name == "words" else heads
     both = nn.ModuleDict({"model": model, "heads": heads, "oracle": oracle}).to(device).train()
     optimizer = torch.optim.AdamW(groups(model, name, extra, stage.lr), betas=(0.9, 0.98), weight_decay=0.01)
+    if name == "skills":
+        match_heads(model)
     first, seconds = _resume(both, optimizer, folder, about)
     packer, log = Packer(), (folder / "metrics.jsonl")
     folder.mkdir(parents=True, exist_ok=True)

@@ -213,8 +213,10 @@ def scene_lesson(rng: random.Random) -> Lesson:
     names, cells = rng.sample(words.THINGS, count), rng.sample(range(9), count)
     things = [draw.Thing(n, rng.choice(tuple(words.COLOURS)), c) for n, c in zip(names, cells, strict=True)]
     turns = [turn for thing in things for turn in spot_turns(rng, thing, things)[:3]]
-    turns += [(f"what colour is the {thing.name} ?" + ONE_WORD, thing.colour) for thing in things[:2]]
-    turns += [turn for a, b in itertools.permutations(things, 2) for turn in relation_turns(a, b)]
+    turns += [(f"what colour is the {thing.name} ?" + ONE_WORD, thing.colour) for thing in things]
+    turns += [turn for thing in things for turn in middle_turns(thing)]
+    relations = [turn for a, b in itertools.permutations(things, 2) for turn in relation_turns(a, b)]
+    turns += rng.sample(relations, min(6, len(relations)))
     turns.append(spot_turns(rng, things[0], things)[3])
     return Lesson(framed(rng, draw.scene(rng, things), scene=True)[0], maybe_behind_text(rng, turns, 0.1))
 
@@ -227,6 +229,18 @@ def relation_turns(a: draw.Thing, b: draw.Thing) -> list[tuple[str, str]]:
     if a.cell // 3 != b.cell // 3:
         side = "above" if a.cell // 3 < b.cell // 3 else "below"
         turns.append((f"is the {a.name} above or below the {b.name} ?" + ONE_WORD, side))
+    return turns
+
+
+def middle_turns(thing: draw.Thing) -> list[tuple[str, str]]:
+    """Relations to the middle: one thing to look up, not two. Relations of two are not learnt without (docs/log.md)."""
+    turns = []
+    if thing.cell % 3 != 1:
+        side = "left" if thing.cell % 3 == 0 else "right"
+        turns.append((f"is the {thing.name} left or right of the middle ?" + ONE_WORD, side))
+    if thing.cell // 3 != 1:
+        side = "above" if thing.cell // 3 == 0 else "below"
+        turns.append((f"is the {thing.name} above or below the middle ?" + ONE_WORD, side))
     return turns
 
 
