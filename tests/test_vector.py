@@ -1,5 +1,6 @@
 """The vector against two lines of numpy; layer choice; margins; the disk."""
 
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def test_save_and_load(vector, tmp_path):
     loaded = HarmfulnessVector.load(tmp_path)
     for name in ("vectors", "malicious", "benign"):
         assert torch.equal(getattr(loaded, name), getattr(vector, name))
-    for name in ("layer", "mu_plus", "mu_minus", "auroc", "table", "model_id", "text"):
+    for name in ("layer", "mu_plus", "mu_minus", "auroc", "table", "model_id", "text", "revision"):
         assert getattr(loaded, name) == getattr(vector, name)
     with pytest.raises(DavspError, match=r"cannot read .*vector\.safetensors"):
         HarmfulnessVector.load(tmp_path / "nothing")
@@ -96,6 +97,11 @@ def test_check_knows_its_model(lvlm, vector):
     ):
         with pytest.raises(DavspError, match=r"the vector is of another model: .*; fit one with"):
             other.check(lvlm)
+    newer = copy(lvlm)
+    newer.revision = "b"
+    replace(vector, revision="b").check(newer)
+    with pytest.raises(DavspError, match=r"the vector is of revision a of .*, not b; fit one"):
+        replace(vector, revision="a").check(newer)
 
 
 def test_one_class_missing(lvlm):

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from davsp import parallel
 from davsp.errors import DavspError
 from davsp.files import read_bytes, read_tensors_and_metadata, save_tensors, write_bytes
 
@@ -41,6 +42,8 @@ class Checkpoint:
     def start(self, delta: Float[Tensor, "3 s s"]) -> State:
         """The first state; written, so that a folder one can't write to is known before the work."""
         state = State(0, delta, torch.zeros_like(delta), torch.zeros_like(delta))
+        if parallel.rank() > 0:
+            return state
         (self.out / STATE).unlink(missing_ok=True)  # in this order a kill leaves no checkpoint without its metrics
         write_bytes(self.out / METRICS, b"")
         self.save(state)
@@ -52,6 +55,8 @@ class Checkpoint:
         Raises:
             DavspError: the disk is full; the checkpoint before is still there.
         """
+        if parallel.rank() > 0:  # the same state in every process; the first one writes
+            return
         tensors = {"delta": state.delta, "first": state.first, "second": state.second}
         facts = json.dumps({"step": state.step, "identity": self.identity})
         save_tensors(self.out / STATE, tensors, {"davsp": facts})
@@ -78,6 +83,8 @@ class Checkpoint:
                 f"{path} is of a run with other settings ({', '.join(names)}): choose another folder, "
                 "give those settings again, or start anew with resume off"
             )
+        if parallel.rank() > 0:
+            return state
         lines = read_bytes(self.out / METRICS).split(b"\n")[:step]
         write_bytes(self.out / METRICS, b"".join(line + b"\n" for line in lines))
         return state
@@ -88,6 +95,8 @@ class Checkpoint:
         Raises:
             DavspError: the disk is full.
         """
+        if parallel.rank() > 0:
+            return
         path = self.out / METRICS
         try:
             with path.open("a") as file:

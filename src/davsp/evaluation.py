@@ -20,7 +20,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from davsp import metrics
+from davsp import metrics, parallel
 from davsp.defenses.base import Defense
 from davsp.errors import DavspError, Interrupted
 from davsp.files import read_json, write_json
@@ -96,15 +96,17 @@ def evaluate(
                 )
                 done = [] if store is None else store.open(queries, batch_size, redo, console)
                 task = bar.add_task(name, total=len(queries), completed=len(done))
-                for at in range(len(done), len(queries), batch_size):
-                    batch = queries[at : at + batch_size]
+                for at in range(len(done), len(queries), batch_size * parallel.processes()):
+                    start = at + batch_size * parallel.rank()
+                    batch = queries[start : start + batch_size]
                     answered = defense.respond(
                         lvlm, batch, vector, batch_size, partial(bar.advance, task), max_new_tokens
                     )
-                    answered = [replace(r, defense=name) for r in answered]
-                    if store is not None:
-                        store.append(answered)
-                    done += answered
+                    for share in parallel.gathered([replace(r, defense=name) for r in answered]):
+                        if store is not None:
+                            store.append(share)
+                        done += share
+                    bar.update(task, completed=len(done))
                 responses[name] = done
     except KeyboardInterrupt:
         kept = (
@@ -115,7 +117,7 @@ def evaluate(
         raise Interrupted(f"stopped; {kept}") from None
     verdicts = {name: verdicts_of(queries, found, judge) for name, found in responses.items()}
     rows = _rows(model_name(lvlm), queries, responses, verdicts, baseline, seed)
-    if out is not None:
+    if out is not None and parallel.rank() == 0:
         for name, found in verdicts.items():
             write_jsonl(out / "verdicts" / f"{name}.jsonl", found)
         write_json(out / "metrics.json", metrics.metrics_file(rows))
@@ -176,11 +178,15 @@ class _Store:
             console.print(f"[yellow]{self.path.name}: answered anew, as what is there has {reason}[/]")
         found = [] if reason else self._read()
         whole = found if len(found) == len(queries) else found[: len(found) // batch_size * batch_size]
+        if parallel.rank() > 0:  # every process reads, the first one writes
+            return whole
         write_jsonl(self.path, whole)  # first, so that a kill in between can't leave old answers under a new key
         write_json(self.key_path, self.made_with)
         return whole
 
     def append(self, responses: Sequence[Response]) -> None:
+        if parallel.rank() > 0:
+            return
         lines = "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in responses)
         try:
             with self.path.open("a", encoding="utf-8") as file:

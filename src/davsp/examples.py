@@ -44,6 +44,11 @@ class Batch:
         """How many rows carry an answer."""
         return sum(answer is not None for answer in self.answers)
 
+    def share(self, number: int, count: int) -> "Batch":
+        """Every `count`-th row from `number` on: what one of several processes computes."""
+        piece = slice(number, None, count)
+        return Batch(self.interiors[piece], self.questions[piece], self.malicious[piece], self.answers[piece])
+
     def parts(self, size: int) -> Iterator["Batch"]:
         """The batch in pieces of `size` rows, the last one of what is left."""
         for start in range(0, len(self), size):

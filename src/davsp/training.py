@@ -14,10 +14,11 @@ from random import Random
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from davsp import parallel
 from davsp.checkpoint import Checkpoint, State
 from davsp.errors import DavspError, Interrupted
 from davsp.examples import Batch, pixels, prepare, reference
@@ -86,6 +87,7 @@ def train(
                 f"stopped at step {state.step} of {settings.steps}; the state is in {out}: "
                 "give the same command again to go on"
             ) from None
+    parallel.gathered(None)  # process 0 has written the last metrics
     return cast(P, run.finish(state))
 
 
@@ -105,6 +107,8 @@ class Run:
     ):
         check_classes(malicious, benign)
         prompt.check(lvlm)
+        if settings.batch_size < parallel.processes():
+            raise DavspError(f"batch_size {settings.batch_size} is less than the {parallel.processes()} processes")
         self.lvlm, self.prompt, self.vector = lvlm, prompt, vector
         self.settings, self.layer, self.mu_plus, self.mu_minus = resolve(settings, lvlm, vector)
         self.weight_hinge, self.weight_answer = self.settings.weights
@@ -138,23 +142,21 @@ class Run:
     def gradient(self, delta: Float[Tensor, "3 s s"], batch: Batch) -> tuple[Float[Tensor, "3 s s"], dict[str, float]]:
         """The gradient of the loss at delta, and hinge, answer_loss, loss and the mean projection of each class.
 
-        Micro-batches are added up; one that holds no answer is not computed beyond the layer.
+        Micro-batches are added up, and so are the shares of several processes (every process takes each n-th row); a
+        part that holds no answer is not computed beyond the layer.
         """
         settings, leaf = self.settings, delta.clone().requires_grad_()
         gradient, terms, projections = torch.zeros_like(delta), defaultdict[str, float](float), []
         saving = recomputing(self.lvlm.model, self.lvlm.layers[self.layer - 1])
         with saving if settings.activation_checkpointing else nullcontext():
-            for part in batch.parts(settings.micro_batch or len(batch)):
+            share = batch.share(parallel.rank(), parallel.processes())
+            for part in share.parts(settings.micro_batch or len(batch)):
                 s, losses = self._losses(leaf, part, batch)
                 gradient += torch.autograd.grad(losses["loss"], leaf)[0]
                 projections.append(s.detach().cpu())
                 for name, value in losses.items():
                     terms[name] += value.item()
-        s = torch.cat(projections)
-        for label, rows in (("malicious", batch.malicious), ("benign", ~batch.malicious)):
-            if rows.any():
-                terms[f"projection_{label}"] = s[rows].mean().item()
-        return gradient, dict(terms)
+        return parallel.total(gradient), _together(share.malicious, torch.cat(projections), dict(terms))
 
     def _losses(self, delta: Tensor, part: Batch, whole: Batch) -> tuple[Float[Tensor, " b"], dict[str, Tensor]]:
         """Projections of a part of the batch, and what it adds to the losses, which are means over the whole batch."""
@@ -270,6 +272,18 @@ class Run:
                 "vector": sha256_bytes(self.vector.direction(self.layer).numpy().tobytes()),
             },
         }
+
+
+def _together(malicious: Bool[Tensor, " b"], s: Float[Tensor, " b"], terms: dict[str, float]) -> dict[str, float]:
+    """The loss terms of all processes, and the mean projection of each class."""
+    shares = parallel.gathered((malicious, s, terms))
+    names = dict.fromkeys(name for _, _, one in shares for name in one)
+    summed = {name: sum(one.get(name, 0.0) for _, _, one in shares) for name in names}
+    rows, s = torch.cat([one for one, _, _ in shares]), torch.cat([one for _, one, _ in shares])
+    for label, chosen in (("malicious", rows), ("benign", ~rows)):
+        if chosen.any():
+            summed[f"projection_{label}"] = s[chosen].mean().item()
+    return summed
 
 
 @lru_cache(maxsize=64)

@@ -33,7 +33,7 @@ class HarmfulnessVector:
         mu_plus, mu_minus: margins at `layer`, in the units of the hidden state.
         auroc: layer -> AUROC; of the fitting set after `fit`, of held-out queries after `sweep`.
         table: the rows of the last `sweep`.
-        model_id, text: the model, and the text that stood before every question.
+        model_id, revision, text: the model, and the text that stood before every question.
     """
 
     vectors: Float[Tensor, "l d"]
@@ -46,6 +46,7 @@ class HarmfulnessVector:
     table: list[dict[str, Any]] = field(default_factory=list)
     model_id: str = ""
     text: str = ""
+    revision: str | None = None
 
     @classmethod
     def fit(
@@ -76,7 +77,8 @@ class HarmfulnessVector:
                 "malicious and benign queries give the same or non-finite states: the two sets must differ"
             )
         vectors = difference / norm
-        vector = cls(vectors, _project(bad, vectors), _project(good, vectors), model_id=lvlm.model_id, text=text)
+        projections = _project(bad, vectors), _project(good, vectors)
+        vector = cls(vectors, *projections, model_id=lvlm.model_id, text=text, revision=lvlm.revision)
         vector._choose(_compare(vector.malicious, vector.benign))
         return vector
 
@@ -112,7 +114,7 @@ class HarmfulnessVector:
         return self.vectors[layer - 1]
 
     def check(self, lvlm: LVLM) -> None:
-        """Raises DavspError unless the vector is of this model: layers, width, and name where both have one."""
+        """Raises DavspError unless the vector is of this model: layers, width, name and revision where both have one."""
         width = lvlm.model.config.get_text_config().hidden_size
         ours, its = tuple(self.vectors.shape), (lvlm.num_layers - 1, width)
         if ours != its:
@@ -124,6 +126,11 @@ class HarmfulnessVector:
         if len(set(names)) > 1:  # a folder may have been moved: its last part is the name
             raise DavspError(
                 f"the vector is of another model: {self.model_id}, not {lvlm.model_id}; fit one with `davsp vector`"
+            )
+        if self.revision and lvlm.revision and self.revision != lvlm.revision:
+            raise DavspError(
+                f"the vector is of revision {self.revision} of {self.model_id}, not {lvlm.revision}; fit one with "
+                "`davsp vector`"
             )
 
     def by_layer(self) -> list[dict[str, Any]]:
@@ -175,6 +182,7 @@ class HarmfulnessVector:
         """Write `vector.safetensors`, which is all there is, and `vector.json`, the same facts for people."""
         facts: dict[str, Any] = {
             "model_id": self.model_id,
+            "revision": self.revision,
             "text": self.text,
             "layer": self.layer,
             "mu_plus": self.mu_plus,

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from davsp.cli.inputs import compare_texts, embedded_protocol, load_lvlm, queries_at, safety_text
-from davsp.cli.options import Device, Model, Out, Revision, Seed
+from davsp.cli.inputs import compare_texts, embedded_protocol, in_processes, load_lvlm, queries_at, safety_text
+from davsp.cli.options import Canvas, Device, Dtype, Model, Out, Processes, Quantization, Revision, Seed
 
 if TYPE_CHECKING:
     from davsp.defenses import Defense
@@ -32,18 +32,24 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 48,
     revision: Revision = None,
     device: Device = None,
+    dtype: Dtype = None,
+    quantization: Quantization = None,
+    canvas: Canvas = None,
+    num_processes: Processes = 1,
     seed: Seed = 0,
 ) -> None:
     """Answer a test set without and with the prompt; rates with 95 % intervals, paired with No Defense."""
     from rich.console import Console
 
+    from davsp import parallel
     from davsp.defenses import NoDefense, SafetyText, VisualPrompt
     from davsp.evaluation import evaluate
     from davsp.prompts import load_prompt
     from davsp.report.terminal import print_table
     from davsp.vector import HarmfulnessVector
 
-    lvlm = load_lvlm(model, revision, device)
+    in_processes(num_processes)
+    lvlm = load_lvlm(model, revision, device, dtype, quantization, canvas)
     test = queries_at(queries, None if queries else embedded_protocol(model, seed).test, "--queries")
     if limit:
         test = _first(test, limit)
@@ -64,6 +70,8 @@ def evaluate(
         lvlm, defenses, test, out, direction,
         max_new_tokens=max_new_tokens, seed=seed, console=Console(stderr=True),
     )  # fmt: skip
+    if parallel.rank() > 0:
+        return
     print_table(Console(), found.rows)
     print(f"answers, verdicts and metrics.json are in {out}")
 

@@ -17,14 +17,42 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def load_lvlm(model: str | None, revision: str | None, device: str | None) -> "LVLM":
-    """The model that --model names; left out: davsp-mini."""
-    from davsp import embedded
+def load_lvlm(
+    model: str | None,
+    revision: str | None,
+    device: str | None,
+    dtype: str | None = None,
+    quantization: str | None = None,
+    canvas: int | None = None,
+) -> "LVLM":
+    """The model that --model names; left out: davsp-mini. One of several processes takes its own GPU."""
+    import torch
+
+    from davsp import embedded, parallel
     from davsp.lvlm import LVLM
 
+    device = device or parallel.device()
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise DavspError(f"--dtype {dtype!r} is not known: choose float32, bfloat16 or float16.")
     if model is None:
+        if dtype or quantization or canvas:
+            raise DavspError("--dtype, --quantization and --canvas go with --model; davsp-mini has its own.")
         return embedded.load(device_map=device)
-    return LVLM.from_pretrained(model, revision=revision, device_map=device)
+    number = getattr(torch, dtype) if dtype else None
+    return LVLM.from_pretrained(
+        model, revision=revision, device_map=device, dtype=number, quantization=quantization, canvas=canvas
+    )
+
+
+def in_processes(count: int) -> None:
+    """Run this very command as `count` processes and leave with their exit code; go on if this is one of them."""
+    import typer
+
+    from davsp import parallel
+
+    if count == 1 or parallel.processes() > 1:
+        return
+    raise typer.Exit(parallel.launch(sys.argv[1:], count))
 
 
 def own_protocol(model: str | None, malicious: Path | None, benign: Path | None, seed: int) -> "Protocol | None":

@@ -16,3 +16,13 @@ Benign = Annotated[
 ]
 Out = Annotated[Path, typer.Option(help="Folder to write into.")]
 Seed = Annotated[int, typer.Option(help="Seed of all random choices.")]
+Canvas = Annotated[
+    int | None, typer.Option(help="Side of the canvas in pixels, where the model takes many sizes (Qwen2-VL).")
+]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16; left out: float32 on CPU, bfloat16 on a GPU.")
+]
+Quantization = Annotated[str | None, typer.Option(help="4bit or 8bit, by bitsandbytes on a GPU.")]
+Processes = Annotated[
+    int, typer.Option("--num-processes", min=1, help="Processes on this machine, a GPU each; the work is shared.")
+]

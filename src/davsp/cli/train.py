@@ -5,8 +5,20 @@ from typing import Annotated, Any
 
 import typer
 
-from davsp.cli.inputs import compare_texts, load_lvlm, own_protocol, queries_at, safety_text, say
-from davsp.cli.options import Benign, Device, Malicious, Model, Out, Revision, Seed
+from davsp.cli.inputs import compare_texts, in_processes, load_lvlm, own_protocol, queries_at, safety_text, say
+from davsp.cli.options import (
+    Benign,
+    Canvas,
+    Device,
+    Dtype,
+    Malicious,
+    Model,
+    Out,
+    Processes,
+    Quantization,
+    Revision,
+    Seed,
+)
 from davsp.errors import DavspError
 
 
@@ -40,6 +52,9 @@ def vector(
     layer: Annotated[int | None, typer.Option(help="Use this layer, whatever the sweep says.")] = None,
     revision: Revision = None,
     device: Device = None,
+    dtype: Dtype = None,
+    quantization: Quantization = None,
+    canvas: Canvas = None,
     seed: Seed = 0,
 ) -> None:
     """Fit the harmfulness vector at every layer, sweep the layers on held-out queries, choose one and its margins."""
@@ -49,7 +64,10 @@ def vector(
 
     if (held_malicious is None) != (held_benign is None):
         raise DavspError("--held-malicious and --held-benign go together; give both or neither.")
-    lvlm, p = load_lvlm(model, revision, device), own_protocol(model, malicious, benign, seed)
+    lvlm, p = (
+        load_lvlm(model, revision, device, dtype, quantization, canvas),
+        own_protocol(model, malicious, benign, seed),
+    )
     fitting = (
         queries_at(malicious, p.vector_malicious if p else None, "--malicious"),
         queries_at(benign, p.vector_benign if p else None, "--benign"),
@@ -90,6 +108,11 @@ def train(
     refusal: Annotated[str | None, typer.Option(help="The answer wanted for malicious queries.")] = None,
     steps: Annotated[int | None, typer.Option()] = None,
     batch_size: Annotated[int | None, typer.Option()] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Rows in memory at a time; left out: the whole batch.")
+    ] = None,
+    activation_checkpointing: Annotated[bool, typer.Option(help="Compute activations twice to save memory.")] = False,
+    num_processes: Processes = 1,
     optimizer: Annotated[str | None, typer.Option(help="sign or adam.")] = None,
     lr: Annotated[float | None, typer.Option(help="Step in pixel units, white = 1.")] = None,
     lam: Annotated[float | None, typer.Option(help="Weight of the answer cross-entropy.")] = None,
@@ -100,19 +123,26 @@ def train(
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in --out.")] = True,
     revision: Revision = None,
     device: Device = None,
+    dtype: Dtype = None,
+    quantization: Quantization = None,
+    canvas: Canvas = None,
     seed: Seed = 0,
 ) -> None:
     """Train a visual safety prompt and save it as a folder with an 8-bit picture."""
-    from davsp import embedded
+    from davsp import embedded, parallel
     from davsp.experiments.demo import SETTINGS
     from davsp.prompts import AdditiveNoise, VisualSafetyPrompt
     from davsp.training import TrainSettings
     from davsp.training import train as run
     from davsp.vector import HarmfulnessVector
 
+    in_processes(num_processes)
     if kind not in ("border", "additive"):
         raise DavspError(f"--kind is border or additive, not {kind!r}.")
-    lvlm, p = load_lvlm(model, revision, device), own_protocol(model, malicious, benign, seed)
+    lvlm, p = (
+        load_lvlm(model, revision, device, dtype, quantization, canvas),
+        own_protocol(model, malicious, benign, seed),
+    )
     text = safety_text(text, p is not None)
     found = HarmfulnessVector.load(vector) if vector else None
     if found is None and p is None:
@@ -131,7 +161,8 @@ def train(
         found.sweep(lvlm, p.sweep_malicious, p.sweep_benign, text=text)
     assert found is not None
     given: dict[str, Any] = {
-        "steps": steps, "batch_size": batch_size, "optimizer": optimizer, "lr": lr, "lam": lam, "objective": objective,
+        "steps": steps, "batch_size": batch_size, "optimizer": optimizer, "lr": lr,
+        "micro_batch": micro_batch, "activation_checkpointing": activation_checkpointing, "lam": lam, "objective": objective,
         "layer": layer, "mu_plus": mu_plus, "mu_minus": mu_minus, "seed": seed,
         "refusal": embedded.REFUSAL if refusal is None and p else refusal,
     }  # fmt: skip
@@ -143,6 +174,8 @@ def train(
     )
     probe = [*p.sweep_malicious, *p.sweep_benign] if p else None
     trained = run(lvlm, start, bad, good, found, settings, out / "training", resume=resume, probe=probe)
+    if parallel.rank() > 0:
+        return
     trained.save_pretrained(out)
     what = "vsp.png is the prompt" if kind == "border" else "noise.safetensors is the noise"
     print(f"saved to {out}: {what}; `davsp eval --prompt {out}` measures it")

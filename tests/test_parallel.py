@@ -1,0 +1,156 @@
+"""Two processes do what one does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from davsp import HarmfulnessVector, VisualSafetyPrompt, parallel
+from davsp.dataset import save_queries
+from davsp.errors import DavspError
+from davsp.examples import Batch
+from davsp.files import read_tensors
+from tiny import queries
+
+STEPS = [
+    "--steps",
+    "6",
+    "--batch-size",
+    "6",
+    "--padding",
+    "9",
+    "--text",
+    "please be safe",
+    "--lr",
+    "0.05",
+    "--seed",
+    "3",
+]
+
+
+@pytest.fixture(scope="module")
+def data(lvlm, tmp_path_factory) -> Path:
+    """Folders of queries and a vector, as a user has them."""
+    folder = tmp_path_factory.mktemp("data")
+    bad, good = queries("malicious", 7), queries("benign", 7)
+    save_queries(folder / "malicious", bad)
+    save_queries(folder / "benign", good)
+    save_queries(folder / "test", [*queries("malicious", 9, 3), *queries("benign", 8, 3)])
+    HarmfulnessVector.fit(lvlm, bad, good, text="please be safe", progress=False).save(folder / "vector")
+    VisualSafetyPrompt.create(56, 9, "random", text="please be safe").save_pretrained(folder / "prompt")
+    return folder
+
+
+def davsp(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
+    return subprocess.run(
+        [sys.executable, "-m", "davsp.cli", *map(str, command)], capture_output=True, text=True, timeout=240, env=env
+    )
+
+
+def test_two_processes_train_the_delta_of_one(tiny_folder, data, tmp_path):
+    """Adam, both losses: within 1e-6 before rounding; the prompt, the metrics and the checkpoint are written once."""
+    deltas, logs = [], []
+    for count in ("1", "2"):
+        out = tmp_path / count
+        done = davsp(
+            "train", "--model", tiny_folder, "--device", "cpu", "--malicious", data / "malicious", "--benign", data / "benign",
+            "--vector", data / "vector", "--out", out, "--optimizer", "adam", *STEPS, "--num-processes", count,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("saved to") == 1
+        deltas.append(read_tensors(out / "training" / "checkpoint.safetensors")["delta"])
+        logs.append([json.loads(line) for line in (out / "training" / "metrics.jsonl").read_text().splitlines()])
+    assert (deltas[0] - deltas[1]).abs().max() <= 1e-6
+    assert (deltas[0] - VisualSafetyPrompt.create(56, 9).delta).abs().max() > 0.01
+    assert [r["step"] for r in logs[1]] == [1, 2, 3, 4, 5, 6]
+    for one, two in zip(*logs, strict=True):
+        assert one.keys() == two.keys()
+        np.testing.assert_allclose(list(one.values()), list(two.values()), rtol=1e-4, atol=1e-5)
+    saved = [VisualSafetyPrompt.from_pretrained(tmp_path / count).delta for count in ("1", "2")]
+    assert (saved[0] - saved[1]).abs().max() <= 1 / 255 + 1e-6
+
+
+def test_two_processes_write_the_result_file_of_one(tiny_folder, data, tmp_path):
+    for count in ("1", "2"):
+        done = davsp(
+            "eval", "--model", tiny_folder, "--device", "cpu", "--prompt", data / "prompt", "--queries", data / "test",
+            "--out", tmp_path / count, "--max-new-tokens", "6", "--num-processes", count,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    for name in ("metrics.json", "verdicts/none.jsonl", "verdicts/davsp.jsonl"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
+    for name in ("none", "davsp"):
+        texts = [
+            [
+                json.loads(line)["text"]
+                for line in (tmp_path / c / "responses" / f"{name}.jsonl").read_text().splitlines()
+            ]
+            for c in ("1", "2")
+        ]
+        assert texts[0] == texts[1] and len(texts[0]) == 17
+
+
+def test_a_mistake_is_one_sentence_and_code_2_in_two_processes_as_well(tiny_folder, data, tmp_path):
+    common = [
+        "train",
+        "--model",
+        tiny_folder,
+        "--device",
+        "cpu",
+        "--malicious",
+        data / "malicious",
+        "--benign",
+        data / "benign",
+    ]
+    done = davsp(*common, "--vector", tmp_path / "none", "--out", tmp_path / "x", "--num-processes", "2")
+    assert done.returncode == 2 and done.stderr.count("davsp: ") == 1 and "Traceback" not in done.stderr
+    few = [
+        "--vector",
+        data / "vector",
+        "--out",
+        tmp_path / "y",
+        "--batch-size",
+        "2",
+        "--padding",
+        "9",
+        "--text",
+        "please be safe",
+    ]
+    done = davsp(*common, *few, "--num-processes", "3")
+    assert done.returncode == 2 and "batch_size 2 is less than the 3 processes" in done.stderr
+
+
+def test_a_process_that_dies_ends_the_others(monkeypatch, tmp_path):
+    """Without it the others would wait for its gradient for ever."""
+    code = "import os, sys, time; sys.exit('davsp: no more') if os.environ['RANK'] == '1' else time.sleep(100)"
+    children = [
+        subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"RANK": str(i)}, stderr=subprocess.DEVNULL)
+        for i in range(2)
+    ]
+    assert parallel._wait(children) == 1
+    assert all(child.poll() is not None for child in children)
+
+
+def test_shares_make_the_batch():
+    batch = Batch(
+        torch.arange(5 * 3).reshape(5, 3, 1, 1).byte(),
+        list("abcde"),
+        torch.tensor([True, True, True, False, False]),
+        list("abcde"),
+    )
+    shares = [batch.share(i, 2) for i in range(2)]
+    assert [one.questions for one in shares] == [["a", "c", "e"], ["b", "d"]]
+    assert torch.equal(torch.cat([one.malicious for one in shares]), batch.malicious[[0, 2, 4, 1, 3]])
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(DavspError, match="more than the 1 GPUs"):
+        parallel.launch(["train"], 2)
