@@ -147,6 +147,68 @@ def test_a_packed_row_is_the_chat_template():
     assert ids == packer.tokenizer(text, add_special_tokens=False).input_ids
 
 
+@pytest.mark.parametrize("cell", range(9))
+def test_the_cell_of_a_thing_is_found_again_shrunk_or_not(cell):
+    rng = random.Random(cell)
+    picture = draw.scene(rng, [draw.Thing("apple", "red", cell), draw.Thing("car", "blue", (cell + 4) % 9)])
+    small = draw.shrink(rng, picture, draw.PATCH, fill="words")
+    for shown in (picture, small):
+        box = next(b for b in shown.boxes if b.label == "[apple]")
+        assert losses._cell(box, shown) == cell
+
+
+def test_a_name_in_a_question_must_know_its_thing():
+    """Colour, place and number are asked of names in questions, not in answers; of what is not there only the number."""
+    rng, packer, heads = random.Random(0), losses.Packer(), architecture.Heads(8)
+    things = [draw.Thing("apple", "red", 0), draw.Thing("car", "blue", 8), draw.Thing("car", "blue", 1)]
+    lesson = q.Lesson(draw.scene(rng, things), [
+        ("what colour is the apple ?", "red"), ("how many times is the car in the picture ?", "two"),
+        ("is there a hat in the picture ?", "no"), ("what does the picture show ?", "a red apple and a blue car ."),
+    ])  # fmt: skip
+    rows = packer.rows([lesson], "cpu")
+    wanted = {"apple": (0, 0, 1), "car": (1, -100, 2), "hat": (-100, -100, 0)}  # colour, place, number
+    asked = [name for i in rows.ids[0].tolist() if (name := packer.things.get(i))][:3]
+    assert asked == ["apple", "car", "hat"]
+    states = torch.zeros(1, rows.ids.shape[1], 8)
+    at = [k for k, i in enumerate(rows.ids[0].tolist()) if i in packer.things][:3]
+    for row, k in enumerate(at):
+        states[0, k, row] = 1.0
+    for head in (heads.named_colour, heads.named_place, heads.named_count):
+        torch.nn.init.zeros_(head.weight)
+        torch.nn.init.zeros_(head.bias)
+    with torch.no_grad():  # heads that know the right answers
+        for row, name in enumerate(asked):
+            for head, target in zip(
+                (heads.named_colour, heads.named_place, heads.named_count), wanted[name], strict=True
+            ):
+                if target >= 0:
+                    head.weight[target, row] = 50.0
+    loss, stats = losses.named_loss(heads, packer, rows, [lesson], (states, states, states))
+    assert loss < 1e-4 and stats == {"named_place": 1.0}
+    with torch.no_grad():
+        heads.named_count.weight[1, 2] = 100.0  # a hat, where there is none
+    assert losses.named_loss(heads, packer, rows, [lesson], (states, states, states))[0] > 10
+
+
+def test_matching_heads_look_for_what_is_alike():
+    model = architecture.new_model(0)
+    architecture.match_heads(model)
+    attention, size = model.get_decoder().layers[0].self_attn, model.get_decoder().layers[0].self_attn.head_dim
+    x = torch.nn.functional.normalize(
+        torch.randn(40, architecture.WIDTH, generator=torch.Generator().manual_seed(1)), dim=1
+    )
+    x = x * architecture.WIDTH**0.5
+    for head in range(3):
+        rows = slice(head * size, (head + 1) * size)
+        score = x @ attention.q_proj.weight[rows].T @ attention.k_proj.weight[rows] @ x.T / size**0.5
+        others = score[~torch.eye(40, dtype=torch.bool)]
+        assert (
+            score.diagonal().min() > 2
+            and others.mean().abs() < 1
+            and score.diagonal().mean() > others.mean() + 2 * others.std()
+        )
+
+
 @pytest.fixture
 def short(monkeypatch):
     """All stages, four steps of two pictures each."""

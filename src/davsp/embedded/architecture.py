@@ -14,6 +14,7 @@ from davsp.embedded import draw, words
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, as LLaVA has them
 PATCHES = (draw.SIDE // draw.PATCH) ** 2
 WIDTH = 192  # of tower and decoder
+MOST = 5  # of one thing in a picture
 
 
 def new_model(seed: int = 0) -> Any:
@@ -86,13 +87,19 @@ def image_features(model: Any, pictures: list[draw.Picture]) -> Float[Tensor, "b
 
 
 class Heads(nn.Module):
-    """Throw-away classifiers of a patch: its class and a thing's colour from the last layer, its letter from layer 2."""
+    """Throw-away classifiers of a patch: its class and a thing's colour from the last layer, its letter from layer 2.
+
+    And of a thing's name in a question, from the decoder's second block: colour, place and number of that thing.
+    """
 
     def __init__(self, width: int):
         super().__init__()
         self.label = nn.Linear(width, len(draw.CLASSES))
         self.colour = nn.Linear(width, len(words.COLOURS))
         self.letter = nn.Linear(width, len(draw.LETTERS))
+        self.named_colour = nn.Linear(width, len(words.COLOURS))
+        self.named_place = nn.Linear(width, 9)
+        self.named_count = nn.Linear(width, MOST + 1)
 
 
 class Oracle(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from davsp.embedded import draw, words
-from davsp.embedded.architecture import PATCHES, Heads, Oracle, pixel_values
+from davsp.embedded.architecture import MOST, PATCHES, Heads, Oracle, pixel_values
 from davsp.embedded.questions import Lesson, picture_lesson, sum_turn, word_turn
 
 TURNS = 12  # questions packed behind one picture, at most
@@ -77,6 +77,7 @@ class Packer:
             self.tokenizer.convert_tokens_to_ids(t) for t in ("<image>", "user:", "assistant:")
         )
         self.cache: dict[str, list[int]] = {}
+        self.things = {self.tokenizer.convert_tokens_to_ids(name): name for name in words.THINGS}
 
     def text(self, text: str) -> list[int]:
         if text not in self.cache:
@@ -116,16 +117,78 @@ class Packer:
 
 def lesson_loss(model: Any, rows: Rows, image: Float[Tensor, "patches d"] | None) -> tuple[Tensor, dict]:
     """Weighted cross-entropy of the answers; `image` are the patch embeddings of the rows that have a picture."""
+    loss, stats, _ = _lesson_loss(model, rows, image)
+    return loss, stats
+
+
+def _lesson_loss(
+    model: Any, rows: Rows, image: Float[Tensor, "patches d"] | None
+) -> tuple[Tensor, dict, tuple[Tensor, ...]]:
+    """As `lesson_loss`, and the decoder's hidden states."""
     decoder = model.get_decoder()
     inputs = decoder.embed_tokens(rows.ids)
     if image is not None:
         inputs = inputs.masked_scatter((rows.ids == 3)[..., None], image.to(inputs.dtype))
-    states = decoder(inputs_embeds=inputs, attention_mask=rows.mask, position_ids=rows.position, use_cache=False)
+    states = decoder(
+        inputs_embeds=inputs,
+        attention_mask=rows.mask,
+        position_ids=rows.position,
+        use_cache=False,
+        output_hidden_states=True,
+    )
     answered = rows.target >= 0
     logits = model.lm_head(states.last_hidden_state[answered])
     target, weight = rows.target[answered], rows.weight[answered]
     loss = (F.cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
-    return loss, {"token_accuracy": (logits.argmax(-1) == target).float().mean().item()}
+    return loss, {"token_accuracy": (logits.argmax(-1) == target).float().mean().item()}, states.hidden_states
+
+
+def named_loss(
+    heads: Heads, packer: Packer, rows: Rows, batch: list[Lesson], states: tuple[Tensor, ...]
+) -> tuple[Tensor, dict]:
+    """What a thing's name in a question knows of that thing in the picture: its colour, its place, how many there are.
+
+    Answers alone did not teach it: with two things in the picture a question about one of them was a coin flip.
+    """
+    device, at, colour, place, count = rows.ids.device, [], [], [], []
+    ids = rows.ids.tolist()
+    for row, lesson in enumerate(batch):
+        if lesson.picture is None:
+            continue
+        shown: dict[str, list[draw.Box]] = {}
+        for box in lesson.picture.boxes:
+            if box.label.startswith("["):
+                shown.setdefault(box.label.strip("[]"), []).append(box)
+        for column in range(PATCHES + 2, len(ids[row])):
+            name = packer.things.get(ids[row][column])
+            if name is None or rows.target[row, column - 1] >= 0:  # only in questions
+                continue
+            boxes = shown.get(name, [])
+            at.append((row, column))
+            count.append(min(len(boxes), MOST))
+            colour.append(draw.COLOUR_ID[boxes[0].colour] if boxes and len({b.colour for b in boxes}) == 1 else -100)
+            place.append(_cell(boxes[0], lesson.picture) if len(boxes) == 1 else -100)
+    if not at:
+        return states[0].new_zeros(()), {}
+    named = states[2][tuple(torch.tensor(at, device=device).T)]
+    targets = [torch.tensor(x, device=device) for x in (colour, place, count)]
+    guesses = [heads.named_colour(named), heads.named_place(named), heads.named_count(named)]
+    loss = sum(
+        (_mean_cross_entropy(g[None], t[None]) for g, t in zip(guesses, targets, strict=True)),
+        start=named.new_zeros(()),
+    )
+    known = targets[1] >= 0
+    right = (guesses[1].argmax(-1) == targets[1])[known].float().mean().item() if known.any() else 1.0
+    return loss, {"named_place": right}
+
+
+def _cell(box: draw.Box, picture: draw.Picture) -> int:
+    """Which of the 3 x 3 cells of the picture (of its inside, if it was shrunk) a box is in."""
+    inner = next((b for b in picture.boxes if not b.label), draw.Box("", 0, 0, draw.SIDE, draw.SIDE))
+    x = (box.x0 + box.x1) / 2 - inner.x0, inner.x1 - inner.x0
+    y = (box.y0 + box.y1) / 2 - inner.y0, inner.y1 - inner.y0
+    column, line = (min(max(int(3 * part / whole), 0), 2) for part, whole in (x, y))
+    return 3 * line + column
 
 
 def lessons(rng: random.Random, batch: int, texts: int, stage: str) -> list[Lesson]:
@@ -194,6 +257,7 @@ def joint_loss(
     pictures = [x.picture for x in batch if x.picture]
     states = model.model.vision_tower(pixel_values(pictures, device), output_hidden_states=True).hidden_states
     features = model.model.multi_modal_projector(states[-1][:, 1:])
-    loss, stats = lesson_loss(model, rows, features.flatten(0, 1))
+    loss, stats, hidden = _lesson_loss(model, rows, features.flatten(0, 1))
     seeing, seen = patch_loss(heads, states, pictures)
-    return loss + 0.3 * seeing, {**stats, **seen, "answer_loss": loss.item()}
+    knowing, known = named_loss(heads, packer, rows, batch, hidden)
+    return loss + 0.3 * seeing + 0.3 * knowing, {**stats, **seen, **known, "answer_loss": loss.item()}
