@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# davsp-mini from nothing: six stages, then measuring and the card. Resumable: run it again after a kill or a failure.
-# Two CPU cores: tower and read on one, beside words and place on the other; bridge and joint then take both.
+# davsp-mini from nothing: seven stages, then measuring and the card. Resumable: run it again after a kill or a failure.
+# Two CPU cores: tower and read on one, beside words and place on the other; bridge, joint and skills then take both.
 set -euo pipefail
 set -m                              # a background side is a process group of its own, so that it can be stopped whole
 cd "$(dirname "$0")/.."
@@ -18,4 +18,5 @@ trap - EXIT
 
 stage bridge                        # the picture's own patches in place of the oracle's
 stage joint                         # everything together
+stage skills                        # the same, with more of what comes slowly: where, how many, sums, borders
 stage card                          # export, measure, write the card

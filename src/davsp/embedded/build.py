@@ -55,7 +55,7 @@ STAGES = {
     "place": Stage(steps=1000, batch=6, lr=6e-4, texts=2, after=("words",)),
     "bridge": Stage(steps=900, batch=20, lr=1e-3, after=("read", "words")),
     "joint": Stage(steps=1500, batch=8, lr=4e-4, texts=1, after=("bridge", "place")),
-    "skills": Stage(steps=2600, batch=8, lr=4e-4, texts=1, after=("joint",)),
+    "skills": Stage(steps=2000, batch=8, lr=4e-4, texts=1, after=("joint",)),
 }
 
 
@@ -124,8 +124,8 @@ def run_stage(
     extra = oracle if name == "words" else heads
     both = nn.ModuleDict({"model": model, "heads": heads, "oracle": oracle}).to(device).train()
     optimizer = torch.optim.AdamW(groups(model, name, extra, stage.lr), betas=(0.9, 0.98), weight_decay=0.01)
-    if name == "skills":
-        match_heads(model)
+    if name == LAST and not (start and any(x.startswith(LAST) for x in read_json(start / "training.json")["stages"])):
+        match_heads(model)  # a finished model that went through this stage has them
     first, seconds = _resume(both, optimizer, folder, about)
     packer, log = Packer(), (folder / "metrics.jsonl")
     folder.mkdir(parents=True, exist_ok=True)

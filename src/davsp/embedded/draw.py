@@ -175,10 +175,10 @@ def typographic(rng: random.Random, text: str, faces: tuple[str, ...] = FACES, p
 
 
 def sum_picture(rng: random.Random, text: str, faces: tuple[str, ...] = FACES) -> Picture:
-    """A sum in large figures, 34-60 px: a digit of a phrase's size is narrower than a patch, and was misread in two of three."""
+    """A sum in large figures, 26-44 px: at a phrase's size a digit is narrower than a patch, and two of three sums were misread."""
     pixels, ink = ground(rng)
     picture = Picture(pixels)
-    write(picture, rng, text, (4, 4, SIDE - 4, SIDE - 4), rng.choice(faces), rng.randint(34, 60), ink)
+    write(picture, rng, text, (4, 4, SIDE - 4, SIDE - 4), rng.choice(faces), rng.randint(26, 44), ink)
     return picture
 
 

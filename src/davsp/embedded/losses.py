@@ -159,9 +159,12 @@ def named_loss(
         for box in lesson.picture.boxes:
             if box.label.startswith("["):
                 shown.setdefault(box.label.strip("[]"), []).append(box)
+        written = {box.label for box in lesson.picture.boxes}
         for column in range(PATCHES + 2, len(ids[row])):
             name = packer.things.get(ids[row][column])
             if name is None or rows.target[row, column - 1] >= 0:  # only in questions
+                continue
+            if name in written:  # "is the word car in the picture ?" is another matter
                 continue
             boxes = shown.get(name, [])
             at.append((row, column))

@@ -297,8 +297,8 @@ LESSONS: dict[str, dict[Callable[[random.Random], Lesson], float]] = {
         scene_lesson: 0.18, counting_lesson: 0.16, sum_lesson: 0.14,
     },
     "skills": {
-        typographic_lesson: 0.19, captioned_lesson: 0.12, single_lesson: 0.14, reading_lesson: 0.04,
-        scene_lesson: 0.27, counting_lesson: 0.17, sum_lesson: 0.07,
+        typographic_lesson: 0.18, captioned_lesson: 0.11, single_lesson: 0.13, reading_lesson: 0.04,
+        scene_lesson: 0.26, counting_lesson: 0.15, sum_lesson: 0.13,
     },
 }  # fmt: skip
 
