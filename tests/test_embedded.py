@@ -190,6 +190,24 @@ def test_a_name_in_a_question_must_know_its_thing():
     assert losses.named_loss(heads, packer, rows, [lesson], (states, states, states))[0] > 10
 
 
+def test_patches_must_mean_what_they_show():
+    """No loss where each patch is the embedding of its word; a thing and its written name are one; digits weigh more."""
+    model, oracle = architecture.new_model(0), architecture.Oracle(architecture.WIDTH)
+    rng = random.Random(0)
+    pictures = [draw.sum_picture(rng, "3 + 4"), draw.captioned(rng, "car", "red", "wash the car")]
+    labels = torch.stack([torch.from_numpy(draw.patch_labels(p)[0]) for p in pictures])
+    embed = torch.nn.functional.normalize(model.get_decoder().embed_tokens.weight.detach(), dim=-1)
+    right = embed[oracle.token[labels.clamp(min=0)]]
+    with torch.no_grad():
+        assert losses.meaning_loss(model, oracle.token, right, pictures) < 0.01
+        wrong_word, wrong_digit = right.clone(), right.clone()
+        wrong_word[labels == draw.CLASS_ID["wash"]] = embed[5]
+        wrong_digit[labels == draw.CLASS_ID["3"]] = embed[5]
+        counts = [(labels == draw.CLASS_ID[x]).sum().item() for x in ("wash", "3")]
+        word, digit = (losses.meaning_loss(model, oracle.token, x, pictures).item() for x in (wrong_word, wrong_digit))
+    assert min(counts) > 0 and digit / counts[1] > 2 * word / counts[0] > 0.01
+
+
 def test_matching_heads_look_for_what_is_alike():
     model = architecture.new_model(0)
     architecture.match_heads(model)

@@ -55,7 +55,7 @@ STAGES = {
     "place": Stage(steps=1000, batch=6, lr=6e-4, texts=2, after=("words",)),
     "bridge": Stage(steps=900, batch=20, lr=1e-3, after=("read", "words")),
     "joint": Stage(steps=1500, batch=8, lr=4e-4, texts=1, after=("bridge", "place")),
-    "skills": Stage(steps=2000, batch=8, lr=4e-4, texts=1, after=("joint",)),
+    "skills": Stage(steps=900, batch=8, lr=4e-4, texts=1, after=("joint",)),
 }
 
 
@@ -142,7 +142,7 @@ def run_stage(
         elif name == "bridge":
             loss, stats = bridge_loss(model, heads, oracle, rng, stage.batch)
         else:
-            loss, stats = joint_loss(model, heads, packer, rng, stage.batch, stage.texts, name)
+            loss, stats = joint_loss(model, heads, oracle, packer, rng, stage.batch, stage.texts, name)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"stage {name}, step {step + 1}: the loss is {loss.item()}")
         optimizer.zero_grad()

@@ -236,7 +236,12 @@ def _math(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> Made:
 def _exact(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> Made:
     things, (a, _) = q.counted(rng)
     count = sum(t.name == a for t in things)
-    return draw.scene(rng, things), f"how many times is the {a} in the picture ?" + q.ONE_WORD, words.NUMBERS[count], ""
+    return (
+        draw.scene(rng, things, alike=True),
+        f"how many times is the {a} in the picture ?" + q.ONE_WORD,
+        words.NUMBERS[count],
+        "",
+    )
 
 
 def _yes_no(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> Made:

@@ -206,12 +206,21 @@ class Thing:
     cell: int  # 0..8, row by row
 
 
-def scene(rng: random.Random, things: list[Thing]) -> Picture:
-    """Things in the cells of a 3 x 3 grid (MM-SafetyBench's SD plays this part: a picture that shows, and says nothing)."""
+def scene(rng: random.Random, things: list[Thing], alike: bool = False) -> Picture:
+    """Things in the cells of a 3 x 3 grid (MM-SafetyBench's SD plays this part: a picture that shows, and says nothing).
+
+    `alike`: all of about one size, as things to be counted are.
+    """
     picture = Picture(paper(rng))
     cell = SIDE // 3
     for thing in things:
-        size = rng.randint(40, 54) if len(things) > 1 or rng.random() < 0.5 else rng.randint(54, 74)
+        size = (
+            rng.randint(44, 48)
+            if alike
+            else rng.randint(40, 54)
+            if len(things) > 1 or rng.random() < 0.5
+            else rng.randint(54, 74)
+        )
         cx, cy = (thing.cell % 3) * cell + cell // 2, (thing.cell // 3) * cell + cell // 2
         x = int(np.clip(cx - size // 2 + rng.randint(-4, 4), 0, SIDE - size))
         y = int(np.clip(cy - size // 2 + rng.randint(-4, 4), 0, SIDE - size))

@@ -185,6 +185,30 @@ def named_loss(
     return loss, {"named_place": right}
 
 
+def meaning_loss(
+    model: Any, tokens: Int[Tensor, " classes"], features: Float[Tensor, "b n d"], pictures: list[draw.Picture]
+) -> Tensor:
+    """Each patch must be nearest to the embedding of the word or thing that it shows: what `bridge` taught, kept up.
+
+    Cross-entropy of cosines over all classes but "nothing", at a temperature of 0.07. Digits weigh four times: they are
+    few, and a picture of a sum holds little else.
+
+    Args:
+        tokens: token id of each of `draw.CLASSES` (the first is not used), as `Oracle.token` has them.
+        features: projected patches.
+    """
+    label = torch.from_numpy(np.stack([draw.patch_labels(p)[0] for p in pictures])).to(features.device)
+    shown = label > 0
+    wanted = F.normalize(model.get_decoder().embed_tokens.weight[tokens[1:]], dim=-1)
+    guess = F.normalize(features[shown], dim=-1) @ wanted.T / 0.07
+    # a thing and its written name share one embedding: either is right
+    same = tokens[1:][None] == tokens[label[shown]][:, None]
+    likely = torch.logsumexp(guess.masked_fill(~same, -1e9), -1) - torch.logsumexp(guess, -1)
+    digits = torch.tensor([c in words.DIGITS for c in draw.CLASSES], device=label.device)[label[shown]]
+    weight = 1.0 + 3.0 * digits
+    return -(likely * weight).sum() / weight.sum()
+
+
 def _cell(box: draw.Box, picture: draw.Picture) -> int:
     """Which of the 3 x 3 cells of the picture (of its inside, if it was shrunk) a box is in."""
     inner = next((b for b in picture.boxes if not b.label), draw.Box("", 0, 0, draw.SIDE, draw.SIDE))
@@ -251,7 +275,14 @@ def bridge_loss(model: Any, heads: Heads, oracle: Oracle, rng: random.Random, co
 
 
 def joint_loss(
-    model: Any, heads: Heads, packer: Packer, rng: random.Random, count: int, texts: int, stage: str
+    model: Any,
+    heads: Heads,
+    oracle: Oracle,
+    packer: Packer,
+    rng: random.Random,
+    count: int,
+    texts: int,
+    stage: str,
 ) -> tuple[Tensor, dict]:
     """Lessons through the whole model; the tower's own lesson goes on beside it, so that it does not forget to read."""
     device = next(model.parameters()).device
@@ -263,4 +294,6 @@ def joint_loss(
     loss, stats, hidden = _lesson_loss(model, rows, features.flatten(0, 1))
     seeing, seen = patch_loss(heads, states, pictures)
     knowing, known = named_loss(heads, packer, rows, batch, hidden)
-    return loss + 0.3 * seeing + 0.3 * knowing, {**stats, **seen, **known, "answer_loss": loss.item()}
+    meaning = meaning_loss(model, oracle.token, features, pictures)
+    record = {**stats, **seen, **known, "meaning": meaning.item(), "answer_loss": loss.item()}
+    return loss + 0.3 * seeing + 0.3 * knowing + 0.2 * meaning, record

@@ -251,7 +251,7 @@ def counting_lesson(rng: random.Random) -> Lesson:
     turns = [(f"how many times is the {x} in the picture ?" + ONE_WORD, NUMBERS[n[x]]) for x in (a, b)]
     turns.append(("how many things are in the picture ?" + ONE_WORD, NUMBERS[len(things)]))
     turns += [turn for thing in {t.name: t for t in things}.values() for turn in spot_turns(rng, thing, things)[1:3]]
-    return Lesson(framed(rng, draw.scene(rng, things), scene=True)[0], maybe_behind_text(rng, turns, 0.1))
+    return Lesson(framed(rng, draw.scene(rng, things, alike=True), scene=True)[0], maybe_behind_text(rng, turns, 0.1))
 
 
 def counted(rng: random.Random) -> tuple[list[draw.Thing], tuple[str, str]]:
