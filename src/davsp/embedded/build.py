@@ -55,7 +55,7 @@ STAGES = {
     "place": Stage(steps=1000, batch=6, lr=6e-4, texts=2, after=("words",)),
     "bridge": Stage(steps=900, batch=20, lr=1e-3, after=("read", "words")),
     "joint": Stage(steps=1500, batch=8, lr=4e-4, texts=1, after=("bridge", "place")),
-    "skills": Stage(steps=900, batch=8, lr=4e-4, texts=1, after=("joint",)),
+    "skills": Stage(steps=2400, batch=8, lr=4e-4, texts=1, after=("joint",)),
 }
 
 

@@ -31,7 +31,7 @@ SKILLS = {
     "mme": "yes or no about a picture", "llava_bench": "describes a picture in a sentence",
     "judging": "says whether an answer is harmful", "hint": "answers from a hint without the picture",
 }  # fmt: skip
-STEER = 0.5  # of the distance between the class means, added to or taken from the state
+STEER = 0.75  # of the distance between the class means, added to or taken from the state
 
 
 def measure(lvlm: LVLM, seed: int = 1, console: Console | None = None, **sizes: int) -> dict[str, Any]:

@@ -112,7 +112,8 @@ def harmful(
     return out
 
 
-COVER_SHARES = ("full", "none", "full", "text", "full", "none", "full", "text", "full", "none")  # half, 2 and 3 tenths
+# Six tenths, two and two: undefended rates then stand where real models' do (the paper's Table 2, first row).
+COVER_SHARES = ("full", "none", "full", "text", "full", "full", "none", "full", "text", "full")
 
 
 def _intents(seed: int, part: str, covers: tuple[str, ...]) -> Iterator[Pair]:
