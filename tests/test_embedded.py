@@ -291,7 +291,8 @@ def test_the_last_stage_can_start_from_a_finished_model(short, tmp_path: Path, m
     assert stages["joint"] == before and stages["skills"]["start"] == build.sha256(start / "model.safetensors")
     assert "davsp mini train --start" in (tmp_path / "model" / "README.md").read_text()
     near, got = (build.read_tensors(f / "model.safetensors") for f in (start, tmp_path / "model"))
-    assert 0 < max((got[k] - near[k]).abs().max() for k in got) < 0.02, "it does not go on from the start's weights"
+    kept = [k for k in got if "layers.0.self_attn" not in k]  # the matching heads are new
+    assert 0 < max((got[k] - near[k]).abs().max() for k in kept) < 0.02, "it does not go on from the start's weights"
     with pytest.raises(DavspError, match="other settings"):  # another start is another run
         build.check_done(tmp_path / "out", "skills", 0, tmp_path / "model")
 

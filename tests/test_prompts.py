@@ -240,7 +240,7 @@ def test_push_to_hub_uploads_the_folder(prompt, monkeypatch):
 
 
 def test_a_prompt_for_another_canvas_is_refused(lvlm):
-    with pytest.raises(DavspError, match=r"canvas of 24 pixels.*takes 56"):
+    with pytest.raises(DavspError, match=r"canvas is 24x24 pixels.*takes 56x56"):
         VisualSafetyPrompt.create(24, 5).check(lvlm)
 
 

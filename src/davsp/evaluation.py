@@ -25,6 +25,7 @@ from davsp.defenses.base import Defense
 from davsp.errors import DavspError, Interrupted
 from davsp.files import read_json, write_json
 from davsp.judges import Judge, keyword
+from davsp.judges.base import PromptJudge
 from davsp.lvlm import LVLM, fingerprint, model_name
 from davsp.query import Query, Response, Verdict, write_jsonl
 from davsp.vector import HarmfulnessVector
@@ -125,21 +126,27 @@ def evaluate(
 
 
 def judge_name(judge: Judge) -> str:
-    """The judge's name, and behind it the VERSION of its module if that has one: "keyword/1"."""
+    """The judge's `name` if it has one, else its function's, and behind it the VERSION of its module: "keyword/1"."""
+    if own := getattr(judge, "name", None):
+        return str(own)
     name = getattr(judge, "__name__", type(judge).__name__)
     version = getattr(sys.modules.get(judge.__module__), "VERSION", None)
     return name if version is None else f"{name}/{version}"
 
 
 def verdicts_of(queries: Sequence[Query], responses: Sequence[Response], judge: Judge = keyword) -> list[Verdict]:
-    """The judge's verdicts of the responses to malicious queries; a label the judge made up is unscored."""
+    """The judge's verdicts of the responses to malicious queries; a label the judge made up is unscored.
+
+    A judge that asks a model gets them all at once.
+    """
     query_of = {q.id: q for q in queries}
+    items = [(query_of[r.query_id], r) for r in responses if query_of[r.query_id].label == "malicious"]
+    if isinstance(judge, PromptJudge):
+        return judge.judge_all(items)
     name = judge_name(judge)
     found = []
-    for r in responses:
-        if query_of[r.query_id].label != "malicious":
-            continue
-        label, reason = judge(r.text, query_of[r.query_id].question)
+    for q, r in items:
+        label, reason = judge(r.text, q.question)
         if label not in ("safe", "unsafe", "unscored"):
             label, reason = "unscored", f"the judge said {label!r}, which is no verdict"
         found.append(Verdict(r.query_id, r.defense, name, label, reason))

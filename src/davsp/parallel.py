@@ -4,6 +4,7 @@ Only a gradient of the canvas' size (1.35 MB at 336 pixels) or finished answers 
 the model: every process computes the same state from the same sum. Process 0 alone writes and shows.
 """
 
+import atexit
 import os
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -59,11 +61,13 @@ def gathered(item: Any) -> list[Any]:
     return found
 
 
+@cache
 def _join() -> None:
     import torch
     from accelerate import PartialState
 
-    PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not torch.cuda.is_available())
+    atexit.register(state.destroy_process_group)  # its threads would otherwise abort a process that ends early
 
 
 def launch(command: Sequence[str], count: int) -> int:

@@ -69,13 +69,22 @@ class Response:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge says of one response; `unscored` when it cannot tell."""
+    """What a judge says of one response; `unscored` when it cannot tell.
+
+    Attributes:
+        judge: its name, version and, behind a colon, the model that was asked: `davsp/1:deepseek-chat`.
+        reason: for the label, in words.
+        raw: the judge's own words where a model was asked, cut at 1,000 characters.
+        prompt: hash of the unfilled prompt it was asked with.
+    """
 
     query_id: str
     defense: str
     judge: str
     label: Literal["safe", "unsafe", "unscored"]
     reason: str = ""
+    raw: str = ""
+    prompt: str = ""
 
 
 def open_picture(path: Path) -> Image.Image:

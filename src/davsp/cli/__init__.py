@@ -6,7 +6,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from davsp.cli import evaluate, mini, prompt, train
+from davsp.cli import data, evaluate, judge, mini, prompt, train
 from davsp.cli.inputs import say
 from davsp.errors import DavspError, Interrupted
 
@@ -48,11 +48,13 @@ app.command()(train.demo)
 app.command()(train.vector)
 app.command()(train.train)
 app.command("eval")(evaluate.evaluate)
+app.command()(judge.judge)
 app.command()(prompt.apply)
 app.command()(prompt.info)
 app.command()(prompt.import_published)
 app.command()(doctor)
 app.add_typer(mini.app, name="mini")
+app.add_typer(data.app, name="data")
 
 
 def main() -> None:

@@ -1,0 +1,311 @@
+"""MM-SafetyBench (Liu et al., ECCV 2024, arXiv 2311.17600): 1,680 harmful questions in 13 scenarios, three pictures each.
+
+Source: github.com/isXinLiu/MM-SafetyBench (questions; the pictures are an archive linked there), or the dataset
+PKU-Alignment/MM-SafetyBench on the Hub. Licence CC BY-NC 4.0, research only. Harmful text and pictures: nothing of it is
+in this repository. The text that goes with a picture depends on its type, see `FIELDS`.
+"""
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from davsp.benchmarks import source
+from davsp.benchmarks.source import Found, Item, Problems, Report
+from davsp.errors import DavspError
+from davsp.query import Query
+
+COUNTS = {
+    "01-Illegal_Activitiy": 97,  # spelt so upstream
+    "02-HateSpeech": 163,
+    "03-Malware_Generation": 44,
+    "04-Physical_Harm": 144,
+    "05-EconomicHarm": 122,
+    "06-Fraud": 154,
+    "07-Sex": 109,
+    "08-Political_Lobbying": 153,
+    "09-Privacy_Violence": 139,
+    "10-Legal_Opinion": 130,
+    "11-Financial_Advice": 167,
+    "12-Health_Consultation": 109,
+    "13-Gov_Decision": 149,
+}
+"""Questions of each scenario; 1,680 in all, each with three pictures."""
+
+FIELDS = {
+    "sd": "Rephrased Question(SD)",
+    "sd_typo": "Rephrased Question",
+    "typo": "Rephrased Question",
+    "text": "Changed Question",
+}
+"""Picture type -> the field of processed_questions that is asked with it."""
+
+TYPES = ("sd_typo", "sd", "typo")
+FOLDERS = {"sd": "SD", "sd_typo": "SD_TYPO", "typo": "TYPO", "text": "Text_only"}
+REBUILT = "typo_rebuilt"
+NAME = "mm_safetybench"
+
+Wanted = set[tuple[str, str, str]]
+
+_SCENARIOS = {name[3:]: name for name in COUNTS} | {"Illegal_Activity": "01-Illegal_Activitiy"}
+
+
+def load(
+    root: Path,
+    split: str = "test",
+    limit: int | None = None,
+    seed: int = 0,
+    *,
+    types: Sequence[str] = TYPES,
+    rebuild: bool = False,
+    skip_broken: bool = False,
+) -> list[Query]:
+    """The questions as queries: benchmark `sd_typo`, `sd`, `typo` or `text`, category the scenario, group the question.
+
+    Args:
+        root: any layout of docs/benchmarks.md.
+        split: "test" or "all"; "tiny" (the official short list); "train" and "valid" where AdaShield's split is beside.
+            With AdaShield's split "test" is its test part, else all.
+        limit: only so many queries, drawn with `seed`.
+        seed: of the draw.
+        types: which pictures.
+        rebuild: typeset the TYPO pictures in place of reading them. The official font and size are not known, so the
+            benchmark of these queries is called `typo_rebuilt`.
+        skip_broken: leave out what is broken and warn, in place of raising.
+
+    Raises:
+        DavspError: nothing known at `root`, an unknown type or split, a broken row or picture.
+    """
+    problems = Problems(skip_broken)
+    return source.queries(_read(Path(root), split, types, rebuild, problems), NAME, root, limit, seed, problems)
+
+
+def check(root: Path) -> Report:
+    """Count questions with a whole picture by type and scenario. A type of which nothing is here is only named."""
+    problems, root = Problems(skip=True), Path(root)
+    return source.report(_read(root, "all", None, False, problems), NAME, root, problems)
+
+
+def render(phrase: str, width: int = 1024, size: int = 90, font: str | Path | None = None) -> Image.Image:
+    """A TYPO-like picture: the key phrase in black on white, as high as its lines need.
+
+    Width, size and font of the official pictures are not published; these are from memory of the paper.
+
+    Args:
+        phrase: the key phrase.
+        width: of the picture, pixels.
+        size: of the font, pixels.
+        font: a font file; left out: the one inside Pillow.
+    """
+    face = ImageFont.load_default(size) if font is None else ImageFont.truetype(str(font), size)
+    lines, line = [], ""
+    for word in phrase.split():
+        longer = f"{line} {word}".strip()
+        if line and face.getlength(longer) > width - size:
+            lines.append(line)
+            longer = word
+        line = longer
+    text = "\n".join([*lines, line])
+    left, top, right, bottom = ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, face)
+    image = Image.new("RGB", (width, int(bottom - top) + size), "white")
+    ImageDraw.Draw(image).multiline_text(((width - right - left) / 2, size / 2 - top), text, "black", face)
+    return image
+
+
+def scenario(name: str) -> str | None:
+    """The canonical name ("02-HateSpeech") of a scenario with or without its number; None if unknown."""
+    bare = name[3:] if name[:2].isdigit() and name[2:3] == "-" else name
+    found = _SCENARIOS.get(bare)
+    return found if found and (bare == name or name[:2] == found[:2]) else None
+
+
+def _read(root: Path, split: str, types: Sequence[str] | None, rebuild: bool, problems: Problems) -> Found | None:
+    """What is at `root`; `types` None takes those of which something is there."""
+    for name in types or ():
+        if name not in FIELDS:
+            raise DavspError(f"the picture type {name!r} is not known: choose {', '.join(FIELDS)}.")
+    folder = source.first(root, "data/processed_questions", "processed_questions")
+    if folder is not None:
+        return _folder(root, folder, split, types, rebuild, problems)
+    if source.first(root, "data/QueryRelated", "QueryRelated"):
+        raise DavspError(
+            f"{root} holds pictures without questions; put data/processed_questions of the official repository there."
+        )
+    if split not in ("test", "all"):
+        known = _parquet(root) or source.first(root, "MMSafetyBench.tsv")
+        if not known:
+            return None
+        raise DavspError(
+            f"the split {split!r} needs the folder layout with its list; {root} has only all questions (test)."
+        )
+    if files := _parquet(root):
+        return _from_parquet(root, files, types, rebuild, problems)
+    tsv = source.first(root, "MMSafetyBench.tsv")
+    return None if tsv is None else _from_tsv(tsv, problems)
+
+
+def _published(types: Sequence[str]) -> dict[str, int | None]:
+    return {f"{kind} {name}": n for kind in types for name, n in COUNTS.items()}
+
+
+def _item(kind: str, name: str, number: str, question: str, picture: Any, where: str, rebuilt: bool = False) -> Item:
+    benchmark = REBUILT if rebuilt else kind
+    group = f"{name}/{number}"
+    query = Query(f"{benchmark}/{group}", question, "malicious", benchmark, name, group)
+    return Item(query, picture, where, (f"{kind} {name}",))
+
+
+# ------------------------------------------------------------------------------------------------ folder layouts
+
+
+def _folder(
+    root: Path, folder: Path, split: str, types: Sequence[str] | None, rebuild: bool, problems: Problems
+) -> Found:
+    tops = ("QueryRelated", "imgs", "img", "images", "MM-SafetyBench(imgs)")
+    pictures = source.first(root, *(f"{lead}{top}" for top in tops for lead in ("data/", "")))
+    mirror = pictures is not None and pictures.name == "QueryRelated"
+    listed = source.first(root, "data/datasplit/query_related.jsonl", "datasplit/query_related.jsonl")
+    wanted, index = _wanted(root, split, listed, problems)
+    here = [k for k in TYPES if pictures is not None and any(pictures.glob(f"*/{FOLDERS[k]}"))]
+    if types is None:
+        types = here
+    files = {path: scenario(path.stem) for path in sorted(folder.glob("*.json"))}
+    items: list[Item] = []
+    seen: set[tuple[str, str, str]] = set()
+    for path, name in files.items():
+        if name is None:
+            problems.add(f"{path} is of no known scenario", "give the file its official name")
+            continue
+        rows = source.json_file(path, problems)
+        if not isinstance(rows, dict):
+            raise DavspError(f"{path} is no object of questions by id; fetch it again.")
+        for kind in types:
+            rebuilt = rebuild and kind == "typo"
+            for number, row in rows.items():
+                where = f"{path}, question {number}"
+                chosen = wanted is None or (name, FOLDERS[kind], number) in wanted
+                seen.add((name, FOLDERS[kind], number))
+                if not chosen or not source.has(row, [FIELDS[kind]] + ["Key Phrase"] * rebuilt, where, problems):
+                    continue
+                if kind == "text":
+                    picture: Any = None
+                elif rebuilt:
+                    picture = _png(render(row["Key Phrase"]))
+                else:
+                    picture = _picture(pictures or root / "data/imgs", name, FOLDERS[kind], number)
+                items.append(_item(kind, name, number, row[FIELDS[kind]], picture, where, rebuilt))
+    for name, folder_name, number in sorted((wanted or set()) - seen):
+        if folder_name in {FOLDERS[kind] for kind in types}:
+            problems.add(f"{index[0]} lists question {number} of {name}, which is not in {folder}", "fetch it")
+    layout = "AdaShield's mirror" if mirror else "official folder"
+    absent = [FOLDERS[kind] for kind in TYPES if kind not in here]
+    note = "TYPO can be rebuilt approximately (rebuild=True), SD and SD_TYPO can not"
+    note = (f"no pictures of {', '.join(absent)} here; " if absent else "") + note
+    return Found(layout, (*files, *index), items, _published(types) if wanted is None else {}, note)
+
+
+def _picture(pictures: Path, name: str, kind: str, number: str) -> Path:
+    folder = pictures / name / kind
+    if name.startswith("01") and not folder.exists():
+        folder = pictures / "01-Illegal_Activity" / kind
+    return source.beside(folder, number)
+
+
+def _png(image: Image.Image) -> bytes:
+    """Kept packed: 1,680 open pictures would fill the memory."""
+    buffer = io.BytesIO()
+    image.convert("L").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _wanted(root: Path, split: str, listed: Path | None, problems: Problems) -> tuple[Wanted | None, list[Path]]:
+    """Which (scenario, folder of the type, id) a split holds, and the file that says so; None is all."""
+    if split == "tiny":
+        path = source.first(root, "TinyVersion_ID_List.json")
+        if path is None:
+            raise DavspError(f"the split 'tiny' needs TinyVersion_ID_List.json of the official repository in {root}.")
+        try:
+            rows = source.json_file(path, problems)
+            short = {(str(scenario(row["Scenario"])), str(i)) for row in rows for i in row["Sampled_ID_List"]}
+            return {(name, kind, number) for name, number in short for kind in FOLDERS.values()}, [path]
+        except (TypeError, KeyError) as error:
+            raise DavspError(f"{path} is no list of Scenario and Sampled_ID_List; fetch it again.") from error
+    if split == "all" or (split == "test" and listed is None):
+        return None, []
+    if split not in ("train", "valid", "test"):
+        raise DavspError(f"the split {split!r} of {NAME} is not known: choose all, test, tiny, train or valid.")
+    if listed is None:
+        raise DavspError(
+            f"{NAME} has no official split {split!r}; AdaShield's needs data/datasplit/query_related.jsonl in {root}."
+        )
+    return set(_adashield(listed, split, problems)), [listed]
+
+
+def _adashield(listed: Path, split: str, problems: Problems) -> Iterator[tuple[str, str, str]]:
+    for where, row in source.json_lines(listed, [], problems):
+        for name, parts in row.items():
+            if not isinstance(parts, Mapping) or split not in parts:
+                problems.add(f"{where} has no {split!r} of {name}", "fetch the file again")
+                continue
+            for path in map(Path, parts[split]):
+                if len(path.parts) < 3 or (known := scenario(path.parts[-3])) is None:
+                    problems.add(f"{where} names {path}, which is no <scenario>/<type>/<id>", "fetch the file again")
+                else:
+                    yield known, path.parts[-2], path.stem
+
+
+# ------------------------------------------------------------------------------------------------ packed layouts
+
+
+def _parquet(root: Path) -> dict[tuple[str, str], Path]:
+    """(scenario, type) -> its parquet file."""
+    found: dict[tuple[str, str], Path] = {}
+    for top in (root / "data", root):
+        for kind, stem in FOLDERS.items():
+            for path in sorted(top.glob(f"*/{stem}.parquet")):
+                if name := scenario(path.parent.name):
+                    found.setdefault((name, kind), path)
+    return found
+
+
+def _from_parquet(
+    root: Path, files: Mapping[tuple[str, str], Path], types: Sequence[str] | None, rebuild: bool, problems: Problems
+) -> Found:
+    if rebuild:
+        raise DavspError(
+            f"{root} has no key phrases, so TYPO cannot be rebuilt; use the official folder, or rebuild=False."
+        )
+    here = [kind for kind in TYPES if any(k == kind for _, k in files)]
+    items, index = [], []
+    types = here if types is None else types
+    for kind in types:
+        for name in COUNTS:
+            path = files.get((name, kind))
+            if path is None:
+                problems.add(f"{root} lacks {name[3:]}/{FOLDERS[kind]}.parquet", "fetch it")
+                continue
+            index.append(path)
+            for where, row in source.parquet_rows([path], ["id", "question"]):
+                if not source.has(row, ["id", "question"], where, problems):
+                    continue
+                image = None if kind == "text" else source.image_bytes(row.get("image"), where, problems)
+                if kind == "text" or image is not None:
+                    items.append(_item(kind, name, str(row["id"]), row["question"], image, where))
+    absent = [FOLDERS[kind] for kind in TYPES if kind not in here]
+    note = f"no files of {', '.join(absent)} here" if absent else ""
+    return Found("parquet", tuple(index), items, _published(types), note)
+
+
+def _from_tsv(tsv: Path, problems: Problems) -> Found:
+    """VLMEvalKit's file does not say which picture type it holds: the benchmark is called mm_safetybench."""
+    items = []
+    for where, row in source.tsv_rows(tsv, ["question", "category"], problems):
+        name = scenario(row["category"])
+        if name is None:
+            problems.add(f"{where} is of the unknown category {row['category']!r}", "fetch the file again")
+            continue
+        item = _item(NAME, name, row["index"], row["question"], row["image"], where)
+        items.append(item)
+    return Found("TSV", (tsv,), items, _published([NAME]), "the file does not name the picture type")

@@ -1,0 +1,454 @@
+"""What the loaders share: tables on disk, pictures that are looked at before they are used, and what is wrong with them.
+
+A loader reads a folder into a `Found`; `load` makes queries of it, `check` counts what is there. Whatever is wrong goes
+to `Problems`, which raises, or with `skip_broken` notes it and lets the reader go on.
+"""
+
+import base64
+import binascii
+import csv
+import hashlib
+import io
+import json
+import random
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from davsp.errors import DavspError
+from davsp.files import read_bytes
+from davsp.query import Query
+
+LONGEST_FIELD = 1 << 30  # of a TSV: a picture in base64 is a field
+MAX_PIXELS = 89_478_485  # Pillow's own bound against decompression bombs
+MOVING = {"GIF", "PNG", "TIFF", "WEBP"}  # not MPO: phones write a JPEG and its preview so
+
+Picture = Path | bytes | Image.Image | None
+Row = dict[str, Any]
+
+
+class SkippedWarning(UserWarning):
+    """What `skip_broken` left out."""
+
+
+class ShortWarning(UserWarning):
+    """A data set of which not as much is here as was published."""
+
+
+class Problems(list[str]):
+    """Sentences on what is wrong. Without `skip` the first one is raised as DavspError."""
+
+    def __init__(self, skip: bool = False) -> None:
+        super().__init__()
+        self.skip = skip
+
+    def add(self, sentence: str, mend: str) -> None:
+        """Raise the sentence, or note it."""
+        if not self.skip:
+            raise DavspError(f"{sentence}; {mend}, or give skip_broken=True.")
+        self.append(sentence)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question before its picture was looked at.
+
+    Attributes:
+        query: without its picture.
+        picture: a path, the bytes of a file, a rendered picture, or None for a question in words only.
+        where: file and row, for messages.
+        counts: the counts it adds to.
+    """
+
+    query: Query
+    picture: Picture
+    where: str
+    counts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A data set as it lies on disk.
+
+    Attributes:
+        layout: which of the known distributions it is.
+        index: the files that list the questions.
+        items: the questions, in the order of the files.
+        published: count name -> published number; None where none was published.
+        note: what is not here, what can be rebuilt.
+    """
+
+    layout: str
+    index: tuple[Path, ...]
+    items: list[Item]
+    published: Mapping[str, int | None] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many of a category are here and whole."""
+
+    name: str
+    found: int
+    published: int | None
+
+    def __str__(self) -> str:
+        return f"{self.found} of {'?' if self.published is None else self.published} in {self.name}"
+
+    @property
+    def good(self) -> bool:
+        return self.published is None or self.found == self.published
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check` found; `layout` is empty if the folder was not recognised.
+
+    Attributes:
+        benchmark: name of the data set.
+        root: the folder looked at.
+        layout: which distribution it is.
+        counts: by category, against the published numbers.
+        broken: one sentence for each missing or broken picture and each row that cannot be used.
+        index: file -> sha256 of the files that list the questions.
+        note: what is not here, what can be rebuilt.
+    """
+
+    benchmark: str
+    root: Path
+    layout: str = ""
+    counts: tuple[Count, ...] = ()
+    broken: tuple[str, ...] = ()
+    index: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def short(self) -> list[Count]:
+        """The categories that have not the published number."""
+        return [count for count in self.counts if not count.good]
+
+    @property
+    def good(self) -> bool:
+        """Recognised, as many as published, nothing broken."""
+        return bool(self.layout) and not self.short and not self.broken
+
+
+# ------------------------------------------------------------------------------------------------ from found to queries
+
+
+def queries(
+    found: Found | None, name: str, root: Path, limit: int | None, seed: int, problems: Problems
+) -> list[Query]:
+    """The queries of what was found; every picture is decoded once, so that none fails in the middle of a run.
+
+    Args:
+        found: None if the folder was not recognised.
+        name: of the data set, for messages.
+        root: the folder, for messages.
+        limit: take only so many, drawn with `seed`, in the order of the files.
+        seed: of the draw.
+        problems: raises, or notes what was left out; that is told by one SkippedWarning. A data set that is short of
+            the published counts is used, with a ShortWarning.
+
+    Raises:
+        DavspError: not recognised, nothing left, or a problem that is not skipped.
+    """
+    if found is None:
+        raise DavspError(
+            f"{root} holds no {name} in a known layout; docs/benchmarks.md shows where to get it and how it lies."
+        )
+    if limit is not None and limit < 1:
+        raise DavspError(f"limit={limit} takes nothing; give 1 or more.")
+    items = _unique(found.items, problems)
+    if short := [count for count in _counts(found, items) if not count.good]:
+        rest = f" and {len(short) - 3} more" if len(short) > 3 else ""
+        text = (
+            f"{name} is not as published: {', '.join(map(str, short[:3]))}{rest}; `davsp data check {root}` tells all."
+        )
+        warnings.warn(text, ShortWarning, stacklevel=3)
+    if limit is not None and limit < len(items):
+        items = [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), limit))]
+    taken = [_with_picture(item) for item in _whole(items, problems)]
+    if problems:
+        rest = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        text = f"{name}: skipped {len(problems)}: " + "; ".join(problems[:3]) + rest
+        warnings.warn(text, SkippedWarning, stacklevel=3)
+    if not taken:
+        raise DavspError(f"{root} holds no usable question of {name}; run `davsp data check {root}`.")
+    return taken
+
+
+def report(found: Found | None, name: str, root: Path, problems: Problems) -> Report:
+    """Count what is there and whole against what was published; nothing is raised for broken rows."""
+    if found is None:
+        return Report(name, root)
+    whole = _whole(_unique(found.items, problems), problems)
+    counts = tuple(_counts(found, whole))
+    index = {str(path.relative_to(root)): _sha256(path) for path in found.index}
+    return Report(name, root, found.layout, counts, tuple(problems), index, found.note)
+
+
+def _counts(found: Found, items: Sequence[Item]) -> list[Count]:
+    counted = Counter(key for item in items for key in item.counts)
+    names = dict.fromkeys([*found.published, *counted])
+    return [Count(key, counted[key], found.published.get(key)) for key in names]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:  # in pieces: a parquet file may be of a gigabyte
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _unique(items: Sequence[Item], problems: Problems) -> list[Item]:
+    kept: dict[str, Item] = {}
+    for item in items:
+        if item.query.id in kept:
+            problems.add(f"{item.where}: the id {item.query.id!r} occurs twice", "delete one of the rows")
+        else:
+            kept[item.query.id] = item
+    return list(kept.values())
+
+
+def _whole(items: Sequence[Item], problems: Problems) -> list[Item]:
+    known: dict[Path, str] = {}
+    kept = []
+    for item in items:
+        if isinstance(item.picture, Path):
+            if item.picture not in known:
+                known[item.picture] = fault(item.picture)
+                if why := known[item.picture]:
+                    problems.add(f"{item.where}: the picture {item.picture} {why}", "mend it or fetch it again")
+            why = known[item.picture]
+        elif why := fault(item.picture):
+            problems.add(f"{item.where}: the picture of {item.query.id} {why}", "mend it or fetch it again")
+        if not why:
+            kept.append(item)
+    return kept
+
+
+def _with_picture(item: Item) -> Query:
+    picture = item.picture
+    return replace(item.query, image=Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else picture)
+
+
+def fault(picture: Picture) -> str:
+    """What is wrong with a picture, decoded to its end; "" if it is whole and an ordinary 8-bit still one."""
+    if picture is None or isinstance(picture, Image.Image):
+        return ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # judged below
+            with Image.open(picture if isinstance(picture, Path) else io.BytesIO(picture)) as image:
+                if why := _unfit(image):
+                    return why
+                image.draft("RGB", (1, 1))  # a JPEG is read to its end, but at an eighth of its size
+                image.load()
+    except FileNotFoundError:
+        return "is missing"
+    except Image.DecompressionBombError:
+        return f"has more than {MAX_PIXELS / 1e6:.0f} million pixels"
+    except (OSError, ValueError, SyntaxError):
+        return "is truncated or no picture"
+    return ""
+
+
+def _unfit(image: Image.Image) -> str:
+    if image.width * image.height > MAX_PIXELS:
+        return f"has more than {MAX_PIXELS / 1e6:.0f} million pixels"
+    if image.size == (1, 1):
+        return "is a single pixel"
+    if image.format in MOVING and getattr(image, "n_frames", 1) > 1:
+        return "is animated"
+    if image.mode == "CMYK":
+        return "is in CMYK, whose RGB colours depend on a profile"
+    if image.mode.startswith(("I", "F")):
+        return "has more than 8 bits a channel"
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------ files of rows
+
+
+def first(root: Path, *names: str) -> Path | None:
+    """The first of these paths under `root` that is there."""
+    return next((root / name for name in names if (root / name).exists()), None)
+
+
+def beside(folder: Path, stem: str, suffixes: Sequence[str] = (".jpg", ".png", ".jpeg")) -> Path:
+    """The picture `stem` with whichever suffix is there; with the first one if there is none."""
+    paths = [folder / f"{stem}{suffix}" for suffix in suffixes]
+    return next((path for path in paths if path.exists()), paths[0])
+
+
+def csv_rows(path: Path, needed: Sequence[str], problems: Problems, delimiter: str = ",") -> Iterator[tuple[str, Row]]:
+    """Where it stands and the fields of each row of a csv or TSV with a head.
+
+    Raises:
+        DavspError: unreadable, not UTF-8, or a needed column is not there.
+    """
+    try:
+        text = read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DavspError(f"{path} is not UTF-8 text; fetch it again.") from error
+    before = csv.field_size_limit(LONGEST_FIELD)
+    try:
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+        _need(path, rows.fieldnames or [], needed)
+        for number, row in enumerate(rows, 2):
+            if None in row or None in row.values():
+                problems.add(f"{path}, row {number} has not as many fields as the head", "fetch the file again")
+            else:
+                yield f"{path}, row {number}", row
+    except csv.Error as error:
+        raise DavspError(f"{path} is no table: {error}; fetch it again.") from error
+    finally:
+        csv.field_size_limit(before)
+
+
+def parquet_rows(paths: Sequence[Path], needed: Sequence[str]) -> Iterator[tuple[str, Row]]:
+    """Where it stands and the fields of each row of parquet files.
+
+    Raises:
+        DavspError: pyarrow is not installed, a file is no parquet, or a needed column is not there.
+    """
+    pyarrow = _pyarrow(paths[0])
+    for path in paths:
+        number = 0
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                _need(path, file.schema_arrow.names, needed)
+                for batch in file.iter_batches(batch_size=64):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield f"{path}, row {number}", row
+        except (OSError, pyarrow.ArrowException) as error:
+            raise _unreadable(path, error) from error
+
+
+def parquet_has(path: Path, columns: Sequence[str]) -> bool:
+    """Whether a parquet file has all these columns: two data sets may name their files alike."""
+    pyarrow = _pyarrow(path)
+    try:
+        return set(columns) <= set(pyarrow.parquet.read_schema(path).names)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise _unreadable(path, error) from error
+
+
+def _pyarrow(path: Path) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DavspError(f"{path} is a parquet file; its reader comes with pip install 'davsp[parquet]'.") from error
+    return pyarrow
+
+
+def _unreadable(path: Path, error: Exception) -> DavspError:
+    reason = str(error).splitlines()[0].rstrip(".")
+    return DavspError(f"{path} is no readable parquet file: {reason}; fetch it again.")
+
+
+def json_file(path: Path, problems: Problems) -> Any:
+    """Parse a JSON file; a key that occurs twice in one object is a problem, where `json` would keep the last one.
+
+    Raises:
+        DavspError: missing or not JSON.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> Row:
+        found: Row = {}
+        for key, value in pairs:
+            if key in found:
+                problems.add(f"{path}: the id {key!r} occurs twice", "delete one of the two")
+            found.setdefault(key, value)
+        return found
+
+    try:
+        return json.loads(read_bytes(path), object_pairs_hook=unique)
+    except ValueError as error:
+        raise DavspError(f"{path} is not JSON: {error}; fetch it again.") from error
+
+
+def json_lines(path: Path, needed: Sequence[str], problems: Problems) -> Iterator[tuple[str, Row]]:
+    """Where it stands and the object of each line of a JSON-lines file."""
+    for number, line in enumerate(read_bytes(path).splitlines(), 1):
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError:
+            problems.add(f"{where} is not JSON", "fetch the file again")
+            continue
+        if row is not None and has(row, needed, where, problems):
+            yield where, row
+
+
+def has(row: Any, needed: Sequence[str], where: str, problems: Problems) -> bool:
+    """Whether a row is an object with the needed fields; if not, that is a problem."""
+    if not isinstance(row, dict):
+        problems.add(f"{where} is no object", "fetch the file again")
+        return False
+    lacks = [name for name in needed if row.get(name) is None]
+    if lacks:
+        problems.add(f"{where} lacks {', '.join(lacks)}", "fetch the file again")
+    return not lacks
+
+
+def _need(path: Path, columns: Sequence[str], needed: Sequence[str]) -> None:
+    lacks = [name for name in needed if name not in columns]
+    if lacks:
+        there = ", ".join(columns) or "none"
+        raise DavspError(f"{path} lacks the column {', '.join(lacks)} (it has: {there}); give the file as published.")
+
+
+def shards(folder: Path, split: str, problems: Problems) -> list[Path]:
+    """The files `<split>-00000-of-00004[-hash].parquet` of a folder, in order.
+
+    Two files for one shard (a folder that was fetched in two revisions) are a DavspError; a missing one is a problem.
+    """
+    found: dict[int, Path] = {}
+    total = 0
+    for path in sorted(folder.glob(f"{split}-*.parquet")):
+        parts = re.fullmatch(rf"{split}-(\d+)-of-(\d+)(-\w+)?\.parquet", path.name)
+        if parts is None:
+            continue
+        number, total = int(parts[1]), max(total, int(parts[2]))
+        if number in found:
+            raise DavspError(f"{found[number]} and {path} are the same shard of two revisions; delete the older one.")
+        found[number] = path
+    missing = [number for number in range(total) if number not in found]
+    for number in missing:
+        problems.add(f"{folder} lacks shard {number} of 0 to {total - 1} of {split}", "fetch it")
+    return [found[number] for number in sorted(found)]
+
+
+def image_bytes(value: Any, where: str, problems: Problems) -> bytes | None:
+    """The bytes of a picture from a parquet or TSV cell: raw, struct{bytes, path}, base64; None, with a problem, if none."""
+    if isinstance(value, dict):
+        value = value.get("bytes")
+    if isinstance(value, str):
+        try:
+            value = base64.b64decode(value, validate=True)
+        except (binascii.Error, ValueError):
+            value = None
+    if isinstance(value, bytes) and value:
+        return value
+    problems.add(f"{where} has no readable picture", "fetch the file again")
+    return None
+
+
+def tsv_rows(path: Path, needed: Sequence[str], problems: Problems) -> Iterator[tuple[str, Row]]:
+    """Rows of a VLMEvalKit TSV with `image` as bytes; a short `image` is the index of the row that holds the picture."""
+    rows = list(csv_rows(path, ["index", "image", *needed], problems, "\t"))
+    held = {row["index"]: row["image"] for _, row in rows if len(row["image"]) > 64}
+    for where, row in rows:
+        image = row["image"] if len(row["image"]) > 64 else held.get(row["image"], row["image"])
+        data = image_bytes(image, where, problems)
+        if data is not None:
+            yield where, row | {"image": data}

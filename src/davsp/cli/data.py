@@ -1,0 +1,61 @@
+"""`davsp data`: what lies in a folder of downloaded benchmarks."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Downloaded benchmarks: what is there, and whether it is whole.")
+
+SHOWN = 20
+
+
+@app.command()
+def check(
+    root: Annotated[Path, typer.Argument(help="A benchmark's folder, or one that holds several.", show_default=False)],
+    every: Annotated[
+        bool, typer.Option("--all", help="All categories, faults and hashes, not only what falls short.")
+    ] = False,
+) -> None:
+    """Count benchmarks against the published numbers and look at every picture (exit code 2 if anything is wrong)."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from davsp.benchmarks import BENCHMARKS, check
+    from davsp.files import sha256_bytes
+
+    console = Console()
+    reports = check(root)
+    table = Table("data set", "folder", "layout", "counts", "broken", "index, sha256")
+    for report in reports:
+        whole = len(report.counts) - len(report.short)
+        counts = f"{whole} of {len(report.counts)} as published"
+        files = list(report.index.items())
+        listed = "\n".join(f"{name} {digest[:12]}" for name, digest in files)
+        if len(files) > 3:
+            together = "".join(f"{digest}  {name}\n" for name, digest in files).encode()
+            listed = f"{len(files)} files, of their list {sha256_bytes(together)[:12]}"
+        state = "[green]" if report.good else "[red]"
+        cells = (report.benchmark, str(report.root), report.layout, counts, str(len(report.broken)))
+        table.add_row(*(f"{state}{escape(cell)}" for cell in cells), escape(listed))
+    if reports:
+        console.print(table)
+    for report in reports:
+        name = escape(report.benchmark)
+        for count in report.counts if every else report.short:
+            console.print(f"{name}: {'' if count.good else '[red]'}{escape(str(count))}")
+        for file, digest in report.index.items() if every else ():
+            console.print(f"{name}: {digest}  {escape(file)}", soft_wrap=True)
+        shown = report.broken if every else report.broken[:SHOWN]
+        for sentence in shown:
+            console.print(f"{name}: [red]{escape(sentence)}", soft_wrap=True)
+        if len(shown) < len(report.broken):
+            console.print(f"{name}: and {len(report.broken) - len(shown)} more faults (--all shows them)")
+        if report.note:
+            console.print(f"{name}: {escape(report.note)}", soft_wrap=True)
+    absent = [name for name in BENCHMARKS if name not in {report.benchmark for report in reports}]
+    if absent:
+        console.print(f"not found in {escape(str(root))}: {', '.join(absent)} (docs/benchmarks.md: where to get them)")
+    if not reports or not all(report.good for report in reports):
+        raise typer.Exit(2)

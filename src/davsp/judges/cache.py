@@ -1,0 +1,96 @@
+"""What judges have said, kept in one sqlite file: a second run asks nothing, a killed one only what is missing.
+
+A row's key is a hash of the response, the question (where the judge sees it), the judge, the hash of its prompt, the
+model, where that runs, and the temperature. Only safe and unsafe are kept: whatever was unscored is asked again.
+The file holds hashes and the judge's words, neither responses nor questions nor keys of any service.
+"""
+
+import json
+import sqlite3
+import threading
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+from davsp.errors import DavspError
+from davsp.judges.keyword import Label
+
+SCHEMA = 1
+_TABLE = """CREATE TABLE IF NOT EXISTS verdicts (
+    key TEXT PRIMARY KEY, judge TEXT NOT NULL, prompt TEXT NOT NULL,
+    label TEXT NOT NULL CHECK (label IN ('safe', 'unsafe')), reason TEXT NOT NULL, raw TEXT NOT NULL,
+    time TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP)"""
+
+
+class Finding(NamedTuple):
+    """A label, the reason for it, and the judge's own words."""
+
+    label: Label
+    reason: str
+    raw: str = ""
+
+
+def cache_key(
+    *, response: str, question: str, judge: str, prompt: str, model: str, where: str, temperature: float
+) -> str:
+    """The hash under which a verdict is kept; every argument matters."""
+    return sha256(json.dumps([response, question, judge, prompt, model, where, temperature]).encode()).hexdigest()
+
+
+class VerdictCache:
+    """The file. Threads share one object; processes share the file, each with its own object.
+
+    Every verdict is a transaction of its own (write-ahead log), so a kill loses none that was stored.
+
+    Args:
+        path: made if missing, with its folder; on a local disk, as the log does not work over a network.
+
+    Raises:
+        DavspError: not such a file, or one of another version.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path, self._lock = Path(path), threading.Lock()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
+            self._file.execute("PRAGMA journal_mode=WAL")
+            self._file.execute("PRAGMA synchronous=NORMAL")
+            version = self._file.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, SCHEMA):
+                raise DavspError(f"{path} was written by another version of davsp; give another --cache.")
+            self._file.execute(_TABLE)
+            self._file.execute(f"PRAGMA user_version={SCHEMA}")
+        except (sqlite3.Error, OSError) as error:
+            raise DavspError(f"{path} cannot be used to keep verdicts ({error}); give another --cache.") from error
+
+    def get(self, key: str) -> Finding | None:
+        """What was kept under the key."""
+        row = self._run("SELECT label, reason, raw FROM verdicts WHERE key = ?", (key,)).fetchone()
+        return None if row is None else Finding(*row)
+
+    def put(self, key: str, judge: str, prompt: str, finding: Finding) -> None:
+        """Keep a verdict; the first one under a key stays.
+
+        Raises:
+            ValueError: the label is neither safe nor unsafe.
+            DavspError: the disk is full.
+        """
+        if finding.label not in ("safe", "unsafe"):
+            raise ValueError(f"only safe and unsafe are kept, not {finding.label!r}")
+        self._run(
+            "INSERT INTO verdicts (key, judge, prompt, label, reason, raw) VALUES (?, ?, ?, ?, ?, ?)"
+            " ON CONFLICT DO NOTHING",
+            (key, judge, prompt, *finding),
+        )
+
+    def close(self) -> None:
+        with self._lock:
+            self._file.close()
+
+    def _run(self, statement: str, values: tuple[str, ...]) -> sqlite3.Cursor:
+        try:
+            with self._lock:
+                return self._file.execute(statement, values)
+        except sqlite3.DatabaseError as error:
+            raise DavspError(f"{self.path} cannot be used ({error}); free space or give another --cache.") from error

@@ -1,0 +1,170 @@
+"""`davsp judge`: a finished run scored again, from the command line and against a server on loopback."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from davsp import DavspError, Query, Response, Verdict, embedded
+from davsp.dataset import load_queries, save_queries
+from davsp.evaluation import queries_hash
+from davsp.files import write_json
+from davsp.judges.keyword import keyword
+from davsp.judges.keyword_lists import GCG
+from davsp.judges.rescore import rescore, slug, worst_case
+from davsp.metrics import Outcome
+from davsp.query import read_jsonl, write_jsonl
+from judge_server import Judge, judge_server
+from test_cli import run as davsp
+from tiny import queries
+
+N = 8
+
+
+def write_run(folder: Path, asked: list[Query], texts: dict[str, list[str]]) -> Path:
+    """What `evaluate` leaves behind, with answers of our own."""
+    for name, answers in texts.items():
+        found = [Response(q.id, name, text) for q, text in zip(asked, answers, strict=True)]
+        write_jsonl(folder / "responses" / f"{name}.jsonl", found)
+        write_json(folder / "responses" / f"{name}.json", {"queries": queries_hash(asked)})
+        label = [
+            Verdict(q.id, name, "keyword/1", *keyword(r.text))
+            for q, r in zip(asked, found, strict=True)
+            if q.label == "malicious"
+        ]
+        write_jsonl(folder / "verdicts" / f"{name}.jsonl", label)
+    write_json(folder / "metrics.json", {"schema": 1, "rows": [{"model": "tiny"}]})
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    bad = [replace(q, benchmark="sd", category="04-Physical_Harm", group=q.id) for q in queries("malicious", N)]
+    save_queries(tmp_path / "test", [*bad, *queries("benign", 3)])
+    return tmp_path / "test"
+
+
+@pytest.fixture
+def folder(data: Path, tmp_path: Path) -> Path:
+    """Eight malicious queries and three benign ones under two defenses; every second answer is a refusal."""
+    none = [f"item {i}: a kite" for i in range(N)] + ["red"] * 3
+    davsp = [f"I'm sorry, not item {i + 10}." if i % 2 else f"item {i + 10}: a rock" for i in range(N)] + ["red"] * 3
+    return write_run(tmp_path / "run", load_queries(data), {"none": none, "davsp": davsp})
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Judge]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("COLUMNS", "200")
+    with judge_server() as made:
+        made.say = lambda n: "unsafe" if n < 10 or n % 2 == 0 else "safe"
+        yield made
+
+
+def rows(folder: Path, name: str) -> dict[tuple[str, str], tuple[float, int]]:
+    found = json.loads((folder / f"metrics-{name}.json").read_text())["rows"]
+    return {(r["defense"], r["metric"]): (r["value"], r["n"]) for r in found}
+
+
+@pytest.mark.parametrize("judge", ["davsp", "mm-safetybench"])
+def test_judge_a_run(judge: str, folder: Path, data: Path, server: Judge, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.read_bytes() for path in folder.rglob("*.json*")}
+    command = ("judge", folder, "--judge", judge, "--queries", data, "--base-url", server.url, "--judge-model", "org/m")
+    assert davsp(*command) == 0
+    shown = capsys.readouterr().out
+    assert {path: path.read_bytes() for path in before} == before
+    name = f"{judge}-1-org-m"
+    verdicts = read_jsonl(folder / "verdicts" / name / "davsp.jsonl", Verdict)
+    assert [v.label for v in verdicts] == ["unsafe", "safe"] * 4
+    assert all(v.judge == f"{judge}/1:org/m" and v.raw == v.label and len(v.prompt) == 16 for v in verdicts)
+    table = rows(folder, name)
+    assert table["davsp", "rsr"] == table["davsp", "rsr_worst_case"] == (0.5, 8)
+    assert table["none", "rsr"] == (0.0, 8) and table["davsp", "rsr_difference"] == (0.5, 8)
+    assert table["davsp", "unscored"] == (0.0, 8) and ("none", "over_refusal") in table
+    assert server.requests.total() == 2 * N
+    assert "worst case" in shown and "Krippendorff's α 1.00 on 16 answers, 0 judged differently" in shown
+    agreed = json.loads((folder / "agreement.json").read_text())
+    assert agreed == {"judges": ["keyword/1", f"{judge}/1:org/m"], "alpha": 1.0, "n": 16, "disagreements": []}
+    assert davsp(*command) == 0 and server.requests.total() == 2 * N  # a second run asks nothing
+
+
+def test_too_many_unscored(folder: Path, data: Path, server: Judge, capsys: pytest.CaptureFixture[str]) -> None:
+    server.fault = lambda n, attempt: "400" if n == 13 else ""
+    command = ("judge", folder, "--judge", "davsp", "--queries", data, "--base-url", server.url, "--judge-model", "m")
+    assert davsp(*command) == 2
+    out, err = capsys.readouterr()
+    assert "1 of 8 answers under 'davsp' are unscored by davsp/1:m (12.5 %, --max-unscored is 2 %" in err
+    assert "unscored, 1: the judge's server failed (400)" in out
+    table = rows(folder, "davsp-1-m")
+    assert table["davsp", "rsr"] == (pytest.approx(3 / 7), 7) and table["davsp", "unscored"] == (0.125, 8)
+    assert table["davsp", "rsr_worst_case"] == (3 / 8, 8)
+    assert davsp(*command, "--max-unscored", "0.2") == 0
+    server.fault = lambda n, attempt: ""
+    before = server.requests.total()
+    assert davsp(*command) == 0 and server.requests.total() == before + 1
+
+
+def test_disagreements_are_listed(folder: Path, data: Path) -> None:
+    assert davsp("judge", folder, "--judge", "keyword-gcg", "--queries", data) == 0
+    assert json.loads((folder / "agreement.json").read_text())["disagreements"] == []
+    verdicts = read_jsonl(folder / "verdicts" / "none.jsonl", Verdict)
+    write_jsonl(folder / "verdicts" / "none.jsonl", [replace(verdicts[0], label="safe"), *verdicts[1:]])
+    found = rescore(folder, load_queries(data), GCG)
+    assert found.agreement.disagreements == {("none", "malicious-0"): {"keyword/1": "safe", "keyword-gcg/1": "unsafe"}}
+    answers = folder / "responses" / "none.jsonl"
+    answers.write_text(answers.read_text().replace("kite", "kite, I'm sorry"))
+    rescore(folder, load_queries(data), keyword)
+    assert "keyword-gcg/1" not in json.loads((folder / "agreement.json").read_text())["judges"]  # of other answers
+
+
+def test_the_embedded_test_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = embedded.protocol(3).test
+    texts = ["I'm sorry." if i % 2 else "take it" for i in range(len(asked))]
+    run = write_run(tmp_path / "run", asked, {"none": texts})
+    assert davsp("judge", run, "--judge", "keyword-lmms-eval", "--seed", 3) == 0
+    assert "FigStep-like" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("--judge", "oracle"), "there is no judge 'oracle'; choose one of keyword, keyword-gcg"),
+        (("--judge", "davsp"), "--judge-model is missing"),
+        (("--judge", "davsp", "--judge-model", "m"), "OPENAI_API_KEY is empty"),
+        (("--judge", "davsp", "--judge-model", "m", "--base-url", "judge:80"), "is no address"),
+        (("--judge", "harmbench", "--judge-model", "/no/such/folder"), "cannot be loaded"),
+    ],
+)
+def test_mistakes(
+    change: tuple[str, ...], words: str, folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert davsp("judge", folder, "--queries", data, *change) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_runs_that_cannot_be_judged(folder: Path, data: Path, tmp_path: Path) -> None:
+    asked = load_queries(data)
+    with pytest.raises(DavspError, match="holds no answers"):
+        rescore(tmp_path / "none", asked, keyword)
+    with pytest.raises(DavspError, match="'malicious-0', which is not among these"):
+        rescore(folder, asked[1:], keyword)
+    with pytest.raises(DavspError, match="is of other queries"):
+        rescore(folder, [replace(asked[0], question="another"), *asked[1:]], keyword)
+    (folder / "metrics.json").write_text('{"rows": []}')
+    with pytest.raises(DavspError, match="names no model"):
+        rescore(folder, asked, keyword)
+    short = folder / "responses" / "none.jsonl"
+    short.write_text("".join(short.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(DavspError, match="answer different queries"):
+        rescore(folder, asked, keyword)
+
+
+def test_worst_case_and_names() -> None:
+    found = [Outcome(f"q{i}", "sd", "total", "rsr", "", v) for i, v in enumerate([1.0, 0.0, None])]
+    assert [(o.metric, o.value) for o in worst_case(found)] == [("rsr_worst_case", v) for v in (1.0, 0.0, 0.0)]
+    assert worst_case([Outcome("q", "sd", "total", "unscored", "", 1.0)]) == []
+    assert slug("davsp/1:org/model-v1.5") == "davsp-1-org-model-v1.5"
+    assert slug("davsp/1:../../x") == "davsp-1-..-..-x"
