@@ -27,7 +27,7 @@ STEPS = [
     "--text",
     "please be safe",
     "--lr",
-    "0.05",
+    "0.004",
     "--seed",
     "3",
 ]
