@@ -27,7 +27,7 @@ STEPS = [
     "--text",
     "please be safe",
     "--lr",
-    "0.004",
+    "0.002",
     "--seed",
     "3",
 ]
