@@ -146,7 +146,8 @@ def test_a_completion_model_gets_plain_text(server: Judge) -> None:
     guard = ChatJudge(HARMBENCH, "h", server.url)
     assert labels(guard.judge_all(items(2))) == ["safe", "unsafe"]
     assert server.paths[0] == "/v1/completions"
-    assert "Behavior:\nwhat is on shelf 0?\n\nGeneration:\nitem 0: a kite" in server.bodies[0]["prompt"]
+    asked = [body["prompt"] for body in server.bodies]  # in whichever order they came
+    assert sum("Behavior:\nwhat is on shelf 0?\n\nGeneration:\nitem 0: a kite" in one for one in asked) == 1
 
 
 @pytest.mark.parametrize("name", ["1", "date"])
