@@ -206,7 +206,7 @@ def test_quantization_says_what_it_needs(tmp_path, monkeypatch):
     folder = save_family("llava", tmp_path / "llava")
     with pytest.raises(DavspError, match="choose 4bit or 8bit"):
         LVLM.from_pretrained(folder, device_map="cpu", quantization="3bit")
-    monkeypatch.setattr("davsp.lvlm.base.find_spec", lambda name: None)
+    monkeypatch.setattr("davsp.lvlm.loading.find_spec", lambda name: None)
     with pytest.raises(DavspError, match=r"needs bitsandbytes.*davsp\[quantization\]"):
         LVLM.from_pretrained(folder, device_map="cpu", quantization="4bit")
 

@@ -117,7 +117,8 @@ def evaluate(
         )
         raise Interrupted(f"stopped; {kept}") from None
     verdicts = {name: verdicts_of(queries, found, judge) for name, found in responses.items()}
-    rows = _rows(model_name(lvlm), queries, responses, verdicts, baseline, seed)
+    outcomes = {name: metrics.outcomes(queries, responses[name], verdicts[name]) for name in responses}
+    rows = rows_of(model_name(lvlm), outcomes, baseline, seed)
     if out is not None and parallel.rank() == 0:
         for name, found in verdicts.items():
             write_jsonl(out / "verdicts" / f"{name}.jsonl", found)
@@ -229,15 +230,10 @@ class _Store:
             raise DavspError(f"{self.path} is damaged ({error}); delete it to answer anew") from error
 
 
-def _rows(
-    model: str,
-    queries: Sequence[Query],
-    responses: Mapping[str, list[Response]],
-    verdicts: Mapping[str, list[Verdict]],
-    baseline: str,
-    seed: int,
+def rows_of(
+    model: str, found: Mapping[str, list[metrics.Outcome]], baseline: str, seed: int = 0
 ) -> list[dict[str, Any]]:
-    found = {name: metrics.outcomes(queries, responses[name], verdicts[name]) for name in responses}
+    """The rows of metrics.json from each defense's outcomes, paired with those of `baseline` if it is among them."""
     before = found.get(baseline)
     per_defense = (
         metrics.rows(model, name, o, None if name == baseline else before, seed) for name, o in found.items()

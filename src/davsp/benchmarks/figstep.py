@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from davsp.benchmarks import source
+from davsp.benchmarks import source, tables
 from davsp.benchmarks.source import Found, Item, Problems, Report
 from davsp.errors import DavspError
 from davsp.query import Query
@@ -123,17 +123,17 @@ def render(instruction: str, face: ImageFont.FreeTypeFont) -> Image.Image:
 
 def _csv(root: Path, split: str) -> Path | None:
     name = _FILES["tiny" if split == "tiny" else "test"][0]
-    return source.first(root, f"data/question/{name}", f"question/{name}", name)
+    return tables.first(root, f"data/question/{name}", f"question/{name}", name)
 
 
 def _pictures(root: Path, csv: Path, split: str) -> Path | None:
     name = _FILES[split][1]
-    return source.first(root, f"data/images/{name}", f"images/{name}", name)
+    return tables.first(root, f"data/images/{name}", f"images/{name}", name)
 
 
 def _mirrored(root: Path) -> Path | None:
     """AdaShield's folder of topics, if it is there."""
-    mirror = source.first(root, "data/FigStep", "FigStep")
+    mirror = tables.first(root, "data/FigStep", "FigStep")
     return mirror if mirror and any(mirror.glob("*/query_ForbidQI_*_6.png")) else None
 
 
@@ -160,7 +160,7 @@ def _folder(root: Path, csv: Path, split: str, face: ImageFont.FreeTypeFont | No
         name = "".join(str(part) for part in face.getname()).replace(" ", "")
         benchmark += "" if name == "FreeMonoBold" else f"_{name}"
     items = []
-    for where, row in source.csv_rows(csv, _COLUMNS, problems):
+    for where, row in tables.csv_rows(csv, _COLUMNS, problems):
         topic = _topic(row["category_id"])
         if topic is None or topic != row["category_name"]:
             known = f"category {row['category_id']} {row['category_name']!r}"
@@ -181,9 +181,9 @@ def _mirror(root: Path, mirror: Path, split: str, problems: Problems) -> Found:
     csv = _csv(root, "test")
     statements = {}
     if csv is not None:
-        rows = source.csv_rows(csv, _COLUMNS, problems)
+        rows = tables.csv_rows(csv, _COLUMNS, problems)
         statements = {f"{row['category_id']}_{row['task_id']}": row["instruction"] for _, row in rows}
-    listed = source.first(root, "data/datasplit/figstep.jsonl", "datasplit/figstep.jsonl")
+    listed = tables.first(root, "data/datasplit/figstep.jsonl", "datasplit/figstep.jsonl")
     if split not in ("all", "test", "train", "valid") or (listed is None and split in ("train", "valid")):
         raise DavspError(
             f"the split {split!r} is not in {root}; AdaShield's train and valid need data/datasplit/figstep.jsonl."
@@ -207,7 +207,7 @@ def _mirror(root: Path, mirror: Path, split: str, problems: Problems) -> Found:
 
 
 def _listed(listed: Path, split: str, problems: Problems) -> Iterator[str]:
-    for where, row in source.json_lines(listed, [], problems):
+    for where, row in tables.json_lines(listed, [], problems):
         for name, parts in row.items():
             if not isinstance(parts, dict) or split not in parts:
                 problems.add(f"{where} has no {split!r} of {name}", "fetch the file again")

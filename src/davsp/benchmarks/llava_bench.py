@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from davsp.benchmarks import bootstrap, scoring, source
+from davsp.benchmarks import bootstrap, scoring, source, tables
 from davsp.benchmarks.source import Found, Item, Picture, Problems, Report
 from davsp.errors import DavspError
 from davsp.files import sha256_bytes
@@ -201,21 +201,21 @@ def _ratio(sums: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
 
 def _read(root: Path, problems: Problems) -> tuple[Found | None, dict[str, str]]:
     """What is at `root`, and its captions by query id."""
-    questions = source.first(root, "questions.jsonl")
+    questions = tables.first(root, "questions.jsonl")
     if questions is not None:
         return _from_jsonl(root, questions, problems)
-    tsv = source.first(root, "LLaVABench.tsv")
+    tsv = tables.first(root, "LLaVABench.tsv")
     if tsv is not None:
-        rows = source.tsv_rows(tsv, ["question", "gpt4_ans", "caption", "category"], problems)
+        rows = tables.tsv_rows(tsv, ["question", "gpt4_ans", "caption", "category"], problems)
         return _packed("TSV", [tsv], list(rows), "index", "gpt4_ans", problems)
-    paths = source.shards(root / "data", "train", problems) or source.shards(root, "train", problems)
-    if not paths or not source.parquet_has(paths[0], ["question_id", "gpt_answer", "caption"]):
+    paths = tables.shards(root / "data", "train", problems) or tables.shards(root, "train", problems)
+    if not paths or not tables.parquet_has(paths[0], ["question_id", "gpt_answer", "caption"]):
         return None, {}
     needed = ["question_id", "image", "question", "category", "caption", "gpt_answer"]
     packed = []
-    for where, row in source.parquet_rows(paths, needed):
-        image = source.image_bytes(row["image"], where, problems)
-        if image is not None and source.has(row, needed, where, problems):
+    for where, row in tables.parquet_rows(paths, needed):
+        image = tables.image_bytes(row["image"], where, problems)
+        if image is not None and tables.has(row, needed, where, problems):
             packed.append((where, row | {"image": image}))
     return _packed("parquet", paths, packed, "question_id", "gpt_answer", problems)
 
@@ -225,12 +225,12 @@ def _from_jsonl(root: Path, questions: Path, problems: Problems) -> tuple[Found,
     files = {name: root / f"{name}.jsonl" for name in ("context", "answers_gpt4")}
     context = {
         row["image"]: _caption(row["caption"])
-        for _, row in source.json_lines(files["context"], ["image", "caption"], problems)
+        for _, row in tables.json_lines(files["context"], ["image", "caption"], problems)
     }
-    lines = source.json_lines(files["answers_gpt4"], ["question_id", "text"], problems)
+    lines = tables.json_lines(files["answers_gpt4"], ["question_id", "text"], problems)
     answers = {str(row["question_id"]): row["text"] for _, row in lines}
     items, texts = [], {}
-    for where, row in source.json_lines(questions, ["question_id", "image", "text", "category"], problems):
+    for where, row in tables.json_lines(questions, ["question_id", "image", "text", "category"], problems):
         name, image = str(row["question_id"]), row["image"]
         if name not in answers or image not in context:
             file, key = (files["answers_gpt4"], name) if name not in answers else (files["context"], image)

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from davsp.benchmarks import source
+from davsp.benchmarks import source, tables
 from davsp.benchmarks.source import Found, Item, Problems, Report
 from davsp.errors import DavspError
 from davsp.query import Query
@@ -126,15 +126,15 @@ def _read(root: Path, split: str, types: Sequence[str] | None, rebuild: bool, pr
     for name in types or ():
         if name not in FIELDS:
             raise DavspError(f"the picture type {name!r} is not known: choose {', '.join(FIELDS)}.")
-    folder = source.first(root, "data/processed_questions", "processed_questions")
+    folder = tables.first(root, "data/processed_questions", "processed_questions")
     if folder is not None:
         return _folder(root, folder, split, types, rebuild, problems)
-    if source.first(root, "data/QueryRelated", "QueryRelated"):
+    if tables.first(root, "data/QueryRelated", "QueryRelated"):
         raise DavspError(
             f"{root} holds pictures without questions; put data/processed_questions of the official repository there."
         )
     if split not in ("test", "all"):
-        known = _parquet(root) or source.first(root, "MMSafetyBench.tsv")
+        known = _parquet(root) or tables.first(root, "MMSafetyBench.tsv")
         if not known:
             return None
         raise DavspError(
@@ -142,7 +142,7 @@ def _read(root: Path, split: str, types: Sequence[str] | None, rebuild: bool, pr
         )
     if files := _parquet(root):
         return _from_parquet(root, files, types, rebuild, problems)
-    tsv = source.first(root, "MMSafetyBench.tsv")
+    tsv = tables.first(root, "MMSafetyBench.tsv")
     return None if tsv is None else _from_tsv(tsv, problems)
 
 
@@ -164,9 +164,9 @@ def _folder(
     root: Path, folder: Path, split: str, types: Sequence[str] | None, rebuild: bool, problems: Problems
 ) -> Found:
     tops = ("QueryRelated", "imgs", "img", "images", "MM-SafetyBench(imgs)")
-    pictures = source.first(root, *(f"{lead}{top}" for top in tops for lead in ("data/", "")))
+    pictures = tables.first(root, *(f"{lead}{top}" for top in tops for lead in ("data/", "")))
     mirror = pictures is not None and pictures.name == "QueryRelated"
-    listed = source.first(root, "data/datasplit/query_related.jsonl", "datasplit/query_related.jsonl")
+    listed = tables.first(root, "data/datasplit/query_related.jsonl", "datasplit/query_related.jsonl")
     wanted, index = _wanted(root, split, listed, problems)
     here = [k for k in TYPES if pictures is not None and any(pictures.glob(f"*/{FOLDERS[k]}"))]
     if types is None:
@@ -178,7 +178,7 @@ def _folder(
         if name is None:
             problems.add(f"{path} is of no known scenario", "give the file its official name")
             continue
-        rows = source.json_file(path, problems)
+        rows = tables.json_file(path, problems)
         if not isinstance(rows, dict):
             raise DavspError(f"{path} is no object of questions by id; fetch it again.")
         for kind in types:
@@ -187,7 +187,7 @@ def _folder(
                 where = f"{path}, question {number}"
                 chosen = wanted is None or (name, FOLDERS[kind], number) in wanted
                 seen.add((name, FOLDERS[kind], number))
-                if not chosen or not source.has(row, [FIELDS[kind]] + ["Key Phrase"] * rebuilt, where, problems):
+                if not chosen or not tables.has(row, [FIELDS[kind]] + ["Key Phrase"] * rebuilt, where, problems):
                     continue
                 if kind == "text":
                     picture: Any = None
@@ -210,7 +210,7 @@ def _picture(pictures: Path, name: str, kind: str, number: str) -> Path:
     folder = pictures / name / kind
     if name.startswith("01") and not folder.exists():
         folder = pictures / "01-Illegal_Activity" / kind
-    return source.beside(folder, number)
+    return tables.beside(folder, number)
 
 
 def _png(image: Image.Image) -> bytes:
@@ -223,11 +223,11 @@ def _png(image: Image.Image) -> bytes:
 def _wanted(root: Path, split: str, listed: Path | None, problems: Problems) -> tuple[Wanted | None, list[Path]]:
     """Which (scenario, folder of the type, id) a split holds, and the file that says so; None is all."""
     if split == "tiny":
-        path = source.first(root, "TinyVersion_ID_List.json")
+        path = tables.first(root, "TinyVersion_ID_List.json")
         if path is None:
             raise DavspError(f"the split 'tiny' needs TinyVersion_ID_List.json of the official repository in {root}.")
         try:
-            rows = source.json_file(path, problems)
+            rows = tables.json_file(path, problems)
             short = {(str(scenario(row["Scenario"])), str(i)) for row in rows for i in row["Sampled_ID_List"]}
             return {(name, kind, number) for name, number in short for kind in FOLDERS.values()}, [path]
         except (TypeError, KeyError) as error:
@@ -244,7 +244,7 @@ def _wanted(root: Path, split: str, listed: Path | None, problems: Problems) -> 
 
 
 def _adashield(listed: Path, split: str, problems: Problems) -> Iterator[tuple[str, str, str]]:
-    for where, row in source.json_lines(listed, [], problems):
+    for where, row in tables.json_lines(listed, [], problems):
         for name, parts in row.items():
             if not isinstance(parts, Mapping) or split not in parts:
                 problems.add(f"{where} has no {split!r} of {name}", "fetch the file again")
@@ -287,10 +287,10 @@ def _from_parquet(
                 problems.add(f"{root} lacks {name[3:]}/{FOLDERS[kind]}.parquet", "fetch it")
                 continue
             index.append(path)
-            for where, row in source.parquet_rows([path], ["id", "question"]):
-                if not source.has(row, ["id", "question"], where, problems):
+            for where, row in tables.parquet_rows([path], ["id", "question"]):
+                if not tables.has(row, ["id", "question"], where, problems):
                     continue
-                image = None if kind == "text" else source.image_bytes(row.get("image"), where, problems)
+                image = None if kind == "text" else tables.image_bytes(row.get("image"), where, problems)
                 if kind == "text" or image is not None:
                     items.append(_item(kind, name, str(row["id"]), row["question"], image, where))
     absent = [FOLDERS[kind] for kind in TYPES if kind not in here]
@@ -301,7 +301,7 @@ def _from_parquet(
 def _from_tsv(tsv: Path, problems: Problems) -> Found:
     """VLMEvalKit's file does not say which picture type it holds: the benchmark is called mm_safetybench."""
     items = []
-    for where, row in source.tsv_rows(tsv, ["question", "category"], problems):
+    for where, row in tables.tsv_rows(tsv, ["question", "category"], problems):
         name = scenario(row["category"])
         if name is None:
             problems.add(f"{where} is of the unknown category {row['category']!r}", "fetch the file again")

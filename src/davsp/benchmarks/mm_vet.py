@@ -12,7 +12,7 @@ from statistics import fmean, pstdev
 import numpy as np
 from numpy.typing import NDArray
 
-from davsp.benchmarks import bootstrap, scoring, source
+from davsp.benchmarks import bootstrap, scoring, source, tables
 from davsp.benchmarks.source import Found, Item, Picture, Problems, Report
 from davsp.errors import DavspError
 from davsp.files import sha256_bytes
@@ -226,23 +226,23 @@ def _mean(sums: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
 
 def _read(root: Path, problems: Problems) -> Found | None:
     for top in (root, root / "mm-vet", root / "mmvet"):
-        if path := source.first(top, "mm-vet.json"):
+        if path := tables.first(top, "mm-vet.json"):
             return _from_json(path, problems)
-    tsv = source.first(root, "MMVet.tsv", "MM-Vet.tsv")
+    tsv = tables.first(root, "MMVet.tsv", "MM-Vet.tsv")
     if tsv is not None:
         return _from_tsv(tsv, problems)
-    paths = source.shards(root / "data", "test", problems) or source.shards(root, "test", problems)
+    paths = tables.shards(root / "data", "test", problems) or tables.shards(root, "test", problems)
     return _from_parquet(paths, problems) if paths else None
 
 
 def _from_json(path: Path, problems: Problems) -> Found:
-    rows = source.json_file(path, problems)
+    rows = tables.json_file(path, problems)
     if not isinstance(rows, dict):
         raise DavspError(f"{path} is no object of questions by id; fetch it again.")
     items = []
     for name, row in rows.items():
         where = f"{path}, question {name}"
-        if source.has(row, ["imagename", "question", "answer", "capability"], where, problems):
+        if tables.has(row, ["imagename", "question", "answer", "capability"], where, problems):
             picture = path.parent / "images" / row["imagename"]
             items += _item(
                 name, row["question"], row["answer"], row["capability"], row["imagename"], picture, where, problems
@@ -252,7 +252,7 @@ def _from_json(path: Path, problems: Problems) -> Found:
 
 def _from_tsv(tsv: Path, problems: Problems) -> Found:
     items = []
-    for where, row in source.tsv_rows(tsv, ["question", "answer", "category"], problems):
+    for where, row in tables.tsv_rows(tsv, ["question", "answer", "category"], problems):
         group = sha256_bytes(row["image"])[:16]
         capabilities = row["category"].split(",")
         items += _item(row["index"], row["question"], row["answer"], capabilities, group, row["image"], where, problems)
@@ -260,14 +260,14 @@ def _from_tsv(tsv: Path, problems: Problems) -> Found:
 
 
 def _from_parquet(paths: Sequence[Path], problems: Problems) -> Found | None:
-    if not source.parquet_has(paths[0], ["capability"]):
-        if source.parquet_has(paths[0], ["category"]) or not source.parquet_has(paths[0], ["question", "answer"]):
+    if not tables.parquet_has(paths[0], ["capability"]):
+        if tables.parquet_has(paths[0], ["category"]) or not tables.parquet_has(paths[0], ["question", "answer"]):
             return None  # another data set's test shards
         raise DavspError(f"{paths[0]} has no column 'capability'; use the release folder or lmms-lab/MMVet.")
     items = []
-    for number, (where, row) in enumerate(source.parquet_rows(paths, ["image", "question", "answer"])):
-        image = source.image_bytes(row["image"], where, problems)
-        if image is None or not source.has(row, ["question", "answer", "capability"], where, problems):
+    for number, (where, row) in enumerate(tables.parquet_rows(paths, ["image", "question", "answer"])):
+        image = tables.image_bytes(row["image"], where, problems)
+        if image is None or not tables.has(row, ["question", "answer", "capability"], where, problems):
             continue
         given = row["capability"]
         capabilities = given.split(",") if isinstance(given, str) else list(given)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from davsp.benchmarks import bootstrap, scoring, source
+from davsp.benchmarks import bootstrap, scoring, source, tables
 from davsp.benchmarks.source import Found, Item, Picture, Problems, Report
 from davsp.errors import DavspError
 from davsp.files import read_bytes
@@ -204,13 +204,13 @@ def _points(sums: Sums) -> NDArray[np.float64]:
 
 def _tool(root: Path) -> Path | None:
     """The official results folder: all questions and answers, no pictures."""
-    return source.first(root, "eval_tool/Your_Results", "Your_Results")
+    return tables.first(root, "eval_tool/Your_Results", "Your_Results")
 
 
 def _read(root: Path, short: bool, problems: Problems) -> Found | None:
-    tsv = source.first(root, "MME.tsv")
+    tsv = tables.first(root, "MME.tsv")
     if tsv is not None:
-        rows = source.tsv_rows(tsv, ["question", "answer", "category", "image_path"], problems)
+        rows = tables.tsv_rows(tsv, ["question", "answer", "category", "image_path"], problems)
         items = _items(((w, r["category"], r["image_path"], r["question"], r["answer"], r["image"]) for w, r in rows),
                        short, problems)  # fmt: skip
         return Found("TSV", (tsv,), items, dict(COUNTS))
@@ -218,7 +218,7 @@ def _read(root: Path, short: bool, problems: Problems) -> Found | None:
         folders = [top / name for name in COUNTS if (top / name).is_dir()]
         if folders:
             return _from_folders(top, folders, short, problems)
-    paths = source.shards(root / "data", "test", problems) or source.shards(root, "test", problems)
+    paths = tables.shards(root / "data", "test", problems) or tables.shards(root, "test", problems)
     return _from_parquet(paths, short, problems) if paths else None
 
 
@@ -228,14 +228,14 @@ def _from_folders(top: Path, folders: Sequence[Path], short: bool, problems: Pro
     def rows() -> Iterator[tuple[str, str, str, str, str, Picture]]:
         for folder in folders:
             nested = (folder / "images").is_dir()
-            texts = source.first(folder, "questions_answers_YN", "question_answers_YN") if nested else folder
+            texts = tables.first(folder, "questions_answers_YN", "question_answers_YN") if nested else folder
             if texts is None:
                 problems.add(f"{folder} has images but no questions_answers_YN", "fetch it again")
                 continue
             suffixes = (".png", ".jpg", ".jpeg") if folder.name in COGNITION else (".jpg", ".png", ".jpeg")
             for path in sorted(texts.glob("*.txt")):
                 index.append(path)
-                picture = source.beside(folder / "images" if nested else folder, path.stem, suffixes)
+                picture = tables.beside(folder / "images" if nested else folder, path.stem, suffixes)
                 for number, line in enumerate(_lines(path), 1):
                     where = f"{path}, line {number}"
                     parts = line.split("\t")
@@ -260,15 +260,15 @@ def _lines(path: Path) -> list[str]:
 
 def _from_parquet(paths: Sequence[Path], short: bool, problems: Problems) -> Found | None:
     def rows() -> Iterator[tuple[str, str, str, str, str, Picture]]:
-        for where, row in source.parquet_rows(paths, ["question_id", "image", "question", "answer", "category"]):
-            image = source.image_bytes(row["image"], where, problems)
-            if image is not None and source.has(
+        for where, row in tables.parquet_rows(paths, ["question_id", "image", "question", "answer", "category"]):
+            image = tables.image_bytes(row["image"], where, problems)
+            if image is not None and tables.has(
                 row, ["question_id", "question", "answer", "category"], where, problems
             ):
                 name = str(row["question_id"]).split("/", 1)[-1]
                 yield where, row["category"], name, row["question"], row["answer"], image
 
-    if not source.parquet_has(paths[0], ["question_id", "image", "question", "answer", "category"]):
+    if not tables.parquet_has(paths[0], ["question_id", "image", "question", "answer", "category"]):
         return None  # another data set's test shards
     return Found("parquet", tuple(paths), _items(rows(), short, problems), dict(COUNTS))
 

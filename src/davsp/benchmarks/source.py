@@ -1,20 +1,15 @@
-"""What the loaders share: tables on disk, pictures that are looked at before they are used, and what is wrong with them.
+"""What the loaders share: pictures that are looked at before they are used, counts, and what is wrong with them.
 
 A loader reads a folder into a `Found`; `load` makes queries of it, `check` counts what is there. Whatever is wrong goes
 to `Problems`, which raises, or with `skip_broken` notes it and lets the reader go on.
 """
 
-import base64
-import binascii
-import csv
 import hashlib
 import io
-import json
 import random
-import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +17,8 @@ from typing import Any
 from PIL import Image
 
 from davsp.errors import DavspError
-from davsp.files import read_bytes
 from davsp.query import Query
 
-LONGEST_FIELD = 1 << 30  # of a TSV: a picture in base64 is a field
 MAX_PIXELS = 89_478_485  # Pillow's own bound against decompression bombs
 MOVING = {"GIF", "PNG", "TIFF", "WEBP"}  # not MPO: phones write a JPEG and its preview so
 
@@ -271,184 +264,3 @@ def _unfit(image: Image.Image) -> str:
     if image.mode.startswith(("I", "F")):
         return "has more than 8 bits a channel"
     return ""
-
-
-# ------------------------------------------------------------------------------------------------ files of rows
-
-
-def first(root: Path, *names: str) -> Path | None:
-    """The first of these paths under `root` that is there."""
-    return next((root / name for name in names if (root / name).exists()), None)
-
-
-def beside(folder: Path, stem: str, suffixes: Sequence[str] = (".jpg", ".png", ".jpeg")) -> Path:
-    """The picture `stem` with whichever suffix is there; with the first one if there is none."""
-    paths = [folder / f"{stem}{suffix}" for suffix in suffixes]
-    return next((path for path in paths if path.exists()), paths[0])
-
-
-def csv_rows(path: Path, needed: Sequence[str], problems: Problems, delimiter: str = ",") -> Iterator[tuple[str, Row]]:
-    """Where it stands and the fields of each row of a csv or TSV with a head.
-
-    Raises:
-        DavspError: unreadable, not UTF-8, or a needed column is not there.
-    """
-    try:
-        text = read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DavspError(f"{path} is not UTF-8 text; fetch it again.") from error
-    before = csv.field_size_limit(LONGEST_FIELD)
-    try:
-        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-        _need(path, rows.fieldnames or [], needed)
-        for number, row in enumerate(rows, 2):
-            if None in row or None in row.values():
-                problems.add(f"{path}, row {number} has not as many fields as the head", "fetch the file again")
-            else:
-                yield f"{path}, row {number}", row
-    except csv.Error as error:
-        raise DavspError(f"{path} is no table: {error}; fetch it again.") from error
-    finally:
-        csv.field_size_limit(before)
-
-
-def parquet_rows(paths: Sequence[Path], needed: Sequence[str]) -> Iterator[tuple[str, Row]]:
-    """Where it stands and the fields of each row of parquet files.
-
-    Raises:
-        DavspError: pyarrow is not installed, a file is no parquet, or a needed column is not there.
-    """
-    pyarrow = _pyarrow(paths[0])
-    for path in paths:
-        number = 0
-        try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                _need(path, file.schema_arrow.names, needed)
-                for batch in file.iter_batches(batch_size=64):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield f"{path}, row {number}", row
-        except (OSError, pyarrow.ArrowException) as error:
-            raise _unreadable(path, error) from error
-
-
-def parquet_has(path: Path, columns: Sequence[str]) -> bool:
-    """Whether a parquet file has all these columns: two data sets may name their files alike."""
-    pyarrow = _pyarrow(path)
-    try:
-        return set(columns) <= set(pyarrow.parquet.read_schema(path).names)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise _unreadable(path, error) from error
-
-
-def _pyarrow(path: Path) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DavspError(f"{path} is a parquet file; its reader comes with pip install 'davsp[parquet]'.") from error
-    return pyarrow
-
-
-def _unreadable(path: Path, error: Exception) -> DavspError:
-    reason = str(error).splitlines()[0].rstrip(".")
-    return DavspError(f"{path} is no readable parquet file: {reason}; fetch it again.")
-
-
-def json_file(path: Path, problems: Problems) -> Any:
-    """Parse a JSON file; a key that occurs twice in one object is a problem, where `json` would keep the last one.
-
-    Raises:
-        DavspError: missing or not JSON.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> Row:
-        found: Row = {}
-        for key, value in pairs:
-            if key in found:
-                problems.add(f"{path}: the id {key!r} occurs twice", "delete one of the two")
-            found.setdefault(key, value)
-        return found
-
-    try:
-        return json.loads(read_bytes(path), object_pairs_hook=unique)
-    except ValueError as error:
-        raise DavspError(f"{path} is not JSON: {error}; fetch it again.") from error
-
-
-def json_lines(path: Path, needed: Sequence[str], problems: Problems) -> Iterator[tuple[str, Row]]:
-    """Where it stands and the object of each line of a JSON-lines file."""
-    for number, line in enumerate(read_bytes(path).splitlines(), 1):
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError:
-            problems.add(f"{where} is not JSON", "fetch the file again")
-            continue
-        if row is not None and has(row, needed, where, problems):
-            yield where, row
-
-
-def has(row: Any, needed: Sequence[str], where: str, problems: Problems) -> bool:
-    """Whether a row is an object with the needed fields; if not, that is a problem."""
-    if not isinstance(row, dict):
-        problems.add(f"{where} is no object", "fetch the file again")
-        return False
-    lacks = [name for name in needed if row.get(name) is None]
-    if lacks:
-        problems.add(f"{where} lacks {', '.join(lacks)}", "fetch the file again")
-    return not lacks
-
-
-def _need(path: Path, columns: Sequence[str], needed: Sequence[str]) -> None:
-    lacks = [name for name in needed if name not in columns]
-    if lacks:
-        there = ", ".join(columns) or "none"
-        raise DavspError(f"{path} lacks the column {', '.join(lacks)} (it has: {there}); give the file as published.")
-
-
-def shards(folder: Path, split: str, problems: Problems) -> list[Path]:
-    """The files `<split>-00000-of-00004[-hash].parquet` of a folder, in order.
-
-    Two files for one shard (a folder that was fetched in two revisions) are a DavspError; a missing one is a problem.
-    """
-    found: dict[int, Path] = {}
-    total = 0
-    for path in sorted(folder.glob(f"{split}-*.parquet")):
-        parts = re.fullmatch(rf"{split}-(\d+)-of-(\d+)(-\w+)?\.parquet", path.name)
-        if parts is None:
-            continue
-        number, total = int(parts[1]), max(total, int(parts[2]))
-        if number in found:
-            raise DavspError(f"{found[number]} and {path} are the same shard of two revisions; delete the older one.")
-        found[number] = path
-    missing = [number for number in range(total) if number not in found]
-    for number in missing:
-        problems.add(f"{folder} lacks shard {number} of 0 to {total - 1} of {split}", "fetch it")
-    return [found[number] for number in sorted(found)]
-
-
-def image_bytes(value: Any, where: str, problems: Problems) -> bytes | None:
-    """The bytes of a picture from a parquet or TSV cell: raw, struct{bytes, path}, base64; None, with a problem, if none."""
-    if isinstance(value, dict):
-        value = value.get("bytes")
-    if isinstance(value, str):
-        try:
-            value = base64.b64decode(value, validate=True)
-        except (binascii.Error, ValueError):
-            value = None
-    if isinstance(value, bytes) and value:
-        return value
-    problems.add(f"{where} has no readable picture", "fetch the file again")
-    return None
-
-
-def tsv_rows(path: Path, needed: Sequence[str], problems: Problems) -> Iterator[tuple[str, Row]]:
-    """Rows of a VLMEvalKit TSV with `image` as bytes; a short `image` is the index of the row that holds the picture."""
-    rows = list(csv_rows(path, ["index", "image", *needed], problems, "\t"))
-    held = {row["index"]: row["image"] for _, row in rows if len(row["image"]) > 64}
-    for where, row in rows:
-        image = row["image"] if len(row["image"]) > 64 else held.get(row["image"], row["image"])
-        data = image_bytes(image, where, problems)
-        if data is not None:
-            yield where, row | {"image": data}

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from davsp.benchmarks import source
+from davsp.benchmarks import source, tables
 from davsp.benchmarks.source import Found, Item, Problems, Report
 from davsp.errors import DavspError
 from davsp.query import Query
@@ -88,10 +88,10 @@ def check(root: Path) -> Report:
 
 
 def _read(root: Path, split: str, subsets: Sequence[str], problems: Problems) -> Found | None:
-    path = source.first(root, f"{split}.json", f"data/{split}.json")
+    path = tables.first(root, f"{split}.json", f"data/{split}.json")
     if path is None:
         return None
-    rows = source.json_file(path, problems)
+    rows = tables.json_file(path, problems)
     if not isinstance(rows, list):
         raise DavspError(f"{path} is no list of pictures; fetch it again.")
     if rows and "instr-resp" not in (rows[0] if isinstance(rows[0], dict) else {}):
@@ -111,7 +111,7 @@ def _items(
     spare = split == "train"  # the published train.json names one picture twice
     for number, row in enumerate(rows, 1):
         where = f"{path}, item {number}"
-        if not source.has(row, ["id", "image", "safe", "instr-resp"], where, problems):
+        if not tables.has(row, ["id", "image", "safe", "instr-resp"], where, problems):
             continue
         name = str(row["id"])
         ids[name] = ids.get(name, 0) + 1
@@ -141,5 +141,5 @@ def _items(
 
 def _picture(root: Path, split: str, name: str) -> Path:
     """With or without the folder of the split."""
-    found = source.first(root, f"{split}/{name}", f"data/{split}/{name}", name, f"data/{name}")
+    found = tables.first(root, f"{split}/{name}", f"data/{split}/{name}", name, f"data/{name}")
     return found or root / split / name

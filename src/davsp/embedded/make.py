@@ -108,7 +108,7 @@ def curves(out: Path) -> Path:
             blocks = [points[i : i + 25] for i in range(0, len(points), 25)]
             xs, ys = ([sum(p[j] for p in b) / len(b) for b in blocks] for j in (0, 1))
             if blocks:
-                axis.plot(xs, ys, label=name if key == "loss" else f"{name}, {key.split('_')[0]}s")
+                axis.plot(xs, ys, label=name if key == "loss" else f"{name}, {key.replace('_', ' ')}")
     axes[0].set(xlabel="step", ylabel="loss", yscale="log")
     axes[1].set(xlabel="step", ylabel="share right", ylim=(0, 1.02))
     for axis in axes:

@@ -9,13 +9,12 @@ RUN/agreement.json                     Krippendorff's α of all judges of the ru
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from davsp import files, metrics
 from davsp.errors import DavspError
-from davsp.evaluation import judge_name, queries_hash, verdicts_of
+from davsp.evaluation import judge_name, queries_hash, rows_of, verdicts_of
 from davsp.judges import Judge
 from davsp.judges.agreement import Agreement, agreement
 from davsp.query import Query, Response, Verdict, read_jsonl, write_jsonl
@@ -49,7 +48,8 @@ def rescore(run: str | Path, queries: Sequence[Query], judge: Judge, baseline: s
     responses = _responses(run)
     asked = _asked(run, responses, queries)
     verdicts = {name: verdicts_of(asked, found, judge) for name, found in responses.items()}
-    rows = _rows(_model(run), asked, responses, verdicts, baseline, seed)
+    outcomes = {name: metrics.outcomes(asked, responses[name], verdicts[name]) for name in responses}
+    rows = rows_of(_model(run), {name: [*o, *worst_case(o)] for name, o in outcomes.items()}, baseline, seed)
     name = judge_name(judge)
     place = run / "verdicts" / slug(name)
     for defense, found in verdicts.items():
@@ -107,24 +107,6 @@ def _model(run: Path) -> str:
         return str(files.read_json(run / "metrics.json")["rows"][0]["model"])
     except (KeyError, IndexError, TypeError) as error:
         raise DavspError(f"{run / 'metrics.json'} names no model; run davsp eval again to finish the run.") from error
-
-
-def _rows(
-    model: str,
-    queries: Sequence[Query],
-    responses: dict[str, list[Response]],
-    verdicts: dict[str, list[Verdict]],
-    baseline: str,
-    seed: int,
-) -> list[dict[str, Any]]:
-    found = {name: metrics.outcomes(queries, responses[name], verdicts[name]) for name in responses}
-    found = {name: [*outcomes, *worst_case(outcomes)] for name, outcomes in found.items()}
-    before = found.get(baseline)
-    return list(
-        chain.from_iterable(
-            metrics.rows(model, name, o, None if name == baseline else before, seed) for name, o in found.items()
-        )
-    )
 
 
 def _hashes(run: Path) -> dict[str, str]:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -19,17 +18,14 @@ from torch.nn.functional import cross_entropy
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
-    AutoModelForImageTextToText,
     AutoTokenizer,
-    BitsAndBytesConfig,
     GenerationConfig,
 )
-from transformers.utils import cached_file
 
 from davsp.errors import DavspError
-from davsp.files import read_json
 from davsp.lvlm.device import check_device_map
 from davsp.lvlm.hooks import catching, steering, wide
+from davsp.lvlm.loading import load_weights, processor_template
 
 # Finished pictures in [0, 1]: a batch of one size, or one by one where they keep sizes of their own.
 Canvas = Float[Tensor, "b 3 h w"] | list[Float[Tensor, "3 _ _"]]
@@ -141,7 +137,7 @@ class LVLM:
             family = FAMILIES[config.model_type]
             tokenizer = AutoTokenizer.from_pretrained(model_id, revision=revision)
             if tokenizer.chat_template is None:
-                tokenizer.chat_template = _processor_template(model_id, revision)
+                tokenizer.chat_template = processor_template(model_id, revision)
             processor = family.load_processor(model_id, revision)
             revision = getattr(config, "_commit_hash", None) or revision
             model = load_weights(model_id, revision, device_map, dtype, quantization)
@@ -375,52 +371,3 @@ class LVLM:
             canvas = torch.stack(canvas) if len({one.shape for one in canvas}) == 1 else canvas
         pixels = self.pixel_inputs(canvas.to(self.device) if isinstance(canvas, Tensor) else canvas)
         return inputs | self.token_inputs(tokens.ids) | pixels
-
-
-def load_weights(
-    model_id: str, revision: str | None, device_map: Any, dtype: torch.dtype, quantization: str | None = None
-) -> Any:
-    """The transformers model on its device.
-
-    Raises:
-        DavspError: weights are missing, or the quantization can't be had.
-    """
-    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
-    single = str(device_map).split(":")[0] in ("cpu", "cuda", "mps")  # a single device needs no accelerate
-    if quantization:
-        options["quantization_config"] = quantized(quantization, dtype)
-        options["device_map"] = {"": device_map} if single else device_map
-    elif not single:
-        options["device_map"] = device_map
-    loaded: Any = AutoModelForImageTextToText.from_pretrained(model_id, revision=revision or "main", **options)
-    model, found = loaded
-    if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers
-        raise DavspError(f"cannot load model {model_id}: it lacks the weights of {missing[0]}; restore its files")
-    return model.to(device_map) if single and not quantization else model
-
-
-def quantized(kind: str, dtype: torch.dtype) -> Any:
-    """The settings of a quantized decoder; tower, projector and head keep `dtype`, as the picture's gradient needs them.
-
-    Raises:
-        DavspError: an unknown kind, or no bitsandbytes.
-    """
-    if kind not in ("4bit", "8bit"):
-        raise DavspError(f"quantization '{kind}' is not known: choose 4bit or 8bit")
-    if find_spec("bitsandbytes") is None:
-        raise DavspError("quantization needs bitsandbytes and a GPU: pip install 'davsp[quantization]'")
-    keep = ["lm_head", "vision_tower", "multi_modal_projector", "visual", "vision_model", "aligner"]
-    keep += ["high_res_vision_model", "high_res_vision_neck", "high_res_vision_proj"]
-    if kind == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=keep
-    )
-
-
-def _processor_template(model_id: str, revision: str | None) -> str:
-    """The chat template of older checkpoints, which keep it beside the tokenizer."""
-    path = cached_file(model_id, "chat_template.json", revision=revision, _raise_exceptions_for_missing_entries=False)
-    if path is None:
-        raise DavspError(f"{model_id} has no chat template; choose a chat checkpoint or add chat_template.jinja to it")
-    return read_json(path)["chat_template"]
