@@ -9,9 +9,9 @@ from pathlib import Path
 from PIL import Image
 from rich.console import Console
 
-from davsp import Query, Response, VisualSafetyPrompt
+from davsp import Query, Response, VisualSafetyPrompt, metrics
 from davsp.defenses import Defense, NoDefense, VisualPrompt
-from davsp.evaluation import Evaluation, _rows, verdicts_of
+from davsp.evaluation import Evaluation, rows_of, verdicts_of
 from davsp.report import Picture, Report, build
 from davsp.report.cells import Column, cell, p_value, points
 from davsp.report.html import headline, render, write_report
@@ -42,7 +42,8 @@ def made() -> Report:
             for i, (q, text) in enumerate(zip(everything, answers, strict=True))
         ]
     verdicts = {name: verdicts_of(everything, found) for name, found in responses.items()}
-    rows = _rows("mini", everything, responses, verdicts, "none", 0)
+    outcomes = {name: metrics.outcomes(everything, responses[name], verdicts[name]) for name in responses}
+    rows = rows_of("mini", outcomes, "none")
     steps = [{"step": i, "loss": 1 / i, "projection_malicious": i, "projection_benign": -i} for i in range(1, 20)]
     return build(
         "mini",
