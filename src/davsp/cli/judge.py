@@ -91,8 +91,9 @@ def _judge(
         return keyword
     if name in LISTS:
         return LISTS[name]
+    from davsp.client import OPENAI
     from davsp.judges.cache import VerdictCache
-    from davsp.judges.chat import OPENAI, ChatJudge
+    from davsp.judges.chat import ChatJudge
     from davsp.judges.guard import GUARDS, LocalGuard
 
     if name in GUARDS and base_url is None:
