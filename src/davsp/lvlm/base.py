@@ -60,9 +60,11 @@ class LVLM:
         image_token_id, tokens_per_image: the placeholder, and how many of it stand for one canvas.
         mean, std: per-channel normalisation of the vision tower, (1, 3, 1, 1).
         processors: image processors that this family's checkpoints come with.
+        server: address of the server that runs the model; None: it is here.
     """
 
     processors: tuple[str, ...]
+    server: str | None = None
     canvas: int
     tokens_per_image: int
     image_token_id: int

@@ -18,8 +18,11 @@ def model_name(lvlm: LVLM) -> str:
 
 
 def fingerprint(lvlm: LVLM) -> str:
-    """A hash of the model, the first numbers of each of its tensors, and their number format."""
+    """A hash of the model, the first numbers of each of its tensors, and their number format; of a served one its address."""
     digest = sha256(f"{model_name(lvlm)} {lvlm.revision} {lvlm.dtype} {lvlm.canvas}".encode())
+    if lvlm.server is not None:
+        digest.update(lvlm.server.encode())
+        return digest.hexdigest()
     for name, tensor in lvlm.model.state_dict().items():
         digest.update(name.encode() + tensor.detach().flatten()[:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -1,0 +1,152 @@
+"""An LVLM that runs elsewhere: behind a vLLM or SGLang server, asked by OpenAI's protocol.
+
+It answers, and no more: a server gives neither hidden states nor gradients. Pictures go as lossless PNG in the request; the
+server resizes them as its model's processor does.
+"""
+
+import base64
+import io
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from davsp.client import Client, Failure
+from davsp.errors import DavspError
+from davsp.lvlm.base import LVLM
+
+NO_STATES = "a server gives no hidden states; leave out the vector, or load the model here (--engine transformers)"
+
+
+class RemoteLVLM(LVLM):
+    """A served model. Attributes that only a loaded model has (weights, tokenizer, layers) are not there.
+
+    Args:
+        model: as the server calls it.
+        base_url: up to and with `/v1`.
+        api_key_env: the environment variable with the key; None sends none.
+        canvas: side in pixels at which the model sees a picture without resampling (336 for LLaVA-1.5); only visual
+            prompts need it, and without it they are refused.
+        concurrency: requests under way at most; a 429 halves it.
+        attempts: requests for one answer at most.
+        timeout: of a request as a whole, in seconds.
+        backoff: the first wait before asking again, in seconds; it doubles.
+
+    Raises:
+        DavspError: an address that is none or holds a password, or an empty variable.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str,
+        api_key_env: str | None = None,
+        *,
+        canvas: int | None = None,
+        concurrency: int = 16,
+        attempts: int = 6,
+        timeout: float = 600.0,
+        backoff: float = 1.0,
+    ) -> None:
+        self.client = Client(
+            "model", base_url, api_key_env, model,
+            concurrency=concurrency, attempts=attempts, timeout=timeout, backoff=backoff,
+        )  # fmt: skip
+        self.model_id, self.revision, self.server = model, None, self.client.where
+        self.canvas, self.dtype, self.device = canvas or 0, None, torch.device("cpu")
+
+    def check_canvas(self, height: int, width: int) -> None:
+        """Raises DavspError unless `canvas` was given and is this size: a server's own resampling would blur a border."""
+        if not self.canvas:
+            raise DavspError(
+                f"the server does not say at what size {self.model_id} sees pictures; give its canvas (--canvas), so "
+                "that no visual prompt is resampled in silence."
+            )
+        super().check_canvas(height, width)
+
+    def preprocess(self, images: list[Image.Image]) -> list[bytes]:  # type: ignore[override]  # pictures as they travel
+        """Each picture as a PNG of its own size, no pixel changed."""
+        return [_png(image) for image in images]
+
+    def generate(  # type: ignore[override]  # takes what `preprocess` gives
+        self,
+        canvas: list[bytes] | None,
+        questions: Sequence[str],
+        max_new_tokens: int = 48,
+        steer: tuple[int, Tensor] | None = None,
+    ) -> list[str]:
+        """Greedy answers, in the order of the questions; as here, an answer is cut at `max_new_tokens`.
+
+        Raises:
+            DavspError: an answer that could not be had after all attempts, or was filtered; none is made up.
+        """
+        if steer is not None:
+            raise DavspError(f"{NO_STATES}.")
+        if canvas is not None and len(canvas) != len(questions):
+            raise ValueError(f"{len(canvas)} pictures for {len(questions)} questions")
+        bodies = {
+            str(i): self._body(question, None if canvas is None else canvas[i], max_new_tokens)
+            for i, question in enumerate(questions)
+        }
+        answers: dict[str, str] = {}
+
+        def keep(key: str, found: str | Failure) -> None:
+            if isinstance(found, Failure):
+                said = f": {found.raw[:200]}" if found.raw else ""
+                raise DavspError(
+                    f"the model's server gave no answer to {questions[int(key)][:60]!r} ({found.reason}{said}); "
+                    "mend the server and run again to go on."
+                )
+            answers[key] = found
+
+        def body(key: str, unread: int) -> dict[str, Any]:
+            return bodies[key]
+
+        self.client.ask("chat/completions", {key: partial(body, key) for key in bodies}, _read, keep)
+        return [answers[key] for key in bodies]
+
+    def states(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises DavspError: a server gives none."""
+        raise DavspError(f"{NO_STATES}.")
+
+    step = states
+
+    def _body(self, question: str, picture: bytes | None, max_new_tokens: int) -> dict[str, Any]:
+        """Greedy, as `LVLM.generate`: a server would else take sampling and penalties from the checkpoint's settings."""
+        content: Any = question
+        if picture is not None:
+            url = "data:image/png;base64," + base64.b64encode(picture).decode()
+            content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+        return {
+            "model": self.model_id,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": max_new_tokens,
+            "temperature": 0.0,
+            "top_p": 1.0,
+            "repetition_penalty": 1.0,
+        }
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _read(body: Any) -> str | Failure:
+    """The answer in a reply: ended by the model, or cut at the length that was asked for."""
+    try:
+        choice = body["choices"][0]
+        text, end = choice["message"]["content"], choice["finish_reason"]
+    except (KeyError, IndexError, TypeError):
+        return Failure("its reply holds no answer")
+    if end == "content_filter":
+        return Failure("its content filter cut the answer")
+    if end not in ("stop", "length"):
+        return Failure(f"its answer ended by {end!r}")
+    if not isinstance(text, str) or (end == "length" and not text.strip()):
+        return Failure(f"its reply holds no text, finish_reason {end!r}; a reasoning model needs more --max-new-tokens")
+    return text.strip()

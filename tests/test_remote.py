@@ -1,0 +1,125 @@
+"""The engine on a server: the same answers as here, the very pixels, and no answer that was not given."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from davsp import LVLM, DavspError, HarmfulnessVector, Query, VisualSafetyPrompt, embedded
+from davsp.defenses import Defense, NoDefense, SafetyText, VisualPrompt
+from davsp.evaluation import evaluate
+from davsp.lvlm import fingerprint
+from davsp.lvlm.remote import RemoteLVLM
+from model_server import ModelServer, model_server
+from tiny import queries
+
+
+@pytest.fixture(scope="module")
+def mini() -> LVLM:
+    return embedded.load(device_map="cpu")
+
+
+@pytest.fixture
+def server(lvlm: LVLM, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelServer]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with model_server(lvlm) as made:
+        yield made
+
+
+def remote(server: ModelServer, **options: Any) -> RemoteLVLM:
+    return RemoteLVLM("org/m", server.url, **{"attempts": 3, "backoff": 0.01, "concurrency": 4} | options)
+
+
+def test_davsp_mini_served_answers_as_here(mini: LVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undefended pictures of any size, a border's canvas, a text alone, questions in words."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    asked = [
+        *embedded.protocol(0).test[::23],
+        Query("w", "what colour is the car ?", "benign", "utility", reference="red"),
+    ]
+    border = VisualSafetyPrompt.create(mini.canvas, embedded.PADDING, "random", text=embedded.SAFETY_TEXT)
+    defenses: dict[str, Defense] = {
+        "none": NoDefense(), "safety-text": SafetyText(embedded.SAFETY_TEXT), "davsp": VisualPrompt(border),
+    }  # fmt: skip
+    here = evaluate(mini, defenses, asked, max_new_tokens=16)
+    with model_server(mini) as server:
+        there = evaluate(remote(server, canvas=mini.canvas), defenses, asked, tmp_path, max_new_tokens=16)
+    for name in defenses:
+        assert [r.text for r in there.responses[name]] == [r.text for r in here.responses[name]]
+    assert len({r.text for r in here.responses["none"]}) > 5 and "" not in {r.text for r in here.responses["none"]}
+    canvas = border.image(asked[0].picture()).tobytes()  # type: ignore[arg-type]
+    assert canvas in {p.tobytes() for p in server.pictures if p is not None}
+    assert {b["model"] for b in server.bodies} == {"org/m"} and None in server.pictures
+    assert {(b["temperature"], b["max_tokens"]) for b in server.bodies} == {(0.0, 16)}
+    assert 1 < server.most_under_way <= 4
+
+
+def test_a_failing_server_is_asked_again(server: ModelServer) -> None:
+    asked = queries("benign", 4)
+    here = [r.text for r in NoDefense().respond(server.lvlm, asked, max_new_tokens=4)]
+    faults: dict[int, Any] = {0: 500, 1: 429, 2: {}, 5: {"message": {"content": None}, "finish_reason": "stop"}}
+    server.change = lambda number, choice: faults.get(number, choice)
+    there = NoDefense().respond(remote(server), asked, max_new_tokens=4)
+    assert [r.text for r in there] == here and len(server.bodies) == 8
+
+
+@pytest.mark.parametrize(
+    ("choice", "says"),
+    [
+        (500, "failed (500): {'message': 'made to fail'}"),
+        (400, "failed (400): {'message': 'made to fail'}"),
+        ({"message": {"content": "a"}, "finish_reason": "content_filter"}, "content filter"),
+        ({"message": {"content": "a"}, "finish_reason": "tool_calls"}, "ended by 'tool_calls'"),
+        ({"message": {"content": " "}, "finish_reason": "length"}, "--max-new-tokens"),
+        ({"message": {"content": None}, "finish_reason": "stop"}, "no text"),
+        ({"text": "a"}, "holds no answer"),
+    ],
+)
+def test_what_is_no_answer_stops_the_run(server: ModelServer, tmp_path: Path, choice: Any, says: str) -> None:
+    """Nothing is written for the batch, and a run that is started again asks for it."""
+    asked = queries("malicious", 4)
+    server.change = lambda number, good: choice if number > 1 else good
+    with pytest.raises(DavspError) as stop:
+        evaluate(remote(server, concurrency=1), {"none": NoDefense()}, asked, tmp_path, batch_size=2, max_new_tokens=4)
+    assert says in str(stop.value) and "run again to go on" in str(stop.value)
+    before = len(server.bodies)
+    server.change = lambda number, good: good
+    whole = evaluate(remote(server), {"none": NoDefense()}, asked, tmp_path, batch_size=2, max_new_tokens=4)
+    assert len(whole.responses["none"]) == 4 and len(server.bodies) == before + 2
+
+
+def test_an_answer_cut_at_its_length_and_an_empty_one_are_answers(server: ModelServer) -> None:
+    ends = [
+        {"message": {"content": "a red"}, "finish_reason": "length"},
+        {"message": {"content": ""}, "finish_reason": "stop"},
+    ]
+    server.change = lambda number, choice: ends[number]
+    assert remote(server, concurrency=1).generate(None, ["what is this", "what is that"]) == ["a red", ""]
+
+
+def test_what_a_server_cannot_do_is_said(server: ModelServer, vector: HarmfulnessVector) -> None:
+    border = VisualPrompt(VisualSafetyPrompt.create(56, 8, "random"))
+    asked = queries("benign", 1)
+    with pytest.raises(DavspError, match="--canvas"):
+        border.respond(remote(server), asked)
+    with pytest.raises(DavspError, match=r"is 56x56 pixels, but org/m takes 336x336"):
+        border.respond(remote(server, canvas=336), asked)
+    with pytest.raises(DavspError, match="no hidden states"):
+        NoDefense().respond(remote(server), asked, vector)
+    with pytest.raises(DavspError, match="no hidden states"):
+        remote(server).step(None, ["what"], 1)
+
+
+def test_key_and_fingerprint(server: ModelServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODEL_KEY", "sk-secret")
+    remote(server, api_key_env="MODEL_KEY").generate(None, ["what is this"], 2)
+    assert server.headers[0]["Authorization"] == "Bearer sk-secret"
+    remote(server).generate(None, ["what is this"], 2)
+    assert "Authorization" not in server.headers[1]
+    monkeypatch.delenv("MODEL_KEY")
+    with pytest.raises(DavspError, match="put the model's key there"):
+        remote(server, api_key_env="MODEL_KEY")
+    assert fingerprint(remote(server)) == fingerprint(remote(server)) != fingerprint(remote(server, canvas=56))
+    other = RemoteLVLM("org/m", "http://127.0.0.1:9/v1")
+    assert fingerprint(other) != fingerprint(remote(server))
