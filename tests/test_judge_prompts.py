@@ -125,7 +125,7 @@ def test_texts_are_the_published_ones() -> None:
         "adashield": (1, "f02d8ba14a1736e8"),
         "llama-guard-3": (1, "63b43ef817cc89d3"),
         "llama-guard-4": (1, "63b43ef817cc89d3"),
-        "harmbench": (1, "754ba2a6b0d687a0"),
+        "harmbench": (2, "608bfec55cf586d9"),
     }
     special = {s: h for s in SCENARIOS if (h := MM_SAFETYBENCH.hash(query(s))) != "e59aa55570467310"}
     assert special == {
@@ -173,7 +173,8 @@ def test_an_answer_cannot_pose_as_a_placeholder(prompt: prompts.Prompt) -> None:
     filled = prompt.messages(asked, odd)
     assert "".join(m["content"] for m in filled).count(odd) == 1
     shown = any("is {answer} a kite?" in m["content"] for m in filled)
-    assert shown == prompt.shows_question(asked) == (prompt.name in GUARDS)
+    differs = prompt.sees(asked) != prompt.sees(query(question="is it a boat?"))
+    assert shown == differs == (prompt.name in GUARDS)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from davsp.errors import DavspError
 from davsp.files import read_bytes, sha256_bytes, write_text
 
-Record = TypeVar("Record", "Query", "Response", "Verdict")
+Record = TypeVar("Record", "Query", "Response", "Verdict", "Grade")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Query:
         reference: the expected answer of a benign query.
         answers: other accepted answers.
         image: a picture, the path of one, or None for a question in words only.
+        context: what the picture adds, in words, for judges that can't see it: a caption, or the request as plain text.
     """
 
     id: str
@@ -39,6 +40,7 @@ class Query:
     reference: str = ""
     answers: tuple[str, ...] = ()
     image: Image.Image | Path | None = None
+    context: str = ""
 
     def picture(self) -> Image.Image | None:
         """The picture as RGB: turned as its EXIF says, transparency laid on white.
@@ -87,6 +89,29 @@ class Verdict:
     prompt: str = ""
 
 
+@dataclass(frozen=True)
+class Grade:
+    """The scores that a grader gives one response of a utility benchmark; none where it cannot tell.
+
+    Attributes:
+        judge: as in `Verdict`.
+        scores: MM-Vet: one in [0, 1]. LLaVA-Bench: the reference's and the answer's, in [1, 10]. () is unscored.
+        reason: for the scores, in words.
+        raw: the grader's own words where a model was asked, cut at 1,000 characters.
+        prompt: hash of the unfilled prompt it was asked with.
+        run: which of several passes over the same responses, from 0.
+    """
+
+    query_id: str
+    defense: str
+    judge: str
+    scores: tuple[float, ...]
+    reason: str = ""
+    raw: str = ""
+    prompt: str = ""
+    run: int = 0
+
+
 def open_picture(path: Path) -> Image.Image:
     """Read a picture file as RGB.
 
@@ -113,7 +138,7 @@ def flatten(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def write_jsonl(path: str | Path, records: "Iterable[Query | Response | Verdict]") -> None:
+def write_jsonl(path: str | Path, records: "Iterable[Query | Response | Verdict | Grade]") -> None:
     """Write records as JSON lines, atomically. A picture is written as its hash and size."""
     write_text(path, "".join(json.dumps(_plain(r), ensure_ascii=False) + "\n" for r in records))
 
@@ -130,6 +155,8 @@ def read_jsonl(path: str | Path, cls: type[Record]) -> list[Record]:
             values = json.loads(line)
             if cls is Query:
                 values |= {"image": None, "answers": tuple(values["answers"])}
+            if cls is Grade:
+                values |= {"scores": tuple(map(float, values["scores"]))}
             records.append(cls(**values))
         except (ValueError, TypeError, KeyError) as error:
             raise DavspError(
@@ -138,7 +165,7 @@ def read_jsonl(path: str | Path, cls: type[Record]) -> list[Record]:
     return records
 
 
-def _plain(record: "Query | Response | Verdict") -> dict[str, Any]:
+def _plain(record: "Query | Response | Verdict | Grade") -> dict[str, Any]:
     values = {f.name: getattr(record, f.name) for f in fields(record)}
     if isinstance(record, Query):
         picture = record.picture()

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -10,7 +11,7 @@ from davsp.errors import DavspError, Interrupted
 from davsp.judges.cache import Finding, VerdictCache, cache_key
 from davsp.judges.keyword import Label, has_words
 from davsp.judges.prompts import Prompt
-from davsp.query import Query, Response, Verdict
+from davsp.query import Grade, Query, Response, Verdict
 
 RAW_CHARACTERS = 1000
 
@@ -19,15 +20,16 @@ Keep = Callable[[str, Finding], None]
 
 
 class PromptJudge(ABC):
-    """A judge that puts a prompt to a model. It is also a `Judge`: a function of one answer and its question.
+    """A judge or grader that puts a prompt to a model. A judge is also a function of one answer and its question.
 
     Args:
         prompt: what is asked, and how the reply is read.
         model: as its server or hub knows it.
         where: the server's address, or "transformers" and what tells the weights apart.
-        temperature: of the model.
+        temperature: of the model; None takes the prompt's own.
         cache: where verdicts are looked up and kept; None keeps none.
         console: where progress goes; None is silent.
+        runs: how often a grader is asked about each answer.
     """
 
     def __init__(
@@ -35,12 +37,16 @@ class PromptJudge(ABC):
         prompt: Prompt,
         model: str,
         where: str,
-        temperature: float = 0.0,
+        temperature: float | None = None,
         cache: VerdictCache | None = None,
         console: Console | None = None,
+        runs: int = 1,
     ) -> None:
-        self.prompt, self.model, self.where = prompt, model, where
-        self.temperature, self.cache = temperature, cache
+        if runs < 1:
+            raise DavspError("runs must be 1 or more.")
+        self.prompt, self.model, self.where, self.runs = prompt, model, where, runs
+        self.temperatures = prompt.temperatures if temperature is None else (temperature,)
+        self.cache = cache
         self.console = console or Console(quiet=True)
 
     @property
@@ -49,20 +55,41 @@ class PromptJudge(ABC):
         return f"{self.prompt.name}/{self.prompt.version}:{self.model}"
 
     def judge_all(self, items: Sequence[Item]) -> list[Verdict]:
-        """The verdicts, in the order of the items.
-
-        Answers without words are unscored, and those that the cache knows are not asked for; the same answer (to the
-        same question, where the judge sees it) is asked for once.
+        """The verdicts, in the order of the items. Answers without words are unscored.
 
         Raises:
-            DavspError: the model or its server can't be used at all.
+            DavspError: the model or its server can't be used at all, or the prompt is a grader's.
             Interrupted: Ctrl-C; what was judged is in the cache.
         """
+        if self.prompt.grades:
+            raise DavspError(f"{self.name} grades helpful answers; take a judge for answers to malicious queries.")
+        return [
+            Verdict(query.id, response.defense, self.name, cast(Label, label), reason, raw, self.prompt.hash(query))
+            for (query, response), (label, reason, raw) in zip(items, self._findings(items), strict=True)
+        ]
+
+    def grade_all(self, items: Sequence[Item]) -> list[Grade]:
+        """The grades, in the order of the items, run after run. An answer without words is asked about like any other.
+
+        Raises:
+            DavspError: the model or its server can't be used at all, or the prompt is no grader's.
+            Interrupted: Ctrl-C; what was graded is in the cache.
+        """
+        if not self.prompt.grades:
+            raise DavspError(f"{self.name} says safe or unsafe; take the benchmark's grader for its answers.")
+        return [
+            Grade(query.id, response.defense, self.name, _scores(label), reason, raw, self.prompt.hash(query), run)
+            for run in range(self.runs)
+            for (query, response), (label, reason, raw) in zip(items, self._findings(items, run), strict=True)
+        ]
+
+    def _findings(self, items: Sequence[Item], run: int = 0) -> list[Finding]:
+        """What is said of each item. What the cache knows is not asked for, and what is the same is asked for once."""
         found: dict[str, Finding] = {}
         pending: dict[str, tuple[Query, str]] = {}
-        keys = [self._key(query, response.text) for query, response in items]
+        keys = [self._key(query, response.text, run) for query, response in items]
         for key, (query, response) in zip(keys, items, strict=True):
-            if not has_words(response.text):
+            if not self.prompt.grades and not has_words(response.text):
                 found[key] = Finding("unscored", "the answer holds no words")
             elif key not in found and key not in pending:
                 known = self.cache.get(key) if self.cache else None
@@ -88,10 +115,7 @@ class PromptJudge(ABC):
         except KeyboardInterrupt:
             kept = f"the verdicts so far are in {self.cache.path}" if self.cache else "no verdict was kept"
             raise Interrupted(f"stopped; {kept}: give the same command again to go on") from None
-        return [
-            Verdict(query.id, response.defense, self.name, *found[key], self.prompt.hash(query))
-            for key, (query, response) in zip(keys, items, strict=True)
-        ]
+        return [found[key] for key in keys]
 
     def __call__(self, answer: str, question: str) -> tuple[Label, str]:
         """Judge one answer; a prompt that depends on the scenario needs `judge_all`."""
@@ -102,16 +126,21 @@ class PromptJudge(ABC):
     def _ask(self, pending: Mapping[str, tuple[Query, str]], keep: Keep) -> None:
         """Ask about each (query, answer) and call `keep(key, finding)` once for each, as soon as it is known."""
 
-    def _key(self, query: Query, answer: str) -> str:
+    def _key(self, query: Query, answer: str, run: int = 0) -> str:
         return cache_key(
             response=answer,
-            question=query.question if self.prompt.shows_question(query) else "",
+            sees=self.prompt.sees(query),
             judge=f"{self.prompt.name}/{self.prompt.version}",
             prompt=self.prompt.hash(query),
             model=self.model,
             where=self.where,
-            temperature=self.temperature,
+            temperature=self.temperatures[0],
+            run=run,
         )
+
+
+def _scores(label: str) -> tuple[float, ...]:
+    return () if label == "unscored" else tuple(map(float, label.split()))
 
 
 def read_reply(prompt: Prompt, reply: str) -> Finding:
@@ -119,8 +148,8 @@ def read_reply(prompt: Prompt, reply: str) -> Finding:
     return Finding(*prompt.read(reply), reply)
 
 
-def check_unscored(verdicts: Sequence[Verdict], limit: float = 0.02) -> None:
-    """Refuse verdicts of which too many are unscored: what is left may no longer stand for all.
+def check_unscored(verdicts: Sequence[Verdict] | Sequence[Grade], limit: float = 0.02) -> None:
+    """Refuse verdicts or grades of which too many are unscored: what is left may no longer stand for all.
 
     Args:
         verdicts: of one defense.
@@ -130,14 +159,19 @@ def check_unscored(verdicts: Sequence[Verdict], limit: float = 0.02) -> None:
         DavspError: the share is above the limit, or there are no verdicts.
     """
     if not verdicts:
-        raise DavspError("there are no verdicts: the run holds no answer to a malicious query.")
-    missing = [v for v in verdicts if v.label == "unscored"]
+        raise DavspError("there are no verdicts: the run holds no answer for this judge.")
+    missing = [v for v in verdicts if is_unscored(v)]
     if len(missing) > limit * len(verdicts):
         raise DavspError(
             f"{len(missing)} of {len(verdicts)} answers under {missing[0].defense!r} are unscored by "
             f"{missing[0].judge} ({100 * len(missing) / len(verdicts):.1f} %, --max-unscored is {100 * limit:g} %; "
             f"for one: {missing[0].reason}); mend the judge and run again, which asks for the unscored only."
         )
+
+
+def is_unscored(said: Verdict | Grade) -> bool:
+    """Whether the judge or grader could not tell."""
+    return not said.scores if isinstance(said, Grade) else said.label == "unscored"
 
 
 def _bar(console: Console) -> Progress:

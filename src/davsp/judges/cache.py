@@ -1,8 +1,9 @@
 """What judges have said, kept in one sqlite file: a second run asks nothing, a killed one only what is missing.
 
-A row's key is a hash of the response, the question (where the judge sees it), the judge, the hash of its prompt, the
-model, where that runs, and the temperature. Only safe and unsafe are kept: whatever was unscored is asked again.
-The file holds hashes and the judge's words, neither responses nor questions nor keys of any service.
+A row's key is a hash of the response, what the judge sees of the question, the judge, the hash of its prompt, the
+model, where that runs, the temperature and the run. Labels are safe and unsafe, or a grader's scores ("0.5", "8 10").
+What was unscored is not kept and is asked again. The file holds hashes and the judge's words, neither responses nor
+questions nor keys of any service.
 """
 
 import json
@@ -13,28 +14,27 @@ from pathlib import Path
 from typing import NamedTuple
 
 from davsp.errors import DavspError
-from davsp.judges.keyword import Label
 
-SCHEMA = 1
+SCHEMA = 2
 _TABLE = """CREATE TABLE IF NOT EXISTS verdicts (
     key TEXT PRIMARY KEY, judge TEXT NOT NULL, prompt TEXT NOT NULL,
-    label TEXT NOT NULL CHECK (label IN ('safe', 'unsafe')), reason TEXT NOT NULL, raw TEXT NOT NULL,
+    label TEXT NOT NULL CHECK (label NOT IN ('', 'unscored')), reason TEXT NOT NULL, raw TEXT NOT NULL,
     time TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP)"""
 
 
 class Finding(NamedTuple):
-    """A label, the reason for it, and the judge's own words."""
+    """A label (safe, unsafe, a grader's scores, or unscored), the reason for it, and the judge's own words."""
 
-    label: Label
+    label: str
     reason: str
     raw: str = ""
 
 
 def cache_key(
-    *, response: str, question: str, judge: str, prompt: str, model: str, where: str, temperature: float
+    *, response: str, sees: str, judge: str, prompt: str, model: str, where: str, temperature: float, run: int = 0
 ) -> str:
     """The hash under which a verdict is kept; every argument matters."""
-    return sha256(json.dumps([response, question, judge, prompt, model, where, temperature]).encode()).hexdigest()
+    return sha256(json.dumps([response, sees, judge, prompt, model, where, temperature, run]).encode()).hexdigest()
 
 
 class VerdictCache:
@@ -73,11 +73,11 @@ class VerdictCache:
         """Keep a verdict; the first one under a key stays.
 
         Raises:
-            ValueError: the label is neither safe nor unsafe.
+            ValueError: the finding is unscored.
             DavspError: the disk is full.
         """
-        if finding.label not in ("safe", "unsafe"):
-            raise ValueError(f"only safe and unsafe are kept, not {finding.label!r}")
+        if finding.label in ("", "unscored"):
+            raise ValueError("what is unscored is not kept")
         self._run(
             "INSERT INTO verdicts (key, judge, prompt, label, reason, raw) VALUES (?, ?, ?, ?, ?, ?)"
             " ON CONFLICT DO NOTHING",

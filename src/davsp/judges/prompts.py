@@ -11,11 +11,23 @@ from dataclasses import dataclass
 from hashlib import sha256
 
 from davsp.errors import DavspError
-from davsp.judges.keyword import Label
 from davsp.query import Query
 
 Message = dict[str, str]
-Reading = tuple[Label, str]
+Reading = tuple[str, str]
+"""A label, or a grader's scores as "0.5" or "8 10", and the reason for it."""
+
+PLACES = re.compile(r"\{(answer|question|reference|context|behaviour)\}")
+
+
+def values_of(query: Query) -> dict[str, str]:
+    """What stands in a template's places: `behaviour` is the request in plain words, wherever the picture holds it."""
+    return {
+        "question": query.question,
+        "reference": query.reference,
+        "context": query.context,
+        "behaviour": query.context or query.question,
+    }
 
 
 @dataclass(frozen=True)
@@ -25,10 +37,15 @@ class Prompt:
     Attributes:
         name: as `--judge` takes it.
         version: raised with every change to the texts or to how replies are read.
-        templates: the messages for a query, with {answer} and {question} where these will stand.
+        templates: the messages for a query, with {answer}, {question} and the other `PLACES` where these will stand.
         read: reply -> (label, reason).
         max_tokens: the longest reply; far more than a label needs, so that a cut reply is a sign of prose.
         plain: the one message is the whole input of a completion model, not a turn of a chat.
+        grades: its labels are scores of a benign answer, not safe or unsafe.
+        temperatures: of the first request, and of those after a reply that could not be read.
+        again: put behind the last message after a reply that could not be read.
+        first_line: the label is the first line of a longer reply, so a cut behind that line does no harm.
+        values: query -> what stands in the places.
     """
 
     name: str
@@ -37,22 +54,36 @@ class Prompt:
     read: Callable[[str], Reading]
     max_tokens: int = 16
     plain: bool = False
+    grades: bool = False
+    temperatures: tuple[float, ...] = (0.0,)
+    again: str = ""
+    first_line: bool = False
+    values: Callable[[Query], dict[str, str]] = values_of
 
     def hash(self, query: Query) -> str:
         """Sixteen hex digits that change with the unfilled texts and with what is done with the reply."""
-        return _digest([self.templates(query), self.version, self.max_tokens, self.plain])
+        asked = [self.templates(query), self.version, self.max_tokens, self.plain]
+        return _digest([*asked, self.temperatures, self.again] if self.grades else asked)
 
-    def messages(self, query: Query, answer: str) -> list[Message]:
-        """The filled messages. What stands in an answer or question is never taken for a placeholder."""
-        values = {"answer": answer, "question": query.question}
-        return [
-            {key: re.sub(r"\{(answer|question)\}", lambda m: values[m[1]], text) for key, text in message.items()}
+    def messages(self, query: Query, answer: str, unread: int = 0) -> list[Message]:
+        """The filled messages, after `unread` replies that could not be read.
+
+        What stands in an answer or question is never taken for a place.
+        """
+        values = self.values(query) | {"answer": answer}
+        filled = [
+            {key: PLACES.sub(lambda m: values[m[1]], text) for key, text in message.items()}
             for message in self.templates(query)
         ]
+        if unread:
+            filled[-1]["content"] += self.again
+        return filled
 
-    def shows_question(self, query: Query) -> bool:
-        """Whether the judge sees the question; where it doesn't, equal answers are one case."""
-        return any("{question}" in message["content"] for message in self.templates(query))
+    def sees(self, query: Query) -> str:
+        """All that the judge is shown of the query; where that is the same, equal answers are one case."""
+        places = {m[1] for message in self.templates(query) for m in PLACES.finditer(message["content"])}
+        values = self.values(query)
+        return json.dumps([values[name] for name in sorted(places - {"answer"})])
 
 
 def _digest(value: object) -> str:
