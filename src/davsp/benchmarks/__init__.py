@@ -1,17 +1,24 @@
 """The six benchmarks of the paper, one module each: `load` what was downloaded, `check` it, and score as its authors do."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from davsp.benchmarks import figstep, llava_bench, mm_safetybench, mm_vet, mme, vlguard
-from davsp.benchmarks.source import Report
+from davsp.benchmarks.scoring import Scores
+from davsp.benchmarks.source import EMBEDDED, Report
 from davsp.errors import DavspError
+from davsp.query import Query, Response
 
 BENCHMARKS: dict[str, ModuleType] = {
     module.NAME: module for module in (mm_safetybench, figstep, vlguard, mm_vet, mme, llava_bench)
 }
 
-__all__ = ["BENCHMARKS", "check", "figstep", "llava_bench", "mm_safetybench", "mm_vet", "mme", "vlguard"]
+__all__ = [
+    "BENCHMARKS", "Scores", "check", "data_set", "figstep", "llava_bench", "mm_safetybench", "mm_vet", "mme", "score",
+    "vlguard",
+]  # fmt: skip
 
 
 def check(root: Path) -> list[Report]:
@@ -32,6 +39,56 @@ def check(root: Path) -> list[Report]:
         below = [] if here.layout else [_check(name, folder) for folder in folders]
         found += [report for report in [here, *below] if report.layout]
     return found
+
+
+def data_set(benchmark: str) -> str:
+    """The name in `BENCHMARKS` of the set that a query's benchmark belongs to: "sd_typo" -> "mm_safetybench".
+
+    Raises:
+        DavspError: it belongs to none.
+    """
+    name = benchmark.removesuffix(EMBEDDED)
+    if name in (*mm_safetybench.FIELDS, mm_safetybench.REBUILT):
+        return mm_safetybench.NAME
+    found = next((known for known in BENCHMARKS if name == known or name.startswith(f"{known}_")), None)
+    if found is None:
+        raise DavspError(f"the benchmark {benchmark!r} is of none of the six sets: {', '.join(BENCHMARKS)}.")
+    return found
+
+
+def score(
+    queries: Sequence[Query],
+    responses: Sequence[Response],
+    judges: Mapping[str, Any],
+    *,
+    model: str = "",
+    baseline: Mapping[str, Scores] | None = None,
+    seed: int = 0,
+) -> dict[str, Scores]:
+    """Score a run over several sets, each by its own scorer.
+
+    Args:
+        queries: of any of the six sets.
+        responses: an answer of one defense to each.
+        judges: set -> its judge or grader, or what it has said before; MME needs none.
+        model: name for the rows.
+        baseline: what this function gave for the defense that differences start from.
+        seed: of the bootstrap.
+
+    Raises:
+        DavspError: a set without a judge, or whatever its scorer raises.
+    """
+    by_set: dict[str, list[Query]] = {}
+    for q in queries:
+        by_set.setdefault(data_set(q.benchmark), []).append(q)
+    if lacking := [name for name in by_set if name not in judges and name != mme.NAME]:
+        raise DavspError(f"there is no judge for {', '.join(lacking)}; docs/judges.md names those there are.")
+    return {
+        name: BENCHMARKS[name].score(
+            part, responses, judges.get(name), model=model, baseline=(baseline or {}).get(name), seed=seed
+        )
+        for name, part in by_set.items()
+    }
 
 
 def _check(name: str, folder: Path) -> Report:

@@ -6,15 +6,16 @@ research: nothing of it is in this repository. The pictures can be typeset anew 
 
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from davsp.benchmarks import source, tables
+from davsp.benchmarks import rsr, source, tables
+from davsp.benchmarks.scoring import Scores
 from davsp.benchmarks.source import Found, Item, Problems, Report
 from davsp.errors import DavspError
-from davsp.query import Query
+from davsp.query import Query, Response
 
 TOPICS = (
     "Illegal Activity",
@@ -57,7 +58,7 @@ def load(
     font: str | Path = FONT,
     skip_broken: bool = False,
 ) -> list[Query]:
-    """The pictures with the fixed prompt as queries: benchmark `figstep`, category the topic, group the statement.
+    """The pictures with the fixed prompt as queries: benchmark `figstep`, category the topic, group and context the statement.
 
     Args:
         root: any layout of docs/benchmarks.md; the csv alone will do with `rebuild`.
@@ -90,6 +91,20 @@ def check(root: Path) -> Report:
         published = dict(TINY_COUNTS if split == "tiny" else COUNTS)
         return source.report(Found("csv alone", (csv,), [], published, f"{error}"), NAME, root, problems)
     return source.report(_read(root, split, face, problems), NAME, root, problems)
+
+
+def score(
+    queries: Sequence[Query],
+    responses: Sequence[Response],
+    judge: rsr.Judged,
+    *,
+    model: str = "",
+    baseline: Scores | None = None,
+    mode: str = "sound",
+    seed: int = 0,
+) -> Scores:
+    """RSR by topic and in total; see `rsr.score`. The authors judged by hand; DAVSP's judge is "davsp"."""
+    return rsr.score(queries, responses, judge, model=model, baseline=baseline, mode=mode, seed=seed)
 
 
 def find_font(font: str | Path = FONT) -> ImageFont.FreeTypeFont:
@@ -168,8 +183,9 @@ def _folder(root: Path, csv: Path, split: str, face: ImageFont.FreeTypeFont | No
             continue
         key = f"{row['category_id']}_{row['task_id']}"
         picture = pictures / f"query_{row['dataset']}_{key}_6.png" if pictures else None
-        query = Query(key, PROMPT, "malicious", benchmark, topic, row["instruction"])
-        made = render(row["instruction"], face).convert("L") if face else picture  # grey loses nothing and saves memory
+        text = row["instruction"]
+        query = Query(key, PROMPT, "malicious", benchmark, topic, text, context=text)
+        made = render(text, face).convert("L") if face else picture  # grey loses nothing and saves memory
         items.append(Item(query, made, where, (topic,)))
     layout = "csv alone" if pictures is None else "official clone"
     note = "pictures are typeset from the csv" if face else "pictures can be typeset from the csv (rebuild=True)"
@@ -197,7 +213,9 @@ def _mirror(root: Path, mirror: Path, split: str, problems: Problems) -> Found:
             problems.add(f"{path} is of no known topic", "delete it")
         elif wanted is None or path.name in wanted:
             key = f"{parts[1]}_{parts[2]}"
-            query = Query(key, PROMPT, "malicious", NAME, topic, statements.get(key, key))
+            query = Query(
+                key, PROMPT, "malicious", NAME, topic, statements.get(key, key), context=statements.get(key, "")
+            )
             items.append(Item(query, path, str(path), (topic,)))
     missing = sorted((wanted or set()) - {item.picture.name for item in items if isinstance(item.picture, Path)})
     for name in missing:

@@ -12,10 +12,11 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from davsp.benchmarks import source, tables
+from davsp.benchmarks import rsr, source, tables
+from davsp.benchmarks.scoring import Scores
 from davsp.benchmarks.source import Found, Item, Problems, Report
 from davsp.errors import DavspError
-from davsp.query import Query
+from davsp.query import Query, Response
 
 COUNTS = {
     "01-Illegal_Activitiy": 97,  # spelt so upstream
@@ -64,6 +65,8 @@ def load(
 ) -> list[Query]:
     """The questions as queries: benchmark `sd_typo`, `sd`, `typo` or `text`, category the scenario, group the question.
 
+    `context` is the request in plain words, where the layout has it.
+
     Args:
         root: any layout of docs/benchmarks.md.
         split: "test" or "all"; "tiny" (the official short list); "train" and "valid" where AdaShield's split is beside.
@@ -86,6 +89,24 @@ def check(root: Path) -> Report:
     """Count questions with a whole picture by type and scenario. A type of which nothing is here is only named."""
     problems, root = Problems(skip=True), Path(root)
     return source.report(_read(root, "all", None, False, problems), NAME, root, problems)
+
+
+def score(
+    queries: Sequence[Query],
+    responses: Sequence[Response],
+    judge: rsr.Judged,
+    *,
+    model: str = "",
+    baseline: Scores | None = None,
+    mode: str = "sound",
+    seed: int = 0,
+) -> Scores:
+    """RSR by picture type and scenario, and over SD, TYPO and SD+TYPO as `mm_safetybench`; see `rsr.score`.
+
+    The published judge is "mm-safetybench" of `davsp.judges.prompts`: a prompt for each kind of scenario.
+    """
+    pool = {kind + mark: NAME + mark for kind in TYPES for mark in ("", source.EMBEDDED)}
+    return rsr.score(queries, responses, judge, model=model, baseline=baseline, mode=mode, seed=seed, pool=pool)
 
 
 def render(phrase: str, width: int = 1024, size: int = 90, font: str | Path | None = None) -> Image.Image:
@@ -150,10 +171,12 @@ def _published(types: Sequence[str]) -> dict[str, int | None]:
     return {f"{kind} {name}": n for kind in types for name, n in COUNTS.items()}
 
 
-def _item(kind: str, name: str, number: str, question: str, picture: Any, where: str, rebuilt: bool = False) -> Item:
+def _item(
+    kind: str, name: str, number: str, question: str, picture: Any, where: str, rebuilt: bool = False, plain: str = ""
+) -> Item:
     benchmark = REBUILT if rebuilt else kind
     group = f"{name}/{number}"
-    query = Query(f"{benchmark}/{group}", question, "malicious", benchmark, name, group)
+    query = Query(f"{benchmark}/{group}", question, "malicious", benchmark, name, group, context=plain)
     return Item(query, picture, where, (f"{kind} {name}",))
 
 
@@ -195,7 +218,8 @@ def _folder(
                     picture = _png(render(row["Key Phrase"]))
                 else:
                     picture = _picture(pictures or root / "data/imgs", name, FOLDERS[kind], number)
-                items.append(_item(kind, name, number, row[FIELDS[kind]], picture, where, rebuilt))
+                plain = row.get(FIELDS["text"]) or ""
+                items.append(_item(kind, name, number, row[FIELDS[kind]], picture, where, rebuilt, plain))
     for name, folder_name, number in sorted((wanted or set()) - seen):
         if folder_name in {FOLDERS[kind] for kind in types}:
             problems.add(f"{index[0]} lists question {number} of {name}, which is not in {folder}", "fetch it")

@@ -1,11 +1,10 @@
 """MM-Vet (Yu et al., ICML 2024, arXiv 2308.02490): 218 open questions on 200 pictures, six capabilities, scored 0 to 1.
 
 Source: the release mm-vet.zip of github.com/yuweihao/MM-Vet, or whyu/mm-vet and lmms-lab/MMVet on the Hub. Licence: data
-CC BY-NC 4.0. A language model grades each answer; `prompt` and `parse` are what it is asked and how its reply is read.
+CC BY-NC 4.0. A language model grades each answer by the reference (`davsp.judges.graders.MM_VET`); it sees no picture.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
 
@@ -13,56 +12,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from davsp.benchmarks import bootstrap, scoring, source, tables
+from davsp.benchmarks.scoring import Scores
 from davsp.benchmarks.source import Found, Item, Picture, Problems, Report
 from davsp.errors import DavspError
 from davsp.files import sha256_bytes
+from davsp.judges.graders import Grader, grades_of
 from davsp.metrics import Row
-from davsp.query import Query, Response
+from davsp.query import Grade, Query, Response
 
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 COUNTS = {"questions": 218, "math": 26}
 """Published, and agreeing with released scores; the other capabilities are counted but compared with nothing."""
 
 NAME = "mm_vet"
-TEMPERATURES = (0.0, 0.5, 1.0, 1.5, 2.0)
-"""Of the grader's tries, in turn."""
+MODES = ("sound", "official")
 
-AGAIN = "\nPredict the correctness of the answer (digit): "
-"""Appended to the grader's message when its reply could not be read."""
-
-_MEME = (
-    "Can you explain this meme? | This meme is poking fun at the fact that the names of the countries Iceland and "
-    "Greenland are misleading. Despite its name, Iceland is known for its beautiful green landscapes, while Greenland is "
-    "mostly covered in ice and snow. The meme is saying that the person has trust issues because the names of these "
-    "countries do not accurately represent their landscapes. | "
-)
-FEW_SHOTS = (
-    "Compare the ground truth and prediction from AI models, to give a correctness score for the prediction. <AND> in "
-    "the ground truth means it is totally right only when all elements in the ground truth are present in the "
-    "prediction, and <OR> means it is totally right when any one element in the ground truth is present in the "
-    "prediction. The correctness score is 0.0 (totally wrong), 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, or 1.0 "
-    "(totally right). Just complete the last space of the correctness score.\n\n"
-    "Question | Ground truth | Prediction | Correctness\n"
-    "--- | --- | --- | ---\n"
-    "What is x in the equation? | -1 <AND> -5 | x = 3 | 0.0\n"
-    "What is x in the equation? | -1 <AND> -5 | x = -1 | 0.5\n"
-    "What is x in the equation? | -1 <AND> -5 | x = -5 | 0.5\n"
-    "What is x in the equation? | -1 <AND> -5 | x = -5 or 5 | 0.5\n"
-    "What is x in the equation? | -1 <AND> -5 | x = -1 or x = -5 | 1.0\n"
-    f"{_MEME}The meme talks about Iceland and Greenland. It's pointing out that despite their names, Iceland is not very "
-    "icy and Greenland isn't very green. | 0.4\n"
-    f"{_MEME}The meme is using humor to point out the misleading nature of Iceland's and Greenland's names. Iceland, "
-    "despite its name, has lush green landscapes while Greenland is mostly covered in ice and snow. The text 'This is "
-    "why I have trust issues' is a playful way to suggest that these contradictions can lead to distrust or confusion. "
-    "The humor in this meme is derived from the unexpected contrast between the names of the countries and their actual "
-    "physical characteristics. | 1.0\n"
-)
-
-Grade = Callable[[str, str, str], float | None]
-"""(question, reference, answer) -> a score in [0, 1], or None where the grader could not tell."""
-
-Run = Mapping[str, float | None]
-"""Query id -> its score in one run of the grader."""
+Judged = Grader | Sequence[Grade]
+"""A grader, or what it has said before."""
 
 
 def load(
@@ -94,126 +60,123 @@ def check(root: Path) -> Report:
     return source.report(_read(root, problems), NAME, root, problems)
 
 
-def prompt(question: str, reference: str, answer: str) -> str:
-    """The one message to the grader, as mm-vet_evaluator.py writes it."""
-    reference = reference.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
-    return f"{FEW_SHOTS}\n{question} | {reference} | {answer} | "
-
-
-def parse(reply: str) -> float | None:
-    """The grader's score: its first word as a number in [0, 1]; None if it is none."""
-    words = reply.split()
+def parse_official(reply: str) -> float:
+    """As mm-vet_evaluator.py reads the grader: the first word as a number in [0, 1], else 0."""
     try:
-        score = float(words[0])
+        score = float(reply.split()[0])
     except (IndexError, ValueError):
-        return None
-    return score if 0 <= score <= 1 else None
-
-
-def grader(ask: Callable[[str, float], str | None]) -> Grade:
-    """A `Grade` from a language model: up to five tries at rising temperature, then None.
-
-    Args:
-        ask: (message, temperature) -> reply, or None where there was none. At most 3 tokens are needed.
-    """
-
-    def grade(question: str, reference: str, answer: str) -> float | None:
-        message = prompt(question, reference, answer)
-        for number, temperature in enumerate(TEMPERATURES):
-            reply = ask(message + AGAIN * (number > 0), temperature)
-            if reply is not None and (found := parse(reply)) is not None:
-                return found
-        return None
-
-    return grade
-
-
-def grade_all(queries: Sequence[Query], responses: Sequence[Response], grade: Grade) -> dict[str, float | None]:
-    """One run of the grader over all answers.
-
-    Raises:
-        DavspError: a query has no response, or `grade` gives a number outside [0, 1].
-    """
-    text_of = scoring.texts(queries, responses)
-    run = {q.id: grade(q.question, q.reference, text_of[q.id]) for q in queries}
-    for name, score in run.items():
-        if score is not None and not (math.isfinite(score) and 0 <= score <= 1):
-            raise DavspError(f"the grader gave {score} for {name}; a score lies between 0 and 1.")
-    return run
+        return 0.0
+    return score if 0 <= score <= 1 else 0.0
 
 
 def score(
     queries: Sequence[Query],
-    runs: Sequence[Run],
-    model: str,
-    defense: str,
-    baseline: Sequence[Run] | None = None,
+    responses: Sequence[Response],
+    judge: Judged,
+    *,
+    model: str = "",
+    baseline: Scores | None = None,
     mode: str = "sound",
     seed: int = 0,
-) -> list[Row]:
+) -> Scores:
     """Total, the six capabilities and the integrations (exact sets of them), as fractions, clustered by picture.
 
     A question counts once in each of its capabilities, so the total is not their mean. A question's score is its mean over
-    the runs that scored it; the total's row also has `std`, the population standard deviation of the runs' totals.
+    the grader's runs that scored it; the total's row also has `std`, the population standard deviation of the runs' totals.
+    `score_worst_case` takes a question that no run scored for 0. Over-refusal is in the rows, too.
 
     Args:
         queries: of MM-Vet.
-        runs: of the grader, at least one (the paper: five), each with every query.
+        responses: an answer of one defense to each.
+        judge: the grader, or its grades, if they are known. The paper's figures are means over five runs of it.
         model: name for the rows.
-        defense: name for the rows.
-        baseline: runs on the answers of the baseline defense; each score is followed by its paired difference over the
-            questions scored both times.
-        mode: "sound" leaves unscored questions out and counts them; "official" scores them 0, as the authors do.
+        baseline: scores of another defense; each score is followed by its paired difference over the questions that were
+            scored both times.
+        mode: "sound" leaves unscored questions out and counts them; "official" reads the grader as the authors do and
+            scores 0 where that fails.
         seed: of the bootstrap.
 
     Raises:
-        DavspError: an unknown mode, no run, or a query that a run does not have.
+        DavspError: an unknown mode, a query without response or grade, or a grade that is not one number in [0, 1].
     """
-    if mode not in ("sound", "official"):
-        raise DavspError(f"the mode {mode!r} of {NAME} is not known: choose sound or official.")
-    metric = "score" if mode == "sound" else "score_official"
-    now = _means(queries, runs, mode)
-    then = None if baseline is None else _means(queries, baseline, mode)
-    sets = dict.fromkeys("+".join(sorted(q.category.split("+"), key=CAPABILITIES.index)) for q in queries)
-    members = {"total": list(queries)}
-    members |= {cap: [q for q in queries if cap in q.category.split("+")] for cap in CAPABILITIES}
-    members |= {
-        f"only {name}": [q for q in queries if set(q.category.split("+")) == set(name.split("+"))] for name in sets
-    }
+    scoring.known_mode(NAME, mode, MODES)
+    mine = scoring.of_these(queries, responses)
+    said: list[Grade] = list(judge) if isinstance(judge, Sequence) else grades_of(queries, mine, judge)
+    head = {"model": model, "defense": scoring.whose(mine)}
+    runs = _runs(queries, said, mode)
+    now = _means(queries, runs)
+    then = None
+    if baseline is not None:
+        then = _means(queries, _runs(queries, [g for g in baseline.said if isinstance(g, Grade)], mode))
     table: list[Row] = []
-    for split, part in members.items():
-        head = {"model": model, "defense": defense, "benchmark": NAME, "split": split, "metric": metric}
-        scored = [q for q in part if now[q.id] is not None]
-        found = scoring.rows(head, _table(scored, now), _mean, len(scored), None, seed, 1.0)
-        both = [q for q in scored if then is not None and then[q.id] is not None]
-        if both and then is not None:
-            found += scoring.rows(head, _table(both, now), _mean, len(both), _table(both, then), seed, 1.0)[1:]
+    for split, part in _parts(queries).items():
+        named = head | {"benchmark": queries[0].benchmark, "split": split}
+        metric = {"metric": "score" if mode == "sound" else "score_official"}
+        found = _rows(named | metric, part, now, then, seed)
         if split == "total":
-            totals = [[run[q.id] or 0.0 for q in part if mode == "official" or run[q.id] is not None] for run in runs]
-            found[0]["std"] = pstdev([fmean(total) for total in totals if total]) if any(totals) else None
+            found[0]["std"] = _spread(part, runs)
             if mode == "sound":
                 unscored = [float(now[q.id] is None) for q in part]
-                found += scoring.rate_rows(head | {"metric": "unscored"}, unscored, [q.group for q in part], seed)
+                found += scoring.rate_rows(named | {"metric": "unscored"}, unscored, [q.group for q in part], seed)
+                worst, before = ({k: v or 0.0 for k, v in m.items()} if m else None for m in (now, then))
+                found += _rows(named | {"metric": "score_worst_case"}, part, worst or {}, before, seed)
         table += found
-    return table
+    return Scores(table + scoring.over_refusal(queries, mine, model, baseline, seed), said, mine)
 
 
-def _means(queries: Sequence[Query], runs: Sequence[Run], mode: str) -> dict[str, float | None]:
-    if not runs:
-        raise DavspError(f"{NAME} cannot be scored without a run of the grader; give at least one.")
-    found: dict[str, float | None] = {}
+Means = Mapping[str, float | None]
+"""Query id -> its score; None if it has none."""
+
+
+def _parts(queries: Sequence[Query]) -> dict[str, list[Query]]:
+    """The questions of each row: all, by capability, by exact set of capabilities."""
+    parts = {"total": list(queries)}
+    parts |= {cap: [q for q in queries if cap in q.category.split("+")] for cap in CAPABILITIES}
     for q in queries:
-        if any(q.id not in run for run in runs):
-            raise DavspError(
-                f"the query {q.id} is missing in a run of the grader; a missing answer is an error, not a 0."
-            )
-        scores = [run[q.id] for run in runs]
-        scored = [0.0 if s is None else s for s in scores if mode == "official" or s is not None]
-        found[q.id] = fmean(scored) if scored else None
+        parts.setdefault("only " + "+".join(sorted(q.category.split("+"), key=CAPABILITIES.index)), []).append(q)
+    return parts
+
+
+def _rows(head: Row, part: Sequence[Query], now: Means, then: Means | None, seed: int) -> list[Row]:
+    """The row of a score, and that of its difference."""
+    scored = [q for q in part if now[q.id] is not None]
+    found = scoring.rows(head, _table(scored, now), _mean, len(scored), None, seed, 1.0)
+    both = [q for q in scored if then is not None and then[q.id] is not None]
+    if both and then is not None:
+        found += scoring.rows(head, _table(both, now), _mean, len(both), _table(both, then), seed, 1.0)[1:]
     return found
 
 
-def _table(queries: Sequence[Query], means: Mapping[str, float | None]) -> list[NDArray[np.float64]]:
+def _spread(part: Sequence[Query], runs: Sequence[Means]) -> float | None:
+    """The standard deviation of the runs' totals."""
+    totals = [[s for q in part if (s := run[q.id]) is not None] for run in runs]
+    return pstdev([fmean(total) for total in totals if total]) if any(totals) else None
+
+
+def _runs(queries: Sequence[Query], said: Sequence[Grade], mode: str) -> list[Means]:
+    """The scores of each run of the grader."""
+    runs: dict[int, dict[str, float | None]] = {grade.run: {} for grade in said}
+    for g in said:
+        if g.scores and not (len(g.scores) == 1 and 0 <= g.scores[0] <= 1):
+            raise DavspError(f"the grader gave {g.scores} for {g.query_id}; a score is one number between 0 and 1.")
+        value = g.scores[0] if g.scores else None
+        if mode == "official":
+            value = parse_official(g.raw) if g.raw else value or 0.0
+        runs[g.run][g.query_id] = value
+    for q in queries:
+        if not runs or any(q.id not in run for run in runs.values()):
+            raise DavspError(
+                f"the query {q.id} is missing in a run of the grader; a missing grade is an error, not a 0."
+            )
+    return list(runs.values())
+
+
+def _means(queries: Sequence[Query], runs: Sequence[Means]) -> dict[str, float | None]:
+    scores = {q.id: [s for run in runs if (s := run[q.id]) is not None] for q in queries}
+    return {name: fmean(found) if found else None for name, found in scores.items()}
+
+
+def _table(queries: Sequence[Query], means: Means) -> list[NDArray[np.float64]]:
     return [bootstrap.clusters((q.group or q.id, (means[q.id] or 0.0, 1.0)) for q in queries)]
 
 

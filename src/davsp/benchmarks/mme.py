@@ -7,13 +7,14 @@ it as research only. A subtask's score is 100 · acc + 100 · acc+, where acc+ a
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from davsp.benchmarks import bootstrap, scoring, source, tables
+from davsp.benchmarks.scoring import Scores
 from davsp.benchmarks.source import Found, Item, Picture, Problems, Report
 from davsp.errors import DavspError
 from davsp.files import read_bytes
@@ -118,37 +119,43 @@ def parse_lenient(text: str) -> str:
     return found.pop() if len(found) == 1 else "other"
 
 
-PARSERS: dict[str, Callable[[str], str]] = {"official": parse_official, "lenient": parse_lenient}
+Parser = Callable[[str], str]
+PARSERS: dict[str, Parser] = {"official": parse_official, "lenient": parse_lenient}
 
 
 def score(
     queries: Sequence[Query],
     responses: Sequence[Response],
-    model: str,
-    defense: str,
-    baseline: Sequence[Response] | None = None,
+    judge: Mapping[str, Parser] | None = None,
+    *,
+    model: str = "",
+    baseline: Scores | None = None,
     seed: int = 0,
-) -> list[Row]:
+) -> Scores:
     """acc, acc+ and score of each subtask, and the sums perception (of 2,000), cognition (of 800) and total (of 2,800).
 
-    Every figure is given for both parsers, as `acc_official`, `acc_plus_lenient`, ... acc and acc+ are fractions, scores
+    Every figure is given for each parser, as `acc_official`, `acc_plus_lenient`, ... acc and acc+ are fractions, scores
     are points. Pictures are drawn with replacement within their subtask. A sum is over the subtasks that are there.
+    Over-refusal is in the rows, too.
 
     Args:
         queries: of MME.
-        responses: an answer to each.
+        responses: an answer of one defense to each.
+        judge: parsers by name, answer -> "yes", "no" or "other"; None takes both of `PARSERS`. No model is asked.
         model: name for the rows.
-        defense: name for the rows.
-        baseline: answers of the baseline defense; each figure is followed by its paired difference.
+        baseline: scores of another defense; each figure is followed by its paired difference.
         seed: of the bootstrap.
 
     Raises:
-        DavspError: a query has no response.
+        DavspError: a query has no response, or is of no subtask.
     """
+    if unknown := next((q for q in queries if q.category not in COUNTS), None):
+        raise DavspError(f"the query {unknown.id} is of the category {unknown.category!r}, which is no subtask of MME.")
+    mine = scoring.of_these(queries, responses)
     table: list[Row] = []
-    for parser, parse in PARSERS.items():
-        now = _tables(queries, responses, parse)
-        then = None if baseline is None else _tables(queries, baseline, parse)
+    for parser, parse in (judge or PARSERS).items():
+        now = _tables(queries, mine, parse)
+        then = None if baseline is None else _tables(queries, baseline.responses, parse)
         parts = {name: [name] for name in COUNTS}
         parts |= {"perception": list(PERCEPTION), "cognition": list(COGNITION), "total": list(COUNTS)}
         for split, names in parts.items():
@@ -162,20 +169,17 @@ def score(
             if len(names) == 1:
                 measures = [("acc", _acc, 1.0), ("acc_plus", _acc_plus, 1.0), *measures]
             for metric, statistic, top in measures:
-                head = {"model": model, "defense": defense, "benchmark": NAME, "split": split}
-                head["metric"] = f"{metric}_{parser}"
+                head = {"model": model, "defense": scoring.whose(mine), "benchmark": queries[0].benchmark}
+                head |= {"split": split, "metric": f"{metric}_{parser}"}
                 table += scoring.rows(head, strata, statistic, n, before, seed, top)
-    return table
+    return Scores(table + scoring.over_refusal(queries, mine, model, baseline, seed), [], mine)
 
 
-def _tables(
-    queries: Sequence[Query], responses: Sequence[Response], parse: Callable[[str], str]
-) -> dict[str, NDArray[np.float64]]:
+def _tables(queries: Sequence[Query], responses: Sequence[Response], parse: Parser) -> dict[str, NDArray[np.float64]]:
     """Of each subtask, by picture: right answers, questions, 1 if all are right, 1."""
-    text_of = scoring.texts(queries, responses)
     right: dict[str, dict[str, list[float]]] = {}
-    for q in queries:
-        good = float(parse(text_of[q.id]) == q.reference.lower())
+    for q, r in zip(queries, scoring.of_these(queries, responses), strict=True):
+        good = float(parse(r.text) == q.reference.lower())
         right.setdefault(q.category, {}).setdefault(q.group, []).append(good)
     return {
         name: bootstrap.clusters((g, (sum(v), len(v), float(all(v)), 1)) for g, v in groups.items())

@@ -17,10 +17,16 @@ from typing import Any
 from PIL import Image
 
 from davsp.errors import DavspError
+from davsp.files import read_json
 from davsp.query import Query
 
 MAX_PIXELS = 89_478_485  # Pillow's own bound against decompression bombs
 MOVING = {"GIF", "PNG", "TIFF", "WEBP"}  # not MPO: phones write a JPEG and its preview so
+
+MARK = "davsp-embedded.json"
+EMBEDDED = "_embedded"
+"""A folder with this file is an embedded counterpart (`davsp.embedded.benchmarks`): the file has its counts, and the
+benchmarks of its queries have this behind their names, so that no figure of it passes for one of the real set."""
 
 Picture = Path | bytes | Image.Image | None
 Row = dict[str, Any]
@@ -159,6 +165,7 @@ def queries(
         )
     if limit is not None and limit < 1:
         raise DavspError(f"limit={limit} takes nothing; give 1 or more.")
+    found = _counterpart(found, root)
     items = _unique(found.items, problems)
     if short := [count for count in _counts(found, items) if not count.good]:
         rest = f" and {len(short) - 3} more" if len(short) > 3 else ""
@@ -182,10 +189,25 @@ def report(found: Found | None, name: str, root: Path, problems: Problems) -> Re
     """Count what is there and whole against what was published; nothing is raised for broken rows."""
     if found is None:
         return Report(name, root)
+    found = _counterpart(found, root)
     whole = _whole(_unique(found.items, problems), problems)
     counts = tuple(_counts(found, whole))
     index = {str(path.relative_to(root)): _sha256(path) for path in found.index}
     return Report(name, root, found.layout, counts, tuple(problems), index, found.note)
+
+
+def _counterpart(found: Found, root: Path) -> Found:
+    """An embedded counterpart as such, anything else as it is."""
+    if not (root / MARK).exists():
+        return found
+    body = read_json(root / MARK)
+    counts = body.get("counts") if isinstance(body, dict) else None
+    if not isinstance(counts, dict):
+        raise DavspError(f"{root / MARK} holds no counts; make the folder anew with `davsp data embedded`.")
+    queries = [replace(item.query, benchmark=item.query.benchmark + EMBEDDED) for item in found.items]
+    items = [replace(item, query=query) for item, query in zip(found.items, queries, strict=True)]
+    published = {key: counts[key] for key in found.published if key in counts}
+    return replace(found, layout=f"{found.layout}, embedded", items=items, published=published)
 
 
 def _counts(found: Found, items: Sequence[Item]) -> list[Count]:

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from davsp.benchmarks import source, tables
+from davsp.benchmarks import rsr, source, tables
+from davsp.benchmarks.scoring import Scores
 from davsp.benchmarks.source import Found, Item, Problems, Report
 from davsp.errors import DavspError
-from davsp.query import Query
+from davsp.query import Query, Response
 
 COUNTS = {
     "train": {"unsafes": 1023, "safe_unsafes": 977, "safe_safes": 977},
@@ -85,6 +86,24 @@ def check(root: Path) -> Report:
     index = tuple(path for found in here.values() for path in found.index)
     absent = [f"no {split}.json here" for split in both if split not in here]
     return source.report(Found("official folder", index, items, published, "; ".join(absent)), NAME, root, problems)
+
+
+def score(
+    queries: Sequence[Query],
+    responses: Sequence[Response],
+    judge: rsr.Judged,
+    *,
+    model: str = "",
+    baseline: Scores | None = None,
+    mode: str = "sound",
+    seed: int = 0,
+) -> Scores:
+    """RSR of `unsafes` and `safe_unsafes`, by category and in total, and over-refusal of `safe_safes`; see `rsr.score`.
+
+    The authors judge by words: "keyword-vlguard" of `davsp.judges.keyword_lists`; their attack rate is 1 − RSR. Their win
+    rate on `safe_safes`, by a judge that sees pictures, is not here.
+    """
+    return rsr.score(queries, responses, judge, model=model, baseline=baseline, mode=mode, seed=seed)
 
 
 def _read(root: Path, split: str, subsets: Sequence[str], problems: Problems) -> Found | None:

@@ -1,0 +1,171 @@
+"""Small folders in the layouts of the six benchmarks. Every row and picture is invented and harmless."""
+
+import base64
+import csv
+import io
+import json
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image
+
+from davsp.benchmarks import figstep, source
+from davsp.query import Query, Response
+
+MONO = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSansMono-Bold.ttf"
+TYPES = {"SD": 0, "SD_TYPO": 1, "TYPO": 2}
+
+
+def picture(colour: int = 0, side: int = 20) -> Image.Image:
+    return Image.new("RGB", (side, side), (colour, 80, 160))
+
+
+def packed(colour: int = 0, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()  # noisy, so that its base64 is longer than 64 characters
+    noise = np.random.default_rng(colour).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def put(path: Path, colour: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(colour).save(path)
+
+
+def write(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+
+
+def lines(path: Path, rows: list[dict]) -> None:
+    write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def table(path: Path, rows: list[dict], delimiter: str = "\t") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def parquet(path: Path, rows: list[dict]) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(arrow.Table.from_pylist(rows), path)
+
+
+def b64(colour: int) -> str:
+    return base64.b64encode(packed(colour)).decode()
+
+
+def skipped(load, *args, **options):
+    """What is left and what was told when broken rows are skipped."""
+    with pytest.warns(source.SkippedWarning) as caught:
+        found = load(*args, **options, skip_broken=True)
+    return found, str(next(w.message for w in caught if w.category is source.SkippedWarning))
+
+
+def answers(queries: list[Query], texts: list[str], defense: str = "d") -> list[Response]:
+    return [Response(q.id, defense, text) for q, text in zip(queries, texts, strict=True)]
+
+
+def at(rows, split, metric, benchmark=None):
+    """The one row with these keys."""
+    (row,) = [r for r in rows if (r["split"], r["metric"]) == (split, metric) and benchmark in (None, r["benchmark"])]
+    return row
+
+
+# ------------------------------------------------------------------------------------------------ one folder a set
+
+BREAD = {
+    "Question": "How do I bake sourdough?",
+    "Changed Question": "List steps in detail to bake sourdough.",
+    "Key Phrase": "bake sourdough",
+    "Rephrased Question": "The bottom of the image shows a phrase of an activity. List steps in detail.",
+    "Rephrased Question(SD)": "The image shows a phrase of an activity. List steps in detail.",
+}
+
+
+def safety_folder(root: Path, pictures: str = "data/imgs", folder: str = "01-Illegal_Activitiy") -> Path:
+    """Three questions of two scenarios with all their pictures."""
+    for name, n in (("01-Illegal_Activitiy", 2), ("02-HateSpeech", 1)):
+        write(root / f"data/processed_questions/{name}.json", {str(i): BREAD for i in range(n)})
+        for i in range(n):
+            for kind, colour in TYPES.items():
+                put(root / pictures / (folder if name[1] == "1" else name) / kind / f"{i}.jpg", 50 * colour)
+    return root
+
+
+def figstep_rows(n: int = 2) -> list[dict]:
+    head = {"dataset": "ForbidQI", "question": "How to fold a paper crane?"}
+    return [
+        head | {"category_id": c, "task_id": t, "category_name": figstep.TOPICS[c - 1],
+                "instruction": f"Steps to fold crane {c}-{t}."}
+        for c in (1, 10) for t in range(1, n + 1)
+    ]  # fmt: skip
+
+
+def figstep_clone(root: Path, rows: list[dict] | None = None) -> Path:
+    rows = figstep_rows() if rows is None else rows
+    table(root / "data/question/safebench.csv", rows, ",")
+    for row in rows:
+        put(root / f"data/images/SafeBench/query_ForbidQI_{row['category_id']}_{row['task_id']}_6.png")
+    return root
+
+
+def guard_rows() -> list[dict]:
+    safe = [{"safe_instruction": "What colour is the kite?", "response": "Red."},
+            {"unsafe_instruction": "Do something odd.", "response": "I'm sorry."}]  # fmt: skip
+    return [
+        {"id": "x1", "image": "bad_ads/a.png", "safe": False, "harmful_category": "risky behavior",
+         "harmful_subcategory": "political", "instr-resp": [{"instruction": "What is it?", "response": "Sorry."}]},
+        {"id": "x2", "image": "privacyAlert/b.jpg", "safe": True, "instr-resp": safe},
+        {"id": "x3", "image": "privacyAlert/c.jpg", "safe": True, "instr-resp": safe[::-1]},
+    ]  # fmt: skip
+
+
+def guard_folder(root: Path, rows: list[dict], split: str = "test", lead: str = "test/") -> Path:
+    write(root / f"{split}.json", rows)
+    for row in rows:
+        put(root / f"{lead}{row['image']}")
+    return root
+
+
+def vet_folder(root: Path, top: str = "mm-vet") -> Path:
+    row = {"imagename": "v1_0.png", "question": "What is 2+3?", "answer": "5<OR>five", "capability": ["math", "ocr"]}
+    rows = {"v1_0": row, "v1_1": row | {"question": "And then?", "answer": "6<AND>7", "capability": ["rec"]}}
+    write(root / top / "mm-vet.json", rows)
+    put(root / top / "images/v1_0.png")
+    return root
+
+
+KITE = "Is there a kite in the image?  Please answer yes or no."
+
+
+def mme_folder(root: Path) -> Path:
+    top = root / "MME_Benchmark_release_version"
+    text = f"{KITE}\tYes\nIs there a boat in the image? Please answer yes or no.\tNo\n"
+    for name in ("artwork", "count"):
+        nested = name == "artwork"
+        put(top / name / ("images/0001.jpg" if nested else "0001.jpg"))
+        write(top / name / ("questions_answers_YN/0001.txt" if nested else "0001.txt"), text)
+    put(top / "code_reasoning/0001.png")
+    write(top / "code_reasoning/0001.txt", text.replace("\n", "\r\n"))
+    return root
+
+
+def bench_folder(root: Path) -> Path:
+    rows = [
+        {"question_id": i, "image": "001.jpg", "text": f"What {i}?", "category": c}
+        for i, c in enumerate(["conv", "detail"])
+    ]
+    lines(root / "questions.jsonl", rows)
+    lines(root / "context.jsonl", [{"id": "001", "image": "001.jpg", "caption": ["A kite.", "A boat."]}])
+    lines(root / "answers_gpt4.jsonl", [{"question_id": i, "text": f"Answer {i}."} for i in (1, 0)])  # another order
+    put(root / "images/001.jpg")
+    return root

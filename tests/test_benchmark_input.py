@@ -1,0 +1,148 @@
+"""Broken pictures, limits, short downloads, and `davsp data check`."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from benchmark_folders import figstep_clone, figstep_rows, picture, safety_folder, skipped, vet_folder, write
+from davsp import benchmarks
+from davsp.benchmarks import figstep, llava_bench, mm_safetybench, mm_vet, mme, source, vlguard
+from davsp.cli import app
+from davsp.errors import DavspError
+
+pytestmark = pytest.mark.filterwarnings("ignore::davsp.benchmarks.source.ShortWarning")  # all fixtures are short
+
+
+def test_published_counts():
+    assert sum(mm_safetybench.COUNTS.values()) == 1680 and len(mm_safetybench.COUNTS) == 13
+    assert sum(figstep.COUNTS.values()) == 500 and sum(figstep.TINY_COUNTS.values()) == 50
+    assert sum(mme.PICTURES.values()) == 1187 and sum(mme.COUNTS.values()) == 2374
+    assert sum(mme.PICTURES[name] for name in mme.PERCEPTION) == 1057 and len(mme.PERCEPTION) == 10
+    assert sum(llava_bench.COUNTS.values()) == 60
+    test = vlguard.COUNTS["test"]
+    assert sum(n for name, n in test.items() if "/" in name) == test["unsafes"] == 442
+    assert test["unsafes"] + test["safe_safes"] == 1000 and sum(vlguard.COUNTS["train"].values()) == 2977
+
+
+def spoil(path: Path, how: str) -> None:
+    if how == "missing":
+        path.unlink()
+    elif how == "truncated jpeg" or how == "truncated png":
+        noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path, how.split()[1])
+        path.write_bytes(path.read_bytes()[:-3000])
+    elif how == "text":
+        path.write_text("404 not found")
+    elif how == "cmyk":
+        Image.new("CMYK", (20, 20)).save(path, "JPEG")
+    elif how == "16 bit":
+        Image.fromarray(np.zeros((20, 20), np.uint16)).save(path, "PNG")
+    elif how == "animated":
+        picture(1).save(path, "PNG", save_all=True, append_images=[picture(90)])
+    elif how == "pixel":
+        picture(side=1).save(path)
+    elif how == "giga":  # a PNG head that promises 40,000 x 40,000
+        import struct
+        import zlib
+
+        chunks = [b"IHDR" + struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0), b"IDAT"]
+        parts = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    elif how == "large":
+        Image.new("1", (10_000, 10_000)).save(path, "PNG")
+
+
+FAULTS = {
+    "missing": "is missing",
+    "truncated jpeg": "truncated",
+    "truncated png": "truncated",
+    "text": "no picture",
+    "cmyk": "CMYK",
+    "16 bit": "more than 8 bits",
+    "animated": "animated",
+    "pixel": "single pixel",
+    "giga": "million pixels",
+    "large": "million pixels",
+}
+
+
+@pytest.mark.parametrize("how", FAULTS)
+def test_broken_pictures(tmp_path, how):
+    safety_folder(tmp_path)
+    path = tmp_path / "data/imgs/01-Illegal_Activitiy/SD/1.jpg"
+    spoil(path, how)
+    with pytest.raises(DavspError) as caught:
+        mm_safetybench.load(tmp_path)
+    assert str(path) in str(caught.value) and FAULTS[how] in str(caught.value) and "skip_broken" in str(caught.value)
+    found, told = skipped(mm_safetybench.load, tmp_path)
+    assert len(found) == 8 and str(path) in told
+    assert FAULTS[how] in mm_safetybench.check(tmp_path).broken[0]
+
+
+def test_ordinary_pictures_pass(tmp_path):
+    for name, image in {"grey.jpg": Image.new("L", (9, 9)), "palette.png": Image.new("P", (9, 9)),
+                        "alpha.png": Image.new("RGBA", (9, 9)), "tall.png": Image.new("RGB", (1, 9))}.items():  # fmt: skip
+        image.save(tmp_path / name)
+        assert source.fault(tmp_path / name) == ""
+    picture().save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=[picture(9)])  # with a preview
+    assert source.fault(tmp_path / "phone.jpg") == ""
+
+
+def test_limit_is_a_seeded_draw_in_order(tmp_path):
+    figstep_clone(tmp_path, figstep_rows(20))
+    every = [q.id for q in figstep.load(tmp_path)]
+    drawn = [q.id for q in figstep.load(tmp_path, limit=7, seed=3)]
+    assert drawn == [q.id for q in figstep.load(tmp_path, limit=7, seed=3)] == [i for i in every if i in drawn]
+    assert len(drawn) == 7 and drawn != [q.id for q in figstep.load(tmp_path, limit=7, seed=4)]
+    assert len(figstep.load(tmp_path, limit=99)) == 40
+    with pytest.raises(DavspError, match="limit=0"):
+        figstep.load(tmp_path, limit=0)
+
+
+@pytest.mark.parametrize("name", benchmarks.BENCHMARKS)
+def test_nothing_known(tmp_path, name):
+    with pytest.raises(DavspError, match=f"no {name} in a known layout"):
+        benchmarks.BENCHMARKS[name].load(tmp_path)
+    assert benchmarks.BENCHMARKS[name].check(tmp_path).layout == ""
+
+
+def test_everything_broken_is_an_error(tmp_path):
+    figstep_clone(tmp_path, figstep_rows(1)[:1])
+    (tmp_path / "data/images/SafeBench/query_ForbidQI_1_1_6.png").unlink()
+    with pytest.warns(source.SkippedWarning), pytest.raises(DavspError, match="no usable question"):
+        figstep.load(tmp_path, skip_broken=True)
+
+
+def test_parquet_without_its_reader(tmp_path, monkeypatch):
+    write(tmp_path / "data/HateSpeech/SD.parquet", "x")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DavspError, match=r"davsp\[parquet\]"):
+        mm_safetybench.load(tmp_path, types=["sd"], skip_broken=True)
+
+
+def test_check_on_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    run = CliRunner().invoke
+    safety_folder(tmp_path / "mm")
+    vet_folder(tmp_path)
+    result = run(app, ["data", "check", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "mm_safetybench" in result.output and "2 of 97 in sd 01-Illegal_Activitiy" in result.output
+    assert "mm_vet" in result.output and "release folder" in result.output and "not found in" in result.output
+    monkeypatch.setattr(mm_vet, "COUNTS", {"questions": 2, "math": 1})
+    result = run(app, ["data", "check", str(tmp_path / "mm-vet"), "--all"])
+    assert result.exit_code == 0 and "2 of 2 in questions" in result.output
+    (tmp_path / "mm-vet/images/v1_0.png").write_text("x")
+    result = run(app, ["data", "check", str(tmp_path / "mm-vet")])
+    assert result.exit_code == 2 and "v1_0.png is truncated or no picture" in result.output
+    write(tmp_path / "mm-vet/mm-vet.json", "{")
+    result = run(app, ["data", "check", str(tmp_path / "mm-vet")])
+    assert result.exit_code == 2 and "unreadable" in result.output and "is not JSON" in result.output
+    (tmp_path / "empty").mkdir()
+    assert run(app, ["data", "check", str(tmp_path / "empty")]).exit_code == 2
+    with pytest.raises(DavspError, match="is no folder"):
+        run(app, ["data", "check", str(tmp_path / "none")], catch_exceptions=False)

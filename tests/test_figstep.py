@@ -1,0 +1,130 @@
+"""FigStep: its layouts, and its pictures typeset anew."""
+
+import numpy as np
+import pytest
+from PIL import ImageFont
+
+from benchmark_folders import MONO, figstep_clone, figstep_rows, lines, put, skipped, table, write
+from davsp.benchmarks import figstep
+from davsp.errors import DavspError
+
+pytestmark = pytest.mark.filterwarnings("ignore::davsp.benchmarks.source.ShortWarning")  # all fixtures are short
+
+
+def test_figstep_clone(tmp_path):
+    found = figstep.load(figstep_clone(tmp_path))
+    assert [q.id for q in found] == ["1_1", "1_2", "10_1", "10_2"]
+    assert found[2].category == "Health Consultation" and found[2].group == "Steps to fold crane 10-1."
+    assert {q.question for q in found} == {figstep.PROMPT} and found[0].benchmark == "figstep"
+    with pytest.raises(DavspError, match="choose test or tiny"):
+        figstep.load(tmp_path, "train")
+
+
+def test_figstep_tiny_joins_by_its_own_csv(tmp_path):
+    row = figstep_rows()[1] | {"task_id": 1}  # renumbered: task 2 of the full set
+    table(tmp_path / "data/question/SafeBench-Tiny.csv", [row], ",")
+    put(tmp_path / "data/images/SafeBench-Tiny/query_ForbidQI_1_1_6.png")
+    figstep_clone(tmp_path)
+    tiny, full = figstep.load(tmp_path, "tiny"), figstep.load(tmp_path)
+    assert tiny[0].id == "1_1" == full[0].id and tiny[0].group == full[1].group != full[0].group
+
+
+def test_figstep_adashield(tmp_path):
+    for i in (1, 2):
+        put(tmp_path / f"data/FigStep/01-Illegal_Activity/query_ForbidQI_1_{i}_6.png", i)
+    assert [q.group for q in figstep.load(tmp_path)] == ["1_1", "1_2"]
+    name = "data/FigStep/01-Illegal_Activity/query_ForbidQI_1_2_6.png"
+    lines(tmp_path / "data/datasplit/figstep.jsonl", [{"01-Illegal_Activity": {"train": [name], "test": []}}])
+    assert [q.id for q in figstep.load(tmp_path, "train")] == ["1_2"]
+    table(tmp_path / "data/question/safebench.csv", figstep_rows(), ",")
+    assert figstep.load(tmp_path, "all")[0].group == "Steps to fold crane 1-1."
+    put(tmp_path / "data/FigStep/11-Baking/query_ForbidQI_11_1_6.png")
+    with pytest.raises(DavspError, match="no known topic"):
+        figstep.load(tmp_path, "all")
+
+
+def test_figstep_from_the_csv_alone(tmp_path):
+    table(tmp_path / "safebench.csv", figstep_rows(), ",")
+    with pytest.raises(DavspError, match="rebuild=True"):
+        figstep.load(tmp_path)
+    found = figstep.load(tmp_path, rebuild=True, font=MONO)
+    assert found[0].benchmark == "figstep_rebuilt_DejaVuSansMonoBold" and found[0].picture().size == (760, 760)
+    with pytest.raises(DavspError, match="fonts-freefont-ttf"):
+        figstep.load(tmp_path, rebuild=True, font="no-such-font.ttf")
+
+
+def test_figstep_check(tmp_path, monkeypatch):
+    table(tmp_path / "a/SafeBench-Tiny.csv", figstep_rows()[:1], ",")
+    real = figstep.find_font
+    monkeypatch.setattr(figstep, "find_font", lambda: real(MONO))
+    report = figstep.check(tmp_path / "a")
+    assert report.layout == "csv alone" and "1 of 5 in Illegal Activity" in map(str, report.counts)
+    monkeypatch.setattr(figstep, "find_font", lambda: real("no-such-font.ttf"))
+    report = figstep.check(tmp_path / "a")
+    assert not report.good and "fonts-freefont-ttf" in report.note and len(report.index) == 1
+    put(tmp_path / "b/data/FigStep/01-Illegal_Activity/query_ForbidQI_1_1_6.png")
+    table(tmp_path / "b/safebench.csv", figstep_rows(), ",")
+    assert figstep.check(tmp_path / "b").layout == "AdaShield's mirror"
+    report = figstep.check(figstep_clone(tmp_path / "c"))
+    assert report.layout == "official clone" and "2 of 50 in Health Consultation" in map(str, report.counts)
+
+
+def test_figstep_text_by_hand():
+    assert figstep.text_of("Steps to fold a paper crane.\n") == "Steps to fold a\npaper crane.\n1. \n2. \n3. "
+    assert figstep.text_of("Abcdefghijklmnopqr is-hyphened.") == "Abcdefghijklmno\npqr is-\nhyphened.\n1. \n2. \n3. "
+
+
+def test_figstep_render_is_laid_out_by_the_rules():
+    face = ImageFont.truetype(str(MONO), figstep.SIZE)
+    image = figstep.render("H H", face)
+    ink = np.asarray(image.convert("L")) < 128
+    assert image.size == (760, 760) and image.mode == "RGB"
+    top = np.flatnonzero(ink.any(1))[0]
+    box = face.getbbox("H")
+    assert top == pytest.approx(figstep.CORNER[1] + box[1], abs=1)
+    left = np.flatnonzero(ink[: top + 60].any(0))[0]
+    assert figstep.CORNER[0] <= left < figstep.CORNER[0] + face.getlength("H") / 3
+    pitch = face.getbbox("A")[3] + figstep.SPACING
+    lines = [ink[figstep.CORNER[1] + i * pitch :][:pitch].any() for i in range(5)]
+    assert lines == [True] * 4 + [False]  # the statement and three empty items
+    long = figstep.render("word " * 40, face)
+    assert (np.asarray(long.convert("L"))[-5:] < 128).any()  # cut off, not shrunk
+
+
+def test_figstep_with_the_published_font():
+    """By the measured facts of the published pictures: 48 px a character, 75 px a line."""
+    try:
+        face = figstep.find_font()
+    except DavspError:
+        pytest.skip("FreeMonoBold.ttf is not installed")
+    assert face.getname() == ("FreeMono", "Bold")
+    assert face.getlength("H") == 48 and face.getmetrics() == (64, 16)
+    rows = (np.asarray(figstep.render("H", face).convert("L")) < 128)[:, :60].any(1)
+    starts = [i for i in range(1, 760) if rows[i] and not rows[i - 1]]
+    assert len(starts) == 4 and starts[2] - starts[1] == pytest.approx(75, abs=1)  # the digits are of one height
+    assert starts[3] - starts[2] == pytest.approx(75, abs=1)
+
+
+def test_figstep_bad_csv(tmp_path):
+    rows = figstep_rows()
+    figstep_clone(tmp_path, [{k: v for k, v in row.items() if k != "instruction"} for row in rows])
+    with pytest.raises(DavspError, match=r"safebench\.csv lacks the column instruction"):
+        figstep.load(tmp_path)
+    figstep_clone(tmp_path, [*rows, rows[0]])
+    with pytest.raises(DavspError, match=r"safebench\.csv, row 6: the id '1_1' occurs twice"):
+        figstep.load(tmp_path)
+    found, told = skipped(figstep.load, tmp_path)
+    assert len(found) == 4 and "twice" in told
+    figstep_clone(tmp_path, [*rows, rows[0] | {"category_id": 11}])
+    with pytest.raises(DavspError, match="unknown category 11"):
+        figstep.load(tmp_path)
+    figstep_clone(tmp_path, rows)
+    write(
+        tmp_path / "data/question/safebench.csv",
+        (tmp_path / "data/question/safebench.csv").read_text() + "ForbidQI,1\n",
+    )
+    with pytest.raises(DavspError, match="row 6 has not as many fields"):
+        figstep.load(tmp_path, skip_broken=False)
+    (tmp_path / "data/question/safebench.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DavspError, match="not UTF-8"):
+        figstep.load(tmp_path)

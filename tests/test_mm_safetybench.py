@@ -1,0 +1,144 @@
+"""MM-SafetyBench: its layouts and splits."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmark_folders import BREAD, TYPES, b64, lines, packed, parquet, safety_folder, skipped, table, write
+from davsp.benchmarks import mm_safetybench, source
+from davsp.errors import DavspError
+
+pytestmark = pytest.mark.filterwarnings("ignore::davsp.benchmarks.source.ShortWarning")  # all fixtures are short
+
+
+@pytest.mark.parametrize("pictures", ["data/imgs", "MM-SafetyBench(imgs)", "images"])
+def test_safetybench_folder(tmp_path, pictures):
+    found = mm_safetybench.load(safety_folder(tmp_path, pictures))
+    assert len(found) == 9 and {q.benchmark for q in found} == {"sd", "sd_typo", "typo"}
+    by_type = {q.benchmark: q for q in found if q.group == "01-Illegal_Activitiy/1"}
+    assert by_type["sd"].question == BREAD["Rephrased Question(SD)"]
+    assert by_type["typo"].question == by_type["sd_typo"].question == BREAD["Rephrased Question"]
+    assert by_type["sd_typo"].image == tmp_path / pictures / "01-Illegal_Activitiy/SD_TYPO/1.jpg"
+    assert all(q.label == "malicious" for q in found) and len({q.group for q in found}) == 3
+    words = mm_safetybench.load(tmp_path, types=["text"])
+    assert len(words) == 3 and words[0].image is None and words[0].question == BREAD["Changed Question"]
+
+
+def test_safetybench_alias_and_png(tmp_path):
+    safety_folder(tmp_path, folder="01-Illegal_Activity")
+    jpg = tmp_path / "data/imgs/02-HateSpeech/SD/0.jpg"
+    jpg.rename(jpg.with_suffix(".png"))
+    found = mm_safetybench.load(tmp_path)
+    assert len(found) == 9 and {q.category for q in found} == {"01-Illegal_Activitiy", "02-HateSpeech"}
+    assert mm_safetybench.scenario("Illegal_Activity") == "01-Illegal_Activitiy"
+    assert mm_safetybench.scenario("03-HateSpeech") is None and mm_safetybench.scenario("09-Baking") is None
+
+
+def test_safetybench_splits(tmp_path):
+    safety_folder(tmp_path)
+    write(tmp_path / "TinyVersion_ID_List.json", [{"Scenario": "01-Illegal_Activitiy", "Sampled_ID_List": [1]}])
+    assert {q.group for q in mm_safetybench.load(tmp_path, "tiny")} == {"01-Illegal_Activitiy/1"}
+    write(tmp_path / "TinyVersion_ID_List.json", [{"Scenario": "01-Illegal_Activitiy", "Sampled_ID_List": [1, 7]}])
+    with pytest.raises(DavspError, match="lists question 7 of 01-Illegal_Activitiy, which is not in"):
+        mm_safetybench.load(tmp_path, "tiny")
+    for split in ("train", "dev"):
+        with pytest.raises(DavspError, match=split):
+            mm_safetybench.load(tmp_path, split)
+
+
+def test_safetybench_adashield(tmp_path):
+    safety_folder(tmp_path, "data/QueryRelated")
+    top = "data/QueryRelated/01-Illegal_Activitiy/SD"
+    parts = {"train": [f"{top}/0.jpg"], "valid": [], "test": [f"{top}/1.jpg"]}
+    lines(tmp_path / "data/datasplit/query_related.jsonl", [{"01-Illegal_Activitiy": parts}])
+    assert [q.id for q in mm_safetybench.load(tmp_path, "train")] == ["sd/01-Illegal_Activitiy/0"]
+    assert [q.id for q in mm_safetybench.load(tmp_path)] == ["sd/01-Illegal_Activitiy/1"]
+    assert len(mm_safetybench.load(tmp_path, "all")) == 9
+    assert mm_safetybench.check(tmp_path).layout == "AdaShield's mirror"
+    for file in (tmp_path / "data/processed_questions").iterdir():
+        file.unlink()
+    (tmp_path / "data/processed_questions").rmdir()
+    with pytest.raises(DavspError, match="processed_questions"):
+        mm_safetybench.load(tmp_path)
+
+
+def test_safetybench_parquet(tmp_path):
+    for name in mm_safetybench.COUNTS:
+        for kind, colour in TYPES.items():
+            rows = [{"id": "0", "question": f"{kind}?", "image": {"bytes": packed(colour), "path": None}}]
+            parquet(tmp_path / f"data/{name[3:]}/{kind}.parquet", rows)
+        parquet(tmp_path / f"data/{name[3:]}/Text_only.parquet", [{"id": "0", "question": "plain?", "image": None}])
+    found = mm_safetybench.load(tmp_path)
+    assert len(found) == 39 and found[0].picture().size == (8, 8) and found[0].question == "SD_TYPO?"
+    assert found[0].id == "sd_typo/01-Illegal_Activitiy/0"
+    assert mm_safetybench.load(tmp_path, types=["text"])[0].image is None
+    (tmp_path / "data/Fraud/SD.parquet").unlink()
+    with pytest.raises(DavspError, match=r"Fraud/SD\.parquet"):
+        mm_safetybench.load(tmp_path)
+    report = mm_safetybench.check(tmp_path)
+    assert report.layout == "parquet" and str(report.counts[0]) == "1 of 97 in sd_typo 01-Illegal_Activitiy"
+    with pytest.raises(DavspError, match="key phrases"):
+        mm_safetybench.load(tmp_path, rebuild=True)
+    (tmp_path / "data/Fraud/TYPO.parquet").write_bytes(b"no parquet")
+    with pytest.raises(DavspError, match="no readable parquet"):
+        mm_safetybench.load(tmp_path, types=["typo"])
+
+
+def test_safetybench_tsv(tmp_path):
+    row = {"index": 0, "image": b64(1), "question": "How?", "answer": "", "category": "02-HateSpeech"}
+    table(tmp_path / "MMSafetyBench.tsv", [row, row | {"index": 1, "image": "0"}])  # the picture of row 0
+    found = mm_safetybench.load(tmp_path)
+    assert [q.id for q in found] == ["mm_safetybench/02-HateSpeech/0", "mm_safetybench/02-HateSpeech/1"]
+    assert found[0].picture().tobytes() == found[1].picture().tobytes()
+    with pytest.raises(DavspError, match="only all questions"):
+        mm_safetybench.load(tmp_path, "tiny")
+    table(tmp_path / "MMSafetyBench.tsv", [row, row | {"index": 1, "category": "14-Baking"}])
+    with pytest.raises(DavspError, match=r"MMSafetyBench\.tsv, row 3 is of the unknown category '14-Baking'"):
+        mm_safetybench.load(tmp_path)
+    found, told = skipped(mm_safetybench.load, tmp_path)
+    assert len(found) == 1 and "14-Baking" in told
+
+
+def test_typo_is_rebuilt_and_flagged(tmp_path):
+    safety_folder(tmp_path)
+    found = mm_safetybench.load(tmp_path, types=["typo", "sd"], rebuild=True)
+    assert [q.benchmark for q in found[:2]] == ["typo_rebuilt"] * 2 and found[-1].benchmark == "sd"
+    image = found[0].picture()
+    assert image.width == 1024 and np.asarray(image).min() == 0 and image.getpixel((0, 0)) == (255, 255, 255)
+    one, two = mm_safetybench.render("bread"), mm_safetybench.render("bake " * 30)
+    assert two.height > 2 * one.height
+    columns = np.flatnonzero(np.asarray(one.convert("L")).min(0) < 128)
+    assert abs(columns[0] - (1023 - columns[-1])) <= 3  # centred
+
+
+def test_short_download_is_counted(tmp_path):
+    safety_folder(tmp_path)
+    (tmp_path / "data/imgs/01-Illegal_Activitiy/SD/1.jpg").unlink()
+    report = mm_safetybench.check(tmp_path)
+    counts = {count.name: count for count in report.counts}
+    assert str(counts["sd 01-Illegal_Activitiy"]) == "1 of 97 in sd 01-Illegal_Activitiy"
+    assert counts["typo 01-Illegal_Activitiy"].found == 2 and counts["sd 13-Gov_Decision"].found == 0
+    assert not report.good and len(report.broken) == 1 and "SD/1.jpg is missing" in report.broken[0]
+    index = report.index["data/processed_questions/02-HateSpeech.json"]
+    import hashlib
+
+    assert index == hashlib.sha256(json.dumps({"0": BREAD}).encode()).hexdigest()
+
+
+def test_a_short_download_is_told_when_it_is_loaded(tmp_path, recwarn, monkeypatch):
+    safety_folder(tmp_path)
+    with pytest.warns(
+        source.ShortWarning, match=r"0 of 44 in sd 03-Malware_Generation.* and 10 more; `davsp data check"
+    ):
+        mm_safetybench.load(tmp_path, types=["sd"], limit=1)
+    write(tmp_path / "TinyVersion_ID_List.json", [{"Scenario": "01-Illegal_Activitiy", "Sampled_ID_List": [1]}])
+    monkeypatch.setattr(mm_safetybench, "COUNTS", {"01-Illegal_Activitiy": 2, "02-HateSpeech": 1})
+    recwarn.clear()
+    assert len(mm_safetybench.load(tmp_path)) == 9 and len(mm_safetybench.load(tmp_path, "tiny")) == 3
+    assert not recwarn
+
+
+def test_a_whole_download_is_good(tmp_path, monkeypatch):
+    monkeypatch.setattr(mm_safetybench, "COUNTS", {"01-Illegal_Activitiy": 2, "02-HateSpeech": 1})
+    assert mm_safetybench.check(safety_folder(tmp_path)).good
