@@ -111,7 +111,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, fault: str, item: int, plain: bool) -> None:
         label = self.server.say(item)
-        other = {"safe": "unsafe", "unsafe": "safe"}.get(label, "")  # a client that reads faults would read this
+        score = "3 9" if " " in label else "0.9"
+        other = {"safe": "unsafe", "unsafe": "safe"}.get(label, score)  # a client that reads faults would read this
         if fault.startswith("429"):
             name, _, value = fault.partition(" ")
             header = formatdate(usegmt=True) if value == "date" else value or "0"
