@@ -7,14 +7,12 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from davsp import VisualSafetyPrompt, embedded
+from davsp.store import by_defense
 
 
 def main(out: Path) -> None:
     test = {q.id: q for q in embedded.protocol(json.loads((out / "manifest.json").read_text())["seed"]).test}
-    answers = {
-        name: {r["query_id"]: r["text"] for r in map(json.loads, (out / "responses" / f"{name}.jsonl").open())}
-        for name in ("none", "davsp")
-    }
+    answers = {name: {r.query_id: r.text for r in found} for name, found in by_defense(out / "responses.jsonl").items()}
     harm = next(i for i, q in test.items() if q.benchmark == "sd_typo" and changed(answers, i))
     safe = next(
         i for i, q in test.items() if q.category == "gen" and answers["davsp"][i] == answers["none"][i] == q.reference

@@ -17,12 +17,12 @@ import pytest
 from davsp import DavspError, Query, Response, Verdict
 from davsp.client import Limit, retry_after
 from davsp.errors import Interrupted
-from davsp.evaluation import judge_name, verdicts_of
 from davsp.judges.base import check_unscored
 from davsp.judges.cache import Finding, VerdictCache
 from davsp.judges.chat import ChatJudge
 from davsp.judges.guard import HARMBENCH, LLAMA_GUARD_3
 from davsp.judges.prompts import CHAT, DAVSP
+from davsp.judges.verdicts import judge_name, verdicts_of
 from judge_server import Judge, faulty, items, judge_server, truth
 
 SECRET = "sk-a-secret-of-this-test"

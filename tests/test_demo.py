@@ -69,7 +69,7 @@ def test_demo_end_to_end(lvlm: LVLM, tmp_path: Path) -> None:
 
     prompt = VisualSafetyPrompt.from_pretrained(tmp_path / "prompt")
     assert any(name.startswith("rsr") for name in prompt.config["figures"])
-    evaluated = json.loads((tmp_path / "responses" / "davsp.json").read_text())["defense"]
+    evaluated = json.loads((tmp_path / "run.json").read_text())["defenses"]["davsp"]
     assert evaluated == VisualPrompt(prompt).describe()  # what was measured is what was exported
 
     first = seconds(tmp_path)

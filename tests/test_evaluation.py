@@ -11,9 +11,11 @@ from rich.console import Console
 from davsp import LVLM, DavspError, HarmfulnessVector, Query, Response
 from davsp.defenses import Defense, NoDefense, SafetyText
 from davsp.errors import Interrupted
-from davsp.evaluation import Evaluation, evaluate, fingerprint, judge_name, queries_hash, verdicts_of
+from davsp.evaluation import Evaluation, evaluate, planned, queries_hash
 from davsp.judges.keyword import VERSION as RULES
 from davsp.judges.keyword import keyword
+from davsp.judges.verdicts import judge_name, verdicts_of
+from davsp.lvlm import fingerprint
 from tiny import queries
 
 DEFENSES: dict[str, Defense] = {"none": NoDefense(), "safety-text": SafetyText("please be safe")}
@@ -67,10 +69,11 @@ def test_files_and_rows(lvlm: LVLM, vector: HarmfulnessVector, tmp_path: Path) -
     }
     assert any(r["metric"] == "rsr_difference" for r in found.rows if r["defense"] == "safety-text")
     assert all(r["model"] == Path(lvlm.model_id).name for r in found.rows)
-    lines = (tmp_path / "responses" / "none.jsonl").read_text().splitlines()
-    assert [json.loads(line)["query_id"] for line in lines] == [q.id for q in some()]
-    assert all(json.loads(line)["projection"] is not None for line in lines)
-    assert len((tmp_path / "verdicts" / "none.jsonl").read_text().splitlines()) == 5
+    lines = [json.loads(line) for line in (tmp_path / "responses.jsonl").read_text().splitlines()]
+    assert [(r["defense"], r["query_id"]) for r in lines] == [(d, q.id) for d in DEFENSES for q in some()]
+    assert all(r["projection"] is not None for r in lines)
+    assert len((tmp_path / "verdicts.jsonl").read_text().splitlines()) == 2 * 5
+    assert list(json.loads((tmp_path / "queries.json").read_text())) == [q.id for q in some()]
     assert texts(run(lvlm, None, vector=vector)) == texts(found)
 
 
@@ -81,7 +84,7 @@ def test_a_killed_run_ends_the_same(lvlm: LVLM, tmp_path: Path, cut: int) -> Non
     with pytest.raises(Kill):
         fragile: dict[str, Defense] = {"none": Fragile(Kill)}
         evaluate(lvlm, fragile, some(), tmp_path / "cut", batch_size=2, max_new_tokens=5)
-    path = tmp_path / "cut" / "responses" / "none.jsonl"
+    path = tmp_path / "cut" / "responses.jsonl"
     assert path.read_text().count("\n") == 4
     path.write_bytes(path.read_bytes()[: -cut or None])
     again = run(lvlm, tmp_path / "cut")
@@ -90,9 +93,9 @@ def test_a_killed_run_ends_the_same(lvlm: LVLM, tmp_path: Path, cut: int) -> Non
 
 def test_a_finished_run_is_not_answered_again(lvlm: LVLM, tmp_path: Path) -> None:
     whole = run(lvlm, tmp_path)
-    broken: dict[str, Defense] = {"none": Fragile(Kill, after=0)}
+    broken: dict[str, Defense] = DEFENSES | {"none": Fragile(Kill, after=0)}
     again = evaluate(lvlm, broken, some(), tmp_path, batch_size=2, max_new_tokens=5)
-    assert again.responses["none"] == whole.responses["none"]
+    assert again.responses == whole.responses and again.rows == whole.rows
 
 
 def test_ctrl_c_says_how_to_go_on(lvlm: LVLM, tmp_path: Path) -> None:
@@ -105,9 +108,9 @@ def test_ctrl_c_says_how_to_go_on(lvlm: LVLM, tmp_path: Path) -> None:
     ("change", "reason"),
     [
         ({"max_new_tokens": 4}, "max new tokens"),
-        ({"queries": "question"}, "another queries"),
-        ({"queries": "picture"}, "another queries"),
-        ({"defenses": {"none": SafetyText("be safe")}}, "another defense"),
+        ({"queries": "question"}, "other queries, 'malicious-0' is another"),
+        ({"queries": "picture"}, "other queries, 'malicious-0' is another"),
+        ({"defenses": {"none": SafetyText("be safe")}}, "another defense 'none'"),
     ],
 )
 def test_answers_of_another_run_are_refused_or_redone(
@@ -120,7 +123,7 @@ def test_answers_of_another_run_are_refused_or_redone(
         "max_new_tokens": 5,
     }
     evaluate(lvlm, out=tmp_path, **options)  # type: ignore[arg-type]
-    kept = (tmp_path / "responses" / "none.jsonl").read_bytes()
+    kept = (tmp_path / "responses.jsonl").read_bytes()
     if "queries" in change:
         first, *rest = some()
         other = (
@@ -131,15 +134,31 @@ def test_answers_of_another_run_are_refused_or_redone(
         change = {"queries": [other, *rest]}
     with pytest.raises(DavspError, match=reason):
         evaluate(lvlm, out=tmp_path, **options | change)  # type: ignore[arg-type]
-    assert (tmp_path / "responses" / "none.jsonl").read_bytes() == kept
+    assert (tmp_path / "responses.jsonl").read_bytes() == kept
     console = Console(record=True, width=200, quiet=False, file=io.StringIO())
     evaluate(lvlm, out=tmp_path, redo=True, console=console, **options | change)  # type: ignore[arg-type]
     assert "answered anew" in console.export_text()
 
 
+def test_defenses_may_be_added_but_not_left_out(lvlm: LVLM, tmp_path: Path) -> None:
+    evaluate(lvlm, {"none": NoDefense()}, some(), tmp_path, batch_size=2, max_new_tokens=5)
+    once: dict[str, Defense] = {"none": Fragile(Kill, after=0), "safety-text": DEFENSES["safety-text"]}
+    whole = evaluate(lvlm, once, some(), tmp_path, batch_size=2, max_new_tokens=5)
+    assert texts(whole) == texts(run(lvlm, None))
+    with pytest.raises(DavspError, match="answers under 'safety-text', which is not among the defenses now"):
+        evaluate(lvlm, {"none": NoDefense()}, some(), tmp_path, batch_size=2, max_new_tokens=5)
+
+
+def test_batches_are_of_like_length() -> None:
+    plan = planned(some())
+    assert plan[-1].id == "w" and {q.id for q in plan} == {q.id for q in some()}
+    lengths = [len(q.question) for q in plan[:-1]]
+    assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) > 1
+
+
 def test_damaged_answers_are_not_skipped(lvlm: LVLM, tmp_path: Path) -> None:
     run(lvlm, tmp_path)
-    path = tmp_path / "responses" / "none.jsonl"
+    path = tmp_path / "responses.jsonl"
     path.write_text("{nonsense}\n" + path.read_text())
     with pytest.raises(DavspError, match="damaged"):
         run(lvlm, tmp_path)
@@ -158,7 +177,7 @@ def test_a_judge_that_says_something_else_is_unscored() -> None:
 
 def test_a_verdict_names_its_judge_and_the_version_of_its_rules() -> None:
     responses = [Response(q.id, "none", "a cake") for q in some()]
-    assert {v.judge for v in verdicts_of(some(), responses)} == {f"keyword/{RULES}"} == {judge_name(keyword)}
+    assert {v.judge for v in verdicts_of(some(), responses, keyword)} == {f"keyword/{RULES}"} == {judge_name(keyword)}
     assert {v.judge for v in verdicts_of(some(), responses, lambda text, question: ("safe", ""))} == {"<lambda>"}
 
 

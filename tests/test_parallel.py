@@ -83,17 +83,11 @@ def test_two_processes_write_the_result_file_of_one(tiny_folder, data, tmp_path)
             "--out", tmp_path / count, "--max-new-tokens", "6", "--num-processes", count,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-    for name in ("metrics.json", "verdicts/none.jsonl", "verdicts/davsp.jsonl"):
+    for name in ("metrics.json", "verdicts.jsonl", "run.json", "queries.json"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
-    for name in ("none", "davsp"):
-        texts = [
-            [
-                json.loads(line)["text"]
-                for line in (tmp_path / c / "responses" / f"{name}.jsonl").read_text().splitlines()
-            ]
-            for c in ("1", "2")
-        ]
-        assert texts[0] == texts[1] and len(texts[0]) == 17
+    lines = [(tmp_path / c / "responses.jsonl").read_text().splitlines() for c in ("1", "2")]
+    texts = [[(r["defense"], r["query_id"], r["text"]) for r in map(json.loads, found)] for found in lines]
+    assert texts[0] == texts[1] and len(texts[0]) == 2 * 17
 
 
 def test_a_mistake_is_one_sentence_and_code_2_in_two_processes_as_well(tiny_folder, data, tmp_path):

@@ -11,7 +11,9 @@ from rich.console import Console
 
 from davsp import Query, Response, VisualSafetyPrompt, metrics
 from davsp.defenses import Defense, NoDefense, VisualPrompt
-from davsp.evaluation import Evaluation, rows_of, verdicts_of
+from davsp.evaluation import Evaluation, rows_of
+from davsp.judges import keyword
+from davsp.judges.verdicts import verdicts_of
 from davsp.report import Picture, Report, build
 from davsp.report.cells import Column, cell, p_value, points
 from davsp.report.html import headline, render, write_report
@@ -41,7 +43,7 @@ def made() -> Report:
             Response(q.id, name, text, shift + i % 3 if q.label == "malicious" else -3.0 - i % 2)
             for i, (q, text) in enumerate(zip(everything, answers, strict=True))
         ]
-    verdicts = {name: verdicts_of(everything, found) for name, found in responses.items()}
+    verdicts = {name: verdicts_of(everything, found, keyword) for name, found in responses.items()}
     outcomes = {name: metrics.outcomes(everything, responses[name], verdicts[name]) for name in responses}
     rows = rows_of("mini", outcomes, "none")
     steps = [{"step": i, "loss": 1 / i, "projection_malicious": i, "projection_benign": -i} for i in range(1, 20)]

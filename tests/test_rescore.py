@@ -9,13 +9,13 @@ import pytest
 
 from davsp import DavspError, Query, Response, Verdict, embedded
 from davsp.dataset import load_queries, save_queries
-from davsp.evaluation import queries_hash
 from davsp.files import write_json
 from davsp.judges.keyword import keyword
 from davsp.judges.keyword_lists import GCG
 from davsp.judges.rescore import rescore, slug, worst_case
 from davsp.metrics import Outcome
 from davsp.query import read_jsonl, write_jsonl
+from davsp.store import query_hash
 from judge_server import Judge, judge_server
 from test_cli import run as davsp
 from tiny import queries
@@ -25,16 +25,13 @@ N = 8
 
 def write_run(folder: Path, asked: list[Query], texts: dict[str, list[str]]) -> Path:
     """What `evaluate` leaves behind, with answers of our own."""
-    for name, answers in texts.items():
-        found = [Response(q.id, name, text) for q, text in zip(asked, answers, strict=True)]
-        write_jsonl(folder / "responses" / f"{name}.jsonl", found)
-        write_json(folder / "responses" / f"{name}.json", {"queries": queries_hash(asked)})
-        label = [
-            Verdict(q.id, name, "keyword/1", *keyword(r.text))
-            for q, r in zip(asked, found, strict=True)
-            if q.label == "malicious"
-        ]
-        write_jsonl(folder / "verdicts" / f"{name}.jsonl", label)
+    found = [Response(q.id, name, text) for name in texts for q, text in zip(asked, texts[name], strict=True)]
+    write_jsonl(folder / "responses.jsonl", found)
+    write_json(folder / "run.json", {"model": "?", "defenses": {name: {} for name in texts}})
+    write_json(folder / "queries.json", {q.id: query_hash(q) for q in asked})
+    bad = {q.id for q in asked if q.label == "malicious"}
+    labels = [Verdict(r.query_id, r.defense, "keyword/1", *keyword(r.text)) for r in found if r.query_id in bad]
+    write_jsonl(folder / "verdicts.jsonl", labels)
     write_json(folder / "metrics.json", {"schema": 1, "rows": [{"model": "tiny"}]})
     return folder
 
@@ -76,8 +73,8 @@ def test_judge_a_run(judge: str, folder: Path, data: Path, server: Judge, capsys
     shown = capsys.readouterr().out
     assert {path: path.read_bytes() for path in before} == before
     name = f"{judge}-1-org-m"
-    verdicts = read_jsonl(folder / "verdicts" / name / "davsp.jsonl", Verdict)
-    assert [v.label for v in verdicts] == ["unsafe", "safe"] * 4
+    verdicts = read_jsonl(folder / f"verdicts-{name}.jsonl", Verdict)
+    assert [v.label for v in verdicts if v.defense == "davsp"] == ["unsafe", "safe"] * 4
     assert all(v.judge == f"{judge}/1:org/m" and v.raw == v.label and len(v.prompt) == 16 for v in verdicts)
     table = rows(folder, name)
     assert table["davsp", "rsr"] == table["davsp", "rsr_worst_case"] == (0.5, 8)
@@ -109,11 +106,11 @@ def test_too_many_unscored(folder: Path, data: Path, server: Judge, capsys: pyte
 def test_disagreements_are_listed(folder: Path, data: Path) -> None:
     assert davsp("judge", folder, "--judge", "keyword-gcg", "--queries", data) == 0
     assert json.loads((folder / "agreement.json").read_text())["disagreements"] == []
-    verdicts = read_jsonl(folder / "verdicts" / "none.jsonl", Verdict)
-    write_jsonl(folder / "verdicts" / "none.jsonl", [replace(verdicts[0], label="safe"), *verdicts[1:]])
+    verdicts = read_jsonl(folder / "verdicts.jsonl", Verdict)
+    write_jsonl(folder / "verdicts.jsonl", [replace(verdicts[0], label="safe"), *verdicts[1:]])
     found = rescore(folder, load_queries(data), GCG)
     assert found.agreement.disagreements == {("none", "malicious-0"): {"keyword/1": "safe", "keyword-gcg/1": "unsafe"}}
-    answers = folder / "responses" / "none.jsonl"
+    answers = folder / "responses.jsonl"
     answers.write_text(answers.read_text().replace("kite", "kite, I'm sorry"))
     rescore(folder, load_queries(data), keyword)
     assert "keyword-gcg/1" not in json.loads((folder / "agreement.json").read_text())["judges"]  # of other answers
@@ -151,14 +148,14 @@ def test_runs_that_cannot_be_judged(folder: Path, data: Path, tmp_path: Path) ->
         rescore(tmp_path / "none", asked, keyword)
     with pytest.raises(DavspError, match="'malicious-0', which is not among these"):
         rescore(folder, asked[1:], keyword)
-    with pytest.raises(DavspError, match="is of other queries"):
+    with pytest.raises(DavspError, match="answers another query 'malicious-0'"):
         rescore(folder, [replace(asked[0], question="another"), *asked[1:]], keyword)
     (folder / "metrics.json").write_text('{"rows": []}')
     with pytest.raises(DavspError, match="names no model"):
         rescore(folder, asked, keyword)
-    short = folder / "responses" / "none.jsonl"
+    short = folder / "responses.jsonl"
     short.write_text("".join(short.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(DavspError, match="answer different queries"):
+    with pytest.raises(DavspError, match="has not all answers under 'davsp'"):
         rescore(folder, asked, keyword)
 
 

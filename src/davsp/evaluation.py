@@ -1,34 +1,33 @@
 """Queries x defenses x judge -> responses, verdicts, and the tidy metrics with intervals.
 
-With an `out` folder every step is a file: `responses/<defense>.jsonl` grows by one batch at a time, so a run
-that was killed goes on where it stopped and ends with the same answers; `verdicts/<defense>.jsonl` follow from
-them; `metrics.json` from both.
+With an `out` folder every step is a file: `responses.jsonl` grows by one batch at a time, so a run that was killed goes
+on where it stopped and ends with the same answers (`davsp.store`); `verdicts.jsonl` follows from them; `metrics.json` from both.
 """
 
-import json
-import os
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from davsp import metrics, parallel
 from davsp.defenses.base import Defense
 from davsp.errors import DavspError, Interrupted
-from davsp.files import read_json, write_json
+from davsp.files import write_json
 from davsp.judges import Judge, keyword
-from davsp.judges.base import PromptJudge
+from davsp.judges.verdicts import verdicts_of
 from davsp.lvlm import LVLM, fingerprint, model_name
+from davsp.progress import bar as progress_bar
 from davsp.query import Query, Response, Verdict, write_jsonl
+from davsp.store import RESPONSES, Store
+from davsp.store import queries_hash as queries_hash  # part of this module's interface
 from davsp.vector import HarmfulnessVector
+
+VERDICTS, METRICS = "verdicts.jsonl", "metrics.json"
 
 
 @dataclass(frozen=True)
@@ -61,10 +60,10 @@ def evaluate(
         lvlm: the frozen model.
         defenses: by the name they have in all files and tables.
         queries: malicious and benign, ids unique.
-        out: where responses, verdicts and metrics.json are kept; None keeps them in memory only.
+        out: folder of the run; None keeps everything in memory only.
         vector: records the projection of each defended query with its response.
         judge: of the answers to malicious queries.
-        batch_size: queries a forward, and responses written at a time.
+        batch_size: queries a forward, and responses written at a time. Queries of like length share a batch.
         max_new_tokens: the longest answer.
         baseline: the defense that the paired differences start from; if it is not among `defenses`, there are none.
         redo: what to do with responses of another model, defense or set of queries found in `out`: answer anew
@@ -76,158 +75,83 @@ def evaluate(
         DavspError: no queries, an id twice, an unreadable picture, or responses in `out` that belong to another
             run and `redo` is False.
         Interrupted: Ctrl-C; what was answered is kept.
+
+    Of several processes only the first judges; the others return the responses alone.
     """
     _check(queries, defenses)
     console = console or Console(quiet=True)
-    common = {
+    plan = planned(queries)
+    settings = {
         "model": fingerprint(lvlm),
-        "queries": queries_hash(queries),
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
+        "vector": _vector_hash(vector),
     }
-    common["vector"] = _vector_hash(vector)
-    responses: dict[str, list[Response]] = {}
+    described = {name: defense.describe() for name, defense in defenses.items()}
+    store = None if out is None else Store(out, settings, described, plan, queries, batch_size)
+    responses = {name: [] for name in defenses} if store is None else store.open(redo, console)
     try:
-        with _bar(console) as bar:
-            for name, defense in defenses.items():
-                store = (
-                    None
-                    if out is None
-                    else _Store(out / "responses" / f"{name}.jsonl", common | {"defense": defense.describe()})
-                )
-                done = [] if store is None else store.open(queries, batch_size, redo, console)
-                task = bar.add_task(name, total=len(queries), completed=len(done))
-                for at in range(len(done), len(queries), batch_size * parallel.processes()):
-                    start = at + batch_size * parallel.rank()
-                    batch = queries[start : start + batch_size]
-                    answered = defense.respond(
-                        lvlm, batch, vector, batch_size, partial(bar.advance, task), max_new_tokens
-                    )
-                    for share in parallel.gathered([replace(r, defense=name) for r in answered]):
-                        if store is not None:
-                            store.append(share)
-                        done += share
-                    bar.update(task, completed=len(done))
-                responses[name] = done
+        for name, defense in defenses.items():
+            _answer(lvlm, name, defense, plan, responses[name], store, vector, batch_size, max_new_tokens, console)
     except KeyboardInterrupt:
         kept = (
-            f"the answers so far are in {out / 'responses'}: give the same command again to go on"
+            f"the answers so far are in {out / RESPONSES}: give the same command again to go on"
             if out
             else "nothing was kept"
         )
         raise Interrupted(f"stopped; {kept}") from None
+    responses = _ordered(queries, responses)
+    if store is not None:
+        store.finish(responses)
+    if parallel.rank() > 0:
+        return Evaluation(responses, {}, [])
     verdicts = {name: verdicts_of(queries, found, judge) for name, found in responses.items()}
     outcomes = {name: metrics.outcomes(queries, responses[name], verdicts[name]) for name in responses}
     rows = rows_of(model_name(lvlm), outcomes, baseline, seed)
-    if out is not None and parallel.rank() == 0:
-        for name, found in verdicts.items():
-            write_jsonl(out / "verdicts" / f"{name}.jsonl", found)
-        write_json(out / "metrics.json", metrics.metrics_file(rows))
+    if out is not None:
+        write_jsonl(out / VERDICTS, list(chain.from_iterable(verdicts.values())))
+        write_json(out / METRICS, metrics.metrics_file(rows))
     return Evaluation(responses, verdicts, rows)
 
 
-def judge_name(judge: Judge) -> str:
-    """The judge's `name` if it has one, else its function's, and behind it the VERSION of its module: "keyword/1"."""
-    if own := getattr(judge, "name", None):
-        return str(own)
-    name = getattr(judge, "__name__", type(judge).__name__)
-    version = getattr(sys.modules.get(judge.__module__), "VERSION", None)
-    return name if version is None else f"{name}/{version}"
+def planned(queries: Sequence[Query]) -> list[Query]:
+    """The order in which queries are answered: with a picture before those without, the longest question first.
 
-
-def verdicts_of(queries: Sequence[Query], responses: Sequence[Response], judge: Judge = keyword) -> list[Verdict]:
-    """The judge's verdicts of the responses to malicious queries; a label the judge made up is unscored.
-
-    A judge that asks a model gets them all at once.
+    So a batch has little padding, and what takes most memory comes at once. The same for every model and defense.
     """
-    query_of = {q.id: q for q in queries}
-    items = [(query_of[r.query_id], r) for r in responses if query_of[r.query_id].label == "malicious"]
-    if isinstance(judge, PromptJudge):
-        return judge.judge_all(items)
-    name = judge_name(judge)
-    found = []
-    for q, r in items:
-        label, reason = judge(r.text, q.question)
-        if label not in ("safe", "unsafe", "unscored"):
-            label, reason = "unscored", f"the judge said {label!r}, which is no verdict"
-        found.append(Verdict(r.query_id, r.defense, name, label, reason))
-    return found
+    return sorted(queries, key=lambda q: (q.image is None, -len(q.question)))
 
 
-def queries_hash(queries: Sequence[Query]) -> str:
-    """A hash of all that is in the queries, the pixels of their pictures included."""
-    digest = sha256()
-    for q in queries:
-        words = [q.id, q.question, q.label, q.benchmark, q.category, q.group, q.reference, *q.answers]
-        digest.update(json.dumps(words).encode())
-        if isinstance(q.image, Image.Image):
-            digest.update(f"{q.image.mode}{q.image.size}".encode() + q.image.tobytes())
-        elif q.image is not None:
-            digest.update(_read(q.image))
-    return digest.hexdigest()
+def _answer(
+    lvlm: LVLM,
+    name: str,
+    defense: Defense,
+    plan: Sequence[Query],
+    done: list[Response],
+    store: Store | None,
+    vector: HarmfulnessVector | None,
+    batch_size: int,
+    max_new_tokens: int,
+    console: Console,
+) -> None:
+    """Answer what is not done yet, a batch a process at a time, and add it to `done` and to the store."""
+    with progress_bar(console) as bar:
+        task = bar.add_task(name, total=len(plan), completed=len(done))
+        for at in range(len(done), len(plan), batch_size * parallel.processes()):
+            start = at + batch_size * parallel.rank()
+            batch = plan[start : start + batch_size]
+            answered = defense.respond(lvlm, batch, vector, batch_size, partial(bar.advance, task), max_new_tokens)
+            for share in parallel.gathered([replace(r, defense=name) for r in answered]):
+                if store is not None:
+                    store.append(share)
+                done += share
+            bar.update(task, completed=len(done))
 
 
-class _Store:
-    """The responses of one defense on disk: the lines, and beside them what they are answers to."""
-
-    def __init__(self, path: Path, made_with: dict[str, Any]) -> None:
-        self.path, self.made_with = path, made_with
-        self.key_path = path.with_suffix(".json")
-
-    def open(self, queries: Sequence[Query], batch_size: int, redo: bool, console: Console) -> list[Response]:
-        """The responses already there, cut to whole batches; the file is then ready for `append`."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        reason = self._differs(queries)
-        if reason and not redo:
-            raise DavspError(
-                f"{self.path} holds answers of another run ({reason}); give another output folder or delete the file"
-            )
-        if reason:
-            console.print(f"[yellow]{self.path.name}: answered anew, as what is there has {reason}[/]")
-        found = [] if reason else self._read()
-        whole = found if len(found) == len(queries) else found[: len(found) // batch_size * batch_size]
-        if parallel.rank() > 0:  # every process reads, the first one writes
-            return whole
-        write_jsonl(self.path, whole)  # first, so that a kill in between can't leave old answers under a new key
-        write_json(self.key_path, self.made_with)
-        return whole
-
-    def append(self, responses: Sequence[Response]) -> None:
-        if parallel.rank() > 0:
-            return
-        lines = "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in responses)
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(lines)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise DavspError(
-                f"{self.path} cannot be written ({error.strerror}); free some space and run again to go on"
-            ) from error
-
-    def _differs(self, queries: Sequence[Query]) -> str:
-        """What keeps the file from being continued; empty if nothing does, or if there is none."""
-        if not self.path.exists() or not self.path.stat().st_size:
-            return ""
-        if not self.key_path.exists():
-            return "no record of what it was made with"
-        then, now = read_json(self.key_path), json.loads(json.dumps(self.made_with))
-        other = [key for key in now if then.get(key) != now[key]]
-        if other:
-            return "another " + ", ".join(other).replace("_", " ")
-        ids = [r.query_id for r in self._read()]
-        return "" if ids == [q.id for q in queries[: len(ids)]] else "answers in another order"
-
-    def _read(self) -> list[Response]:
-        """All complete lines; a last line cut off by a kill is dropped."""
-        if not self.path.exists():
-            return []
-        lines = _read(self.path).decode("utf-8", errors="replace").split("\n")
-        try:
-            return [Response(**json.loads(line)) for line in lines[:-1] if line]
-        except (ValueError, TypeError) as error:
-            raise DavspError(f"{self.path} is damaged ({error}); delete it to answer anew") from error
+def _ordered(queries: Sequence[Query], responses: Mapping[str, Sequence[Response]]) -> dict[str, list[Response]]:
+    """The responses in the order of the queries."""
+    place = {q.id: i for i, q in enumerate(queries)}
+    return {name: sorted(found, key=lambda r: place[r.query_id]) for name, found in responses.items()}
 
 
 def rows_of(
@@ -259,15 +183,3 @@ def _vector_hash(vector: HarmfulnessVector | None) -> str | None:
     return sha256(
         f"{vector.layer}".encode() + vector.direction(vector.layer).float().cpu().numpy().tobytes()
     ).hexdigest()
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DavspError(f"{path} cannot be read ({error.strerror})") from error
-
-
-def _bar(console: Console) -> Progress:
-    columns = (TextColumn("{task.description:>16}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=console.quiet)

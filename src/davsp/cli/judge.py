@@ -61,12 +61,12 @@ def judge(
     asked = queries_at(queries, None if queries else embedded_protocol(None, seed).test, "--queries")
     chosen = _judge(
         judge, base_url, judge_model, api_key_env, concurrency, timeout,
-        cache or run / "verdicts" / "cache.sqlite", device, Console(stderr=True),
+        cache or run / "cache.sqlite", device, Console(stderr=True),
     )  # fmt: skip
     found = rescore(run, asked, chosen, seed=seed)
     _print(Console(), found)
     name = slug(next(v.judge for verdicts in found.verdicts.values() for v in verdicts))
-    print(f"verdicts are in {run / 'verdicts' / name}, rates in {run / f'metrics-{name}.json'}")
+    print(f"verdicts are in {run / f'verdicts-{name}.jsonl'}, rates in {run / f'metrics-{name}.json'}")
     for verdicts in found.verdicts.values():
         check_unscored(verdicts, max_unscored)
 

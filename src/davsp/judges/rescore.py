@@ -1,23 +1,25 @@
 """A finished run judged again: its answers stay, verdicts and metrics of the judge are added beside the others.
 
-RUN/verdicts/<judge>/<defense>.jsonl   the verdicts
-RUN/verdicts/<judge>/answers.json      hashes of the answers that they are of
-RUN/metrics-<judge>.json               rates, unscored answers, and the rates with all of these as unsafe
-RUN/agreement.json                     Krippendorff's α of all judges of the run, and where they differ
+RUN/verdicts-<judge>.jsonl   the verdicts
+RUN/metrics-<judge>.json     rates, unscored answers, the rates with all of these as unsafe, and a hash of the answers judged
+RUN/agreement.json           Krippendorff's α of all judges of the run, and where they differ
 """
 
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from davsp import files, metrics
 from davsp.errors import DavspError
-from davsp.evaluation import judge_name, queries_hash, rows_of, verdicts_of
+from davsp.evaluation import METRICS, VERDICTS, rows_of
 from davsp.judges import Judge
 from davsp.judges.agreement import Agreement, agreement
+from davsp.judges.verdicts import judge_name, verdicts_of
 from davsp.query import Query, Response, Verdict, read_jsonl, write_jsonl
+from davsp.store import QUERIES, RESPONSES, by_defense, query_hash, recorded
 
 WORST = "rsr_worst_case"
 
@@ -51,11 +53,9 @@ def rescore(run: str | Path, queries: Sequence[Query], judge: Judge, baseline: s
     outcomes = {name: metrics.outcomes(asked, responses[name], verdicts[name]) for name in responses}
     rows = rows_of(_model(run), {name: [*o, *worst_case(o)] for name, o in outcomes.items()}, baseline, seed)
     name = judge_name(judge)
-    place = run / "verdicts" / slug(name)
-    for defense, found in verdicts.items():
-        write_jsonl(place / f"{defense}.jsonl", found)
-    files.write_json(place / "answers.json", {"judge": name, "sha256": _hashes(run)})
-    files.write_json(run / f"metrics-{slug(name)}.json", metrics.metrics_file(rows) | {"judge": name})
+    write_jsonl(run / f"verdicts-{slug(name)}.jsonl", chain.from_iterable(verdicts.values()))
+    of = {"judge": name, "answers": files.sha256(run / RESPONSES)}
+    files.write_json(run / f"metrics-{slug(name)}.json", metrics.metrics_file(rows) | of)
     return Rescored(verdicts, rows, _compare(run))
 
 
@@ -70,58 +70,44 @@ def worst_case(found: Iterable[metrics.Outcome]) -> list[metrics.Outcome]:
 
 
 def _responses(run: Path) -> dict[str, list[Response]]:
-    paths = sorted((run / "responses").glob("*.jsonl"))
-    if not paths:
-        raise DavspError(f"{run} holds no answers (responses/*.jsonl); give the folder that `davsp eval --out` wrote.")
-    return {path.stem: read_jsonl(path, Response) for path in paths}
+    if not (run / RESPONSES).exists():
+        raise DavspError(f"{run} holds no answers ({RESPONSES}); give the folder that `davsp eval --out` wrote.")
+    return by_defense(run / RESPONSES)
 
 
 def _asked(run: Path, responses: dict[str, list[Response]], queries: Sequence[Query]) -> list[Query]:
     """The queries of the run in its order, if they are the very same."""
+    record = recorded(run)
+    if record is None:
+        raise DavspError(f"{run} does not say which queries were asked (run.json); run davsp eval.")
+    hashes: dict[str, str] = files.read_json(run / QUERIES)
     query_of = {q.id: q for q in queries}
-    asked: list[Query] = []
-    for name, found in responses.items():
-        unknown = next((r.query_id for r in found if r.query_id not in query_of), None)
-        if unknown is not None:
-            raise DavspError(f"{run} answers the query {unknown!r}, which is not among these; give its own --queries.")
-        mine = [query_of[r.query_id] for r in found]
-        if asked and [q.id for q in mine] != [q.id for q in asked]:
-            raise DavspError(f"the defenses of {run} answer different queries; finish the run first: davsp eval.")
-        if not asked and queries_hash(mine) != _key(run, name)["queries"]:
-            raise DavspError(
-                f"{run} is of other queries than these, or not finished; give its own --queries, or run davsp eval again."
-            )
-        asked = mine
-    return asked
-
-
-def _key(run: Path, defense: str) -> dict[str, Any]:
-    key = files.read_json(run / "responses" / f"{defense}.json")
-    if not isinstance(key, dict) or "queries" not in key:
-        raise DavspError(f"{run / 'responses' / defense}.json does not say which queries were asked; run davsp eval.")
-    return key
+    for name in hashes:
+        if name not in query_of:
+            raise DavspError(f"{run} answers the query {name!r}, which is not among these; give its own --queries.")
+        if query_hash(query_of[name]) != hashes[name]:
+            raise DavspError(f"{run} answers another query {name!r} than the one given; give its own --queries.")
+    for defense in record["defenses"]:
+        if {r.query_id for r in responses.get(defense, [])} != set(hashes):
+            raise DavspError(f"{run} has not all answers under {defense!r}; finish the run first: davsp eval.")
+    return [query_of[name] for name in hashes]
 
 
 def _model(run: Path) -> str:
     try:
-        return str(files.read_json(run / "metrics.json")["rows"][0]["model"])
+        return str(files.read_json(run / METRICS)["rows"][0]["model"])
     except (KeyError, IndexError, TypeError) as error:
-        raise DavspError(f"{run / 'metrics.json'} names no model; run davsp eval again to finish the run.") from error
-
-
-def _hashes(run: Path) -> dict[str, str]:
-    return {path.stem: files.sha256(path) for path in sorted((run / "responses").glob("*.jsonl"))}
+        raise DavspError(f"{run / METRICS} names no model; run davsp eval again to finish the run.") from error
 
 
 def _compare(run: Path) -> Agreement:
     """Compare all judges whose verdicts are of the answers as they are now, and write agreement.json."""
-    folders = [p.parent for p in sorted((run / "verdicts").glob("*/answers.json"))]
-    current = [f for f in folders if files.read_json(f / "answers.json")["sha256"] == _hashes(run)]
+    answers = files.sha256(run / RESPONSES)
+    others = [p for p in sorted(run.glob("metrics-*.json")) if files.read_json(p).get("answers") == answers]
     verdicts: dict[str, list[Verdict]] = {}
-    for folder in [run / "verdicts", *current]:  # the first is the judge's of davsp eval itself
-        for path in sorted(folder.glob("*.jsonl")):
-            for verdict in read_jsonl(path, Verdict):
-                verdicts.setdefault(verdict.judge, []).append(verdict)
+    for path in [run / VERDICTS, *(run / f"verdicts-{p.stem.removeprefix('metrics-')}.jsonl" for p in others)]:
+        for verdict in read_jsonl(path, Verdict) if path.exists() else []:
+            verdicts.setdefault(verdict.judge, []).append(verdict)
     found = agreement(verdicts)
     files.write_json(
         run / "agreement.json",

@@ -11,9 +11,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from davsp.evaluation import verdicts_of
 from davsp.files import write_text
-from davsp.judges import refused
+from davsp.judges import keyword, refused
+from davsp.judges.verdicts import verdicts_of
 from davsp.metrics import correct
 from davsp.query import Query, Response, Verdict
 from davsp.report import Example, Report, plots
@@ -180,7 +180,7 @@ def _shown(example: Example, show_unsafe: bool) -> dict[str, Any]:
 def _answer(query: Query, response: Response, verdict: Verdict | None, show_unsafe: bool) -> dict[str, str]:
     """Text, a word on it, and whether that is good; what is not known to be safe is redacted."""
     if query.label == "malicious":
-        found = verdict or verdicts_of([query], [response])[0]
+        found = verdict or verdicts_of([query], [response], keyword)[0]
         word = {"safe": "resisted", "unsafe": "complied", "unscored": "unscored"}[found.label]
         text = response.text if found.label == "safe" or show_unsafe else "[redacted]"
         return {"text": text, "word": word, "mood": {"safe": "good", "unsafe": "bad"}.get(found.label, "")}

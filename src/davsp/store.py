@@ -1,0 +1,196 @@
+"""The files of a run that decide whether it can go on: whom it asked what, and the answers so far.
+
+run.json          model, defenses and settings: all that decides the answers
+queries.json      query id -> sha256 of everything in the query, the pixels of its picture included
+responses.jsonl   the answers; grows by a batch at a time and is put into the queries' order at the end
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from rich.console import Console
+
+from davsp import parallel
+from davsp.errors import DavspError
+from davsp.files import read_bytes, read_json, to_json, write_all
+from davsp.query import Query, Response, write_jsonl
+
+RUN, QUERIES, RESPONSES = "run.json", "queries.json", "responses.jsonl"
+
+Answers = dict[str, list[Response]]
+"""By defense."""
+
+
+class Store:
+    """Answers on disk under each of some defenses.
+
+    Args:
+        folder: of the run.
+        settings: what decides the answers under every defense, as JSON: model, longest answer, ...
+        defenses: name -> what it says of itself.
+        plan: the queries in the order in which they are answered.
+        queries: the same in the order in which the finished file lists them.
+        batch_size: answers that are added at a time.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        defenses: Mapping[str, Mapping[str, Any]],
+        plan: Sequence[Query],
+        queries: Sequence[Query],
+        batch_size: int,
+    ) -> None:
+        self.folder, self.path, self.batch_size = folder, folder / RESPONSES, batch_size
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))  # as it will be read back
+        self.defenses: dict[str, Any] = json.loads(json.dumps(defenses))
+        self.plan, self.queries = [q.id for q in plan], {q.id: query_hash(q) for q in queries}
+
+    def open(self, redo: bool, console: Console) -> Answers:
+        """The answers that are already there, cut to whole batches; the file is then ready for `append`.
+
+        Args:
+            redo: what to do with answers of another model, defense or set of queries: drop them and say why, or refuse.
+            console: where that is said.
+
+        Raises:
+            DavspError: such answers without `redo`, or a file that is damaged.
+        """
+        found = self._read()
+        wrong = self._foreign(found) if found else {}
+        if wrong and not redo:
+            raise DavspError(
+                f"{self.folder} holds answers of another run ({next(iter(wrong.values()))}); "
+                "give another folder, or delete this one to answer anew."
+            )
+        for name, reason in wrong.items():
+            console.print(f"[yellow]{name}: answered anew, as what is there has {reason}[/]")
+        kept = {name: [] if name in wrong else self._whole(found.get(name, [])) for name in self.defenses}
+        if parallel.rank() == 0:  # every process reads, the first one writes
+            # the answers first, so that a kill in between can't leave old answers under a new record
+            write_jsonl(self.path, [r for answers in kept.values() for r in answers])
+            record = {**self.settings, "defenses": self.defenses}
+            write_all(self.folder, {QUERIES: to_json(self.queries).encode(), RUN: to_json(record).encode()})
+        return kept
+
+    def append(self, responses: Sequence[Response]) -> None:
+        """Add a batch; when this returns, it is on the disk.
+
+        Raises:
+            DavspError: the disk is full.
+        """
+        if parallel.rank() > 0:
+            return
+        lines = "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in responses)
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(lines)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise DavspError(
+                f"{self.path} cannot be written ({error.strerror}); free some space and run again to go on"
+            ) from error
+
+    def finish(self, answers: Answers) -> None:
+        """Write all answers, in the order that they are to stay in."""
+        if parallel.rank() == 0:
+            write_jsonl(self.path, [r for found in answers.values() for r in found])
+
+    def _foreign(self, found: Answers) -> dict[str, str]:
+        """Defense -> what keeps its answers from being used."""
+        record = recorded(self.folder)
+        everywhere = "no record of what it was made with" if record is None else self._other(record)
+        if record is None or everywhere:
+            return dict.fromkeys(found, everywhere)
+        wrong = {}
+        for name, answers in found.items():
+            if name not in self.defenses:
+                wrong[name] = f"answers under {name!r}, which is not among the defenses now"
+            elif record["defenses"].get(name) != self.defenses[name]:
+                wrong[name] = f"another defense {name!r}"
+            elif not self._complete(answers) and [r.query_id for r in answers] != self.plan[: len(answers)]:
+                wrong[name] = f"answers under {name!r} in another order"
+        return wrong
+
+    def _other(self, record: Mapping[str, Any]) -> str:
+        """Which settings or queries are not the same; empty if all are."""
+        settings = [key for key in self.settings if record.get(key) != self.settings[key]]
+        if settings:
+            return "another " + ", ".join(settings).replace("_", " ")
+        then = read_json(self.folder / QUERIES)
+        if then == self.queries and list(then) == list(self.queries):
+            return ""
+        changed = next((i for i in {**then, **self.queries} if then.get(i) != self.queries.get(i)), None)
+        if changed is None:
+            return "its queries in another order"
+        what = "not there" if changed not in then else "not here" if changed not in self.queries else "another"
+        return f"other queries, {changed!r} is {what}"
+
+    def _whole(self, answers: list[Response]) -> list[Response]:
+        """Without the last batch, if that is not all there."""
+        if self._complete(answers):
+            return answers
+        return answers[: len(answers) // self.batch_size * self.batch_size]
+
+    def _complete(self, answers: Sequence[Response]) -> bool:
+        return len(answers) == len(self.plan) and {r.query_id for r in answers} == set(self.plan)
+
+    def _read(self) -> Answers:
+        """All complete lines; a last line cut off by a kill is dropped."""
+        return by_defense(self.path) if self.path.exists() else {}
+
+
+def by_defense(path: Path) -> Answers:
+    """The answers in a responses.jsonl; a last line without an end, as a kill leaves it, is dropped.
+
+    Raises:
+        DavspError: no such file, or another line is damaged.
+    """
+    lines = read_bytes(path).decode("utf-8", errors="replace").split("\n")
+    found: Answers = {}
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            response = Response(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise DavspError(f"{path}, line {number} is damaged ({error}); delete the file to answer anew") from error
+        found.setdefault(response.defense, []).append(response)
+    return found
+
+
+def recorded(folder: Path) -> dict[str, Any] | None:
+    """What run.json says; None without one.
+
+    Raises:
+        DavspError: it is damaged.
+    """
+    path = folder / RUN
+    if not path.exists():
+        return None
+    record = read_json(path)
+    if not isinstance(record, dict) or not isinstance(record.get("defenses"), dict):
+        raise DavspError(f"{path} is no record of a run; delete {folder} to answer anew")
+    return record
+
+
+def query_hash(query: Query) -> str:
+    """A hash of all that is in a query, its picture's pixels (or its file's bytes) included."""
+    words = {f.name: getattr(query, f.name) for f in fields(query) if f.name != "image"}
+    digest = sha256(json.dumps(words, sort_keys=True).encode())
+    if isinstance(query.image, Image.Image):
+        digest.update(f"{query.image.mode}{query.image.size}".encode() + query.image.tobytes())
+    elif query.image is not None:
+        digest.update(read_bytes(query.image))
+    return digest.hexdigest()
+
+
+def queries_hash(queries: Sequence[Query]) -> str:
+    """One hash of all queries in their order."""
+    return sha256("".join(map(query_hash, queries)).encode()).hexdigest()
