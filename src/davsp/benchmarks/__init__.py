@@ -32,7 +32,7 @@ def check(root: Path) -> list[Report]:
     root = Path(root)
     if not root.is_dir():
         raise DavspError(f"{root} is no folder; give the one that holds the data sets.")
-    folders = sorted(path for path in root.iterdir() if path.is_dir())
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     found = []
     for name in BENCHMARKS:
         here = _check(name, root)

@@ -25,8 +25,9 @@ MOVING = {"GIF", "PNG", "TIFF", "WEBP"}  # not MPO: phones write a JPEG and its 
 
 MARK = "davsp-embedded.json"
 EMBEDDED = "_embedded"
-"""A folder with this file is an embedded counterpart (`davsp.embedded.benchmarks`): the file has its counts, and the
-benchmarks of its queries have this behind their names, so that no figure of it passes for one of the real set."""
+"""A folder with this file is an embedded counterpart (`davsp.embedded.benchmarks`): the file has its counts and, where the
+set has it in no file, the question; the benchmarks of its queries have this behind their names, so that no figure of it
+passes for one of the real set."""
 
 Picture = Path | bytes | Image.Image | None
 Row = dict[str, Any]
@@ -204,7 +205,8 @@ def _counterpart(found: Found, root: Path) -> Found:
     counts = body.get("counts") if isinstance(body, dict) else None
     if not isinstance(counts, dict):
         raise DavspError(f"{root / MARK} holds no counts; make the folder anew with `davsp data embedded`.")
-    queries = [replace(item.query, benchmark=item.query.benchmark + EMBEDDED) for item in found.items]
+    own = {"question": body["question"]} if "question" in body else {}
+    queries = [replace(item.query, benchmark=item.query.benchmark + EMBEDDED, **own) for item in found.items]
     items = [replace(item, query=query) for item, query in zip(found.items, queries, strict=True)]
     published = {key: counts[key] for key in found.published if key in counts}
     return replace(found, layout=f"{found.layout}, embedded", items=items, published=published)

@@ -1,11 +1,11 @@
-"""`davsp data`: what lies in a folder of downloaded benchmarks."""
+"""`davsp data`: what lies in a folder of downloaded benchmarks, and small ones drawn by code."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Downloaded benchmarks: what is there, and whether it is whole.")
+app = typer.Typer(no_args_is_help=True, help="Benchmarks: whether a download is whole, and small ones drawn by code.")
 
 SHOWN = 20
 
@@ -59,3 +59,15 @@ def check(
         console.print(f"not found in {escape(str(root))}: {', '.join(absent)} (docs/benchmarks.md: where to get them)")
     if not reports or not all(report.good for report in reports):
         raise typer.Exit(2)
+
+
+@app.command()
+def embedded(
+    out: Annotated[Path, typer.Argument(help="Folder for the six.", show_default=False)],
+    seed: Annotated[int, typer.Option(help="Seed of all random choices.")] = 0,
+) -> None:
+    """Draw mild counterparts of the six benchmarks, in their own layouts, for davsp-mini and for trying things out."""
+    from davsp.embedded.benchmarks import SETS, write
+
+    write(out, seed)
+    print(f"{', '.join(SETS)} are in {out}; look at them with: davsp data check {out}")
