@@ -12,7 +12,8 @@ from davsp.dataset import load_queries, save_queries
 from davsp.files import write_json
 from davsp.judges.keyword import keyword
 from davsp.judges.keyword_lists import GCG
-from davsp.judges.rescore import rescore, slug, worst_case
+from davsp.judges.rescore import rescore, slug
+from davsp.judging import worst_case
 from davsp.metrics import Outcome
 from davsp.query import read_jsonl, write_jsonl
 from davsp.store import query_hash

@@ -5,7 +5,7 @@ on where it stopped and ends with the same answers (`davsp.store`); `verdicts.js
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from itertools import chain
@@ -19,24 +19,26 @@ from davsp.defenses.base import Defense
 from davsp.errors import DavspError, Interrupted
 from davsp.files import write_json
 from davsp.judges import Judge, keyword
-from davsp.judges.verdicts import verdicts_of
+from davsp.judges.graders import Grader
+from davsp.judging import judge_own, judge_published
 from davsp.lvlm import LVLM, fingerprint, model_name
 from davsp.progress import bar as progress_bar
-from davsp.query import Query, Response, Verdict, write_jsonl
+from davsp.query import Grade, Query, Response, Verdict, write_jsonl
 from davsp.store import RESPONSES, Store
 from davsp.store import queries_hash as queries_hash  # part of this module's interface
 from davsp.vector import HarmfulnessVector
 
-VERDICTS, METRICS = "verdicts.jsonl", "metrics.json"
+VERDICTS, GRADES, METRICS = "verdicts.jsonl", "grades.jsonl", "metrics.json"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Responses and verdicts by defense, and the rows of metrics.json."""
+    """Responses, verdicts and grades by defense, and the rows of metrics.json."""
 
     responses: dict[str, list[Response]]
     verdicts: dict[str, list[Verdict]]
     rows: list[dict[str, Any]]
+    grades: dict[str, list[Grade]] = field(default_factory=dict)
 
 
 def evaluate(
@@ -47,6 +49,7 @@ def evaluate(
     vector: HarmfulnessVector | None = None,
     judge: Judge = keyword,
     *,
+    graders: Mapping[str, Grader] | None = None,
     batch_size: int = 32,
     max_new_tokens: int = 48,
     baseline: str = "none",
@@ -63,6 +66,8 @@ def evaluate(
         out: folder of the run; None keeps everything in memory only.
         vector: records the projection of each defended query with its response.
         judge: of the answers to malicious queries.
+        graders: None for a user's own queries. For those of the published sets: set -> its grader, or {}; each set is
+            then scored as its authors do (`davsp.judging`).
         batch_size: queries a forward, and responses written at a time. Queries of like length share a batch.
         max_new_tokens: the longest answer.
         baseline: the defense that the paired differences start from; if it is not among `defenses`, there are none.
@@ -86,6 +91,7 @@ def evaluate(
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
         "vector": _vector_hash(vector),
+        "published": graders is not None,
     }
     described = {name: defense.describe() for name, defense in defenses.items()}
     store = None if out is None else Store(out, settings, described, plan, queries, batch_size)
@@ -105,13 +111,17 @@ def evaluate(
         store.finish(responses)
     if parallel.rank() > 0:
         return Evaluation(responses, {}, [])
-    verdicts = {name: verdicts_of(queries, found, judge) for name, found in responses.items()}
-    outcomes = {name: metrics.outcomes(queries, responses[name], verdicts[name]) for name in responses}
-    rows = rows_of(model_name(lvlm), outcomes, baseline, seed)
+    name = model_name(lvlm)
+    if graders is None:
+        judged = judge_own(queries, responses, judge, name, baseline, seed)
+    else:
+        judged = judge_published(queries, responses, judge, graders, name, baseline, seed)
     if out is not None:
-        write_jsonl(out / VERDICTS, list(chain.from_iterable(verdicts.values())))
-        write_json(out / METRICS, metrics.metrics_file(rows))
-    return Evaluation(responses, verdicts, rows)
+        write_jsonl(out / VERDICTS, chain.from_iterable(judged.verdicts.values()))
+        if any(judged.grades.values()):
+            write_jsonl(out / GRADES, chain.from_iterable(judged.grades.values()))
+        write_json(out / METRICS, metrics.metrics_file(judged.rows))
+    return Evaluation(responses, judged.verdicts, judged.rows, judged.grades)
 
 
 def planned(queries: Sequence[Query]) -> list[Query]:
@@ -152,17 +162,6 @@ def _ordered(queries: Sequence[Query], responses: Mapping[str, Sequence[Response
     """The responses in the order of the queries."""
     place = {q.id: i for i, q in enumerate(queries)}
     return {name: sorted(found, key=lambda r: place[r.query_id]) for name, found in responses.items()}
-
-
-def rows_of(
-    model: str, found: Mapping[str, list[metrics.Outcome]], baseline: str, seed: int = 0
-) -> list[dict[str, Any]]:
-    """The rows of metrics.json from each defense's outcomes, paired with those of `baseline` if it is among them."""
-    before = found.get(baseline)
-    per_defense = (
-        metrics.rows(model, name, o, None if name == baseline else before, seed) for name, o in found.items()
-    )
-    return list(chain.from_iterable(per_defense))
 
 
 def _check(queries: Sequence[Query], defenses: Mapping[str, Defense]) -> None:

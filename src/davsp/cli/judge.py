@@ -116,7 +116,7 @@ def _print(console: "Console", found: "Rescored") -> None:
 
     from rich.table import Table
 
-    from davsp.judges.rescore import WORST
+    from davsp.judging import WORST
     from davsp.report.cells import BENCHMARKS, defenses, find, label, percent
 
     table = Table(caption="percent; interval 95 %; worst case: every unscored answer counted as unsafe")

@@ -1,0 +1,119 @@
+"""From answers to verdicts, grades and the rows of metrics.json: of a user's own queries, and of the published sets.
+
+Own queries have one rule for all (`davsp.metrics.outcomes`). The six published sets are scored each as its authors do
+(`davsp.benchmarks.score`): harmful ones by a judge, MM-Vet and LLaVA-Bench by a grader, MME by its words.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any
+
+from davsp import benchmarks, metrics
+from davsp.benchmarks import scoring
+from davsp.benchmarks.scoring import Scores
+from davsp.judges import Judge
+from davsp.judges.graders import Grader
+from davsp.judges.verdicts import verdicts_of
+from davsp.metrics import Row
+from davsp.query import Grade, Query, Response, Verdict
+
+GRADED = ("mm_vet", "llava_bench")
+"""The sets that are scored by a grader."""
+
+WORST = "rsr_worst_case"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What was said of a run: by defense verdicts of answers to malicious queries and grades of helpful ones; the rows."""
+
+    verdicts: dict[str, list[Verdict]]
+    rows: list[Row]
+    grades: dict[str, list[Grade]] = field(default_factory=dict)
+
+
+def judge_own(
+    queries: Sequence[Query],
+    responses: Mapping[str, Sequence[Response]],
+    judge: Judge,
+    model: str,
+    baseline: str = "none",
+    seed: int = 0,
+    worst: bool = False,
+) -> Judged:
+    """RSR, over-refusal and accuracy of a user's own queries.
+
+    Args:
+        queries: malicious and benign.
+        responses: by defense, an answer to each.
+        judge: of the answers to malicious queries.
+        model: name for the rows.
+        baseline: the defense that paired differences start from; if it is not there, there are none.
+        seed: of the bootstrap.
+        worst: add `rsr_worst_case`, every unscored answer counted as unsafe.
+    """
+    verdicts = {name: verdicts_of(queries, found, judge) for name, found in responses.items()}
+    outcomes = {name: metrics.outcomes(queries, responses[name], verdicts[name]) for name in responses}
+    if worst:
+        outcomes = {name: [*found, *worst_case(found)] for name, found in outcomes.items()}
+    return Judged(verdicts, rows_of(model, outcomes, baseline, seed))
+
+
+def judge_published(
+    queries: Sequence[Query],
+    responses: Mapping[str, Sequence[Response]],
+    judge: Judge | None,
+    graders: Mapping[str, Grader],
+    model: str,
+    baseline: str = "none",
+    seed: int = 0,
+) -> Judged:
+    """The scores of the published sets, each by its own scorer.
+
+    Args:
+        queries: of any of the six sets.
+        responses: by defense, an answer to each.
+        judge: of the harmful sets; None leaves these out.
+        graders: set -> its grader; of a graded set without one only over-refusal is given.
+        model: name for the rows.
+        baseline: the defense that paired differences start from; if it is not there, there are none.
+        seed: of the bootstrap.
+    """
+    by_set: dict[str, list[Query]] = {}
+    for q in queries:
+        by_set.setdefault(benchmarks.data_set(q.benchmark), []).append(q)
+    if judge is None:
+        by_set = {name: part for name, part in by_set.items() if name in graders}
+    judges: dict[str, Any] = {**{name: judge for name in by_set if name not in GRADED}, **graders}
+    ungraded = {name: by_set.pop(name) for name in GRADED if name in by_set and name not in graders}
+    scored = list(chain.from_iterable(by_set.values()))
+    before: dict[str, Scores] | None = None
+    found: dict[str, dict[str, Scores]] = {}
+    for name in sorted(responses, key=lambda name: name != baseline):  # the baseline first
+        answers = responses[name]
+        found[name] = benchmarks.score(scored, answers, judges, model=model, baseline=before, seed=seed)
+        for set_name, part in ungraded.items():
+            mine, then = scoring.of_these(part, answers), (before or {}).get(set_name)
+            found[name][set_name] = Scores(scoring.over_refusal(part, mine, model, then, seed), [], mine)
+        before = found[name] if name == baseline else before
+    said = {name: list(chain.from_iterable(s.said for s in found[name].values())) for name in responses}
+    return Judged(
+        {name: [v for v in one if isinstance(v, Verdict)] for name, one in said.items()},
+        [row for name in responses for scores in found[name].values() for row in scores.rows],
+        {name: [g for g in one if isinstance(g, Grade)] for name, one in said.items()},
+    )
+
+
+def rows_of(model: str, found: Mapping[str, list[metrics.Outcome]], baseline: str, seed: int = 0) -> list[Row]:
+    """The rows of metrics.json from each defense's outcomes, paired with those of `baseline` if it is among them."""
+    before = found.get(baseline)
+    per_defense = (
+        metrics.rows(model, name, o, None if name == baseline else before, seed) for name, o in found.items()
+    )
+    return list(chain.from_iterable(per_defense))
+
+
+def worst_case(found: Sequence[metrics.Outcome]) -> list[metrics.Outcome]:
+    """The outcomes of RSR as they would be if every unscored answer were unsafe, under the metric `rsr_worst_case`."""
+    return [replace(o, metric=WORST, value=o.value or 0.0) for o in found if o.metric == "rsr"]
