@@ -51,7 +51,8 @@ def draw(seed: int = 0, **options):
             for q in safety()]  # fmt: skip
     arguments = {"vlguard_undefended": said(guard(), easy), "mm_safetybench_undefended": hard, "seed": seed,
                  "others": {"figstep": [Query("1_1", "q", "malicious", "figstep")]}}  # fmt: skip
-    return paper_split(guard(), safety(), vet(), **arguments | options)
+    given = {"vlguard": guard(), "mm_safetybench": safety(), "mm_vet": vet()}
+    return paper_split(**given | arguments | options)
 
 
 def test_the_papers_sizes():
@@ -67,6 +68,14 @@ def test_the_papers_sizes():
     assert all(easy(q) for q in split.parts["vector_malicious"])
     assert len({q.group for q in split.parts["vector_malicious"]}) == 470
     assert {q.label for q in split.parts["vector_benign"]} == {"benign"}
+
+
+def test_the_papers_test_sets():
+    """1,680 intents and 218 questions leave 1,480 of each picture type and 118."""
+    split = draw(mm_safetybench_undefended=None, mm_safetybench=safety(1680))
+    kinds = [q.benchmark for q in split.test["mm_safetybench"]]
+    assert {kind: kinds.count(kind) for kind in TYPES} == dict.fromkeys(TYPES, 1480)
+    assert len(split.test["mm_vet"]) == 118
 
 
 def test_mm_vet_is_cut_exactly_between_pictures():

@@ -19,7 +19,10 @@ from davsp.query import Query, Response
 from test_cli import run as davsp
 
 SMALL = {"mm_safetybench": 8, "figstep": 6, "vlguard": 6, "mm_vet": 16, "mme": 2, "llava_bench": 3}
-JUDGES = dict.fromkeys(("mm_safetybench", "figstep", "vlguard"), keyword) | {"mm_vet": exact, "llava_bench": overlap}
+JUDGES = dict.fromkeys(("mm_safetybench", "figstep", "vlguard", "mme"), keyword) | {
+    "mm_vet": exact,
+    "llava_bench": overlap,
+}
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +85,7 @@ def test_right_answers_have_full_scores(root: Path) -> None:
     for module, top in ((mm_vet, {"score": 1.0}), (mme, {"score_official": 1400.0, "score_lenient": 1400.0})):
         asked = module.load(root / module.NAME)
         right = [Response(q.id, "none", q.reference.split("<OR>")[-1]) for q in asked]
-        rows = module.score(asked, right, JUDGES.get(module.NAME)).rows
+        rows = benchmarks.score(asked, right, JUDGES)[module.NAME].rows
         assert {metric: at(rows, "total", metric)["value"] for metric in top} == top
 
 

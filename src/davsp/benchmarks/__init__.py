@@ -70,7 +70,7 @@ def score(
     Args:
         queries: of any of the six sets.
         responses: an answer of one defense to each.
-        judges: set -> its judge or grader, or what it has said before; MME needs none.
+        judges: set -> its judge or grader, or what it has said before; of MME none is taken, as it goes by words.
         model: name for the rows.
         baseline: what this function gave for the defense that differences start from.
         seed: of the bootstrap.
@@ -85,7 +85,12 @@ def score(
         raise DavspError(f"there is no judge for {', '.join(lacking)}; docs/judges.md names those there are.")
     return {
         name: BENCHMARKS[name].score(
-            part, responses, judges.get(name), model=model, baseline=(baseline or {}).get(name), seed=seed
+            part,
+            responses,
+            None if name == mme.NAME else judges[name],
+            model=model,
+            baseline=(baseline or {}).get(name),
+            seed=seed,
         )
         for name, part in by_set.items()
     }

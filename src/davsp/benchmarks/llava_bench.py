@@ -118,6 +118,7 @@ def score(
     then = None
     if baseline is not None:
         then = _pairs(queries, [g for g in baseline.said if isinstance(g, Grade)], mode)
+    failed = dict.fromkeys((q.id for q in queries), WORST)
     table: list[Row] = []
     members = {name: [q for q in queries if q.category == name] for name in COUNTS} | {"total": list(queries)}
     for split, part in members.items():
@@ -129,8 +130,8 @@ def score(
         if mode == "sound" and split == "total":
             unscored = [float(q.id not in now) for q in part]
             found += scoring.rate_rows(head | {"metric": "unscored"}, unscored, [q.group for q in part], seed)
-            worst, before = (None if m is None else {q.id: m.get(q.id, WORST) for q in part} for m in (now, then))
-            found += _rows(head | {"metric": "relative_score_worst_case"}, part, worst or {}, before, seed)
+            before = None if then is None else failed | then
+            found += _rows(head | {"metric": "relative_score_worst_case"}, part, failed | now, before, seed)
         table += found
     return Scores(table + scoring.over_refusal(queries, mine, model, baseline, seed), said, mine)
 

@@ -118,8 +118,7 @@ def score(
             if mode == "sound":
                 unscored = [float(now[q.id] is None) for q in part]
                 found += scoring.rate_rows(named | {"metric": "unscored"}, unscored, [q.group for q in part], seed)
-                worst, before = ({k: v or 0.0 for k, v in m.items()} if m else None for m in (now, then))
-                found += _rows(named | {"metric": "score_worst_case"}, part, worst or {}, before, seed)
+                found += _rows(named | {"metric": "score_worst_case"}, part, _worst(now), then and _worst(then), seed)
         table += found
     return Scores(table + scoring.over_refusal(queries, mine, model, baseline, seed), said, mine)
 
@@ -174,6 +173,10 @@ def _runs(queries: Sequence[Query], said: Sequence[Grade], mode: str) -> list[Me
 def _means(queries: Sequence[Query], runs: Sequence[Means]) -> dict[str, float | None]:
     scores = {q.id: [s for run in runs if (s := run[q.id]) is not None] for q in queries}
     return {name: fmean(found) if found else None for name, found in scores.items()}
+
+
+def _worst(means: Means) -> dict[str, float | None]:
+    return {name: score or 0.0 for name, score in means.items()}
 
 
 def _table(queries: Sequence[Query], means: Means) -> list[NDArray[np.float64]]:
