@@ -5,6 +5,7 @@ computed from the sums of what was drawn. Rates are in `davsp.metrics`, with Wil
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +41,7 @@ def interval(strata: Strata, statistic: Statistic, seed: int = 0) -> tuple[float
         statistic: must be defined for every draw.
         seed: of the draws.
     """
-    weights = _weights(strata, seed)
+    weights = _weights(tuple(map(len, strata)), seed)
     return _percentiles(statistic([w @ stratum for w, stratum in zip(weights, strata, strict=True)]))
 
 
@@ -64,7 +65,7 @@ def paired_difference(
     """
     if [b.shape for b in before] != [a.shape for a in after]:
         raise ValueError("paired_difference needs the same clusters before and after")
-    weights = _weights(before, seed)
+    weights = _weights(tuple(map(len, before)), seed)
     drawn = [statistic([w @ s for w, s in zip(weights, strata, strict=True)]) for strata in (after, before)]
     observed = value(after, statistic) - value(before, statistic)
 
@@ -77,10 +78,11 @@ def paired_difference(
     return observed, *_percentiles(drawn[0] - drawn[1]), p
 
 
-def _weights(strata: Strata, seed: int) -> list[NDArray[np.float64]]:
-    """How often each cluster is drawn, (draws, clusters), a stratum each."""
+@lru_cache(maxsize=2)  # the measures of one split are drawn alike
+def _weights(sizes: tuple[int, ...], seed: int) -> list[NDArray[np.float64]]:
+    """How often each cluster is drawn, (draws, clusters), for strata of these sizes."""
     rng = np.random.default_rng(seed)
-    return [rng.multinomial(len(s), np.full(len(s), 1 / len(s)), size=DRAWS).astype(float) for s in strata]
+    return [rng.multinomial(n, np.full(n, 1 / n), size=DRAWS).astype(float) for n in sizes]
 
 
 def _percentiles(values: NDArray[np.float64]) -> tuple[float, float]:
