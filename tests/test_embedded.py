@@ -183,11 +183,52 @@ def test_a_name_in_a_question_must_know_its_thing():
             ):
                 if target >= 0:
                     head.weight[target, row] = 50.0
-    loss, stats = losses.named_loss(heads, packer, rows, [lesson], (states, states, states))
-    assert loss < 1e-4 and stats == {"named_place": 1.0}
+    loss, stats = losses.named_loss(heads, packer, rows, [lesson], (states,) * 4)
+    assert loss < 1e-4 and stats == {"named_place": 1.0, "named_count": 1.0}
     with torch.no_grad():
         heads.named_count.weight[1, 2] = 100.0  # a hat, where there is none
-    assert losses.named_loss(heads, packer, rows, [lesson], (states, states, states))[0] > 10
+    assert losses.named_loss(heads, packer, rows, [lesson], (states,) * 4)[0] > 10
+
+
+@pytest.mark.parametrize("framed", [False, True])
+def test_each_thing_has_one_centre_and_words_have_none(framed):
+    rng = random.Random(3)
+    picture = draw.scene(
+        rng, [draw.Thing("apple", "red", 0), draw.Thing("car", "blue", 8), draw.Thing("car", "blue", 4)]
+    )
+    if framed:
+        picture = draw.shrink(rng, picture, draw.PATCH, fill="words")
+    found = draw.centres(picture).reshape(12, 12)
+    assert found.sum() == 3
+    label = draw.patch_labels(picture)[0].reshape(12, 12)
+    assert sorted(draw.CLASSES[i] for i in label[found == 1]) == ["[apple]", "[car]", "[car]"]
+    assert draw.centres(draw.typographic(rng, "wash the car")).sum() == 0
+
+
+def test_marks_of_centres_are_learnt_from_the_projected_patches():
+    rng, heads = random.Random(0), architecture.Heads(8)
+    pictures = [draw.scene(rng, [draw.Thing("apple", "red", 4)]), draw.scene(rng, [draw.Thing("car", "blue", 0)])]
+    features = torch.zeros(2, architecture.PATCHES, 8)
+    features[..., 0] = torch.stack([torch.from_numpy(draw.centres(p)) for p in pictures]) * 2.0 - 1
+    with torch.no_grad():
+        heads.centre.weight.zero_()
+        heads.centre.bias.zero_()
+        heads.centre.weight[1, 0] = 20.0
+    loss, stats = losses.centre_loss(heads, features, pictures)
+    assert loss < 1e-6 and stats == {"centres": 1.0}
+    loss, stats = losses.centre_loss(heads, -features, pictures)
+    assert loss > 10 and stats == {"centres": 0.0}
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_row_is_filled_with_questions_and_not_more(seed):
+    packer = losses.Packer()
+    lesson = q.scene_lesson(random.Random(seed))
+    kept = packer.fitted(random.Random(2), lesson)
+    tokens = len(packer.row(kept)[0]) - architecture.PATCHES - 2
+    assert tokens <= losses.ROOM and [t for t in lesson.turns if t in kept.turns] == kept.turns
+    left = [t for t in lesson.turns if t not in kept.turns]
+    assert left and all(tokens + sum(len(packer.text(x)) + 1 for x in t) > losses.ROOM for t in left)
 
 
 def test_patches_must_mean_what_they_show():
@@ -283,16 +324,15 @@ def test_the_last_stage_can_start_from_a_finished_model(short, tmp_path: Path, m
     with pytest.raises(DavspError, match="no finished davsp-mini"):
         make.make(tmp_path / "out", tmp_path / "model", start=start)
     write_json(start / "training.json", {"seed": 0, "stages": {"joint": before}})
-    with pytest.raises(DavspError, match="goes with the last stage"):
+    with pytest.raises(DavspError, match="goes with the stages sight and skills"):
         make.make(tmp_path / "out", tmp_path / "model", "joint", start=start)
 
     make.make(tmp_path / "out", tmp_path / "model", start=start)
     stages = read_json(tmp_path / "model" / "training.json")["stages"]
-    assert stages["joint"] == before and stages["skills"]["start"] == build.sha256(start / "model.safetensors")
+    assert stages["joint (before)"] == before and stages["skills"]["start"] == build.sha256(start / "model.safetensors")
     assert "davsp mini train --start" in (tmp_path / "model" / "README.md").read_text()
     near, got = (build.read_tensors(f / "model.safetensors") for f in (start, tmp_path / "model"))
-    kept = [k for k in got if "layers.0.self_attn" not in k]  # the matching heads are new
-    assert 0 < max((got[k] - near[k]).abs().max() for k in kept) < 0.02, "it does not go on from the start's weights"
+    assert 0 < max((got[k] - near[k]).abs().max() for k in got) < 0.02, "it does not go on from the start's weights"
     with pytest.raises(DavspError, match="other settings"):  # another start is another run
         build.check_done(tmp_path / "out", "skills", 0, tmp_path / "model")
 

@@ -15,7 +15,7 @@ def train(
     out: Out = Path("out/mini"),
     stage: Annotated[
         str | None,
-        typer.Option(help="Only tower, words, read, place, bridge, joint, skills or card; left out: what is missing."),
+        typer.Option(help="Only tower, words, read, place, bridge, joint, sight, skills or card; left out: what is missing."),
     ] = None,
     folder: Annotated[
         Path | None, typer.Option(help="Where the finished model goes; left out: OUT/davsp-mini.")
@@ -23,7 +23,7 @@ def train(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: Seed = 0,
     start: Annotated[
-        Path | None, typer.Option(help="A finished davsp-mini: only the last stage is run, from its weights.")
+        Path | None, typer.Option(help="A finished davsp-mini: only the last two stages are run, from its weights.")
     ] = None,
 ) -> None:
     """Train davsp-mini from nothing, in resumable stages, measure it and write its card."""

@@ -89,7 +89,8 @@ def image_features(model: Any, pictures: list[draw.Picture]) -> Float[Tensor, "b
 class Heads(nn.Module):
     """Throw-away classifiers of a patch: its class and a thing's colour from the last layer, its letter from layer 2.
 
-    And of a thing's name in a question, from the decoder's second block: colour, place and number of that thing.
+    From the projected patch, whether a thing's centre is in it. And of a thing's name in a question, from the decoder's
+    second block: colour and place of that thing; from the third: how many there are.
     """
 
     def __init__(self, width: int):
@@ -97,6 +98,7 @@ class Heads(nn.Module):
         self.label = nn.Linear(width, len(draw.CLASSES))
         self.colour = nn.Linear(width, len(words.COLOURS))
         self.letter = nn.Linear(width, len(draw.LETTERS))
+        self.centre = nn.Linear(width, 2)
         self.named_colour = nn.Linear(width, len(words.COLOURS))
         self.named_place = nn.Linear(width, 9)
         self.named_count = nn.Linear(width, MOST + 1)

@@ -1,4 +1,4 @@
-"""How davsp-mini is made: seven resumable, seeded stages, then the folder that ships.
+"""How davsp-mini is made: eight resumable, seeded stages, then the folder that ships.
 
 ====== ===================================================== =========================================================
 stage  trains                                                on
@@ -10,7 +10,9 @@ words  the decoder                                           questions without p
 place  the decoder's layers                                  the same with a mark of place on every patch: where, how many
 bridge tower and projector                                   regression onto the oracle patches and their places
 joint  everything, gently                                    lessons: pictures with several questions each
-skills the same                                              the same, with more of what comes slowly: where, how many, borders
+sight  tower and projector                                   pages and lessons' pictures without questions: small, framed,
+                                                             figures, and a mark on the centre of each thing
+skills everything, gently                                    lessons again, with more of what comes slowly: where, how many, borders
 ====== ===================================================== =========================================================
 
 `tower`, `read` on one side and `words` on the other can run side by side, and so can `bridge` and `place`. Data is a pure function of (seed, stage, step):
@@ -32,7 +34,7 @@ from torch import nn
 
 from davsp.embedded import draw, words
 from davsp.embedded.architecture import MEAN, STD, WIDTH, Heads, Oracle, match_heads, new_model
-from davsp.embedded.losses import Packer, bridge_loss, joint_loss, tower_loss, words_loss
+from davsp.embedded.losses import Packer, bridge_loss, joint_loss, sight_loss, tower_loss, words_loss
 from davsp.errors import DavspError
 from davsp.files import read_json, read_tensors, read_tensors_and_metadata, save_tensors, sha256, write_json
 
@@ -55,11 +57,12 @@ STAGES = {
     "place": Stage(steps=1000, batch=6, lr=6e-4, texts=2, after=("words",)),
     "bridge": Stage(steps=900, batch=20, lr=1e-3, after=("read", "words")),
     "joint": Stage(steps=1500, batch=8, lr=4e-4, texts=1, after=("bridge", "place")),
-    "skills": Stage(steps=2400, batch=8, lr=4e-4, texts=1, after=("joint",)),
+    "sight": Stage(steps=2000, batch=24, lr=6e-4, after=("joint",)),
+    "skills": Stage(steps=5000, batch=8, lr=4e-4, texts=1, after=("sight",)),
 }
 
 
-LAST = "skills"  # the stage whose model ships
+AGAIN, LAST = "sight", "skills"  # where a finished model goes on; the stage whose model ships
 START_HEADS = 200  # steps for the throw-away heads, when training goes on from a finished model
 
 
@@ -75,6 +78,7 @@ def groups(model: Any, name: str, extra: nn.Module, lr: float) -> list[dict]:
             (decoder.layers.parameters(), lr),
             (decoder.norm.parameters(), lr),
         ],  # the embeddings are bridge's target
+        "sight": [(tower.parameters(), lr), (projector.parameters(), lr), (extra.parameters(), lr)],
         "bridge": [(projector.parameters(), lr), (tower.parameters(), lr * 0.2), (extra.parameters(), lr * 0.2)],
         "joint": [(every.parameters(), lr * (0.3 if every is tower else 1)) for every in (tower, projector, decoder)]
         + [(extra.parameters(), lr)],
@@ -107,7 +111,7 @@ def run_stage(
     """Run one stage, or what is left of it; yields a record a step. Ends with `out/NAME/done.json` written.
 
     Args:
-        start: a finished davsp-mini folder to go on from, in place of the stages before this one.
+        start: a finished davsp-mini folder to go on from, in place of the stages before `AGAIN`.
 
     Raises:
         DavspError: the stages it needs are not done, or the folder holds another run's checkpoint.
@@ -116,16 +120,17 @@ def run_stage(
     steps = steps or stage.steps
     model, heads, oracle = new_model(seed), Heads(WIDTH), Oracle(WIDTH)
     about = identity(name, seed, steps, start)
-    if start:
-        _load_start(model, heads, start, seed)
-    for needed in () if start else stage.after:
-        check_done(out, needed, seed)
+    fresh = start if name == AGAIN else None
+    if fresh:
+        _load_start(model, heads, fresh, seed)
+    for needed in () if fresh else stage.after:
+        check_done(out, needed, seed, start)
         _load_parts({"model": model, "heads": heads, "oracle": oracle}, out / needed / "state.safetensors", needed)
     extra = oracle if name == "words" else heads
     both = nn.ModuleDict({"model": model, "heads": heads, "oracle": oracle}).to(device).train()
     optimizer = torch.optim.AdamW(groups(model, name, extra, stage.lr), betas=(0.9, 0.98), weight_decay=0.01)
-    if name == LAST and not (start and any(x.startswith(LAST) for x in read_json(start / "training.json")["stages"])):
-        match_heads(model)  # a finished model that went through this stage has them
+    if name == AGAIN and not start:
+        match_heads(model)  # a finished model has them
     first, seconds = _resume(both, optimizer, folder, about)
     packer, log = Packer(), (folder / "metrics.jsonl")
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,6 +144,8 @@ def run_stage(
             loss, stats = tower_loss(model, heads, rng, stage.batch, whole=name == "read")
         elif name in ("words", "place"):
             loss, stats = words_loss(model, oracle, packer, rng, stage.batch, stage.texts, step, place=name == "place")
+        elif name == "sight":
+            loss, stats = sight_loss(model, heads, oracle, rng, stage.batch)
         elif name == "bridge":
             loss, stats = bridge_loss(model, heads, oracle, rng, stage.batch)
         else:

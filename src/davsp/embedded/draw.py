@@ -254,7 +254,8 @@ def page(rng: random.Random, faces: tuple[str, ...] = FACES, whole: bool = False
     y = rng.randint(0, 8) if whole else rng.randint(-6, 4)
     while y < SIDE - (22 if whole else 12):
         things = light and rng.random() < 0.4
-        face, size = rng.choice(faces), rng.randint(15, 30)
+        figures = whole and rng.random() < 0.2  # twelve classes of a hundred: a line of their own, as large as in sums
+        face, size = rng.choice(faces), rng.randint(22, 46) if figures else rng.randint(15, 30)
         height = rng.randint(36, 76) if things else int(size * 1.25)
         x = rng.randint(0, 12) if whole else rng.randint(-8, 10)
         while x < SIDE - 10:
@@ -262,7 +263,7 @@ def page(rng: random.Random, faces: tuple[str, ...] = FACES, whole: bool = False
                 put_thing(picture, rng.choice(words.THINGS), x, y, height, rng.choice(tuple(words.COLOURS)), rng)
                 x += height + rng.randint(2, 12)
             else:
-                word = rng.choice(words.DRAWN_WORDS)
+                word = rng.choice(words.DIGITS if figures else words.DRAWN_WORDS)
                 if whole and (x + _word(word, face, size)[1][-1] > SIDE - 2 or y + height > SIDE):
                     break
                 x += put_word(picture, word, x, y, face, size, ink) + rng.randint(5, 14)
@@ -337,6 +338,17 @@ def patch_labels(picture: Picture) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             if i < len(box.label):
                 letter[rows, col] = LETTERS[box.label[i]]
     return label.ravel(), colour.ravel(), letter.ravel()
+
+
+def centres(picture: Picture) -> np.ndarray:
+    """1 in each patch that holds the centre of a thing, else 0: int64 (144,). What can be counted."""
+    n = SIDE // PATCH
+    found = np.zeros((n, n), np.int64)
+    for box in picture.boxes:
+        if box.label.startswith("["):
+            column, row = (int(np.clip((a + b) / 2 / PATCH, 0, n - 1)) for a, b in ((box.x0, box.x1), (box.y0, box.y1)))
+            found[row, column] = 1
+    return found.ravel()
 
 
 def _cells(low: float, high: float, slack: float) -> slice:

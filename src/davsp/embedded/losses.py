@@ -12,10 +12,9 @@ from torch.nn import functional as F
 
 from davsp.embedded import draw, words
 from davsp.embedded.architecture import MOST, PATCHES, Heads, Oracle, pixel_values
-from davsp.embedded.questions import Lesson, picture_lesson, sum_turn, word_turn
+from davsp.embedded.questions import Lesson, framed, picture_lesson, sum_turn, word_turn
 
-TURNS = 12  # questions packed behind one picture, at most
-SHORT_TURNS = 18  # in stage "skills", where a scene's many short questions are what is to be learnt
+ROOM = 200  # tokens of questions and answers behind one picture; rows of one length waste nothing on padding
 SUMS = {"joint": 16, "skills": 4}  # of sums in words a row: cheap, and the picture's sums are learnt from them
 
 
@@ -84,8 +83,18 @@ class Packer:
             self.cache[text] = self.tokenizer(text, add_special_tokens=False).input_ids
         return self.cache[text]
 
+    def fitted(self, rng: random.Random, lesson: Lesson) -> Lesson:
+        """The lesson with those of its questions, drawn by lot, that a row has room for; their order stays."""
+        room, keep = ROOM + (0 if lesson.picture else PATCHES), []
+        for i in rng.sample(range(len(lesson.turns)), len(lesson.turns)):
+            need = sum(len(self.text(part)) + 1 for part in lesson.turns[i])
+            if need <= room:
+                room -= need
+                keep.append(i)
+        return Lesson(lesson.picture, [lesson.turns[i] for i in sorted(keep)])
+
     def rows(self, lessons: list[Lesson], device: str | torch.device) -> Rows:
-        packed = [self._row(lesson) for lesson in lessons]
+        packed = [self.row(lesson) for lesson in lessons]
         width = max(len(r[0]) for r in packed)
         ids, position, segment, target, weight = (
             np.stack([np.pad(np.array(r[i]), (0, width - len(r[i])), constant_values=fill) for r in packed])
@@ -99,7 +108,7 @@ class Packer:
             ids_, position_, mask, torch.from_numpy(target).to(device), torch.from_numpy(weight).float().to(device)
         )
 
-    def _row(self, lesson: Lesson) -> tuple[list, list, list, list, list]:
+    def row(self, lesson: Lesson) -> tuple[list, list, list, list, list]:
         ids = [1, self.user] + [self.image] * (PATCHES if lesson.picture else 0)
         start = len(ids)
         position, segment, target, weight = list(range(start)), [0] * start, [-100] * start, [0.0] * start
@@ -173,16 +182,18 @@ def named_loss(
             place.append(_cell(boxes[0], lesson.picture) if len(boxes) == 1 else -100)
     if not at:
         return states[0].new_zeros(()), {}
-    named = states[2][tuple(torch.tensor(at, device=device).T)]
+    # how many takes one more look than what and where
+    named, later = (states[i][tuple(torch.tensor(at, device=device).T)] for i in (2, 3))
     targets = [torch.tensor(x, device=device) for x in (colour, place, count)]
-    guesses = [heads.named_colour(named), heads.named_place(named), heads.named_count(named)]
+    guesses = [heads.named_colour(named), heads.named_place(named), heads.named_count(later)]
     loss = sum(
         (_mean_cross_entropy(g[None], t[None]) for g, t in zip(guesses, targets, strict=True)),
         start=named.new_zeros(()),
     )
     known = targets[1] >= 0
     right = (guesses[1].argmax(-1) == targets[1])[known].float().mean().item() if known.any() else 1.0
-    return loss, {"named_place": right}
+    counted = (guesses[2].argmax(-1) == targets[2]).float().mean().item()
+    return loss, {"named_place": right, "named_count": counted}
 
 
 def meaning_loss(
@@ -209,6 +220,15 @@ def meaning_loss(
     return -(likely * weight).sum() / weight.sum()
 
 
+def centre_loss(heads: Heads, features: Float[Tensor, "b n d"], pictures: list[draw.Picture]) -> tuple[Tensor, dict]:
+    """Whether a thing's centre is in the patch: one mark a thing, which can be counted as its 9 to 16 patches can't."""
+    target = torch.from_numpy(np.stack([draw.centres(p) for p in pictures])).to(features.device)
+    guess, weight = heads.centre(features), torch.tensor([0.1, 1.0], device=features.device)
+    loss = F.cross_entropy(guess.flatten(0, 1), target.flatten(), weight)
+    right = (guess.argmax(-1) == target).all(-1).float().mean().item()  # whole pictures
+    return loss, {"centres": right}
+
+
 def _cell(box: draw.Box, picture: draw.Picture) -> int:
     """Which of the 3 x 3 cells of the picture (of its inside, if it was shrunk) a box is in."""
     inner = next((b for b in picture.boxes if not b.label), draw.Box("", 0, 0, draw.SIDE, draw.SIDE))
@@ -218,16 +238,13 @@ def _cell(box: draw.Box, picture: draw.Picture) -> int:
     return 3 * line + column
 
 
-def lessons(rng: random.Random, batch: int, texts: int, stage: str) -> list[Lesson]:
-    """`batch` picture lessons, each with at most TURNS of its questions, then `texts` rows of questions in words."""
-    out = []
-    for _ in range(batch):
-        lesson = picture_lesson(rng, stage)
-        most = SHORT_TURNS if stage == "skills" else TURNS
-        keep = sorted(rng.sample(range(len(lesson.turns)), min(most, len(lesson.turns))))
-        out.append(Lesson(lesson.picture, [lesson.turns[i] for i in keep]))
-    sums = [sum_turn(rng) for _ in range(SUMS.get(stage, 0))]
-    return out + [Lesson(None, [word_turn(rng, stage) for _ in range(8)] + sums) for _ in range(texts)]
+def lessons(rng: random.Random, packer: Packer, batch: int, texts: int, stage: str) -> list[Lesson]:
+    """`batch` picture lessons, then `texts` rows of questions in words, of each as many questions as there is room for."""
+    out = [packer.fitted(rng, picture_lesson(rng, stage)) for _ in range(batch)]
+    for _ in range(texts):
+        turns = [word_turn(rng, stage) for _ in range(8)] + [sum_turn(rng) for _ in range(SUMS.get(stage, 0))]
+        out.append(packer.fitted(rng, Lesson(None, turns)))
+    return out
 
 
 def oracle_labels(pictures: list[draw.Picture], device) -> tuple[Int[Tensor, "b n"], Int[Tensor, "b n"]]:
@@ -241,7 +258,7 @@ def words_loss(
     """Lessons on oracle patches, made as unreliable as a real tower: 12 % lost, noise of a third of their size."""
     device = next(model.parameters()).device
     only_words = step < 300 and not place  # the first steps teach the language
-    batch = lessons(rng, 0 if only_words else count, 4 if only_words else texts, "joint" if place else "words")
+    batch = lessons(rng, packer, 0 if only_words else count, 4 if only_words else texts, "joint" if place else "words")
     rows = packer.rows(batch, device)
     pictures = [x.picture for x in batch if x.picture]
     if not pictures:
@@ -274,6 +291,22 @@ def bridge_loss(model: Any, heads: Heads, oracle: Oracle, rng: random.Random, co
     return loss + 0.1 * seeing, {**stats, "error": loss.item()}
 
 
+def sight_loss(model: Any, heads: Heads, oracle: Oracle, rng: random.Random, count: int) -> tuple[Tensor, dict]:
+    """Tower and projector without the decoder, so ten pictures for the price of one: pages, and lessons' pictures."""
+    pictures = []
+    for _ in range(count):
+        lesson = picture_lesson(rng, "skills").picture if rng.random() < 0.65 else None
+        pictures.append(lesson or framed(rng, draw.page(rng, whole=True))[0])
+    states = model.model.vision_tower(
+        pixel_values(pictures, next(model.parameters()).device), output_hidden_states=True
+    ).hidden_states
+    features = model.model.multi_modal_projector(states[-1][:, 1:])
+    seeing, stats = patch_loss(heads, states, pictures)
+    meaning = meaning_loss(model, oracle.token, features, pictures)
+    centre, found = centre_loss(heads, features, pictures)
+    return seeing + 0.5 * meaning + 0.5 * centre, {**stats, **found, "meaning": meaning.item()}
+
+
 def joint_loss(
     model: Any,
     heads: Heads,
@@ -286,7 +319,7 @@ def joint_loss(
 ) -> tuple[Tensor, dict]:
     """Lessons through the whole model; the tower's own lesson goes on beside it, so that it does not forget to read."""
     device = next(model.parameters()).device
-    batch = lessons(rng, count, texts, stage)
+    batch = lessons(rng, packer, count, texts, stage)
     rows = packer.rows(batch, device)
     pictures = [x.picture for x in batch if x.picture]
     states = model.model.vision_tower(pixel_values(pictures, device), output_hidden_states=True).hidden_states
@@ -295,5 +328,6 @@ def joint_loss(
     seeing, seen = patch_loss(heads, states, pictures)
     knowing, known = named_loss(heads, packer, rows, batch, hidden)
     meaning = meaning_loss(model, oracle.token, features, pictures)
-    record = {**stats, **seen, **known, "meaning": meaning.item(), "answer_loss": loss.item()}
-    return loss + 0.3 * seeing + 0.3 * knowing + 0.2 * meaning, record
+    centre, found = centre_loss(heads, features, pictures)
+    record = {**stats, **seen, **known, **found, "meaning": meaning.item(), "answer_loss": loss.item()}
+    return loss + 0.3 * seeing + 0.3 * knowing + 0.2 * meaning + 0.1 * centre, record

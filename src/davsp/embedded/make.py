@@ -20,7 +20,7 @@ def make(
     """Run the stages that are missing in `out` (or just `stage`), then write the model with its card to `folder`.
 
     Args:
-        start: a finished davsp-mini folder; only the last stage is run, from its weights.
+        start: a finished davsp-mini folder; only the last two stages are run, from its weights.
 
     Raises:
         DavspError: an unknown stage, no such device, a folder of another run, a `start` that is no finished model.
@@ -30,12 +30,12 @@ def make(
         raise DavspError(f"--stage {stage!r} is not known; the stages are {', '.join(build.STAGES)} and card.")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise DavspError(f"--device {device}: torch sees no GPU here; use --device cpu.")
-    if start and stage not in (None, build.LAST, "card"):
-        raise DavspError(f"--start goes with the last stage, {build.LAST}, not with --stage {stage}.")
+    if start and stage not in (None, build.AGAIN, build.LAST, "card"):
+        raise DavspError(f"--start goes with the stages {build.AGAIN} and {build.LAST}, not with --stage {stage}.")
     if start and not ((start / "model.safetensors").exists() and (start / "training.json").exists()):
         raise DavspError(f"--start {start} is no finished davsp-mini: model.safetensors or training.json is missing.")
     console = Console()
-    for name in [stage] if stage else [build.LAST, "card"] if start else [*build.STAGES, "card"]:
+    for name in [stage] if stage else [build.AGAIN, build.LAST, "card"] if start else [*build.STAGES, "card"]:
         if name == "card":
             finish(out, folder, seed, console, start)
         elif (out / name / "done.json").exists():
@@ -65,9 +65,9 @@ def _stage(name: str, out: Path, seed: int, device: str, console: Console, start
 def finish(out: Path, folder: Path, seed: int, console: Console, start: Path | None = None) -> None:
     """Export, load as a user would, measure, write card, figures and training curves."""
     if start:
-        records = read_json(start / "training.json")["stages"] | {
-            build.LAST: build.check_done(out, build.LAST, seed, start)
-        }
+        before = read_json(start / "training.json")["stages"]
+        records = {f"{name} (before)": record for name, record in before.items()}
+        records |= {name: build.check_done(out, name, seed, start) for name in (build.AGAIN, build.LAST)}
     else:
         records = {name: build.check_done(out, name, seed) for name in build.STAGES}
     part = folder.with_name(folder.name + ".part")  # the model that is there stays until the new one is measured

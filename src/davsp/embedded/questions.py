@@ -69,7 +69,7 @@ def framed(rng: random.Random, picture: draw.Picture, scene: bool = False) -> tu
     """Some pictures are shrunk with something around them; returns whether a sign in the margin asks for care."""
     roll = rng.random()
     # things lose more than lettering by being shrunk, so scenes are shrunk more often
-    bare, noise, colour, odd = (0.42, 0.5, 0.74, 0.9) if scene else (0.5, 0.56, 0.72, 0.88)
+    bare, noise, colour, odd = (0.4, 0.47, 0.72, 0.84) if scene else (0.46, 0.51, 0.69, 0.8)
     if roll < bare:
         return picture, False
     if roll < noise:
@@ -297,8 +297,8 @@ LESSONS: dict[str, dict[Callable[[random.Random], Lesson], float]] = {
         scene_lesson: 0.18, counting_lesson: 0.16, sum_lesson: 0.14,
     },
     "skills": {
-        typographic_lesson: 0.18, captioned_lesson: 0.11, single_lesson: 0.13, reading_lesson: 0.04,
-        scene_lesson: 0.26, counting_lesson: 0.15, sum_lesson: 0.13,
+        typographic_lesson: 0.2, captioned_lesson: 0.12, single_lesson: 0.1, reading_lesson: 0.08,
+        scene_lesson: 0.18, counting_lesson: 0.18, sum_lesson: 0.14,
     },
 }  # fmt: skip
 
