@@ -330,4 +330,4 @@ def joint_loss(
     meaning = meaning_loss(model, oracle.token, features, pictures)
     centre, found = centre_loss(heads, features, pictures)
     record = {**stats, **seen, **known, **found, "meaning": meaning.item(), "answer_loss": loss.item()}
-    return loss + 0.3 * seeing + 0.3 * knowing + 0.2 * meaning + 0.1 * centre, record
+    return loss + 0.5 * seeing + 0.3 * knowing + 0.4 * meaning + 0.2 * centre, record
