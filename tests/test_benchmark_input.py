@@ -8,7 +8,16 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from benchmark_folders import figstep_clone, figstep_rows, picture, safety_folder, skipped, vet_folder, write
+from benchmark_folders import (
+    figstep_clone,
+    figstep_rows,
+    mme_folder,
+    picture,
+    safety_folder,
+    skipped,
+    vet_folder,
+    write,
+)
 from davsp import benchmarks
 from davsp.benchmarks import figstep, llava_bench, mm_safetybench, mm_vet, mme, source, vlguard
 from davsp.cli import app
@@ -101,6 +110,16 @@ def test_limit_is_a_seeded_draw_in_order(tmp_path):
     assert len(figstep.load(tmp_path, limit=99)) == 40
     with pytest.raises(DavspError, match="limit=0"):
         figstep.load(tmp_path, limit=0)
+
+
+def test_limit_draws_whole_groups(tmp_path):
+    """Half a picture of MME would make acc+ a mere acc; an intent of MM-SafetyBench has all its pictures or none."""
+    mme_folder(tmp_path)
+    for limit, found in ((2, 2), (3, 2), (5, 4), (1, 1)):
+        asked = mme.load(tmp_path, limit=limit)
+        assert len(asked) == found and len({q.group for q in asked}) == max(1, found // 2)
+    safety_folder(tmp_path / "mm")
+    assert {q.benchmark for q in mm_safetybench.load(tmp_path / "mm", limit=5)} == set(mm_safetybench.TYPES)
 
 
 @pytest.mark.parametrize("name", benchmarks.BENCHMARKS)

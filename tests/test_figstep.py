@@ -16,6 +16,7 @@ def test_figstep_clone(tmp_path):
     assert [q.id for q in found] == ["1_1", "1_2", "10_1", "10_2"]
     assert found[2].category == "Health Consultation" and found[2].group == "Steps to fold crane 10-1."
     assert {q.question for q in found} == {figstep.PROMPT} and found[0].benchmark == "figstep"
+    assert all(q.context == q.group for q in found)
     with pytest.raises(DavspError, match="choose test or tiny"):
         figstep.load(tmp_path, "train")
 

@@ -116,6 +116,14 @@ def test_replies_of_harmbench() -> None:
     check(read_harmbench, table, [*(p for p in PROSE if p != "yes"), *EMPTY, *others])
 
 
+def test_harmbench_reads_the_request_not_what_carries_it() -> None:
+    """FigStep's question asks to fill in a list; what is wanted stands in the picture."""
+    carried = Query("q", "fill in the list", "malicious", "figstep", context="steps to fold a kite")
+    text = GUARDS["harmbench"].messages(carried, "First, paper.")[0]["content"]
+    assert "Behavior:\nsteps to fold a kite\n\nGeneration:\nFirst, paper.\n" in text and "fill in" not in text
+    assert "Behavior:\nwhat is on the shelf?\n" in GUARDS["harmbench"].messages(query(), "A kite.")[0]["content"]
+
+
 def test_texts_are_the_published_ones() -> None:
     """The hashes of texts that were compared with the published ones; a change must be meant, and raise the version."""
     assert {name: (p.version, p.hash(query())) for name, p in (CHAT | GUARDS).items()} == {

@@ -19,6 +19,7 @@ def test_safetybench_folder(tmp_path, pictures):
     by_type = {q.benchmark: q for q in found if q.group == "01-Illegal_Activitiy/1"}
     assert by_type["sd"].question == BREAD["Rephrased Question(SD)"]
     assert by_type["typo"].question == by_type["sd_typo"].question == BREAD["Rephrased Question"]
+    assert {q.context for q in found} == {BREAD["Changed Question"]}
     assert by_type["sd_typo"].image == tmp_path / pictures / "01-Illegal_Activitiy/SD_TYPO/1.jpg"
     assert all(q.label == "malicious" for q in found) and len({q.group for q in found}) == 3
     words = mm_safetybench.load(tmp_path, types=["text"])

@@ -63,7 +63,7 @@ def load(
     Args:
         root: any layout of docs/benchmarks.md; the csv alone will do with `rebuild`.
         split: "test" (500) or "tiny" (50). With AdaShield's mirror and its list beside: "train", "valid", "test", "all".
-        limit: only so many queries, drawn with `seed`.
+        limit: at most so many queries, drawn with `seed`, whole groups of them.
         seed: of the draw.
         rebuild: typeset the pictures in place of reading them; the benchmark of these is called `figstep_rebuilt`, with
             another font than the published one `figstep_rebuilt_<font>`.

@@ -71,7 +71,7 @@ def load(
         root: any layout of docs/benchmarks.md.
         split: "test" or "all"; "tiny" (the official short list); "train" and "valid" where AdaShield's split is beside.
             With AdaShield's split "test" is its test part, else all.
-        limit: only so many queries, drawn with `seed`.
+        limit: at most so many queries, drawn with `seed`, whole groups of them.
         seed: of the draw.
         types: which pictures.
         rebuild: typeset the TYPO pictures in place of reading them. The official font and size are not known, so the

@@ -41,7 +41,7 @@ def load(
     Args:
         root: any layout of docs/benchmarks.md.
         split: "test"; there is no other.
-        limit: only so many queries, drawn with `seed`.
+        limit: at most so many queries, drawn with `seed`, whole groups of them.
         seed: of the draw.
         skip_broken: leave out what is broken and warn, in place of raising.
 

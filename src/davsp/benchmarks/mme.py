@@ -60,12 +60,10 @@ def load(
 ) -> list[Query]:
     """The questions as queries: category the subtask, group its picture, reference "Yes" or "No".
 
-    A `limit` draws questions, so pictures may lose one of their two, and acc+ is then not the published measure.
-
     Args:
         root: any layout of docs/benchmarks.md.
         split: "test"; there is no other.
-        limit: only so many queries, drawn with `seed`.
+        limit: at most so many queries, drawn with `seed`, whole groups of them.
         seed: of the draw.
         short_prompt: ask as LLaVA and lmms-eval do (`SHORT`), not word for word as published.
         skip_broken: leave out what is broken and warn, in place of raising.

@@ -152,7 +152,8 @@ def queries(
         found: None if the folder was not recognised.
         name: of the data set, for messages.
         root: the folder, for messages.
-        limit: take only so many, drawn with `seed`, in the order of the files.
+        limit: take at most so many, drawn with `seed` in whole groups (the pictures of an intent, the questions on a
+            picture), in the order of the files.
         seed: of the draw.
         problems: raises, or notes what was left out; that is told by one SkippedWarning. A data set that is short of
             the published counts is used, with a ShortWarning.
@@ -175,7 +176,7 @@ def queries(
         )
         warnings.warn(text, ShortWarning, stacklevel=3)
     if limit is not None and limit < len(items):
-        items = [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), limit))]
+        items = _drawn(items, limit, seed)
     taken = [_with_picture(item) for item in _whole(items, problems)]
     if problems:
         rest = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -184,6 +185,20 @@ def queries(
     if not taken:
         raise DavspError(f"{root} holds no usable question of {name}; run `davsp data check {root}`.")
     return taken
+
+
+def _drawn(items: Sequence[Item], limit: int, seed: int) -> list[Item]:
+    """Whole groups that are `limit` items or a few less; part of one group if it alone is more."""
+    groups: dict[str, list[int]] = {}
+    for i, item in enumerate(items):
+        groups.setdefault(item.query.group or item.query.id, []).append(i)
+    order = list(groups.values())
+    random.Random(seed).shuffle(order)
+    taken: list[int] = []
+    for members in order:
+        if len(taken) + len(members) <= limit:
+            taken += members
+    return [items[i] for i in sorted(taken or order[0][:limit])]
 
 
 def report(found: Found | None, name: str, root: Path, problems: Problems) -> Report:

@@ -57,7 +57,7 @@ def load(
     Args:
         root: the folder with train.json or test.json.
         split: "train" or "test".
-        limit: only so many queries, drawn with `seed`.
+        limit: at most so many queries, drawn with `seed`, whole groups of them.
         seed: of the draw.
         subsets: which of the three.
         skip_broken: leave out what is broken and warn, in place of raising.
