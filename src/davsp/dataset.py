@@ -6,11 +6,13 @@ relative to the file), `benchmark`, `category`, `group`, `reference`, `answers`.
 
 import io
 import json
+import warnings
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from davsp.benchmarks.source import SkippedWarning, fault
 from davsp.errors import DavspError
 from davsp.files import read_bytes, write_bytes, write_text
 from davsp.query import Query
@@ -19,11 +21,16 @@ NAME = "queries.jsonl"
 FIELDS = {f.name for f in fields(Query)}
 
 
-def load_queries(path: str | Path) -> list[Query]:
-    """Read a folder (its `queries.jsonl`) or a .jsonl file. Pictures stay on disk until they are used, but must be there.
+def load_queries(path: str | Path, skip_broken: bool = False) -> list[Query]:
+    """Read a folder (its `queries.jsonl`) or a .jsonl file. Pictures stay on disk until they are used, but must be whole.
+
+    Args:
+        path: the folder or file.
+        skip_broken: leave out lines that are no query and pictures that are missing or broken, and warn, in place of raising.
 
     Raises:
-        DavspError: nothing there, no lines, a line that is no query, an unknown field, a picture that is missing.
+        DavspError: nothing there, no lines, a line that is no query, an unknown field, an id twice, a picture that is missing,
+            truncated, animated, CMYK, of more than 8 bits, of one pixel or of too many.
     """
     path = Path(path)
     file = path / NAME if path.is_dir() else path
@@ -33,10 +40,26 @@ def load_queries(path: str | Path) -> list[Query]:
         lines = read_bytes(file).decode().split("\n")  # not splitlines: a question may hold U+2028
     except UnicodeDecodeError as error:
         raise DavspError(f"{file} is not UTF-8 text; give a .jsonl file of queries.") from error
-    found = [_query(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    found: dict[str, Query] = {}
+    skipped = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            query = _query(file, number, line)
+            if query.id in found:
+                raise DavspError(f"{file}, line {number}: the id {query.id!r} is there twice; make the ids unique.")
+            found[query.id] = query
+        except DavspError as error:
+            if not skip_broken:
+                raise
+            skipped.append(str(error))
+    if skipped:
+        rest = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+        warnings.warn(f"{file}: skipped {len(skipped)}: {' '.join(skipped[:3])}{rest}", SkippedWarning, stacklevel=2)
     if not found:
         raise DavspError(f"{file} holds no query; add at least one line.")
-    return found
+    return list(found.values())
 
 
 def _query(file: Path, number: int, line: str) -> Query:
@@ -63,6 +86,8 @@ def _query(file: Path, number: int, line: str) -> Query:
         image = file.parent / str(image)
         if not image.is_file():
             raise DavspError(f"{where} names the image {image}, which is not there; mend the path.")
+        if why := fault(image):
+            raise DavspError(f"{where} names the image {image}, which {why}; mend it or take the line out.")
     answers = values.pop("answers", [])
     if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
         raise DavspError(f"{where}: answers must be a list of texts, not {answers!r}.")

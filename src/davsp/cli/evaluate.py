@@ -1,24 +1,64 @@
-"""`davsp eval`: a test set without and with a prompt."""
+"""`davsp eval`: models, defenses and test sets to a run folder."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from davsp.cli.inputs import compare_texts, embedded_protocol, in_processes, load_lvlm, queries_at, safety_text
-from davsp.cli.options import Canvas, Device, Dtype, Model, Out, Processes, Quantization, Revision, Seed
+from davsp.cli import judges
+from davsp.cli.defenses import rows
+from davsp.cli.inputs import compare_texts, in_processes, load_lvlm
+from davsp.cli.options import (
+    Benchmark,
+    Cache,
+    Canvas,
+    Concurrency,
+    Device,
+    Dtype,
+    JudgeKey,
+    JudgeModel,
+    JudgeUrl,
+    MaxUnscored,
+    Model,
+    Out,
+    Processes,
+    Quantization,
+    Queries,
+    Revision,
+    Seed,
+    SkipBroken,
+    Split,
+    Timeout,
+)  # fmt: skip
+from davsp.cli.testset import asked
+from davsp.errors import DavspError
 
 if TYPE_CHECKING:
     from davsp.defenses import Defense
+    from davsp.evaluation import Evaluation
+    from davsp.lvlm import LVLM
     from davsp.query import Query
+
+BATCH, SERVED = 32, 8  # queries a batch; of a server, in times of what is under way at once
 
 
 def evaluate(
     prompt: Annotated[
         Path | None, typer.Option(help="Folder or hub id of a prompt: adds the row davsp, or additive for noise.")
     ] = None,
-    queries: Annotated[
-        Path | None, typer.Option(help="Folder or .jsonl of queries; left out: the embedded test.")
+    queries: Queries = None,
+    benchmark: Benchmark = None,
+    split: Split = "test",
+    defense: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A row of the table: none, safety-text, safety-text=TEXT, or NAME=FOLDER of a prompt. Repeatable; left "
+            "out: none, the safety text and --prompt."
+        ),
+    ] = None,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Repeatable; the first one's rates are metrics.json. {judges.NAMES} Left out: keyword."),
     ] = None,
     out: Out = Path("out/eval"),
     model: Model = None,
@@ -28,8 +68,32 @@ def evaluate(
     vector: Annotated[
         Path | None, typer.Option(help="Folder of a vector: records the projection of every answer.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first queries of each benchmark.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only so many of each set (drawn; of your own queries the first).")
+    ] = None,
+    skip_broken: SkipBroken = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 48,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Queries answered and kept at a time; left out: 32, of a server 64.")
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="transformers: the model is loaded here; openai: a server runs it (vLLM, SGLang).")
+    ] = "transformers",
+    base_url: Annotated[str | None, typer.Option(help="The model's server, http://HOST:PORT/v1.")] = None,
+    api_model: Annotated[str | None, typer.Option(help="The model as its server calls it; left out: --model.")] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable with the key of the model's server; left out: no key.")
+    ] = None,
+    judge_url: JudgeUrl = None,
+    judge_model: JudgeModel = None,
+    judge_key_env: JudgeKey = None,
+    max_unscored: MaxUnscored = 0.02,
+    concurrency: Concurrency = 8,
+    timeout: Timeout = 300.0,
+    cache: Cache = None,
+    show_unsafe: Annotated[
+        bool, typer.Option("--show-unsafe", help="Print compliant answers to malicious queries in the report.")
+    ] = False,
     revision: Revision = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -38,50 +102,120 @@ def evaluate(
     num_processes: Processes = 1,
     seed: Seed = 0,
 ) -> None:
-    """Answer a test set without and with the prompt; rates with 95 % intervals, paired with No Defense."""
+    """Answer a test set under each defense, judge the answers, and report rates with 95 % intervals, paired with No Defense."""
     from rich.console import Console
 
     from davsp import parallel
-    from davsp.defenses import NoDefense, SafetyText, VisualPrompt
     from davsp.evaluation import evaluate
-    from davsp.prompts import load_prompt
-    from davsp.report.terminal import print_table
     from davsp.vector import HarmfulnessVector
 
+    served = _served(engine, base_url, api_model or model, (revision, device, dtype, quantization), num_processes)
     in_processes(num_processes)
-    lvlm = load_lvlm(model, revision, device, dtype, quantization, canvas)
-    test = queries_at(queries, None if queries else embedded_protocol(model, seed).test, "--queries")
-    if limit:
-        test = _first(test, limit)
-    defenses: dict[str, Defense] = {"none": NoDefense()}
-    if text := safety_text(text, queries is None):
-        defenses["safety-text"] = SafetyText(text)
+    how = judges.Asking(
+        judge_url, judge_model, judge_key_env, concurrency, timeout, cache or out / "cache.sqlite", device,
+        Console(stderr=True),
+    )  # fmt: skip
+    named, graders = judges.sorted_out(judge or [], how)
+    if graders and not benchmark:
+        raise DavspError(f"--judge names a grader of {next(iter(graders))}, but no --benchmark of that set is asked.")
+    defenses = rows(defense or [], prompt, text, own=not (queries or benchmark))
+    test, notes = asked(benchmark or [], split, queries, model, limit, seed, skip_broken)
+    lvlm: LVLM
+    if served:
+        from davsp.lvlm.remote import RemoteLVLM
+
+        lvlm = RemoteLVLM(*served, api_key_env, canvas=canvas, concurrency=concurrency, timeout=timeout)
+    else:
+        lvlm = load_lvlm(model, revision, device, dtype, quantization, canvas)
     direction = HarmfulnessVector.load(vector) if vector else None
-    if direction:
-        direction.check(lvlm)
-    if prompt:
-        loaded = load_prompt(prompt)
-        loaded.check(lvlm)
-        name = "davsp" if loaded.kind == "border" else loaded.kind
-        defenses[name] = VisualPrompt(loaded, name)
-        if direction:
-            compare_texts(direction, loaded.text, "the prompt puts")
+    _fit(lvlm, defenses, direction)
+    facts = _facts(lvlm, engine, test, notes, defenses, judge or ["keyword"], benchmark or [], split, seed)
+    if parallel.rank() == 0:
+        from davsp.files import write_json
+
+        write_json(out / "manifest.json", facts)
     found = evaluate(
-        lvlm, defenses, test, out, direction,
+        lvlm, defenses, test, out, direction, named[0],
+        graders=graders if benchmark else None,
+        batch_size=batch_size or (SERVED * concurrency if served else BATCH),
         max_new_tokens=max_new_tokens, seed=seed, console=Console(stderr=True),
     )  # fmt: skip
-    if parallel.rank() > 0:
-        return
+    if parallel.rank() == 0:
+        _finish(out, test, found, defenses, named[1:], facts, show_unsafe, max_unscored, seed)
+
+
+def _served(
+    engine: str, base_url: str | None, model: str | None, local: tuple[str | None, ...], processes: int
+) -> tuple[str, str] | None:
+    """Model and address of the server that answers; None if the model is loaded here."""
+    if engine not in ("transformers", "openai"):
+        raise DavspError(f"--engine {engine!r} is not known: choose transformers or openai.")
+    if engine == "transformers":
+        if base_url:
+            raise DavspError("--base-url goes with --engine openai.")
+        return None
+    if not base_url or not model:
+        raise DavspError("--engine openai needs --base-url and --api-model (or --model), as the server calls it.")
+    if any(local) or processes > 1:
+        raise DavspError(
+            "--revision, --device, --dtype, --quantization and --num-processes go with a model loaded here."
+        )
+    return model, base_url
+
+
+def _fit(lvlm: "LVLM", defenses: "dict[str, Defense]", direction: Any) -> None:
+    """Refuse what does not go with the model before anything is answered."""
+    from davsp.defenses import VisualPrompt
+
+    if direction is not None:
+        if lvlm.server:
+            raise DavspError("--vector does not go with --engine openai: a server gives no hidden states.")
+        direction.check(lvlm)
+    for defense in defenses.values():
+        if isinstance(defense, VisualPrompt):
+            defense.prompt.check(lvlm)
+            if direction is not None:
+                compare_texts(direction, defense.prompt.text, "the prompt puts")
+
+
+def _facts(
+    lvlm: "LVLM", engine: str, test: "list[Query]", notes: list[str], defenses: "dict[str, Defense]", named: list[str],
+    sets: list[str], split: str, seed: int,
+) -> dict[str, Any]:  # fmt: skip
+    """What manifest.json says."""
+    from davsp.files import manifest
+    from davsp.lvlm import fingerprint, model_name
+    from davsp.store import queries_hash
+
+    return manifest(
+        model=model_name(lvlm), revision=lvlm.revision, weights=fingerprint(lvlm), engine=engine, server=lvlm.server,
+        defenses={name: defense.describe() for name, defense in defenses.items()}, judges=named,
+        benchmarks=sets, split=split, queries={"count": len(test), "sha256": queries_hash(test)}, notes=notes, seed=seed,
+    )  # fmt: skip
+
+
+def _finish(
+    out: Path, test: "list[Query]", found: "Evaluation", defenses: "dict[str, Defense]", others: list[Any],
+    facts: dict[str, Any], show_unsafe: bool, max_unscored: float, seed: int,
+) -> None:  # fmt: skip
+    """The other judges, the report and the tables; fails at the end if too much is unscored."""
+    from rich.console import Console
+
+    from davsp import report
+    from davsp.judges.rescore import rescore, slug
+    from davsp.judges.verdicts import judge_name
+    from davsp.report.html import write_report
+    from davsp.report.terminal import print_scores, print_table
+
+    said: list[dict[str, list[Any]]] = [dict(found.verdicts), dict(found.grades)]
+    for judge in others:
+        again = rescore(out, test, judge, seed=seed)
+        said.append(dict(again.verdicts))
+        print(f"rates by {judge_name(judge)} are in {out / f'metrics-{slug(judge_name(judge))}.json'}")
+    shown = [name for name in defenses if name != "none"] or list(defenses)
+    page = report.build(facts["model"], test, found, defenses, defense=shown[-1], manifest=facts)
+    write_report(out / "report.html", page, show_unsafe)
     print_table(Console(), found.rows)
-    print(f"answers, verdicts and metrics.json are in {out}")
-
-
-def _first(queries: "list[Query]", limit: int) -> "list[Query]":
-    seen: dict[tuple[str, str], int] = {}
-    kept = []
-    for query in queries:
-        key = (query.benchmark, query.category if query.label == "benign" else "")
-        seen[key] = seen.get(key, 0) + 1
-        if seen[key] <= limit:
-            kept.append(query)
-    return kept
+    print_scores(Console(), found.rows)
+    print(f"answers, verdicts, metrics.json and report.html are in {out}")
+    judges.check(said, max_unscored)

@@ -5,109 +5,69 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from davsp.cli.inputs import embedded_protocol, queries_at
-from davsp.cli.options import Device, Seed
-from davsp.errors import DavspError
+from davsp.cli import judges
+from davsp.cli.options import (
+    JUDGE_KEY,
+    JUDGE_URL,
+    Benchmark,
+    Cache,
+    Concurrency,
+    Device,
+    JudgeModel,
+    MaxUnscored,
+    Queries,
+    Seed,
+    SkipBroken,
+    Split,
+    Timeout,
+)  # fmt: skip
+from davsp.cli.testset import asked
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from davsp.judges import Judge
     from davsp.judges.rescore import Rescored
 
 
 def judge(
     run: Annotated[Path, typer.Argument(help="Folder that davsp eval wrote.")],
-    judge: Annotated[
-        str,
-        typer.Option(
-            help="keyword, keyword-gcg, keyword-adashield, keyword-vlguard, keyword-lmms-eval; davsp, davsp-mmsafety, "
-            "mm-safetybench, adashield; llama-guard-3, llama-guard-4, harmbench."
-        ),
-    ],
-    queries: Annotated[
-        Path | None, typer.Option(help="Folder or .jsonl of the run's queries; left out: the embedded test.")
-    ] = None,
-    base_url: Annotated[
-        str | None,
-        typer.Option(help="An OpenAI-compatible server; left out: OpenAI, and guards run here by transformers."),
-    ] = None,
-    judge_model: Annotated[
-        str | None, typer.Option(help="The model to ask; left out: a guard's own weights, if it runs here.")
-    ] = None,
-    api_key_env: Annotated[
-        str | None,
-        typer.Option(
-            help="Environment variable with the server's key; left out: OPENAI_API_KEY for OpenAI, no key else."
-        ),
-    ] = None,
-    max_unscored: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of unscored answers above which the command fails.")
-    ] = 0.02,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at once; fewer after a 429.")] = 8,
-    timeout: Annotated[float, typer.Option(min=0.01, help="Seconds for one request.")] = 60.0,
-    cache: Annotated[
-        Path | None, typer.Option(help="File of verdicts to look up and add to; left out: one in the run's folder.")
-    ] = None,
+    judge: Annotated[str, typer.Option(help=judges.NAMES)],
+    queries: Queries = None,
+    benchmark: Benchmark = None,
+    split: Split = "test",
+    skip_broken: SkipBroken = False,
+    judge_url: Annotated[str | None, typer.Option("--judge-url", "--base-url", help=JUDGE_URL)] = None,
+    judge_model: JudgeModel = None,
+    judge_key_env: Annotated[str | None, typer.Option("--judge-key-env", "--api-key-env", help=JUDGE_KEY)] = None,
+    max_unscored: MaxUnscored = 0.02,
+    concurrency: Concurrency = 8,
+    timeout: Timeout = 60.0,
+    cache: Cache = None,
     device: Device = None,
     seed: Seed = 0,
 ) -> None:
-    """Score the answers of a finished run with another judge, without generating again."""
+    """Score the answers of a finished run with another judge or grader, without generating again."""
     from rich.console import Console
 
-    from davsp.judges.base import check_unscored
     from davsp.judges.rescore import rescore, slug
+    from davsp.judges.verdicts import judge_name
 
-    asked = queries_at(queries, None if queries else embedded_protocol(None, seed).test, "--queries")
-    chosen = _judge(
-        judge, base_url, judge_model, api_key_env, concurrency, timeout,
-        cache or run / "cache.sqlite", device, Console(stderr=True),
+    test, _ = asked(benchmark or [], split, queries, None, None, seed, skip_broken)
+    how = judges.Asking(
+        judge_url, judge_model, judge_key_env, concurrency, timeout, cache or run / "cache.sqlite", device,
+        Console(stderr=True),
     )  # fmt: skip
-    found = rescore(run, asked, chosen, seed=seed)
+    chosen = judges.named(judge, how)
+    graded = judges.GRADER_OF.get(judge)
+    if graded:
+        found = rescore(run, test, None, seed=seed, graders={graded: chosen})
+    else:
+        found = rescore(run, test, chosen, seed=seed)
     _print(Console(), found)
-    name = slug(next(v.judge for verdicts in found.verdicts.values() for v in verdicts))
-    print(f"verdicts are in {run / f'verdicts-{name}.jsonl'}, rates in {run / f'metrics-{name}.json'}")
-    for verdicts in found.verdicts.values():
-        check_unscored(verdicts, max_unscored)
-
-
-def _judge(
-    name: str,
-    base_url: str | None,
-    model: str | None,
-    api_key_env: str | None,
-    concurrency: int,
-    timeout: float,
-    cache: Path,
-    device: str | None,
-    console: "Console",
-) -> "Judge":
-    """The judge of that name."""
-    from davsp.judges import keyword
-    from davsp.judges.keyword_lists import LISTS
-    from davsp.judges.prompts import CHAT
-
-    if name == "keyword":
-        return keyword
-    if name in LISTS:
-        return LISTS[name]
-    from davsp.client import OPENAI
-    from davsp.judges.cache import VerdictCache
-    from davsp.judges.chat import ChatJudge
-    from davsp.judges.guard import GUARDS, LocalGuard
-
-    if name in GUARDS and base_url is None:
-        return LocalGuard(GUARDS[name], model, device=device, cache=VerdictCache(cache), console=console)
-    if name not in CHAT | GUARDS:
-        known = ", ".join(["keyword", *LISTS, *CHAT, *GUARDS])
-        raise DavspError(f"there is no judge {name!r}; choose one of {known}.")
-    if model is None:
-        raise DavspError(f"--judge-model is missing: the judge {name} asks a model on a server.")
-    variable = api_key_env or ("OPENAI_API_KEY" if base_url is None else None)
-    return ChatJudge(
-        (CHAT | GUARDS)[name], model, base_url or OPENAI, variable,
-        cache=VerdictCache(cache), concurrency=concurrency, timeout=timeout, console=console,
-    )  # fmt: skip
+    name = slug(judge_name(chosen))
+    kind = "grades" if graded else "verdicts"
+    print(f"{kind} are in {run / f'{kind}-{name}.jsonl'}, rates in {run / f'metrics-{name}.json'}")
+    judges.check([found.grades if graded else found.verdicts], max_unscored, some=True)
 
 
 def _print(console: "Console", found: "Rescored") -> None:
@@ -116,14 +76,19 @@ def _print(console: "Console", found: "Rescored") -> None:
 
     from rich.table import Table
 
+    from davsp.judges.base import is_unscored
     from davsp.judging import WORST
     from davsp.report.cells import BENCHMARKS, defenses, find, label, percent
+    from davsp.report.terminal import print_scores
 
     table = Table(caption="percent; interval 95 %; worst case: every unscored answer counted as unsafe")
     for heading in ("Defense", "Benchmark", "n", "unscored", "RSR", "95 %", "worst case"):
         table.add_column(heading, justify="left" if heading in ("Defense", "Benchmark") else "right")
     order = defenses(found.rows)
-    for row in sorted((r for r in found.rows if r["metric"] == "rsr"), key=lambda r: order.index(r["defense"])):
+    for row in sorted(
+        (r for r in found.rows if r["metric"] == "rsr" and r["split"] == "total"),
+        key=lambda r: order.index(r["defense"]),
+    ):
         key = (row["defense"], row["benchmark"], row["split"])
         unscored, worst = find(found.rows, *key, "unscored"), find(found.rows, *key, WORST)
         assert unscored and worst  # written for every rate
@@ -136,8 +101,11 @@ def _print(console: "Console", found: "Rescored") -> None:
             "–" if row["value"] is None else f"{percent(row['low'])}–{percent(row['high'])}",
             percent(worst["value"]),
         )
-    console.print(table)
-    reasons = Counter(v.reason for verdicts in found.verdicts.values() for v in verdicts if v.label == "unscored")
+    if table.row_count:
+        console.print(table)
+    print_scores(console, found.rows)
+    said = [one for by_defense in (found.verdicts, found.grades) for group in by_defense.values() for one in group]
+    reasons = Counter(one.reason for one in said if is_unscored(one))
     for reason, count in reasons.most_common(5):
         console.print(f"unscored, {count}: {reason}", markup=False)
     if found.agreement.alpha is not None:

@@ -26,3 +26,32 @@ Quantization = Annotated[str | None, typer.Option(help="4bit or 8bit, by bitsand
 Processes = Annotated[
     int, typer.Option("--num-processes", min=1, help="Processes on this machine, a GPU each; the work is shared.")
 ]
+Queries = Annotated[
+    Path | None,
+    typer.Option("--queries", "--data", help="Folder or .jsonl of your own queries; left out: the embedded test."),
+]
+Benchmark = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A published set, NAME=FOLDER: mm_safetybench, figstep, vlguard, mm_vet, mme, llava_bench. Repeatable."
+    ),
+]
+Split = Annotated[str, typer.Option(help="Of the published sets.")]
+SkipBroken = Annotated[
+    bool, typer.Option("--skip-broken", help="Go on past broken pictures and rows, and say what was left out.")
+]
+JUDGE_URL = "The judge's OpenAI-compatible server; left out: OpenAI, and guards run here by transformers."
+JUDGE_KEY = "Environment variable with the judge's key; left out: OPENAI_API_KEY for OpenAI, no key else."
+JudgeUrl = Annotated[str | None, typer.Option("--judge-url", help=JUDGE_URL)]
+JudgeKey = Annotated[str | None, typer.Option("--judge-key-env", help=JUDGE_KEY)]
+JudgeModel = Annotated[
+    str | None, typer.Option(help="The model to ask; left out: a guard's own weights, if it runs here.")
+]
+MaxUnscored = Annotated[
+    float, typer.Option(min=0, max=1, help="Share of unscored answers above which the command fails.")
+]
+Concurrency = Annotated[int, typer.Option(min=1, help="Requests to a server under way at once; fewer after a 429.")]
+Timeout = Annotated[float, typer.Option(min=0.01, help="Seconds for one request.")]
+Cache = Annotated[
+    Path | None, typer.Option(help="File of verdicts to look up and add to; left out: one in the run's folder.")
+]

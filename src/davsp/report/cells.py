@@ -22,6 +22,8 @@ BENCHMARKS = {
     "llava_bench": "Description",
 }
 OUT_OF_DISTRIBUTION = ("figstep", "mme", "llava_bench")
+SCORES = ("score", "acc_", "relative", "over_refusal")
+"""How the metrics of published sets begin that are no RSR."""
 POOLED = {"in": "in_distribution", "out": "out_of_distribution"}
 
 
@@ -83,6 +85,19 @@ def utility_columns(rows: Rows) -> list[Column]:
     return [c for c in columns if _present(rows, c)]
 
 
+def score_rows(rows: Rows) -> list[tuple[str, str, str, list[Mapping[str, Any] | None]]]:
+    """Scores and over-refusal of published sets: (benchmark, part, metric, the row of each of `defenses(rows)`)."""
+    names = defenses(rows)
+    keys = dict.fromkeys(
+        (r["benchmark"], r["split"], r["metric"])
+        for r in rows
+        if r["metric"].startswith(SCORES)
+        and not r["metric"].endswith(("_difference", "_worst_case"))
+        and r["benchmark"] != "benign"
+    )
+    return [(*key, [find(rows, name, *key) for name in names]) for key in keys]
+
+
 def cell(rows: Rows, defense: str, column: Column) -> Cell:
     """The cell of a table; a dash where nothing was measured."""
     keys = (column.benchmark, column.split)
@@ -97,6 +112,15 @@ def cell(rows: Rows, defense: str, column: Column) -> Cell:
             direction = "better" if (difference["value"] > 0) == column.high_is_good else "worse"
     interval = f"{100 * row['low']:.1f}–{100 * row['high']:.1f}"
     return Cell(percent(row["value"]), interval, text, direction, _unscored(rows, defense, column))
+
+
+def number(row: Mapping[str, Any] | None) -> str:
+    """A score with its interval: points (MME, LLaVA-Bench) with one digit behind the point, a share of 1 with three."""
+    if row is None or row["value"] is None:
+        return "–"
+    digits = 1 if abs(row["value"]) > 1 or (row["high"] or 0) > 1 else 3
+    interval = "" if row["low"] is None else f" [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
+    return f"{row['value']:.{digits}f}{interval}"
 
 
 def percent(value: float) -> str:

@@ -27,8 +27,10 @@ from davsp.report.cells import (
     find,
     label,
     main_columns,
+    number,
     percent,
     points,
+    score_rows,
     utility_columns,
 )
 
@@ -66,6 +68,8 @@ def render(report: Report, show_unsafe: bool = False) -> str:
         tiles=_tiles(report),
         main=main,
         utility=_table(report, utility_columns(rows)),
+        scores=[(*key, [number(row) for row in cells]) for *key, cells in score_rows(rows)],
+        defenses=defenses(rows),
         pictures=[(p, uri(p.image)) for p in report.pictures],
         malicious=[_shown(e, show_unsafe) for e in report.examples if e.query.label == "malicious"],
         benign=[_shown(e, show_unsafe) for e in report.examples if e.query.label == "benign"],

@@ -5,15 +5,32 @@ import re
 from rich.console import Console
 from rich.table import Table
 
-from davsp.report.cells import Rows, cell, defenses, label, main_columns
+from davsp.report.cells import Rows, cell, defenses, label, main_columns, number, score_rows
+
+WHOLE = ("total", "all", "perception", "cognition")
+"""Parts of a published set that the terminal shows; metrics.json and the report have all."""
 
 
 def print_table(console: Console, rows: Rows, title: str = "") -> None:
     """Print `table`, and how many answers the judge could not score, if there are any."""
-    console.print(table(rows, title))
+    if main_columns(rows):
+        console.print(table(rows, title))
     unscored = sum(round(r["value"] * r["n"]) for r in rows if r["metric"] == "unscored" and r["value"])
     if unscored:
         console.print(f"{unscored} answers to malicious queries could not be scored; they are left out of the RSR.")
+
+
+def print_scores(console: Console, rows: Rows) -> None:
+    """Print the scores of published utility sets as a whole, if there are any."""
+    found = [one for one in score_rows(rows) if one[1] in WHOLE]
+    if not found:
+        return
+    made = Table("Set", "Part", "Score", caption="95 % interval; as its authors define it", title_justify="left")
+    for name in defenses(rows):
+        made.add_column(label(name), justify="right")
+    for benchmark, part, metric, cells in found:
+        made.add_row(benchmark, part, metric, *(number(row) for row in cells))
+    console.print(made)
 
 
 def table(rows: Rows, title: str = "") -> Table:
