@@ -203,6 +203,22 @@ def test_micro_batches_add_up_to_the_batch(lvlm, prompt, vector, tmp_path, objec
     )
 
 
+def test_rows_without_an_answer_end_at_the_layer(lvlm, prompt, vector, tmp_path):
+    settings = FAST.model_copy(update={"objective": "both", "layer": 2, "mu_plus": 9.0, "mu_minus": -9.0})
+    run = Run(lvlm, prompt, MALICIOUS, BENIGN, vector, settings, tmp_path, [])
+    rows: list[list[int]] = [[] for _ in lvlm.layers]
+    handles = [
+        block.register_forward_hook(lambda module, args, output, at=at: rows[at].append(len(args[0])))
+        for at, block in enumerate(lvlm.layers)
+    ]
+    batch = run._batch(0)
+    run.gradient(prompt.delta, batch)
+    for handle in handles:
+        handle.remove()
+    assert 0 < batch.answered < len(batch)
+    assert [sum(counts) for counts in rows] == [len(batch)] * 2 + [batch.answered] * 2
+
+
 @pytest.mark.parametrize("objective", ["projection", "answer", "both"])
 @pytest.mark.parametrize("micro_batch", [None, 2])
 def test_checkpointing_leaves_the_gradient(lvlm, prompt, vector, tmp_path, objective, micro_batch):
@@ -212,9 +228,9 @@ def test_checkpointing_leaves_the_gradient(lvlm, prompt, vector, tmp_path, objec
         assert_same(plain, saving)
 
 
-@pytest.mark.parametrize(("objective", "runs"), [("projection", [2, 1, 0, 0]), ("both", [2, 1, 2, 2])])
+@pytest.mark.parametrize(("objective", "runs"), [("projection", [2, 1, 0, 0]), ("both", [4, 2, 2, 2])])
 def test_checkpointing_computes_blocks_again(lvlm, prompt, vector, tmp_path, objective, runs):
-    """All but the one that is looked at, here the second."""
+    """All but the one that is looked at, here the second; "both" has a part with answers and one without."""
     settings = {"objective": objective, "activation_checkpointing": True, "layer": 2, "mu_plus": 9.0, "mu_minus": -9.0}
     run = Run(lvlm, prompt, MALICIOUS, BENIGN, vector, FAST.model_copy(update=settings), tmp_path, [])
     counts = [0] * 4

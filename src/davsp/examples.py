@@ -46,14 +46,18 @@ class Batch:
 
     def share(self, number: int, count: int) -> "Batch":
         """Every `count`-th row from `number` on: what one of several processes computes."""
-        piece = slice(number, None, count)
-        return Batch(self.interiors[piece], self.questions[piece], self.malicious[piece], self.answers[piece])
+        return self._of(list(range(number, len(self), count)))
 
     def parts(self, size: int) -> Iterator["Batch"]:
-        """The batch in pieces of `size` rows, the last one of what is left."""
-        for start in range(0, len(self), size):
-            piece = slice(start, start + size)
-            yield Batch(self.interiors[piece], self.questions[piece], self.malicious[piece], self.answers[piece])
+        """The batch in pieces of at most `size` rows; rows with an answer apart from those without, which cost less."""
+        for with_answer in (True, False):
+            rows = [i for i, answer in enumerate(self.answers) if (answer is not None) == with_answer]
+            for start in range(0, len(rows), size):
+                yield self._of(rows[start : start + size])
+
+    def _of(self, rows: list[int]) -> "Batch":
+        questions, answers = ([column[i] for i in rows] for column in (self.questions, self.answers))
+        return Batch(self.interiors[rows], questions, self.malicious[rows], answers)
 
 
 def prepare(prompt: Prompt, queries: Sequence[Query], answer: Callable[[Query], str]) -> Examples:

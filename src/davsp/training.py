@@ -142,21 +142,23 @@ class Run:
     def gradient(self, delta: Float[Tensor, "3 s s"], batch: Batch) -> tuple[Float[Tensor, "3 s s"], dict[str, float]]:
         """The gradient of the loss at delta, and hinge, answer_loss, loss and the mean projection of each class.
 
-        Micro-batches are added up, and so are the shares of several processes (every process takes each n-th row); a
-        part that holds no answer is not computed beyond the layer.
+        Micro-batches are added up, and so are the shares of several processes (every process takes each n-th row); rows
+        without an answer are not computed beyond the layer.
         """
         settings, leaf = self.settings, delta.clone().requires_grad_()
-        gradient, terms, projections = torch.zeros_like(delta), defaultdict[str, float](float), []
+        gradient, terms = torch.zeros_like(delta), defaultdict[str, float](float)
+        malicious, projections = [], []
         saving = recomputing(self.lvlm.model, self.lvlm.layers[self.layer - 1])
         with saving if settings.activation_checkpointing else nullcontext():
             share = batch.share(parallel.rank(), parallel.processes())
             for part in share.parts(settings.micro_batch or len(batch)):
                 s, losses = self._losses(leaf, part, batch)
                 gradient += torch.autograd.grad(losses["loss"], leaf)[0]
+                malicious.append(part.malicious)
                 projections.append(s.detach().cpu())
                 for name, value in losses.items():
                     terms[name] += value.item()
-        return parallel.total(gradient), _together(share.malicious, torch.cat(projections), dict(terms))
+        return parallel.total(gradient), _together(torch.cat(malicious), torch.cat(projections), dict(terms))
 
     def _losses(self, delta: Tensor, part: Batch, whole: Batch) -> tuple[Float[Tensor, " b"], dict[str, Tensor]]:
         """Projections of a part of the batch, and what it adds to the losses, which are means over the whole batch."""
