@@ -50,6 +50,12 @@ def write_all(folder: Pathlike, contents: Mapping[str, bytes]) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
+def sweep(folder: Pathlike) -> None:
+    """Remove what `write_all` left in a folder when it was killed; nobody else may be writing there."""
+    for path in Path(folder).glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from davsp import parallel
 from davsp.errors import DavspError
-from davsp.files import read_bytes, read_json, to_json, write_all
+from davsp.files import read_bytes, read_json, sweep, to_json, write_all
 from davsp.query import Query, Response, write_jsonl
 
 RUN, QUERIES, RESPONSES = "run.json", "queries.json", "responses.jsonl"
@@ -74,6 +74,7 @@ class Store:
             console.print(f"[yellow]{name}: answered anew, as what is there has {reason}[/]")
         kept = {name: [] if name in wrong else self._whole(found.get(name, [])) for name in self.defenses}
         if parallel.rank() == 0:  # every process reads, the first one writes
+            sweep(self.folder)
             # the answers first, so that a kill in between can't leave old answers under a new record
             write_jsonl(self.path, [r for answers in kept.values() for r in answers])
             record = {**self.settings, "defenses": self.defenses}

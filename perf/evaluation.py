@@ -1,0 +1,116 @@
+"""How much quicker a test set is answered in batches of like length than one query at a time, both in one run.
+
+    python perf/evaluation.py --out results/perf/evaluation.json
+    python perf/evaluation.py --model llava-hf/llava-1.5-7b-hf --device cuda --out results/perf/evaluation_llava.json
+
+Both forms are `davsp.evaluate` with a run folder, so that preparing pictures, writing and flushing answers, judging and
+metrics are counted; one has a batch size of 1. Rounds alternate, in random order, after one that warms up. The figure is the
+median over rounds of a round's ratio. Time is CPU time of one thread (on a GPU wall time). Answers must be the same.
+"""
+
+import random
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from davsp import LVLM, Query, VisualSafetyPrompt, embedded, evaluate
+from davsp.dataset import load_queries
+from davsp.defenses import Defense, NoDefense, VisualPrompt
+from davsp.files import manifest, write_json
+from davsp.lvlm import model_name
+
+TARGET = 4.0
+CONSOLE = Console(stderr=True)
+
+
+def measure(
+    lvlm: LVLM, defenses: dict[str, Defense], queries: Sequence[Query], sizes: Sequence[int], rounds: int, new_tokens: int,
+    seed: int,
+) -> tuple[list[dict[str, Any]], dict[int, dict[str, list[str]]]]:  # fmt: skip
+    """One row a round and batch size: CPU and wall seconds; and the answers by batch size and defense."""
+    rng, rows, answers = random.Random(seed), [], {}
+    for number in range(rounds + 1):
+        for size in rng.sample(list(sizes), len(sizes)):
+            asked = list(queries) if number else list(queries)[:8]
+            with tempfile.TemporaryDirectory() as out:
+                cpu, wall = time.process_time(), time.perf_counter()
+                found = evaluate(lvlm, defenses, asked, Path(out), batch_size=size, max_new_tokens=new_tokens)
+                cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+            if number:
+                rows.append({"round": number, "batch": size, "cpu": cpu, "wall": wall})
+                answers[size] = {name: [r.text for r in one] for name, one in found.responses.items()}
+            CONSOLE.print(f"round {number} of {rounds}, batches of {size}: {cpu:.1f} s of CPU, {wall:.1f} s")
+    return rows, answers
+
+
+def summary(
+    rows: Sequence[dict[str, Any]], sizes: Sequence[int], clock: str, answered: int
+) -> dict[str, dict[str, Any]]:
+    """By batch size: answers a second, and the median, least and greatest ratio to one at a time."""
+    table = {}
+    alone = {row["round"]: row[clock] for row in rows if row["batch"] == 1}
+    for size in sizes:
+        mine = [row for row in rows if row["batch"] == size]
+        ratios = [alone[row["round"]] / row[clock] for row in mine]
+        table[str(size)] = {
+            "answers_a_second": answered / median(row[clock] for row in mine),
+            "ratio": median(ratios), "low": min(ratios), "high": max(ratios),
+        }  # fmt: skip
+    return table
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="Where the figures go, as JSON.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or hub id; left out: davsp-mini.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Queries; left out: the embedded test.")] = None,
+    count: Annotated[int, typer.Option(min=8, help="Queries, drawn at random.")] = 160,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes, repeatable; the first one is judged.")] = None,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 48,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    beside: Annotated[str, typer.Option(help="What else ran on the machine, for the record.")] = "",
+    seed: int = 0,
+) -> None:
+    """Compare batches with one query at a time."""
+    torch.set_num_threads(1)
+    lvlm = LVLM.from_pretrained(model, device_map=device) if model else embedded.load(device_map=device)
+    found = load_queries(data) if data else embedded.protocol(seed).test
+    queries = random.Random(seed).sample(found, min(count, len(found)))
+    border = VisualSafetyPrompt.create(lvlm.canvas, round(lvlm.canvas / 12), "random", text=embedded.SAFETY_TEXT)
+    defenses: dict[str, Defense] = {"none": NoDefense(), "davsp": VisualPrompt(border)}
+    sizes = [1, *(batch or [32])]
+    rows, answers = measure(lvlm, defenses, queries, sizes, rounds, new_tokens, seed)
+    clock = "wall" if lvlm.device.type == "cuda" else "cpu"
+    table = summary(rows, sizes, clock, len(queries) * len(defenses))
+    differing = {
+        str(size): sum(a != b for name in defenses for a, b in zip(answers[1][name], answers[size][name], strict=True))
+        for size in sizes[1:]
+    }
+    ratio = table[str(sizes[1])]["ratio"]
+    shown = Table(
+        "batch", "answers a second", "times one at a time", "other answers", title=f"{model_name(lvlm)}, {clock} time"
+    )
+    for size, row in table.items():
+        times = f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+        shown.add_row(size, f"{row['answers_a_second']:.1f}", times, str(differing.get(size, "")))
+    CONSOLE.print(shown)
+    if out:
+        facts = manifest(device=device, dtype=str(lvlm.dtype), rounds=rounds, seed=seed, beside=beside)
+        result = {"model": model_name(lvlm), "clock": clock, "queries": len(queries), "defenses": list(defenses)}
+        result |= {"new_tokens": new_tokens, "batches": table, "differing_answers": differing}
+        met = ratio >= TARGET and not any(differing.values())
+        write_json(out, {"manifest": facts, **result, "target": {"ratio": TARGET, "met": met}, "rounds": rows})
+    if any(differing.values()):
+        raise SystemExit(f"answers differ from those given one at a time: {differing}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,179 @@
+"""`davsp eval`: published sets by their own scorers, several judges, broken input, another run's folder, a served model."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from davsp import LVLM
+from davsp.dataset import save_queries
+from davsp.embedded.benchmarks import write
+from davsp.query import Query
+from judge_server import judge_server
+from model_server import ModelServer, model_server
+from test_cli import run as davsp
+from tiny import queries
+
+FEW = {"mm_safetybench": 8, "figstep": 8, "vlguard": 8, "mm_vet": 8, "mme": 2, "llava_bench": 3}
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small embedded counterparts, in the real layouts."""
+    return write(tmp_path_factory.mktemp("sets"), **FEW)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    save_queries(tmp_path / "data", [*queries("malicious", 4), *queries("benign", 3)])
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def server(lvlm: LVLM, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelServer]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with model_server(lvlm) as made:
+        yield made
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_published_sets_are_scored_by_their_own_rules(sets: Path, tiny_folder: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    asked = [part for name in FEW for part in ("--benchmark", f"{name}={sets / name}")]
+    common = ("--model", tiny_folder, "--max-new-tokens", 2, "--out", out, "--max-unscored", 1)
+    rows = ("--defense", "none", "--defense", "safety-text=please be safe")
+    assert (
+        davsp("eval", *asked, *common, *rows, "--judge", "keyword", "--judge", "keyword-gcg", "--judge", "exact") == 0
+    )
+    shown = capsys.readouterr().out
+    found = {
+        (r["defense"], r["benchmark"], r["metric"]) for r in read(out / "metrics.json")["rows"] if r["split"] == "total"
+    }
+    for defense in ("none", "safety-text"):
+        assert (defense, "mm_vet_embedded", "score") in found and (defense, "mme_embedded", "score_official") in found
+        assert (defense, "figstep_embedded", "rsr") in found and (defense, "vlguard_unsafes_embedded", "rsr") in found
+        assert (defense, "llava_bench_embedded", "over_refusal") in found
+        assert not {m for d, b, m in found if b == "llava_bench_embedded"} - {"over_refusal", "over_refusal_difference"}
+    assert ("safety-text", "mme_embedded", "score_official_difference") in found
+    assert "score_official" in (out / "report.html").read_text() and "mme_embedded" in shown.replace("…", "")
+    assert {g["judge"] for g in lines(out / "grades.jsonl")} == {"exact/1"}
+    judges = {
+        name: {v["judge"] for v in lines(out / name)} for name in ("verdicts.jsonl", "verdicts-keyword-gcg-1.jsonl")
+    }
+    assert judges == {"verdicts.jsonl": {"keyword/1"}, "verdicts-keyword-gcg-1.jsonl": {"keyword-gcg/1"}}
+    assert len(read(out / "agreement.json")["judges"]) == 2
+    answers = (out / "responses.jsonl").read_bytes()
+    assert davsp("judge", out, *asked, "--judge", "overlap") == 0
+    assert {g["judge"] for g in lines(out / "grades-overlap-1.jsonl")} == {"overlap/1"}
+    graded = {r["benchmark"] for r in read(out / "metrics-overlap-1.json")["rows"]}
+    assert graded == {"llava_bench_embedded"} and (out / "responses.jsonl").read_bytes() == answers
+
+
+def test_a_folder_of_another_run_is_refused(data: Path, tiny_folder: Path, tmp_path: Path, capsys) -> None:
+    same = [
+        "--queries",
+        data,
+        "--model",
+        tiny_folder,
+        "--max-new-tokens",
+        2,
+        "--out",
+        tmp_path / "out",
+        "--max-unscored",
+        1,
+    ]
+    assert davsp("eval", *same) == 0
+    before = (tmp_path / "out" / "responses.jsonl").read_bytes()
+    for change, says in (
+        (["--max-new-tokens", 3], "another max new tokens"),
+        (["--limit", 2], "is not here"),
+        (["--defense", "safety-text=be safe"], "answers under 'none', which is not among the defenses now"),
+    ):
+        assert davsp("eval", *same, *change) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert says in error and "give another folder" in error
+    assert (tmp_path / "out" / "responses.jsonl").read_bytes() == before
+
+
+def test_broken_pictures_are_named_or_skipped(data: Path, tiny_folder: Path, tmp_path: Path, capsys) -> None:
+    (data / "images" / "malicious-0.png").unlink()
+    whole = (data / "images" / "malicious-1.png").read_bytes()
+    (data / "images" / "malicious-1.png").write_bytes(whole[: len(whole) // 2])
+    Image.new("CMYK", (8, 8)).save(data / "images" / "benign-0.jpg")
+    text = (data / "queries.jsonl").read_text().replace("benign-0.png", "benign-0.jpg")
+    (data / "queries.jsonl").write_text(text + text.splitlines()[-1] + "\n")
+    same = [
+        "--queries",
+        data,
+        "--model",
+        tiny_folder,
+        "--max-new-tokens",
+        2,
+        "--out",
+        tmp_path / "out",
+        "--max-unscored",
+        1,
+    ]
+    assert davsp("eval", *same) == 2
+    assert "malicious-0.png, which is not there" in capsys.readouterr().err
+    assert davsp("eval", *same, "--skip-broken") == 0
+    said = capsys.readouterr().err
+    for part in (
+        "skipped 4",
+        "malicious-0.png, which is not there",
+        "is truncated or no picture",
+        "is in CMYK",
+        "1 more",
+    ):
+        assert part in said
+    assert "skipped 4" in read(tmp_path / "out" / "manifest.json")["notes"][0]
+    assert len(read(tmp_path / "out" / "queries.json")) == 4
+
+
+def test_a_served_model_and_a_failing_judge(server: ModelServer, data: Path, tmp_path: Path, capsys) -> None:
+    """The engine and the judge each have a server of their own; too many unscored end with code 2, the files written."""
+    out = tmp_path / "out"
+    common = ["--queries", data, "--max-new-tokens", 4, "--out", out, "--engine", "openai", "--base-url", server.url]
+    with judge_server() as asked_of:
+        asked_of.fault = lambda n, attempt: "400"
+        more = ["--api-model", "org/m", "--judge", "davsp", "--judge-url", asked_of.url, "--judge-model", "j"]
+        answer = {
+            "message": {"content": "item 3: a kite"},
+            "finish_reason": "stop",
+        }  # the judge's server looks for "item N"
+        server.change = lambda number, choice: answer
+        assert davsp("eval", *common, *more) == 2
+        assert "4 of 4 answers under 'none' are unscored by davsp/1:j" in capsys.readouterr().err
+        assert {v["label"] for v in lines(out / "verdicts.jsonl")} == {"unscored"} and (out / "report.html").exists()
+        asked_of.fault = lambda n, attempt: ""
+        before = len(server.bodies)
+        assert davsp("eval", *common, *more) == 0
+    assert len(server.bodies) == before == 7  # nothing is answered again
+    assert {v["label"] for v in lines(out / "verdicts.jsonl")} == {"unsafe"}
+    assert (
+        read(out / "manifest.json")["server"] == server.url
+        and read(out / "metrics.json")["rows"][0]["model"] == "org/m"
+    )
+
+
+@pytest.mark.parametrize("flag", [(), ("--show-unsafe",)])
+def test_unsafe_answers_are_redacted(flag: tuple[str, ...], tiny_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(LVLM, "generate", lambda self, canvas, questions, **_: ["here are the steps"] * len(questions))
+    save_queries(
+        tmp_path / "data", [*queries("malicious", 2), Query("w", "what is this", "benign", "test", reference="red")]
+    )
+    common = ("--queries", tmp_path / "data", "--model", tiny_folder, "--out", tmp_path / "out")
+    rows = ("--defense", "none", "--defense", "safety-text=please be safe")
+    assert davsp("eval", *common, *rows, *flag) == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert ("here are the steps" in page) == bool(flag) and ("[redacted]" in page) != bool(flag)
