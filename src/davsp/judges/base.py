@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from davsp.errors import DavspError, Interrupted
 from davsp.judges.cache import Finding, VerdictCache, cache_key
 from davsp.judges.keyword import Label, has_words
 from davsp.judges.prompts import Prompt
+from davsp.progress import bar as progress_bar
 from davsp.query import Grade, Query, Response, Verdict
 
 RAW_CHARACTERS = 1000
@@ -98,7 +98,7 @@ class PromptJudge(ABC):
                 else:
                     found[key] = known
         try:
-            with _bar(self.console) as bar:
+            with progress_bar(self.console) as bar:
                 task = bar.add_task(self.name, total=len(pending))
 
                 def keep(key: str, finding: Finding) -> None:
@@ -172,8 +172,3 @@ def check_unscored(verdicts: Sequence[Verdict] | Sequence[Grade], limit: float =
 def is_unscored(said: Verdict | Grade) -> bool:
     """Whether the judge or grader could not tell."""
     return not said.scores if isinstance(said, Grade) else said.label == "unscored"
-
-
-def _bar(console: Console) -> Progress:
-    columns = (TextColumn("{task.description:>16}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=console.quiet)
