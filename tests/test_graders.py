@@ -1,5 +1,6 @@
 """Graders of MM-Vet and LLaVA-Bench: what they are asked, how replies are read, and a server that fails on demand."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import pytest
 from benchmark_folders import answers, at
 from davsp import DavspError, Query, Response
 from davsp.benchmarks import llava_bench, mm_vet
+from davsp.embedded.benchmarks import write
 from davsp.errors import Interrupted
+from davsp.files import write_json
 from davsp.judges.base import check_unscored
 from davsp.judges.cache import VerdictCache
 from davsp.judges.chat import ChatJudge
@@ -16,6 +19,8 @@ from davsp.judges.graders import GRADERS, LLAVA_BENCH, MM_VET, exact, grades_of,
 from davsp.judges.prompts import DAVSP
 from davsp.query import Grade, read_jsonl, write_jsonl
 from judge_server import Judge, faulty, judge_server
+from test_cli import run as davsp
+from test_rescore import write_run
 
 
 @pytest.fixture
@@ -184,6 +189,30 @@ def test_judges_and_graders_are_not_mixed_up(server: Judge) -> None:
         grader(server, DAVSP).grade_all(helpful(1))
     with pytest.raises(DavspError, match="runs must be 1 or more"):
         grader(server, runs=0)
+
+
+def test_davsp_judge_grades_a_finished_run(server: Judge, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sixteen questions under two defenses; one answer can't be graded, and a second command asks for that alone."""
+    asked = mm_vet.load(write(tmp_path / "sets", mm_vet=16, mm_safetybench=1, figstep=1, vlguard=1, mme=1) / "mm_vet")
+    texts = {name: [f"item {start + i}: a kite" for i in range(16)] for name, start in (("none", 0), ("davsp", 100))}
+    run = write_run(tmp_path / "run", asked, texts)
+    write_json(run / "run.json", {"model": "?", "defenses": {name: {} for name in texts}, "published": True})
+    server.say = lambda n: "1.0" if n < 100 else "0.5"
+    server.fault = lambda n, attempt: "400" if n == 103 else ""
+    command = ("judge", run, "--judge", "mm-vet", "--benchmark", f"mm_vet={tmp_path / 'sets/mm_vet'}",
+               "--judge-url", server.url, "--judge-model", "m")  # fmt: skip
+    assert davsp(*command) == 2
+    assert "1 of 16 answers under 'davsp' are unscored by mm-vet/1:m" in capsys.readouterr().err
+    rows = json.loads((run / "metrics-mm-vet-1-m.json").read_text())["rows"]
+    value = {(r["defense"], r["metric"]): (r["value"], r["n"]) for r in rows if r["split"] == "total"}
+    assert value["none", "score"] == (1.0, 16) and value["davsp", "score"] == (0.5, 15)
+    assert value["davsp", "unscored"] == (1 / 16, 16) and value["davsp", "score_worst_case"] == (7.5 / 16, 16)
+    assert value["davsp", "score_difference"] == (-0.5, 15)
+    grades = read_jsonl(run / "grades-mm-vet-1-m.jsonl", Grade)
+    assert len(grades) == 32 and [g.query_id for g in grades if not g.scores] == [asked[3].id]
+    server.fault = lambda n, attempt: ""
+    before = server.requests.total()
+    assert davsp(*command) == 0 and server.requests.total() == before + 1
 
 
 # ------------------------------------------------------------------------------------------------ without a model
