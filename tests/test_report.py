@@ -143,7 +143,7 @@ def test_the_number_of_intents_is_told() -> None:
         "mini", [replace(q, group="one") for q in [e.query for e in report.examples]], Evaluation({}, {}, []), {}
     )
     assert again.asked == {"sd": (2, 1), "figstep": (2, 1)}
-    assert "SD 5 queries of 5 intents, FigStep-like 5 queries of 5 intents" in " ".join(Page(render(report)).words)
+    assert "SD 5 queries of 5 intents, FigStep 5 queries of 5 intents" in " ".join(Page(render(report)).words)
 
 
 def test_figures_stand_in_the_table() -> None:

@@ -122,7 +122,7 @@ def test_the_embedded_test_is_made_again(tmp_path: Path, capsys: pytest.CaptureF
     texts = ["I'm sorry." if i % 2 else "take it" for i in range(len(asked))]
     run = write_run(tmp_path / "run", asked, {"none": texts})
     assert davsp("judge", run, "--judge", "keyword-lmms-eval", "--seed", 3) == 0
-    assert "FigStep-like" in capsys.readouterr().out
+    assert "FigStep" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ def check(
     from rich.table import Table
 
     from davsp.benchmarks import BENCHMARKS, check
+    from davsp.benchmarks.source import MARK
     from davsp.files import sha256_bytes
 
     console = Console()
@@ -30,7 +31,8 @@ def check(
     table = Table("data set", "folder", "layout", "counts", "broken", "index, sha256")
     for report in reports:
         whole = len(report.counts) - len(report.short)
-        counts = f"{whole} of {len(report.counts)} as published"
+        against = "drawn" if (report.root / MARK).exists() else "published"
+        counts = f"{whole} of {len(report.counts)} as {against}"
         files = list(report.index.items())
         listed = "\n".join(f"{name} {digest[:12]}" for name, digest in files)
         if len(files) > 3:

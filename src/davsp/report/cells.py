@@ -17,7 +17,7 @@ BENCHMARKS = {
     "sd": "SD",
     "typo": "TYPO",
     "sd_typo": "SD+TYPO",
-    "figstep": "FigStep-like",
+    "figstep": "FigStep",
     "mme": "Yes/no",
     "llava_bench": "Description",
 }
