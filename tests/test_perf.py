@@ -14,6 +14,7 @@ from tiny import queries
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "perf"))
 
+import evaluation
 import inference
 import random_llava
 import time_to_quality
@@ -194,3 +195,14 @@ def test_both_recipes_run(lvlm):
         "default": [0, 2, 3], "published": [0, 2, 4],
     }  # fmt: skip
     assert result["queries"] == 4 + 7 and all(found["cpu"] > 0 for found in result["recipes"].values())
+
+
+# -- evaluation
+
+
+def test_batches_give_the_answers_of_one_at_a_time(lvlm):
+    asked = [*queries("malicious", 3), *queries("benign", 3)]
+    rows, answers = evaluation.measure(lvlm, {"none": NoDefense()}, asked, [1, 4], rounds=1, new_tokens=3, seed=0)
+    assert answers[1] == answers[4] and len(answers[1]["none"]) == 6
+    table = evaluation.summary(rows, [1, 4], "cpu", 6)
+    assert table["1"]["ratio"] == 1 and table["4"]["answers_a_second"] > 0
