@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# davsp-mini from nothing: seven stages, then measuring and the card. Resumable: run it again after a kill or a failure.
-# Two CPU cores: tower and read on one, beside words and place on the other; bridge, joint and skills then take both.
+# davsp-mini from nothing: eight stages, then measuring and the card. Resumable: run it again after a kill or a failure.
+# Two CPU cores: tower and read on one, beside words and place on the other; bridge, joint, sight and skills then take both.
 set -euo pipefail
 set -m                              # a background side is a process group of its own, so that it can be stopped whole
 cd "$(dirname "$0")/.."
@@ -18,5 +18,6 @@ trap - EXIT
 
 stage bridge                        # the picture's own patches in place of the oracle's
 stage joint                         # everything together
-stage skills                        # the same, with more of what comes slowly: where, how many, sums, borders
+stage sight                         # tower and projector alone: figures, small and framed pictures, centres
+stage skills                        # everything again, with more of what comes slowly: where, how many, sums, borders
 stage card                          # export, measure, write the card

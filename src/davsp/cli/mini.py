@@ -15,7 +15,9 @@ def train(
     out: Out = Path("out/mini"),
     stage: Annotated[
         str | None,
-        typer.Option(help="Only tower, words, read, place, bridge, joint, sight, skills or card; left out: what is missing."),
+        typer.Option(
+            help="Only tower, words, read, place, bridge, joint, sight, skills or card; left out: what is missing."
+        ),
     ] = None,
     folder: Annotated[
         Path | None, typer.Option(help="Where the finished model goes; left out: OUT/davsp-mini.")
