@@ -1,6 +1,9 @@
 """Broken pictures, limits, short downloads, and `davsp data check`."""
 
+import json
+import struct
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +12,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from benchmark_folders import (
+    bench_folder,
     figstep_clone,
     figstep_rows,
+    guard_folder,
+    guard_rows,
+    lines,
     mme_folder,
     picture,
     safety_folder,
@@ -37,6 +44,12 @@ def test_published_counts():
     assert test["unsafes"] + test["safe_safes"] == 1000 and sum(vlguard.COUNTS["train"].values()) == 2977
 
 
+def put_png(path: Path, head: bytes, data: bytes) -> None:
+    chunks = [b"IHDR" + head, b"IDAT" + data, b"IEND"]
+    parts = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
 def spoil(path: Path, how: str) -> None:
     if how == "missing":
         path.unlink()
@@ -50,17 +63,15 @@ def spoil(path: Path, how: str) -> None:
         Image.new("CMYK", (20, 20)).save(path, "JPEG")
     elif how == "16 bit":
         Image.fromarray(np.zeros((20, 20), np.uint16)).save(path, "PNG")
+    elif how == "48 bit":  # Pillow opens it as RGB
+        rows = zlib.compress(b"\0" * 20 * (1 + 6 * 20))
+        put_png(path, struct.pack(">IIBBBBB", 20, 20, 16, 2, 0, 0, 0), rows)
     elif how == "animated":
         picture(1).save(path, "PNG", save_all=True, append_images=[picture(90)])
     elif how == "pixel":
         picture(side=1).save(path)
     elif how == "giga":  # a PNG head that promises 40,000 x 40,000
-        import struct
-        import zlib
-
-        chunks = [b"IHDR" + struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0), b"IDAT"]
-        parts = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
-        path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+        put_png(path, struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0), b"")
     elif how == "large":
         Image.new("1", (10_000, 10_000)).save(path, "PNG")
 
@@ -72,11 +83,51 @@ FAULTS = {
     "text": "no picture",
     "cmyk": "CMYK",
     "16 bit": "more than 8 bits",
+    "48 bit": "more than 8 bits",
     "animated": "animated",
     "pixel": "single pixel",
     "giga": "million pixels",
     "large": "million pixels",
 }
+
+
+def change(path: Path, key: str, value: object) -> None:
+    """Another value for a field of the first row of a JSON file."""
+    body = json.loads(path.read_text())
+    row = body[0] if isinstance(body, list) else next(iter(body.values()))
+    row[key] = value
+    write(path, body)
+
+
+def test_a_field_of_another_type_is_named(tmp_path):
+    """Not a traceback; a short caption may be a number."""
+    safety_folder(tmp_path / "safety")
+    first = tmp_path / "safety/data/processed_questions/01-Illegal_Activitiy.json"
+    change(first, "Rephrased Question", 5)
+    cases = [(mm_safetybench, "safety", "Rephrased Question")]
+    vet_folder(tmp_path / "vet")
+    change(tmp_path / "vet/mm-vet/mm-vet.json", "answer", 5)
+    cases += [(mm_vet, "vet", "answer")]
+    guard_folder(tmp_path / "guard", guard_rows())
+    change(tmp_path / "guard/test.json", "image", 7)
+    cases += [(vlguard, "guard", "image")]
+    bench_folder(tmp_path / "bench")
+    lines(tmp_path / "bench/answers_gpt4.jsonl", [{"question_id": 0, "text": ["a kite"]}])
+    cases += [(llava_bench, "bench", "text")]
+    for module, folder, field in cases:
+        with pytest.raises(DavspError, match=f"has no text in {field}"):
+            module.load(tmp_path / folder)
+    change(first, "Rephrased Question", "a kite")
+    change(first, "Changed Question", 5)
+    assert mm_safetybench.load(tmp_path / "safety")[0].context == "5"
+    change(tmp_path / "vet/mm-vet/mm-vet.json", "answer", "5")
+    change(tmp_path / "vet/mm-vet/mm-vet.json", "capability", 5)
+    with pytest.raises(DavspError, match="unknown capability '5'"):
+        mm_vet.load(tmp_path / "vet")
+    change(tmp_path / "guard/test.json", "image", "bad_ads/a.png")
+    change(tmp_path / "guard/test.json", "instr-resp", [{"instruction": 5}])
+    with pytest.raises(DavspError, match="has not the instructions"):
+        vlguard.load(tmp_path / "guard")
 
 
 @pytest.mark.parametrize("how", FAULTS)

@@ -182,7 +182,7 @@ def test_an_edited_split_is_refused(tmp_path):
     with pytest.raises(DavspError, match="was changed after it was written"):
         load_split(path, data())
     path.write_text("[]")
-    with pytest.raises(DavspError, match="no split of schema 1"):
+    with pytest.raises(DavspError, match="no split of schema 2"):
         load_split(path, data())
 
 
@@ -191,6 +191,7 @@ def test_hash_sees_pictures(tmp_path):
     grey.save(path)
     q = Query("a", "q", "benign", "b", image=path)
     before = data_hash([q])
+    assert data_hash([replace(q, context="a caption")]) != before
     assert before == data_hash([q]) != data_hash([replace(q, image=None)])
     Image.new("RGB", (4, 4), "black").save(path)
     assert data_hash([q]) != before

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -221,6 +222,7 @@ def test_davsp_judge_grades_a_finished_run(server: Judge, tmp_path: Path, capsys
 @pytest.mark.parametrize(("reference", "answer", "score"), [
     ("5<OR>five", "Five.", 1.0), ("5<OR>five", "5", 1.0), ("5<OR>five", "not five", 0.0), ("five", "", 0.0),
     ("x<AND>y", "it is y", 0.5), ("x<AND>y", "y and x", 1.0), ("x<AND>y<OR>z", "z", 1.0), ("x<AND>y", "xy", 0.0),
+    ("5<OR>", "", 0.0), ("5<OR>", "5", 1.0), ("5<AND>", "", 0.0), ("5<AND>", "a 5", 0.0), ("<OR>5", "...", 0.0),
 ])  # fmt: skip
 def test_exact(reference: str, answer: str, score: float) -> None:
     assert exact(Query("q", "?", "benign", "b", reference=reference), answer)[0] == (score,)
@@ -228,9 +230,10 @@ def test_exact(reference: str, answer: str, score: float) -> None:
 
 def test_graders_without_a_reference_cannot_tell() -> None:
     query = Query("q", "?", "benign", "b")
-    assert exact(query, "five")[0] == overlap(query, "five")[0] == ()
+    for bare in (query, replace(query, reference="..."), replace(query, reference=" - ")):
+        assert exact(bare, "five")[0] == overlap(bare, "five")[0] == overlap(bare, "")[0] == ()
     (grade,) = grades_of([query], answers([query], ["five"]), overlap)
-    assert (grade.judge, grade.scores, grade.reason) == ("overlap/1", (), "the query has no reference")
+    assert (grade.judge, grade.scores, grade.reason) == ("overlap/2", (), "the query has no reference")
 
 
 def test_grades_are_kept_in_files(tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ def test_llava_bench_difference():
     rows = score((8, 4), (10, 8), (8, 8), before=graded((8, 8), (10, 8), None)).rows
     change = at(rows, "total", "relative_score_difference")
     assert change["value"] == pytest.approx(12 / 18 - 16 / 18) and change["n"] == 2
+    assert not [r for r in rows if r["metric"] == "relative_score_worst_case_difference"]
 
 
 @pytest.mark.parametrize(("reply", "official"), [

@@ -113,6 +113,15 @@ def test_typo_is_rebuilt_and_flagged(tmp_path):
     assert abs(columns[0] - (1023 - columns[-1])) <= 3  # centred
 
 
+def test_a_tsv_takes_neither_types_nor_rebuild(tmp_path):
+    row = {"index": 0, "image": b64(0), "question": "q", "answer": "", "category": "02-HateSpeech"}
+    table(tmp_path / "MMSafetyBench.tsv", [row])
+    assert len(mm_safetybench.load(tmp_path)) == 1
+    for options in ({"types": ["sd"]}, {"rebuild": True}):
+        with pytest.raises(DavspError, match=r"MMSafetyBench.tsv names neither picture types nor key phrases"):
+            mm_safetybench.load(tmp_path, **options)
+
+
 def test_short_download_is_counted(tmp_path):
     safety_folder(tmp_path)
     (tmp_path / "data/imgs/01-Illegal_Activitiy/SD/1.jpg").unlink()

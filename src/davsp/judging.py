@@ -21,8 +21,6 @@ from davsp.query import Grade, Query, Response, Verdict
 GRADED = ("mm_vet", "llava_bench")
 """The sets that are scored by a grader."""
 
-WORST = "rsr_worst_case"
-
 
 @dataclass(frozen=True)
 class Judged:
@@ -40,7 +38,6 @@ def judge_own(
     model: str,
     baseline: str = "none",
     seed: int = 0,
-    worst: bool = False,
 ) -> Judged:
     """RSR, over-refusal and accuracy of a user's own queries.
 
@@ -51,12 +48,9 @@ def judge_own(
         model: name for the rows.
         baseline: the defense that paired differences start from; if it is not there, there are none.
         seed: of the bootstrap.
-        worst: add `rsr_worst_case`, every unscored answer counted as unsafe.
     """
     verdicts = {name: verdicts_of(queries, found, judge) for name, found in responses.items()}
     outcomes = {name: metrics.outcomes(queries, responses[name], verdicts[name]) for name in responses}
-    if worst:
-        outcomes = {name: [*found, *worst_case(found)] for name, found in outcomes.items()}
     return Judged(verdicts, rows_of(model, outcomes, baseline, seed))
 
 
@@ -80,9 +74,7 @@ def judge_published(
         baseline: the defense that paired differences start from; if it is not there, there are none.
         seed: of the bootstrap.
     """
-    by_set: dict[str, list[Query]] = {}
-    for q in queries:
-        by_set.setdefault(benchmarks.data_set(q.benchmark), []).append(q)
+    by_set = benchmarks.by_set(queries)
     if judge is None:
         by_set = {name: part for name, part in by_set.items() if name in graders}
     judges: dict[str, Any] = {**{name: judge for name in by_set if name not in GRADED}, **graders}
@@ -105,6 +97,11 @@ def judge_published(
     )
 
 
+def apart(queries: Sequence[Query]) -> list[Query]:
+    """Queries of several published sets with the set before an id that is a bare number: two of them count from 0."""
+    return [replace(q, id=f"{q.benchmark}/{q.id}") if q.id.isdecimal() else q for q in queries]
+
+
 def rows_of(model: str, found: Mapping[str, list[metrics.Outcome]], baseline: str, seed: int = 0) -> list[Row]:
     """The rows of metrics.json from each defense's outcomes, paired with those of `baseline` if it is among them."""
     before = found.get(baseline)
@@ -112,8 +109,3 @@ def rows_of(model: str, found: Mapping[str, list[metrics.Outcome]], baseline: st
         metrics.rows(model, name, o, None if name == baseline else before, seed) for name, o in found.items()
     )
     return list(chain.from_iterable(per_defense))
-
-
-def worst_case(found: Sequence[metrics.Outcome]) -> list[metrics.Outcome]:
-    """The outcomes of RSR as they would be if every unscored answer were unsafe, under the metric `rsr_worst_case`."""
-    return [replace(o, metric=WORST, value=o.value or 0.0) for o in found if o.metric == "rsr"]

@@ -1,6 +1,6 @@
 """The six benchmarks of the paper, one module each: `load` what was downloaded, `check` it, and score as its authors do."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +16,7 @@ BENCHMARKS: dict[str, ModuleType] = {
 }
 
 __all__ = [
-    "BENCHMARKS", "Scores", "check", "data_set", "figstep", "llava_bench", "mm_safetybench", "mm_vet", "mme", "score",
+    "BENCHMARKS", "Scores", "by_set", "check", "data_set", "figstep", "llava_bench", "mm_safetybench", "mm_vet", "mme", "score",
     "vlguard",
 ]  # fmt: skip
 
@@ -56,6 +56,21 @@ def data_set(benchmark: str) -> str:
     return found
 
 
+def by_set(queries: Iterable[Query]) -> dict[str, list[Query]]:
+    """The queries of each set, by its name in `BENCHMARKS`.
+
+    Raises:
+        DavspError: one is of no set, or a set is there as published and as its embedded counterpart.
+    """
+    found: dict[str, list[Query]] = {}
+    for q in queries:
+        found.setdefault(data_set(q.benchmark), []).append(q)
+    for name, part in found.items():
+        if len({q.benchmark.endswith(EMBEDDED) for q in part}) > 1:
+            raise DavspError(f"{name} is there as published and as its embedded counterpart; take one at a time.")
+    return found
+
+
 def score(
     queries: Sequence[Query],
     responses: Sequence[Response],
@@ -63,6 +78,7 @@ def score(
     *,
     model: str = "",
     baseline: Mapping[str, Scores] | None = None,
+    mode: str = "sound",
     seed: int = 0,
 ) -> dict[str, Scores]:
     """Score a run over several sets, each by its own scorer.
@@ -73,27 +89,21 @@ def score(
         judges: set -> its judge or grader, or what it has said before; of MME none is taken, as it goes by words.
         model: name for the rows.
         baseline: what this function gave for the defense that differences start from.
+        mode: of all these scorers; MME has none, as both of its parsers are always given.
         seed: of the bootstrap.
 
     Raises:
         DavspError: a set without a judge, or whatever its scorer raises.
     """
-    by_set: dict[str, list[Query]] = {}
-    for q in queries:
-        by_set.setdefault(data_set(q.benchmark), []).append(q)
-    if lacking := [name for name in by_set if name not in judges and name != mme.NAME]:
+    parts = by_set(queries)
+    if lacking := [name for name in parts if name not in judges and name != mme.NAME]:
         raise DavspError(f"there is no judge for {', '.join(lacking)}; docs/judges.md names those there are.")
-    return {
-        name: BENCHMARKS[name].score(
-            part,
-            responses,
-            None if name == mme.NAME else judges[name],
-            model=model,
-            baseline=(baseline or {}).get(name),
-            seed=seed,
-        )
-        for name, part in by_set.items()
-    }
+    found = {}
+    for name, part in parts.items():
+        judged = {} if name == mme.NAME else {"judge": judges[name], "mode": mode}
+        then = (baseline or {}).get(name)
+        found[name] = BENCHMARKS[name].score(part, responses, **judged, model=model, baseline=then, seed=seed)
+    return found
 
 
 def _check(name: str, folder: Path) -> Report:

@@ -188,7 +188,7 @@ def _folder(root: Path, csv: Path, split: str, face: ImageFont.FreeTypeFont | No
         made = render(text, face).convert("L") if face else picture  # grey loses nothing and saves memory
         items.append(Item(query, made, where, (topic,)))
     layout = "csv alone" if pictures is None else "official clone"
-    note = "pictures are typeset from the csv" if face else "pictures can be typeset from the csv (rebuild=True)"
+    note = "pictures are typeset from the csv" if face else "pictures can be typeset from the csv (davsp eval --rebuild)"
     return Found(layout, (csv,), items, dict(TINY_COUNTS if split == "tiny" else COUNTS), note)
 
 
@@ -227,7 +227,7 @@ def _mirror(root: Path, mirror: Path, split: str, problems: Problems) -> Found:
 def _listed(listed: Path, split: str, problems: Problems) -> Iterator[str]:
     for where, row in tables.json_lines(listed, [], problems):
         for name, parts in row.items():
-            if not isinstance(parts, dict) or split not in parts:
+            if not tables.lists(parts, split):
                 problems.add(f"{where} has no {split!r} of {name}", "fetch the file again")
             else:
                 yield from (Path(path).name for path in parts[split])

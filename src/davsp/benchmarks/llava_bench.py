@@ -130,8 +130,7 @@ def score(
         if mode == "sound" and split == "total":
             unscored = [float(q.id not in now) for q in part]
             found += scoring.rate_rows(head | {"metric": "unscored"}, unscored, [q.group for q in part], seed)
-            before = None if then is None else failed | then
-            found += _rows(head | {"metric": "relative_score_worst_case"}, part, failed | now, before, seed)
+            found += _rows(head | {"metric": "relative_score_worst_case"}, part, failed | now, None, seed)
         table += found
     return Scores(table + scoring.over_refusal(queries, mine, model, baseline, seed), said, mine)
 
@@ -200,11 +199,11 @@ def _read(root: Path, problems: Problems) -> Found | None:
     paths = tables.shards(root / "data", "train", problems) or tables.shards(root, "train", problems)
     if not paths or not tables.parquet_has(paths[0], ["question_id", "gpt_answer", "caption"]):
         return None
-    needed = ["question_id", "image", "question", "category", "caption", "gpt_answer"]
+    needed = ["question_id", "image", "question", "category", "gpt_answer", "caption"]
     packed = []
     for where, row in tables.parquet_rows(paths, needed):
         image = tables.image_bytes(row["image"], where, problems)
-        if image is not None and tables.has(row, needed, where, problems):
+        if image is not None and tables.has(row, needed[2:5], where, problems, ["question_id", "caption"]):
             packed.append((where, row | {"image": image}))
     return _packed("parquet", paths, packed, "question_id", "gpt_answer", problems)
 
@@ -214,12 +213,12 @@ def _from_jsonl(root: Path, questions: Path, problems: Problems) -> Found:
     files = {name: root / f"{name}.jsonl" for name in ("context", "answers_gpt4")}
     context = {
         row["image"]: _caption(row["caption"])
-        for _, row in tables.json_lines(files["context"], ["image", "caption"], problems)
+        for _, row in tables.json_lines(files["context"], ["image"], problems, ["caption"])
     }
-    lines = tables.json_lines(files["answers_gpt4"], ["question_id", "text"], problems)
+    lines = tables.json_lines(files["answers_gpt4"], ["text"], problems, ["question_id"])
     answers = {str(row["question_id"]): row["text"] for _, row in lines}
     items = []
-    for where, row in tables.json_lines(questions, ["question_id", "image", "text", "category"], problems):
+    for where, row in tables.json_lines(questions, ["image", "text", "category"], problems, ["question_id"]):
         name, image = str(row["question_id"]), row["image"]
         if name not in answers or image not in context:
             file, key = (files["answers_gpt4"], name) if name not in answers else (files["context"], image)
@@ -252,4 +251,4 @@ def _item(query: Query, picture: Picture, where: str, problems: Problems) -> lis
 
 
 def _caption(value: Any) -> str:
-    return value if isinstance(value, str) else "\n".join(value)
+    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -164,7 +164,11 @@ def _read(root: Path, split: str, types: Sequence[str] | None, rebuild: bool, pr
     if files := _parquet(root):
         return _from_parquet(root, files, types, rebuild, problems)
     tsv = tables.first(root, "MMSafetyBench.tsv")
-    return None if tsv is None else _from_tsv(tsv, problems)
+    if tsv is None:
+        return None
+    if rebuild or tuple(types or TYPES) != TYPES:
+        raise DavspError(f"{tsv} names neither picture types nor key phrases; leave types and rebuild out.")
+    return _from_tsv(tsv, problems)
 
 
 def _published(types: Sequence[str]) -> dict[str, int | None]:
@@ -218,14 +222,14 @@ def _folder(
                     picture = _png(render(row["Key Phrase"]))
                 else:
                     picture = _picture(pictures or root / "data/imgs", name, FOLDERS[kind], number)
-                plain = row.get(FIELDS["text"]) or ""
+                plain = str(row.get(FIELDS["text"]) or "")
                 items.append(_item(kind, name, number, row[FIELDS[kind]], picture, where, rebuilt, plain))
     for name, folder_name, number in sorted((wanted or set()) - seen):
         if folder_name in {FOLDERS[kind] for kind in types}:
             problems.add(f"{index[0]} lists question {number} of {name}, which is not in {folder}", "fetch it")
     layout = "AdaShield's mirror" if mirror else "official folder"
     absent = [FOLDERS[kind] for kind in TYPES if kind not in here]
-    note = "TYPO can be rebuilt approximately (rebuild=True), SD and SD_TYPO can not"
+    note = "TYPO can be rebuilt approximately (davsp eval --rebuild), SD and SD_TYPO can not"
     note = (f"no pictures of {', '.join(absent)} here; " if absent else "") + note
     return Found(layout, (*files, *index), items, _published(types) if wanted is None else {}, note)
 
@@ -270,7 +274,7 @@ def _wanted(root: Path, split: str, listed: Path | None, problems: Problems) -> 
 def _adashield(listed: Path, split: str, problems: Problems) -> Iterator[tuple[str, str, str]]:
     for where, row in tables.json_lines(listed, [], problems):
         for name, parts in row.items():
-            if not isinstance(parts, Mapping) or split not in parts:
+            if not tables.lists(parts, split):
                 problems.add(f"{where} has no {split!r} of {name}", "fetch the file again")
                 continue
             for path in map(Path, parts[split]):
@@ -312,7 +316,7 @@ def _from_parquet(
                 continue
             index.append(path)
             for where, row in tables.parquet_rows([path], ["id", "question"]):
-                if not tables.has(row, ["id", "question"], where, problems):
+                if not tables.has(row, ["question"], where, problems, ["id"]):
                     continue
                 image = None if kind == "text" else tables.image_bytes(row.get("image"), where, problems)
                 if kind == "text" or image is not None:

@@ -7,6 +7,7 @@ CC BY-NC 4.0. A language model grades each answer by the reference (`davsp.judge
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,7 +119,7 @@ def score(
             if mode == "sound":
                 unscored = [float(now[q.id] is None) for q in part]
                 found += scoring.rate_rows(named | {"metric": "unscored"}, unscored, [q.group for q in part], seed)
-                found += _rows(named | {"metric": "score_worst_case"}, part, _worst(now), then and _worst(then), seed)
+                found += _rows(named | {"metric": "score_worst_case"}, part, _worst(now), None, seed)
         table += found
     return Scores(table + scoring.over_refusal(queries, mine, model, baseline, seed), said, mine)
 
@@ -208,7 +209,7 @@ def _from_json(path: Path, problems: Problems) -> Found:
     items = []
     for name, row in rows.items():
         where = f"{path}, question {name}"
-        if tables.has(row, ["imagename", "question", "answer", "capability"], where, problems):
+        if tables.has(row, ["imagename", "question", "answer"], where, problems, ["capability"]):
             picture = path.parent / "images" / row["imagename"]
             items += _item(
                 name, row["question"], row["answer"], row["capability"], row["imagename"], picture, where, problems
@@ -233,10 +234,10 @@ def _from_parquet(paths: Sequence[Path], problems: Problems) -> Found | None:
     items = []
     for number, (where, row) in enumerate(tables.parquet_rows(paths, ["image", "question", "answer"])):
         image = tables.image_bytes(row["image"], where, problems)
-        if image is None or not tables.has(row, ["question", "answer", "capability"], where, problems):
+        if image is None or not tables.has(row, ["question", "answer"], where, problems, ["capability"]):
             continue
         given = row["capability"]
-        capabilities = given.split(",") if isinstance(given, str) else list(given)
+        capabilities = given.split(",") if isinstance(given, str) else given
         name = str(row.get("question_id") or row.get("id") or f"v1_{number}")
         group = sha256_bytes(image)[:16]
         items += _item(name, row["question"], row["answer"], capabilities, group, image, where, problems)
@@ -249,11 +250,11 @@ def _found(layout: str, index: tuple[Path, ...], items: list[Item]) -> Found:
 
 
 def _item(
-    name: str, question: str, answer: str, capabilities: Sequence[str], group: str, picture: Picture, where: str,
+    name: str, question: str, answer: str, capabilities: Any, group: str, picture: Picture, where: str,
     problems: Problems,
 ) -> list[Item]:  # fmt: skip
     """The one item of a row; none if a capability is unknown."""
-    given = [c.strip() for c in capabilities]
+    given = [str(c).strip() for c in (capabilities if isinstance(capabilities, list) else [capabilities])]
     if unknown := [c for c in given if c not in CAPABILITIES]:
         problems.add(f"{where} has the unknown capability {unknown[0]!r}", "fetch the file again")
         return []

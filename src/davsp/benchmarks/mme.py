@@ -265,7 +265,7 @@ def _from_parquet(paths: Sequence[Path], short: bool, problems: Problems) -> Fou
         for where, row in tables.parquet_rows(paths, ["question_id", "image", "question", "answer", "category"]):
             image = tables.image_bytes(row["image"], where, problems)
             if image is not None and tables.has(
-                row, ["question_id", "question", "answer", "category"], where, problems
+                row, ["question", "answer", "category"], where, problems, ["question_id"]
             ):
                 name = str(row["question_id"]).split("/", 1)[-1]
                 yield where, row["category"], name, row["question"], row["answer"], image

@@ -11,7 +11,7 @@ from typing import Any
 from davsp import metrics
 from davsp.benchmarks import bootstrap
 from davsp.errors import DavspError
-from davsp.judges import refused
+from davsp.judges import withheld
 from davsp.judges.base import is_unscored
 from davsp.metrics import Outcome, Row
 from davsp.query import Grade, Query, Response, Verdict
@@ -73,12 +73,12 @@ def known_mode(name: str, mode: str, modes: Iterable[str]) -> None:
 def over_refusal(
     queries: Sequence[Query], responses: Iterable[Response], model: str, baseline: Scores | None = None, seed: int = 0
 ) -> list[Row]:
-    """How often the questions of each benign set are refused, by the keyword list of `davsp.judges`."""
+    """How often the questions of each benign set are refused, by the keyword list of `davsp.judges`, or get no word at all."""
     benign = [q for q in queries if q.label == "benign"]
 
     def found(answers: Iterable[Response]) -> list[Outcome]:
         return [
-            Outcome(q.id, q.benchmark, "total", "over_refusal", q.group, float(refused(r.text)))
+            Outcome(q.id, q.benchmark, "total", "over_refusal", q.group, float(withheld(r.text)))
             for q, r in zip(benign, of_these(benign, answers), strict=True)
         ]
 

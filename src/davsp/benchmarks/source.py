@@ -7,6 +7,7 @@ to `Problems`, which raises, or with `skip_broken` notes it and lets the reader 
 import hashlib
 import io
 import random
+import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -300,6 +301,7 @@ def _unfit(image: Image.Image) -> str:
         return "is animated"
     if image.mode == "CMYK":
         return "is in CMYK, whose RGB colours depend on a profile"
-    if image.mode.startswith(("I", "F")):
+    deep = any(re.search(r";16[BLN]", str(tile[3])) for tile in image.tile)  # 48-bit colour has the mode RGB
+    if deep or image.mode.startswith(("I", "F")):
         return "has more than 8 bits a channel"
     return ""

@@ -9,19 +9,17 @@ on one picture, never straddle. A split is a file with hashes; it is drawn once 
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from hashlib import sha256
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from davsp.errors import DavspError
-from davsp.files import read_bytes, read_json, sha256_bytes, write_json
+from davsp.files import read_json, sha256_bytes, write_json
 from davsp.judges import refused
 from davsp.query import Query, Response, Verdict
+from davsp.store import query_hash
 
-SCHEMA = 1
+SCHEMA = 2
 PARTS = ("vector_malicious", "vector_benign", "train_malicious", "train_benign")
 VECTOR, INTENTS, HELPFUL = 470, 200, 100
 
@@ -175,21 +173,8 @@ def load_split(path: Path, data: DataSets) -> Split:
 
 
 def data_hash(queries: Sequence[Query]) -> str:
-    """A hash of all that is in a data set, in any order: texts, and pictures as files are on disk, or as pixels."""
-    known: dict[Path, str] = {}
-    lines = []
-    for q in queries:
-        if isinstance(q.image, Image.Image):
-            picture = sha256_bytes(f"{q.image.mode}{q.image.size}".encode() + q.image.tobytes())
-        elif q.image is not None:
-            picture = known.setdefault(q.image, "") or sha256_bytes(read_bytes(q.image))
-            known[q.image] = picture
-        else:
-            picture = ""
-        plain = replace(q, image=None)
-        words = [plain.id, plain.question, plain.label, plain.benchmark, plain.category, plain.group, plain.reference]
-        lines.append(json.dumps([*words, *plain.answers, picture]))
-    return sha256("\n".join(sorted(lines)).encode()).hexdigest()
+    """A hash of all that is in a data set, in any order (`davsp.store.query_hash`)."""
+    return sha256_bytes("\n".join(sorted(map(query_hash, queries))).encode())
 
 
 def _digest(body: Mapping[str, Any]) -> str:

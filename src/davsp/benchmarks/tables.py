@@ -117,8 +117,10 @@ def json_file(path: Path, problems: Problems) -> Any:
         raise DavspError(f"{path} is not JSON: {error}; fetch it again.") from error
 
 
-def json_lines(path: Path, needed: Sequence[str], problems: Problems) -> Iterator[tuple[str, Row]]:
-    """Where it stands and the object of each line of a JSON-lines file."""
+def json_lines(
+    path: Path, needed: Sequence[str], problems: Problems, other: Sequence[str] = ()
+) -> Iterator[tuple[str, Row]]:
+    """Where it stands and the object of each line of a JSON-lines file, with the fields of `has`."""
     for number, line in enumerate(read_bytes(path).splitlines(), 1):
         where = f"{path}, line {number}"
         try:
@@ -126,19 +128,28 @@ def json_lines(path: Path, needed: Sequence[str], problems: Problems) -> Iterato
         except ValueError:
             problems.add(f"{where} is not JSON", "fetch the file again")
             continue
-        if row is not None and has(row, needed, where, problems):
+        if row is not None and has(row, needed, where, problems, other):
             yield where, row
 
 
-def has(row: Any, needed: Sequence[str], where: str, problems: Problems) -> bool:
-    """Whether a row is an object with the needed fields; if not, that is a problem."""
+def has(row: Any, needed: Sequence[str], where: str, problems: Problems, other: Sequence[str] = ()) -> bool:
+    """Whether a row is an object with text in the needed fields, and anything in the other ones; if not, a problem."""
     if not isinstance(row, dict):
         problems.add(f"{where} is no object", "fetch the file again")
         return False
-    lacks = [name for name in needed if row.get(name) is None]
+    lacks = [name for name in (*needed, *other) if row.get(name) is None]
+    odd = [name for name in needed if name not in lacks and not isinstance(row[name], str)]
     if lacks:
         problems.add(f"{where} lacks {', '.join(lacks)}", "fetch the file again")
-    return not lacks
+    elif odd:
+        problems.add(f"{where} has no text in {', '.join(odd)}", "fetch the file again")
+    return not lacks and not odd
+
+
+def lists(parts: Any, key: str) -> bool:
+    """Whether `parts` is an object that holds a list of texts there."""
+    found = parts.get(key) if isinstance(parts, dict) else None
+    return isinstance(found, list) and all(isinstance(text, str) for text in found)
 
 
 def _need(path: Path, columns: Sequence[str], needed: Sequence[str]) -> None:

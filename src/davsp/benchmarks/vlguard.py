@@ -130,7 +130,7 @@ def _items(
     spare = split == "train"  # the published train.json names one picture twice
     for number, row in enumerate(rows, 1):
         where = f"{path}, item {number}"
-        if not tables.has(row, ["id", "image", "safe", "instr-resp"], where, problems):
+        if not tables.has(row, ["image"], where, problems, ["id", "safe", "instr-resp"]):
             continue
         name = str(row["id"])
         ids[name] = ids.get(name, 0) + 1
@@ -143,7 +143,7 @@ def _items(
                 problems.add(f"{where} is of the unknown category {category!r}", "fetch the file again")
                 continue
         given = row["instr-resp"] if isinstance(row["instr-resp"], list) else []
-        pairs = {_KEYS[key]: pair for pair in given if isinstance(pair, dict) for key in _KEYS if pair.get(key)}
+        pairs = {_KEYS[key]: pair for pair in given if isinstance(pair, dict) for key in _KEYS if isinstance(pair.get(key), str)}
         if set(pairs) != ({"safe_unsafes", "safe_safes"} if row["safe"] else {"unsafes"}):
             problems.add(f"{where} has not the instructions of its kind of picture", "fetch the file again")
             continue

@@ -51,8 +51,11 @@ def judge(
 
     from davsp.judges.rescore import rescore, slug
     from davsp.judges.verdicts import judge_name
+    from davsp.judging import apart
 
     test, _ = asked(benchmark or [], split, queries, None, None, seed, skip_broken)
+    if benchmark:
+        test = apart(test)
     how = judges.Asking(
         judge_url, judge_model, judge_key_env, concurrency, timeout, cache or run / "cache.sqlite", device,
         Console(stderr=True),
@@ -67,7 +70,7 @@ def judge(
     name = slug(judge_name(chosen))
     kind = "grades" if graded else "verdicts"
     print(f"{kind} are in {run / f'{kind}-{name}.jsonl'}, rates in {run / f'metrics-{name}.json'}")
-    judges.check([found.grades if graded else found.verdicts], max_unscored, some=True)
+    judges.check([found.grades if graded else found.verdicts], test, max_unscored, some=True)
 
 
 def _print(console: "Console", found: "Rescored") -> None:
@@ -77,7 +80,7 @@ def _print(console: "Console", found: "Rescored") -> None:
     from rich.table import Table
 
     from davsp.judges.base import is_unscored
-    from davsp.judging import WORST
+    from davsp.metrics import WORST
     from davsp.report.cells import BENCHMARKS, defenses, find, label, percent
     from davsp.report.terminal import print_scores
 

@@ -7,8 +7,8 @@ that ask a model (`davsp.judges.chat`, `davsp.judges.guard`) are imported from t
 
 from collections.abc import Callable
 
-from davsp.judges.keyword import Label, keyword, refused
+from davsp.judges.keyword import Label, keyword, refused, withheld
 
 Judge = Callable[[str, str], tuple[Label, str]]
 
-__all__ = ["Judge", "Label", "keyword", "refused"]
+__all__ = ["Judge", "Label", "keyword", "refused", "withheld"]

@@ -14,7 +14,7 @@ from davsp.judges.verdicts import judge_name
 from davsp.metrics import normalise
 from davsp.query import Grade, Query, Response
 
-VERSION = 1
+VERSION = 2
 """Of `exact` and `overlap`; raised with every change to them."""
 
 Grader = PromptJudge | Callable[[Query, str], tuple[tuple[float, ...], str]]
@@ -39,12 +39,14 @@ def exact(query: Query, answer: str) -> tuple[tuple[float, ...], str]:
 
     Far stricter than the published grader, so its figures are another metric; meant for short references.
     """
-    if not query.reference:
+    if not normalise(query.reference):
         return (), "the query has no reference"
     said = f" {normalise(answer)} "
     shares = [0.0]
     for alternative in query.reference.split("<OR>"):
-        parts = [normalise(part) for part in alternative.split("<AND>")]
+        parts = [part for part in map(normalise, alternative.split("<AND>")) if part]
+        if not parts:
+            continue  # "5<OR>": what is left out is no alternative
         found = [f" {part} " in said if len(parts) > 1 else f" {part} " == said for part in parts]
         shares.append(sum(found) / len(parts))
     return (max(shares),), "by its words"
@@ -55,7 +57,7 @@ def overlap(query: Query, answer: str) -> tuple[tuple[float, ...], str]:
 
     It reads neither picture nor caption and says nothing of truth; its figures are another metric.
     """
-    if not query.reference:
+    if not normalise(query.reference):
         return (), "the query has no reference"
     wanted, said = Counter(normalise(query.reference).split()), Counter(normalise(answer).split())
     common = (wanted & said).total()

@@ -66,7 +66,7 @@ def rescore(
     elif judge is None:
         raise DavspError(f"{run} is of own queries, which have no grader; give a judge, or a run over a published set.")
     else:
-        found = judge_own(asked, responses, judge, model, baseline, seed, worst=True)
+        found = judge_own(asked, responses, judge, model, baseline, seed)
     name = judge_name(judge or next(iter((graders or {}).values())))
     kinds = {"verdicts": found.verdicts} if judge is not None else {"grades": found.grades}
     for kind, said in kinds.items():
