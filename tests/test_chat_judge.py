@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from davsp import DavspError, Query, Response, Verdict
-from davsp.client import Limit, retry_after
+from davsp.client import retry_after
 from davsp.errors import Interrupted
 from davsp.judges.base import check_unscored
 from davsp.judges.cache import Finding, VerdictCache
@@ -23,6 +23,7 @@ from davsp.judges.chat import ChatJudge
 from davsp.judges.guard import HARMBENCH, LLAMA_GUARD_3
 from davsp.judges.prompts import CHAT, DAVSP
 from davsp.judges.verdicts import judge_name, verdicts_of
+from davsp.limit import Limit
 from judge_server import Judge, faulty, items, judge_server, truth
 
 SECRET = "sk-a-secret-of-this-test"
@@ -255,6 +256,13 @@ def test_no_key_where_one_was_named(value: str | None, monkeypatch: pytest.Monke
         monkeypatch.setenv("MY_KEY", value)
     with pytest.raises(DavspError, match="environment variable MY_KEY"):
         ChatJudge(DAVSP, "m", api_key_env="MY_KEY")
+
+
+@pytest.mark.parametrize("given", [SECRET, "AKIA0123456789", "0a1b2c3d"])
+def test_a_key_in_place_of_its_variable_is_not_repeated(given: str) -> None:
+    with pytest.raises(DavspError, match="no environment variable of the name that was given") as error:
+        ChatJudge(DAVSP, "m", api_key_env=given)
+    assert given not in str(error.value)
 
 
 @pytest.mark.parametrize("url", ["", "judge:8000", "ftp://a/v1", "http://me:secret@a/v1", "http://a/v1?key=secret"])

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from davsp import LVLM
+from davsp import LVLM, DavspError, Query, Verdict
+from davsp.cli.judges import check
 from davsp.dataset import save_queries
 from davsp.embedded.benchmarks import write
-from davsp.query import Query
+from davsp.judging import apart
 from judge_server import judge_server
 from model_server import ModelServer, model_server
 from test_cli import run as davsp
@@ -66,7 +67,8 @@ def test_published_sets_are_scored_by_their_own_rules(sets: Path, tiny_folder: P
         assert not {m for d, b, m in found if b == "llava_bench_embedded"} - {"over_refusal", "over_refusal_difference"}
     assert ("safety-text", "mme_embedded", "score_official_difference") in found
     assert "score_official" in (out / "report.html").read_text() and "mme_embedded" in shown.replace("…", "")
-    assert {g["judge"] for g in lines(out / "grades.jsonl")} == {"exact/1"}
+    assert {g["judge"] for g in lines(out / "grades.jsonl")} == {"exact/2"}
+    assert "llava_bench_embedded/0" in read(out / "queries.json")
     judges = {
         name: {v["judge"] for v in lines(out / name)} for name in ("verdicts.jsonl", "verdicts-keyword-gcg-1.jsonl")
     }
@@ -74,9 +76,31 @@ def test_published_sets_are_scored_by_their_own_rules(sets: Path, tiny_folder: P
     assert len(read(out / "agreement.json")["judges"]) == 2
     answers = (out / "responses.jsonl").read_bytes()
     assert davsp("judge", out, *asked, "--judge", "overlap") == 0
-    assert {g["judge"] for g in lines(out / "grades-overlap-1.jsonl")} == {"overlap/1"}
-    graded = {r["benchmark"] for r in read(out / "metrics-overlap-1.json")["rows"]}
+    assert {g["judge"] for g in lines(out / "grades-overlap-2.jsonl")} == {"overlap/2"}
+    graded = {r["benchmark"] for r in read(out / "metrics-overlap-2.json")["rows"]}
     assert graded == {"llava_bench_embedded"} and (out / "responses.jsonl").read_bytes() == answers
+
+
+def test_sets_that_count_from_0_go_together() -> None:
+    both = [Query("0", "what is it", "benign", name) for name in ("mm_vet", "llava_bench_embedded")]
+    kept = Query("unsafes/0", "what is it", "malicious", "vlguard_unsafes")
+    assert [q.id for q in apart([*both, kept])] == ["mm_vet/0", "llava_bench_embedded/0", "unsafes/0"]
+
+
+def test_too_much_unscored_of_one_set_is_not_made_up_for_by_another() -> None:
+    asked = [
+        Query(f"{name}{i}", "?", "malicious", name) for name, n in (("figstep", 50), ("sd", 950)) for i in range(n)
+    ]
+    said = [Verdict(q.id, "none", "j/1", "unscored" if i < 9 else "safe", "cut") for i, q in enumerate(asked)]
+    with pytest.raises(DavspError, match=r"^figstep: 9 of 50 answers under 'none' are unscored by j/1 \(18.0 %"):
+        check([{"none": said}], asked, 0.02)
+    check([{"none": said}], asked, 0.2)
+
+
+@pytest.mark.parametrize("option", ["--judge-key-env", "--api-key-env"])
+def test_a_key_in_place_of_its_variable_gets_nowhere(option: str, data: Path, tmp_path: Path, capsys) -> None:
+    assert davsp("eval", "--queries", data, "--out", tmp_path / "out", option, "sk-secret") == 2
+    assert "sk-secret" not in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_folder_of_another_run_is_refused(data: Path, tiny_folder: Path, tmp_path: Path, capsys) -> None:
@@ -93,7 +117,8 @@ def test_a_folder_of_another_run_is_refused(data: Path, tiny_folder: Path, tmp_p
         1,
     ]
     assert davsp("eval", *same) == 0
-    before = (tmp_path / "out" / "responses.jsonl").read_bytes()
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert read(tmp_path / "out" / "manifest.json")["queries"]["count"] == 7
     for change, says in (
         (["--max-new-tokens", 3], "another max new tokens"),
         (["--limit", 2], "is not here"),
@@ -102,7 +127,7 @@ def test_a_folder_of_another_run_is_refused(data: Path, tiny_folder: Path, tmp_p
         assert davsp("eval", *same, *change) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert says in error and "give another folder" in error
-    assert (tmp_path / "out" / "responses.jsonl").read_bytes() == before
+    assert {path: path.read_bytes() for path in before} == before  # the manifest is the first run's, too
 
 
 def test_broken_pictures_are_named_or_skipped(data: Path, tiny_folder: Path, tmp_path: Path, capsys) -> None:
@@ -157,7 +182,7 @@ def test_a_served_model_and_a_failing_judge(server: ModelServer, data: Path, tmp
         assert {v["label"] for v in lines(out / "verdicts.jsonl")} == {"unscored"} and (out / "report.html").exists()
         asked_of.fault = lambda n, attempt: ""
         before = len(server.bodies)
-        assert davsp("eval", *common, *more) == 0
+        assert davsp("eval", *common, *more, "--concurrency", 2) == 0  # what a 429 may call for
     assert len(server.bodies) == before == 7  # nothing is answered again
     assert {v["label"] for v in lines(out / "verdicts.jsonl")} == {"unsafe"}
     assert (

@@ -12,6 +12,7 @@ from davsp import LVLM, DavspError, HarmfulnessVector, Query, Response
 from davsp.defenses import Defense, NoDefense, SafetyText
 from davsp.errors import Interrupted
 from davsp.evaluation import Evaluation, evaluate, planned, queries_hash
+from davsp.files import alone
 from davsp.judges.keyword import VERSION as RULES
 from davsp.judges.keyword import keyword
 from davsp.judges.verdicts import judge_name, verdicts_of
@@ -62,6 +63,7 @@ def test_files_and_rows(lvlm: LVLM, vector: HarmfulnessVector, tmp_path: Path) -
     assert {(r["benchmark"], r["split"], r["metric"]) for r in found.rows if r["defense"] == "none"} == {
         ("sd", "total", "rsr"),
         ("sd", "total", "unscored"),
+        ("sd", "total", "rsr_worst_case"),
         ("benign", "total", "over_refusal"),
         ("utility", "rec", "accuracy"),
         ("utility", "know", "accuracy"),
@@ -179,6 +181,29 @@ def test_a_verdict_names_its_judge_and_the_version_of_its_rules() -> None:
     responses = [Response(q.id, "none", "a cake") for q in some()]
     assert {v.judge for v in verdicts_of(some(), responses, keyword)} == {f"keyword/{RULES}"} == {judge_name(keyword)}
     assert {v.judge for v in verdicts_of(some(), responses, lambda text, question: ("safe", ""))} == {"<lambda>"}
+
+
+def test_grades_of_an_earlier_command_do_not_stay(lvlm: LVLM, tmp_path: Path) -> None:
+    (tmp_path / "grades.jsonl").write_text("old")
+    run(lvlm, tmp_path)
+    assert not (tmp_path / "grades.jsonl").exists()
+
+
+def test_a_second_run_in_the_folder_is_refused_while_the_first_is_there(lvlm: LVLM, tmp_path: Path) -> None:
+    with alone(tmp_path):
+        (tmp_path / ".responses.jsonl.x.tmp").write_text("under way")
+        with pytest.raises(DavspError, match="another davsp is writing"):
+            run(lvlm, tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [".responses.jsonl.x.tmp"]
+    assert run(lvlm, tmp_path).rows and run(lvlm, tmp_path).rows
+
+
+@pytest.mark.parametrize("content", ["[]", '{"malicious-0": 1}'])
+def test_a_damaged_list_of_queries_is_named(lvlm: LVLM, tmp_path: Path, content: str) -> None:
+    run(lvlm, tmp_path)
+    (tmp_path / "queries.json").write_text(content)
+    with pytest.raises(DavspError, match=r"queries\.json holds no hash by query id"):
+        run(lvlm, tmp_path)
 
 
 def test_bad_input_is_said(lvlm: LVLM) -> None:

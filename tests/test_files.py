@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -50,6 +52,23 @@ def test_several_files_are_staged_before_the_first_is_replaced(tmp_path, monkeyp
     with pytest.raises(DavspError, match="cannot write"):
         files.write_all(tmp_path, {"a": b"2", "b": b"2"})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"1", "b": b"1"}
+
+
+def test_a_folder_is_one_process_s_until_it_dies(tmp_path):
+    hold = "import sys, time; from davsp.files import alone\nwith alone(sys.argv[1]):\n print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "run")], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(DavspError, match="another davsp is writing into .*run"), files.alone(tmp_path / "run"):
+            pass
+        other.kill()
+    with files.alone(tmp_path / "run"):
+        assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("fcntl.flock", full)
+    with pytest.warns(UserWarning, match="cannot be locked"), files.alone(tmp_path):
+        pass
 
 
 def test_unreadable_files_are_named(tmp_path):

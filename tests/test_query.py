@@ -1,5 +1,6 @@
 """The records, and how a picture becomes plain RGB."""
 
+import io
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from PIL import Image
 
 from davsp import DavspError, Query, Response, Verdict
 from davsp.query import read_jsonl, write_jsonl
+from davsp.store import query_hash
 
 
 def test_records_round_trip(tmp_path):
@@ -29,6 +31,19 @@ def test_a_picture_is_written_as_its_hash(tmp_path):
     image = json.loads((tmp_path / "q.jsonl").read_text())["image"]
     assert image["size"] == [3, 2] and len(image["sha256"]) == 64
     assert read_jsonl(tmp_path / "q.jsonl", Query)[0].image is None
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+def test_a_picture_from_memory_stays_packed(form):
+    file = io.BytesIO()
+    Image.linear_gradient("L").convert("RGB").save(file, form)
+    query = Query("1", "?", "benign", "b", image=Image.open(file))
+    opened = Query("1", "?", "benign", "b", image=Image.open(io.BytesIO(file.getvalue())))
+    opened.image.load()
+    assert query_hash(query) == query_hash(opened) and query.picture().tobytes() == opened.image.tobytes()
+    assert query.image.fp is file and opened.image.fp is None  # Pillow lets go of the file as soon as it is decoded
+    opened.image.putpixel((0, 0), (255, 0, 0))
+    assert query_hash(query) != query_hash(opened) and opened.picture().getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_a_broken_line_is_named(tmp_path):

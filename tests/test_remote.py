@@ -98,6 +98,13 @@ def test_an_answer_cut_at_its_length_and_an_empty_one_are_answers(server: ModelS
     assert remote(server, concurrency=1).generate(None, ["what is this", "what is that"]) == ["a red", ""]
 
 
+def test_half_a_surrogate_pair_can_be_written(server: ModelServer, tmp_path: Path) -> None:
+    """JSON may hold one, UTF-8 can't."""
+    server.change = lambda number, choice: {"message": {"content": "a \ud83d b"}, "finish_reason": "stop"}
+    found = evaluate(remote(server), {"none": NoDefense()}, queries("benign", 1), tmp_path, max_new_tokens=4)
+    assert [r.text for r in found.responses["none"]] == ["a ? b"]
+
+
 def test_what_a_server_cannot_do_is_said(server: ModelServer, vector: HarmfulnessVector) -> None:
     border = VisualPrompt(VisualSafetyPrompt.create(56, 8, "random"))
     asked = queries("benign", 1)

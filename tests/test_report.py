@@ -6,6 +6,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
 from PIL import Image
 from rich.console import Console
 
@@ -14,11 +15,11 @@ from davsp.defenses import Defense, NoDefense, VisualPrompt
 from davsp.evaluation import Evaluation
 from davsp.judges import keyword
 from davsp.judges.verdicts import verdicts_of
-from davsp.judging import rows_of
+from davsp.judging import judge_own, judge_published, rows_of
 from davsp.report import Picture, Report, build
-from davsp.report.cells import Column, cell, p_value, points
+from davsp.report.cells import Column, cell, number, p_value, points
 from davsp.report.html import headline, render, write_report
-from davsp.report.terminal import print_table
+from davsp.report.terminal import print_scores, print_table
 from tiny import picture, queries
 
 REFUSAL, SECRET = "i am sorry , i cannot help with that .", "sure , take the <b>crowbar</b> ."
@@ -155,11 +156,70 @@ def test_figures_stand_in_the_table() -> None:
     assert c.interval in words and c.difference in words and "0.1.0" in words
 
 
-def test_unscored_is_shown() -> None:
-    report = made()
-    row = next(r for r in report.rows if (r["defense"], r["benchmark"], r["metric"]) == ("none", "sd", "unscored"))
-    row["value"] = 0.4
-    assert "2 unscored" in render(report)
+def judged(published: bool, labels: dict[str, str]) -> Report:
+    """An answer to three MM-SafetyBench and two VLGuard queries under two defenses; `labels` of the defended ones, else safe."""
+    names = {"sd": 2, "typo": 1, "vlguard_unsafes": 2} if published else {"sd": 3, "typo": 2}
+    asked = [
+        replace(q, id=f"{name}/{i}", benchmark=name, category="04-Physical_Harm")
+        for name, n in names.items()
+        for i, q in enumerate(queries("malicious", n))
+    ]
+    responses = {d: [Response(q.id, d, d) for q in asked] for d in ("none", "davsp")}
+    answers = iter(["unsafe"] * 5 + [labels.get(q.id, "safe") for q in asked])
+
+    def judge(answer: str, question: str) -> tuple[str, str]:
+        return next(answers), ""
+
+    score = judge_published(asked, responses, judge, {}, "m") if published else judge_own(asked, responses, judge, "m")  # type: ignore[arg-type]
+    found = Evaluation(responses, score.verdicts, score.rows)
+    defenses: dict[str, Defense] = {"none": NoDefense(), "davsp": NoDefense()}
+    return build("m", asked, found, defenses, published=published)
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_unscored_is_shown_once_with_the_rate_at_worst(published: bool) -> None:
+    """An answer counts in its category, in its set and in the sum of the sets; it is one answer."""
+    report = judged(published, {"sd/0": "unscored"})
+    c = cell(report.rows, "davsp", Column("SD", "sd", "total", "rsr"))
+    assert (c.value, c.unscored, c.worst) == ("100.0", 1, "50.0" if published else "66.7")
+    assert f"1 unscored, at worst {c.worst}" in render(report)
+    console = Console(record=True, width=140, file=io.StringIO())
+    print_table(console, report.rows)
+    text = console.export_text()
+    assert "1 answers to malicious queries could not be scored" in text and f"worst {c.worst}" in text
+
+
+def test_published_sets_are_not_pooled() -> None:
+    report = judged(True, {"sd/0": "unsafe"})
+    assert not any("distribution" in row["benchmark"] for row in report.rows)
+    text = headline(report).replace("\N{NO-BREAK SPACE}", " ")
+    assert "from 0.0 % to 50.0 % (not significant) on SD, from 0.0 % to 100.0 % (not significant) on TYPO and" in text
+    assert "on vlguard_unsafes" in text and "RSR, vlguard_unsafes" in render(report)
+    assert "in distribution" in headline(judged(False, {}))
+
+
+def score_row(benchmark: str, split: str, metric: str, value: float, high: float, n: int = 10) -> dict[str, object]:
+    head = {"model": "m", "defense": "none", "benchmark": benchmark, "split": split, "metric": metric}
+    return head | {"value": value, "low": value / 2, "high": high, "n": n}
+
+
+def test_the_digits_of_a_score_are_its_metric_s() -> None:
+    assert number(score_row("llava_bench", "total", "relative_score", 0.95, 1.02)) == "0.950 [0.475, 1.020]"
+    assert number(score_row("mme_embedded", "total", "score_lenient", 0.5, 0.75)) == "0.5 [0.2, 0.8]"
+    assert number(score_row("mm_vet", "total", "score_official", 0.5, 1.0)) == "0.500 [0.250, 1.000]"
+
+
+@pytest.mark.parametrize("unscored", [0.0, 0.2])
+def test_the_bound_of_a_score_stands_beside_it(unscored: float) -> None:
+    rows = [score_row("mm_vet", "total", name, 0.5, 0.7) for name in ("score", "score_worst_case")]
+    rows += [score_row("mm_vet", "total", "unscored", unscored, 0.3)]
+    console = Console(record=True, width=140, file=io.StringIO())
+    print_scores(console, rows)
+    assert ("score_worst_case" in console.export_text()) == bool(unscored)
+    assert ("score_worst_case" in render(Report(rows, "m"))) == bool(unscored)
+    console = Console(record=True, width=140, file=io.StringIO())
+    print_table(console, rows)
+    assert console.export_text() == ""  # a grade is of no answer to a malicious query
 
 
 def test_what_is_missing_is_left_out() -> None:

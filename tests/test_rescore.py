@@ -13,8 +13,7 @@ from davsp.files import write_json
 from davsp.judges.keyword import keyword
 from davsp.judges.keyword_lists import GCG
 from davsp.judges.rescore import rescore, slug
-from davsp.judging import worst_case
-from davsp.metrics import Outcome
+from davsp.metrics import rates
 from davsp.query import read_jsonl, write_jsonl
 from davsp.store import query_hash
 from judge_server import Judge, judge_server
@@ -154,6 +153,11 @@ def test_runs_that_cannot_be_judged(folder: Path, data: Path, tmp_path: Path) ->
     (folder / "metrics.json").write_text('{"rows": []}')
     with pytest.raises(DavspError, match="names no model"):
         rescore(folder, asked, keyword)
+    hashes = (folder / "queries.json").read_bytes()
+    (folder / "queries.json").write_text("[]")
+    with pytest.raises(DavspError, match="holds no hash by query id"):
+        rescore(folder, asked, keyword)
+    (folder / "queries.json").write_bytes(hashes)
     short = folder / "responses.jsonl"
     short.write_text("".join(short.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(DavspError, match="has not all answers under 'davsp'"):
@@ -161,8 +165,8 @@ def test_runs_that_cannot_be_judged(folder: Path, data: Path, tmp_path: Path) ->
 
 
 def test_worst_case_and_names() -> None:
-    found = [Outcome(f"q{i}", "sd", "total", "rsr", "", v) for i, v in enumerate([1.0, 0.0, None])]
-    assert [(o.metric, o.value) for o in worst_case(found)] == [("rsr_worst_case", v) for v in (1.0, 0.0, 0.0)]
-    assert worst_case([Outcome("q", "sd", "total", "unscored", "", 1.0)]) == []
+    labels = ("safe", "unsafe", "unscored")
+    assert [rates(label)["rsr_worst_case"] for label in labels] == [1.0, 0.0, 0.0]
+    assert [rates(label)["unscored"] for label in labels] == [0.0, 0.0, 1.0]
     assert slug("davsp/1:org/model-v1.5") == "davsp-1-org-model-v1.5"
     assert slug("davsp/1:../../x") == "davsp-1-..-..-x"

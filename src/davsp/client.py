@@ -7,7 +7,6 @@ named, goes into one header, and nowhere else.
 
 import asyncio
 import json
-import os
 import random
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,9 @@ from typing import Any, TypeVar
 
 import httpx2
 
+from davsp import keys
 from davsp.errors import DavspError
+from davsp.limit import Limit
 
 OPENAI = "https://api.openai.com/v1"
 LONGEST_BACKOFF = 60.0  # seconds
@@ -42,37 +43,6 @@ class Failure:
 
     reason: str
     raw: str = ""
-
-
-class Limit:
-    """How many requests may be under way at once: halves on a 429, grows back by one for each round of good replies.
-
-    Several 429s to requests that were under way together halve it once.
-    """
-
-    def __init__(self, most: int, bound: float | None = None) -> None:
-        self.most, self.bound = most, float(most) if bound is None else bound
-        self.under_way, self.era = 0, 0
-        self._free = asyncio.Condition()
-
-    async def __aenter__(self) -> int:
-        """Wait for a place; the era is handed to `shrink`."""
-        async with self._free:
-            await self._free.wait_for(lambda: self.under_way < int(self.bound))
-            self.under_way += 1
-            return self.era
-
-    async def __aexit__(self, *_: object) -> None:
-        async with self._free:
-            self.under_way -= 1
-            self._free.notify(max(0, int(self.bound) - self.under_way))
-
-    def shrink(self, era: int) -> None:
-        if era == self.era:
-            self.bound, self.era = max(1.0, self.bound / 2), self.era + 1
-
-    def grow(self) -> None:
-        self.bound = min(self.most, self.bound + 1 / self.bound)
 
 
 @dataclass
@@ -123,7 +93,7 @@ class Client:
         self.api_key_env, self.concurrency = api_key_env, concurrency
         self.attempts, self.timeout, self.backoff = attempts, timeout, backoff
         self._bound = float(concurrency)  # what a 429 has left of it, from one `ask` to the next
-        self._key()
+        keys.read(api_key_env, whose)
 
     def ask(
         self,
@@ -249,25 +219,14 @@ class Client:
             return drawn
         return asked + min(drawn, 1.0) if asked <= LONGEST_WAIT else None
 
-    def _key(self) -> str | None:
-        variable = self.api_key_env
-        if variable is None:
-            return None
-        key = os.environ.get(variable, "").strip()
-        if not key:
-            raise DavspError(f"the environment variable {variable} is empty; put the {self.whose}'s key there.")
-        if not (key.isascii() and key.isprintable()):
-            raise DavspError(f"what is in the environment variable {variable} is no key: it holds odd characters.")
-        return key
-
     def _without_key(self, text: str) -> str:
         """Servers quote a key that they refuse."""
-        key = self._key()
-        return text.replace(key, "***") if key else text
+        secret = keys.read(self.api_key_env, self.whose)
+        return text.replace(secret, "***") if secret else text
 
     def _headers(self) -> dict[str, str]:
-        key = self._key()
-        return {"Authorization": f"Bearer {key}"} if key else {}
+        secret = keys.read(self.api_key_env, self.whose)
+        return {"Authorization": f"Bearer {secret}"} if secret else {}
 
 
 def retry_after(header: str | None, now: datetime) -> float | None:

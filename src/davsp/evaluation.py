@@ -5,6 +5,7 @@ on where it stopped and ends with the same answers (`davsp.store`); `verdicts.js
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
@@ -17,14 +18,14 @@ from rich.console import Console
 from davsp import metrics, parallel
 from davsp.defenses.base import Defense
 from davsp.errors import DavspError, Interrupted
-from davsp.files import write_json
+from davsp.files import alone, write_json
 from davsp.judges import Judge, keyword
 from davsp.judges.graders import Grader
-from davsp.judging import judge_own, judge_published
+from davsp.judging import Judged, judge_own, judge_published
 from davsp.lvlm import LVLM, fingerprint, model_name
 from davsp.progress import bar as progress_bar
 from davsp.query import Grade, Query, Response, Verdict, write_jsonl
-from davsp.store import RESPONSES, Store
+from davsp.store import RESPONSES, Answers, Store
 from davsp.store import queries_hash as queries_hash  # part of this module's interface
 from davsp.vector import HarmfulnessVector
 
@@ -56,6 +57,7 @@ def evaluate(
     redo: bool = False,
     seed: int = 0,
     console: Console | None = None,
+    manifest: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Answer all queries under each defense, judge the answers, and measure.
 
@@ -75,26 +77,77 @@ def evaluate(
             and say why, or refuse.
         seed: of the bootstrap.
         console: where progress and notes go; None is silent.
+        manifest: for manifest.json, which is written as soon as `out` is known to be this run's.
 
     Raises:
-        DavspError: no queries, an id twice, an unreadable picture, or responses in `out` that belong to another
-            run and `redo` is False.
+        DavspError: no queries, an id twice, an unreadable picture, responses in `out` that belong to another
+            run and `redo` is False, or another process writes there.
         Interrupted: Ctrl-C; what was answered is kept.
 
     Of several processes only the first judges; the others return the responses alone.
     """
     _check(queries, defenses)
     console = console or Console(quiet=True)
+    with nullcontext() if out is None or parallel.rank() > 0 else alone(out):
+        responses = _answers(
+            lvlm,
+            defenses,
+            queries,
+            out,
+            vector,
+            graders is not None,
+            batch_size,
+            max_new_tokens,
+            redo,
+            console,
+            manifest,
+        )
+        if parallel.rank() > 0:
+            return Evaluation(responses, {}, [])
+        name = model_name(lvlm)
+        if graders is None:
+            judged = judge_own(queries, responses, judge, name, baseline, seed)
+        else:
+            judged = judge_published(queries, responses, judge, graders, name, baseline, seed)
+        if out is not None:
+            _write(out, judged)
+    return Evaluation(responses, judged.verdicts, judged.rows, judged.grades)
+
+
+def _write(out: Path, judged: Judged) -> None:
+    """What follows from the answers; grades of an earlier command do not stay beside metrics that know nothing of them."""
+    write_jsonl(out / VERDICTS, chain.from_iterable(judged.verdicts.values()))
+    if any(judged.grades.values()):
+        write_jsonl(out / GRADES, chain.from_iterable(judged.grades.values()))
+    else:
+        (out / GRADES).unlink(missing_ok=True)
+    write_json(out / METRICS, metrics.metrics_file(judged.rows))
+
+
+def _answers(
+    lvlm: LVLM,
+    defenses: Mapping[str, Defense],
+    queries: Sequence[Query],
+    out: Path | None,
+    vector: HarmfulnessVector | None,
+    published: bool,
+    batch_size: int,
+    max_new_tokens: int,
+    redo: bool,
+    console: Console,
+    manifest: Mapping[str, Any] | None,
+) -> Answers:
+    """The answers under each defense in the order of the queries, kept in `out` while they come."""
     plan = planned(queries)
     settings = {
         "model": fingerprint(lvlm),
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
         "vector": _vector_hash(vector),
-        "published": graders is not None,
+        "published": published,
     }
     described = {name: defense.describe() for name, defense in defenses.items()}
-    store = None if out is None else Store(out, settings, described, plan, queries, batch_size)
+    store = None if out is None else Store(out, settings, described, plan, queries, batch_size, manifest)
     responses = {name: [] for name in defenses} if store is None else store.open(redo, console)
     try:
         for name, defense in defenses.items():
@@ -109,19 +162,7 @@ def evaluate(
     responses = _ordered(queries, responses)
     if store is not None:
         store.finish(responses)
-    if parallel.rank() > 0:
-        return Evaluation(responses, {}, [])
-    name = model_name(lvlm)
-    if graders is None:
-        judged = judge_own(queries, responses, judge, name, baseline, seed)
-    else:
-        judged = judge_published(queries, responses, judge, graders, name, baseline, seed)
-    if out is not None:
-        write_jsonl(out / VERDICTS, chain.from_iterable(judged.verdicts.values()))
-        if any(judged.grades.values()):
-            write_jsonl(out / GRADES, chain.from_iterable(judged.grades.values()))
-        write_json(out / METRICS, metrics.metrics_file(judged.rows))
-    return Evaluation(responses, judged.verdicts, judged.rows, judged.grades)
+    return responses
 
 
 def planned(queries: Sequence[Query]) -> list[Query]:

@@ -7,7 +7,9 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,52 @@ def sweep(folder: Pathlike) -> None:
     """Remove what `write_all` left in a folder when it was killed; nobody else may be writing there."""
     for path in Path(folder).glob(".*.tmp"):
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(folder: Pathlike) -> Iterator[None]:
+    """Keep every other process that also asks out of a folder; the end of this one, however it comes, lets them in.
+
+    The lock is on the folder itself, so it leaves no file behind. Where there are none (Windows, some network file systems),
+    a warning says so.
+
+    Args:
+        folder: made if missing.
+
+    Raises:
+        DavspError: another process has it, or it cannot be made.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DavspError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from error
+    handle = _lock(folder)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _lock(folder: Path) -> int | None:
+    """A locked descriptor of a folder; None, with a warning, where folders have no locks."""
+    handle = None
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return handle
+    except (ImportError, OSError) as error:
+        if handle is not None:
+            os.close(handle)
+        if isinstance(error, BlockingIOError):
+            raise DavspError(
+                f"another davsp is writing into {folder}; wait until it has ended, or give another folder"
+            ) from error
+        warnings.warn(f"{folder} cannot be locked ({error}); let no second davsp write there", stacklevel=4)
+        return None
 
 
 def _umask() -> int:

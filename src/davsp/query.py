@@ -1,5 +1,6 @@
 """The records that flow: a query goes in, a response comes out, a verdict is passed on it."""
 
+import io
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from PIL import Image, ImageOps
+from PIL.ImageFile import ImageFile
 
 from davsp.errors import DavspError
 from davsp.files import read_bytes, sha256_bytes, write_text
@@ -50,7 +52,7 @@ class Query:
         """
         if isinstance(self.image, Path):
             return open_picture(self.image)
-        return None if self.image is None else flatten(self.image)
+        return None if self.image is None else flatten(unpacked(self.image))
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,16 @@ def open_picture(path: Path) -> Image.Image:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or "it is not a readable picture"
         raise DavspError(f"cannot open image {path}: {reason}; give a PNG, JPEG or WebP file") from error
+
+
+def unpacked(image: Image.Image) -> Image.Image:
+    """A second picture of the same bytes, if this one was opened from memory and is not decoded yet: it then stays packed.
+
+    Thousands of pictures from parquet or TSV files, decoded and kept, would fill the memory. Any other is given back as it is.
+    """
+    if isinstance(image, ImageFile) and isinstance(image.fp, io.BytesIO) and getattr(image, "n_frames", 1) == 1:
+        return Image.open(io.BytesIO(image.fp.getvalue()))
+    return image
 
 
 def flatten(image: Image.Image) -> Image.Image:

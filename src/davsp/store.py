@@ -1,5 +1,6 @@
 """The files of a run that decide whether it can go on: whom it asked what, and the answers so far.
 
+manifest.json     what made the run, if it is given: versions, machine, command line
 run.json          model, defenses and settings: all that decides the answers
 queries.json      query id -> sha256 of everything in the query, the pixels of its picture included
 responses.jsonl   the answers; grows by a batch at a time and is put into the queries' order at the end
@@ -7,7 +8,7 @@ responses.jsonl   the answers; grows by a batch at a time and is put into the qu
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from hashlib import sha256
 from pathlib import Path
@@ -19,9 +20,9 @@ from rich.console import Console
 from davsp import parallel
 from davsp.errors import DavspError
 from davsp.files import read_bytes, read_json, sweep, to_json, write_all
-from davsp.query import Query, Response, write_jsonl
+from davsp.query import Query, Response, unpacked, write_jsonl
 
-RUN, QUERIES, RESPONSES = "run.json", "queries.json", "responses.jsonl"
+RUN, QUERIES, RESPONSES, MANIFEST = "run.json", "queries.json", "responses.jsonl", "manifest.json"
 
 Answers = dict[str, list[Response]]
 """By defense."""
@@ -37,6 +38,7 @@ class Store:
         plan: the queries in the order in which they are answered.
         queries: the same in the order in which the finished file lists them.
         batch_size: answers that are added at a time.
+        manifest: for manifest.json, as JSON; how many queries there are and their hash are added.
     """
 
     def __init__(
@@ -47,7 +49,9 @@ class Store:
         plan: Sequence[Query],
         queries: Sequence[Query],
         batch_size: int,
+        manifest: Mapping[str, Any] | None = None,
     ) -> None:
+        self.manifest = manifest
         self.folder, self.path, self.batch_size = folder, folder / RESPONSES, batch_size
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))  # as it will be read back
         self.defenses: dict[str, Any] = json.loads(json.dumps(defenses))
@@ -77,9 +81,15 @@ class Store:
             sweep(self.folder)
             # the answers first, so that a kill in between can't leave old answers under a new record
             write_jsonl(self.path, [r for answers in kept.values() for r in answers])
-            record = {**self.settings, "defenses": self.defenses}
-            write_all(self.folder, {QUERIES: to_json(self.queries).encode(), RUN: to_json(record).encode()})
+            files = {QUERIES: self.queries, RUN: {**self.settings, "defenses": self.defenses}}
+            if self.manifest is not None:
+                files = {MANIFEST: {**self.manifest, "queries": self._summary()}, **files}
+            write_all(self.folder, {name: to_json(value).encode() for name, value in files.items()})
         return kept
+
+    def _summary(self) -> dict[str, Any]:
+        """How many queries there are, and one hash of all (`queries_hash`)."""
+        return {"count": len(self.queries), "sha256": _joined(self.queries.values())}
 
     def append(self, responses: Sequence[Response]) -> None:
         """Add a batch; when this returns, it is on the disk.
@@ -126,7 +136,7 @@ class Store:
         settings = [key for key in self.settings if record.get(key) != self.settings[key]]
         if settings:
             return "another " + ", ".join(settings).replace("_", " ")
-        then = read_json(self.folder / QUERIES)
+        then = hashes(self.folder)
         if then == self.queries and list(then) == list(self.queries):
             return ""
         changed = next((i for i in {**then, **self.queries} if then.get(i) != self.queries.get(i)), None)
@@ -170,7 +180,7 @@ def recorded(folder: Path) -> dict[str, Any] | None:
     """What run.json says; None without one.
 
     Raises:
-        DavspError: it is damaged.
+        DavspError: it is damaged, or queries.json beside it.
     """
     path = folder / RUN
     if not path.exists():
@@ -178,7 +188,20 @@ def recorded(folder: Path) -> dict[str, Any] | None:
     record = read_json(path)
     if not isinstance(record, dict) or not isinstance(record.get("defenses"), dict):
         raise DavspError(f"{path} is no record of a run; delete {folder} to answer anew")
+    hashes(folder)
     return record
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Query id -> hash, as queries.json has it.
+
+    Raises:
+        DavspError: it is not there or damaged.
+    """
+    found = read_json(folder / QUERIES)
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise DavspError(f"{folder / QUERIES} holds no hash by query id; delete {folder} to answer anew")
+    return found
 
 
 def query_hash(query: Query) -> str:
@@ -186,7 +209,8 @@ def query_hash(query: Query) -> str:
     words = {f.name: getattr(query, f.name) for f in fields(query) if f.name != "image"}
     digest = sha256(json.dumps(words, sort_keys=True).encode())
     if isinstance(query.image, Image.Image):
-        digest.update(f"{query.image.mode}{query.image.size}".encode() + query.image.tobytes())
+        image = unpacked(query.image)
+        digest.update(f"{image.mode}{image.size}".encode() + image.tobytes())
     elif query.image is not None:
         digest.update(read_bytes(query.image))
     return digest.hexdigest()
@@ -194,4 +218,8 @@ def query_hash(query: Query) -> str:
 
 def queries_hash(queries: Sequence[Query]) -> str:
     """One hash of all queries in their order."""
-    return sha256("".join(map(query_hash, queries)).encode()).hexdigest()
+    return _joined(map(query_hash, queries))
+
+
+def _joined(found: Iterable[str]) -> str:
+    return sha256("".join(found).encode()).hexdigest()

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from davsp.lvlm import LVLM
     from davsp.query import Query
 
-BATCH, SERVED = 32, 8  # queries a batch; of a server, in times of what is under way at once
+BATCH, SERVED = 32, 64  # queries a batch, here and of a server; a run keeps it, so --concurrency does not decide it
 
 
 def evaluate(
@@ -74,7 +74,11 @@ def evaluate(
     skip_broken: SkipBroken = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 48,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Queries answered and kept at a time; left out: 32, of a server 64.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Queries answered and kept at a time, so that no more are under way; left out: 32, of a server 64.",
+        ),
     ] = None,
     engine: Annotated[
         str, typer.Option(help="transformers: the model is loaded here; openai: a server runs it (vLLM, SGLang).")
@@ -105,11 +109,14 @@ def evaluate(
     """Answer a test set under each defense, judge the answers, and report rates with 95 % intervals, paired with No Defense."""
     from rich.console import Console
 
-    from davsp import parallel
+    from davsp import keys, parallel
     from davsp.evaluation import evaluate
+    from davsp.judging import apart
     from davsp.vector import HarmfulnessVector
 
     served = _served(engine, base_url, api_model or model, (revision, device, dtype, quantization), num_processes)
+    for variable, whose in ((api_key_env, "model"), (judge_key_env, "judge")):
+        keys.read(variable, whose)  # also where none is asked for: a key given in its place would get into the manifest
     in_processes(num_processes)
     how = judges.Asking(
         judge_url, judge_model, judge_key_env, concurrency, timeout, cache or out / "cache.sqlite", device,
@@ -120,6 +127,8 @@ def evaluate(
         raise DavspError(f"--judge names a grader of {next(iter(graders))}, but no --benchmark of that set is asked.")
     defenses = rows(defense or [], prompt, text, own=not (queries or benchmark))
     test, notes = asked(benchmark or [], split, queries, model, limit, seed, skip_broken)
+    if benchmark:
+        test = apart(test)
     lvlm: LVLM
     if served:
         from davsp.lvlm.remote import RemoteLVLM
@@ -129,19 +138,15 @@ def evaluate(
         lvlm = load_lvlm(model, revision, device, dtype, quantization, canvas)
     direction = HarmfulnessVector.load(vector) if vector else None
     _fit(lvlm, defenses, direction)
-    facts = _facts(lvlm, engine, test, notes, defenses, judge or ["keyword"], benchmark or [], split, seed)
-    if parallel.rank() == 0:
-        from davsp.files import write_json
-
-        write_json(out / "manifest.json", facts)
+    facts = _facts(lvlm, engine, notes, defenses, judge or ["keyword"], benchmark or [], split, seed)
     found = evaluate(
         lvlm, defenses, test, out, direction, named[0],
         graders=graders if benchmark else None,
-        batch_size=batch_size or (SERVED * concurrency if served else BATCH),
-        max_new_tokens=max_new_tokens, seed=seed, console=Console(stderr=True),
+        batch_size=batch_size or (SERVED if served else BATCH),
+        max_new_tokens=max_new_tokens, seed=seed, console=Console(stderr=True), manifest=facts,
     )  # fmt: skip
     if parallel.rank() == 0:
-        _finish(out, test, found, defenses, named[1:], facts, show_unsafe, max_unscored, seed)
+        _finish(out, test, found, defenses, named[1:], show_unsafe, max_unscored, seed)
 
 
 def _served(
@@ -179,33 +184,34 @@ def _fit(lvlm: "LVLM", defenses: "dict[str, Defense]", direction: Any) -> None:
 
 
 def _facts(
-    lvlm: "LVLM", engine: str, test: "list[Query]", notes: list[str], defenses: "dict[str, Defense]", named: list[str],
-    sets: list[str], split: str, seed: int,
+    lvlm: "LVLM", engine: str, notes: list[str], defenses: "dict[str, Defense]", named: list[str], sets: list[str],
+    split: str, seed: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """What manifest.json says."""
+    """What manifest.json says, but for the queries, which the store knows."""
     from davsp.files import manifest
     from davsp.lvlm import fingerprint, model_name
-    from davsp.store import queries_hash
 
     return manifest(
         model=model_name(lvlm), revision=lvlm.revision, weights=fingerprint(lvlm), engine=engine, server=lvlm.server,
         defenses={name: defense.describe() for name, defense in defenses.items()}, judges=named,
-        benchmarks=sets, split=split, queries={"count": len(test), "sha256": queries_hash(test)}, notes=notes, seed=seed,
+        benchmarks=sets, split=split, notes=notes, seed=seed,
     )  # fmt: skip
 
 
 def _finish(
     out: Path, test: "list[Query]", found: "Evaluation", defenses: "dict[str, Defense]", others: list[Any],
-    facts: dict[str, Any], show_unsafe: bool, max_unscored: float, seed: int,
+    show_unsafe: bool, max_unscored: float, seed: int,
 ) -> None:  # fmt: skip
     """The other judges, the report and the tables; fails at the end if too much is unscored."""
     from rich.console import Console
 
     from davsp import report
+    from davsp.files import read_json
     from davsp.judges.rescore import rescore, slug
     from davsp.judges.verdicts import judge_name
     from davsp.report.html import write_report
     from davsp.report.terminal import print_scores, print_table
+    from davsp.store import MANIFEST
 
     said: list[dict[str, list[Any]]] = [dict(found.verdicts), dict(found.grades)]
     for judge in others:
@@ -213,9 +219,12 @@ def _finish(
         said.append(dict(again.verdicts))
         print(f"rates by {judge_name(judge)} are in {out / f'metrics-{slug(judge_name(judge))}.json'}")
     shown = [name for name in defenses if name != "none"] or list(defenses)
-    page = report.build(facts["model"], test, found, defenses, defense=shown[-1], manifest=facts)
+    facts = read_json(out / MANIFEST)
+    page = report.build(
+        facts["model"], test, found, defenses, defense=shown[-1], manifest=facts, published=bool(facts["benchmarks"])
+    )
     write_report(out / "report.html", page, show_unsafe)
     print_table(Console(), found.rows)
     print_scores(Console(), found.rows)
     print(f"answers, verdicts, metrics.json and report.html are in {out}")
-    judges.check(said, max_unscored)
+    judges.check(said, test, max_unscored)

@@ -10,6 +10,8 @@ from davsp.errors import DavspError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from davsp.query import Query
+
 GRADER_OF = {"mm-vet": "mm_vet", "exact": "mm_vet", "llava-bench": "llava_bench", "overlap": "llava_bench"}
 """Grader -> the published set that it grades; all other names are judges of answers to malicious queries."""
 
@@ -95,19 +97,29 @@ def sorted_out(names: Sequence[str], asking: Asking) -> tuple[list[Any], dict[st
     return judges or [named("keyword", asking)], graders
 
 
-def check(said: Iterable[Mapping[str, Sequence[Any]]], limit: float, some: bool = False) -> None:
-    """Raise DavspError if of what one judge or grader said under a defense too much is unscored.
+def check(
+    said: Iterable[Mapping[str, Sequence[Any]]], queries: "Iterable[Query]", limit: float, some: bool = False
+) -> None:
+    """Raise DavspError if of what one judge or grader said of a benchmark under a defense too much is unscored.
 
     Args:
         said: by defense verdicts, and by defense grades.
+        queries: what was asked.
         limit: the largest share that is accepted.
         some: refuse as well if nothing was said.
     """
     from davsp.judges.base import check_unscored
 
+    benchmark_of = {q.id: q.benchmark for q in queries}
     for one in said:
         for verdicts in one.values():
             if some:
                 check_unscored(verdicts, 1.0)
-            for judge in dict.fromkeys(v.judge for v in verdicts):
-                check_unscored([v for v in verdicts if v.judge == judge], limit)
+            parts: dict[tuple[str, str], list[Any]] = {}
+            for one_said in verdicts:
+                parts.setdefault((one_said.judge, benchmark_of[one_said.query_id]), []).append(one_said)
+            for (_, benchmark), part in parts.items():
+                try:
+                    check_unscored(part, limit)
+                except DavspError as error:
+                    raise DavspError(f"{benchmark}: {error}") from error

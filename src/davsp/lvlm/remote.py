@@ -149,4 +149,4 @@ def _read(body: Any) -> str | Failure:
         return Failure(f"its answer ended by {end!r}")
     if not isinstance(text, str) or (end == "length" and not text.strip()):
         return Failure(f"its reply holds no text, finish_reason {end!r}; a reasoning model needs more --max-new-tokens")
-    return text.strip()
+    return text.strip().encode(errors="replace").decode()  # JSON may hold what UTF-8 can't

@@ -42,7 +42,7 @@ class Report:
     """All that a report shows; what is empty is left out of the page.
 
     Attributes:
-        rows: those of metrics.json, and RSR pooled over the benchmarks in and out of distribution.
+        rows: those of metrics.json; of own queries also RSR pooled over the benchmarks in and out of distribution.
         model: the LVLM.
         defense, baseline: the two that headline, examples and histograms compare.
         projections: defense -> label -> projections.
@@ -75,6 +75,7 @@ def build(
     *,
     defense: str = "davsp",
     baseline: str = "none",
+    published: bool = False,
     **rest: Any,
 ) -> Report:
     """A report of an evaluation.
@@ -85,9 +86,10 @@ def build(
         evaluation: what `evaluate` returned.
         defenses: those that were evaluated; the examples show what `defense` makes of a query.
         defense, baseline: the two to compare.
+        published: the queries are of the published sets, each with a rate of its own: nothing is pooled.
         rest: the other fields of `Report`.
     """
-    rows = evaluation.rows + _pooled(model, queries, evaluation, baseline)
+    rows = evaluation.rows + ([] if published else _pooled(model, queries, evaluation, baseline))
     examples = []
     if defense in evaluation.responses and baseline in evaluation.responses:
         examples = _examples(queries, evaluation, defenses[defense], defense, baseline)

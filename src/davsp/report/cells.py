@@ -4,6 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from davsp.benchmarks import mm_safetybench, mme
+from davsp.benchmarks.source import EMBEDDED
+from davsp.metrics import WORST
+
 Rows = Sequence[Mapping[str, Any]]
 
 DEFENSES = {
@@ -25,6 +29,8 @@ OUT_OF_DISTRIBUTION = ("figstep", "mme", "llava_bench")
 SCORES = ("score", "acc_", "relative", "over_refusal")
 """How the metrics of published sets begin that are no RSR."""
 POOLED = {"in": "in_distribution", "out": "out_of_distribution"}
+SUMS = (*POOLED.values(), mm_safetybench.NAME, mm_safetybench.NAME + EMBEDDED)
+"""Benchmarks whose answers are those of others."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ class Cell:
     difference: str = ""
     direction: str = ""  # "better", "worse", or "" where p >= 0.05 or nothing is compared
     unscored: int = 0
+    worst: str = ""  # the rate if every unscored answer is unsafe; empty if there are none
 
 
 def label(defense: str) -> str:
@@ -86,24 +93,32 @@ def utility_columns(rows: Rows) -> list[Column]:
 
 
 def score_rows(rows: Rows) -> list[tuple[str, str, str, list[Mapping[str, Any] | None]]]:
-    """Scores and over-refusal of published sets: (benchmark, part, metric, the row of each of `defenses(rows)`)."""
+    """Scores and over-refusal of published sets: (benchmark, part, metric, the row of each of `defenses(rows)`).
+
+    The bound of a score of which some answers are unscored is among them.
+    """
     names = defenses(rows)
     keys = dict.fromkeys(
         (r["benchmark"], r["split"], r["metric"])
         for r in rows
-        if r["metric"].startswith(SCORES)
-        and not r["metric"].endswith(("_difference", "_worst_case"))
-        and r["benchmark"] != "benign"
+        if r["metric"].startswith(SCORES) and not r["metric"].endswith("_difference") and r["benchmark"] != "benign"
     )
-    return [(*key, [find(rows, name, *key) for name in names]) for key in keys]
+    return [
+        (*key, [find(rows, name, *key) for name in names])
+        for key in keys
+        if not key[2].endswith("_worst_case") or any(_lacking(rows, name, *key[:2]) for name in names)
+    ]
 
 
 def cell(rows: Rows, defense: str, column: Column) -> Cell:
     """The cell of a table; a dash where nothing was measured."""
     keys = (column.benchmark, column.split)
     row = find(rows, defense, *keys, column.metric)
+    unscored = _lacking(rows, defense, *keys) if column.metric == "rsr" else 0
+    bound = find(rows, defense, *keys, WORST) if unscored else None
+    worst = "" if bound is None else percent(bound["value"])
     if row is None or row["value"] is None:
-        return Cell("–", unscored=_unscored(rows, defense, column))
+        return Cell("–", unscored=unscored, worst=worst)
     difference = find(rows, defense, *keys, f"{column.metric}_difference")
     text, direction = "", ""
     if difference is not None:
@@ -111,14 +126,14 @@ def cell(rows: Rows, defense: str, column: Column) -> Cell:
         if difference.get("p", 1.0) < 0.05 and difference["value"]:
             direction = "better" if (difference["value"] > 0) == column.high_is_good else "worse"
     interval = f"{100 * row['low']:.1f}–{100 * row['high']:.1f}"
-    return Cell(percent(row["value"]), interval, text, direction, _unscored(rows, defense, column))
+    return Cell(percent(row["value"]), interval, text, direction, unscored, worst)
 
 
 def number(row: Mapping[str, Any] | None) -> str:
-    """A score with its interval: points (MME, LLaVA-Bench) with one digit behind the point, a share of 1 with three."""
+    """A score with its interval: points (MME's scores) with one digit behind the point, a share with three."""
     if row is None or row["value"] is None:
         return "–"
-    digits = 1 if abs(row["value"]) > 1 or (row["high"] or 0) > 1 else 3
+    digits = 1 if row["benchmark"].startswith(mme.NAME) and row["metric"].startswith("score") else 3
     interval = "" if row["low"] is None else f" [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
     return f"{row['value']:.{digits}f}{interval}"
 
@@ -139,10 +154,10 @@ def p_value(p: float | None) -> str:
     return "p<.001" if p < 0.001 else f"p={p:.3f}".replace("0.", ".", 1) if p < 1 else "p=1"
 
 
-def _unscored(rows: Rows, defense: str, column: Column) -> int:
-    """How many answers the judge could not score, for a column of RSR."""
-    row = find(rows, defense, column.benchmark, column.split, "unscored") if column.metric == "rsr" else None
-    return round(row["value"] * row["n"]) if row else 0
+def _lacking(rows: Rows, defense: str, benchmark: str, split: str) -> int:
+    """How many answers of a part are unscored."""
+    row = find(rows, defense, benchmark, split, "unscored")
+    return round(row["value"] * row["n"]) if row and row["value"] else 0
 
 
 def _present(rows: Rows, c: Column) -> bool:

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from davsp.report import Example, Report, plots
 from davsp.report.cells import (
     BENCHMARKS,
     POOLED,
+    SUMS,
     Cell,
     Column,
     cell,
@@ -105,14 +107,26 @@ def headline(report: Report) -> str:
         return f"from {_percent(before)} to {_percent(after)}{doubt}"
 
     name = label(report.defense)
-    places = ((POOLED["in"], "in distribution"), (POOLED["out"], "out of distribution"))
+    places = [(c.benchmark, c.heading) for c in _attacked(report, "in distribution", "out of distribution", "on {}")]
     parts = [f"{moved} {words}" for b, words in places if (moved := change(b, "rsr"))]
     if not parts:
         return f"{name} on {report.model}: no resist success rate was measured."
-    sentence = f"{name} takes the resist success rate on malicious queries {' and '.join(parts)}"
+    sentence = f"{name} takes the resist success rate on malicious queries {_listed(parts)}"
     costs = {"utility": change("utility", "accuracy"), "over-refusal": change("benign", "over_refusal")}
     moves = [f"{what} goes {moved}" for what, moved in costs.items() if moved]
     return "; ".join([sentence, *moves]) + "."
+
+
+def _attacked(report: Report, inside: str, outside: str, each: str) -> list[Column]:
+    """Where resistance is told of first: in and out of distribution or, where nothing is pooled, on each set."""
+    measured = {row["benchmark"] for row in report.rows}
+    pooled = [Column(words, POOLED[key], "total", "rsr") for key, words in (("in", inside), ("out", outside))]
+    sets = [c for c in main_columns(report.rows) if c.metric == "rsr" and c.benchmark not in SUMS]
+    return [c for c in pooled if c.benchmark in measured] or [replace(c, heading=each.format(c.heading)) for c in sets]
+
+
+def _listed(parts: list[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def _asked(report: Report) -> str:
@@ -138,10 +152,9 @@ def uri(image: Image.Image) -> str:
 
 
 def _tiles(report: Report) -> list[dict[str, str]]:
-    """The four figures on top: name, value, what it was without a defense, and the difference."""
+    """The figures on top: name, value, what it was without a defense, and the difference."""
     wanted = (
-        Column("RSR, in distribution", POOLED["in"], "total", "rsr"),
-        Column("RSR, out of distribution", POOLED["out"], "total", "rsr"),
+        *_attacked(report, "RSR, in distribution", "RSR, out of distribution", "RSR, {}"),
         Column("Utility", "utility", "total", "accuracy"),
         Column("Over-refusal", "benign", "total", "over_refusal", high_is_good=False),
     )

@@ -5,19 +5,23 @@ import re
 from rich.console import Console
 from rich.table import Table
 
-from davsp.report.cells import Rows, cell, defenses, label, main_columns, number, score_rows
+from davsp.report.cells import SUMS, Rows, cell, defenses, label, main_columns, number, score_rows
 
 WHOLE = ("total", "all", "perception", "cognition")
 """Parts of a published set that the terminal shows; metrics.json and the report have all."""
 
 
 def print_table(console: Console, rows: Rows, title: str = "") -> None:
-    """Print `table`, and how many answers the judge could not score, if there are any."""
+    """Print `table`, and how many answers to malicious queries the judge could not score, if there are any."""
     if main_columns(rows):
         console.print(table(rows, title))
-    unscored = sum(round(r["value"] * r["n"]) for r in rows if r["metric"] == "unscored" and r["value"])
+    asked = [c for c in main_columns(rows) if c.metric == "rsr" and c.benchmark not in SUMS]
+    unscored = sum(cell(rows, name, column).unscored for name in defenses(rows) for column in asked)
     if unscored:
-        console.print(f"{unscored} answers to malicious queries could not be scored; they are left out of the RSR.")
+        console.print(
+            f"{unscored} answers to malicious queries could not be scored; they are left out of the RSR. At worst: all of "
+            "them unsafe."
+        )
 
 
 def print_scores(console: Console, rows: Rows) -> None:
@@ -49,6 +53,7 @@ def table(rows: Rows, title: str = "") -> Table:
         texts = [
             f"[bold]{c.value}[/]\n[dim]{_whole(c.interval)}[/]"
             + (f"\n{c.difference.split(',')[0]}" if c.difference else "")
+            + (f"\nworst {c.worst}" if c.worst else "")
             for c in cells
         ]
         made.add_row(f"[bold]{label(name)}[/]" if name == "davsp" else label(name), *texts)
