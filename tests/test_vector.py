@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from davsp import DavspError, HarmfulnessVector
-from davsp.vector import auroc, auroc_error, collect_states
+from davsp.vector import auroc, collect_states
 from tiny import queries
 
 
@@ -61,12 +61,6 @@ def test_the_safety_text_stands_before_the_question(lvlm):
     assert torch.equal(with_text, collect_states(lvlm, asked, [2], progress=False))
 
 
-def test_standard_error_of_auroc_by_hand():
-    """A = 0.8, 4 and 5 values: Q1 = 2/3, Q2 = 0.7111, variance (0.16 + 3 * 0.026667 + 4 * 0.071111) / 20 = 0.026222."""
-    assert auroc_error(0.8, 4, 5) == pytest.approx(0.026222**0.5, rel=1e-4)
-    assert auroc_error(1.0, 4, 5) == 0.0
-
-
 @pytest.mark.parametrize(
     ("areas", "chosen"),
     [
@@ -74,11 +68,11 @@ def test_standard_error_of_auroc_by_hand():
         ((0.99, 0.60, 0.985), 1),
         ((0.99, 0.60, 0.99), 1),
         ((0.5, 0.6, 0.99), 3),
-        ((1.0, 0.99, 1.0), 1),
+        ((1.0, 0.98, 1.0), 1),
     ],
 )
 def test_of_layers_as_good_as_the_best_the_middle_one_is_taken(vector, areas, chosen):
-    rows = [{"layer": i + 1, "auroc": a, "se": auroc_error(a, 60, 60)} for i, a in enumerate(areas)]
+    rows = [{"layer": i + 1, "auroc": a} for i, a in enumerate(areas)]
     ours = replace(vector)
     ours._choose(rows)
     assert ours.layer == chosen and (ours.mu_plus, ours.mu_minus) == ours.margins(chosen)
@@ -88,8 +82,7 @@ def test_sweep_compares_the_layers_on_held_out_queries(lvlm, vector):
     ours = replace(vector)
     rows = ours.sweep(lvlm, queries("malicious", 6, seed=5), queries("benign", 6, seed=5), progress=False)
     assert [row["layer"] for row in rows] == [1, 2, 3] and ours.table == rows
-    assert rows[ours.layer - 1]["auroc"] >= max(row["auroc"] - row["se"] for row in rows)
-    assert all(row["se"] == auroc_error(row["auroc"], 6, 6) for row in rows)
+    assert rows[ours.layer - 1]["auroc"] >= max(row["auroc"] for row in rows) - 0.01
     assert (ours.mu_plus, ours.mu_minus) == ours.margins(ours.layer)
     states = [collect_states(lvlm, queries(c, 6, seed=5), [2], progress=False)[:, 0] for c in ("malicious", "benign")]
     bad, good = (ours.project(s, 2).numpy() for s in states)

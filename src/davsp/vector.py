@@ -1,6 +1,5 @@
 """The harmfulness vector: the direction in which malicious and benign queries differ inside the model."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from davsp.files import read_tensors_and_metadata, save_tensors, to_json, write_
 from davsp.lvlm import LVLM, short_name
 from davsp.query import Query
 
+AS_GOOD = 0.01  # of AUROC: about the standard error of 0.99 from a hundred queries
 QUANTILES = (0.3, 0.75)  # of malicious projections for mu_plus, of benign ones for mu_minus
 
 
@@ -94,11 +94,11 @@ class HarmfulnessVector:
     ) -> list[dict[str, Any]]:
         """Compare all layers on held-out queries, and take the one nearest the middle of those that are as good as the best.
 
-        As good: an AUROC within one standard error of the best. Where several layers tell the classes apart, their order
-        is chance, and the middle is where the paper's layers are (14 of 32, 20 of 40).
+        As good: an AUROC within `AS_GOOD` of the best. Where several layers tell the classes apart, their order is chance,
+        and the middle is where the paper's layers are (14 of 32, 20 of 40).
 
         Returns:
-            A row a layer: layer, auroc, se (its standard error), mean_malicious, mean_benign, gap (d').
+            A row a layer: layer, auroc, mean_malicious, mean_benign, gap (d').
         """
         bad, good = _both(lvlm, malicious, benign, range(1, lvlm.num_layers), text, batch_size, progress, "layers")
         self.table = self._choose(_compare(_project(bad, self.vectors), _project(good, self.vectors)))
@@ -175,8 +175,8 @@ class HarmfulnessVector:
 
     def _choose(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         self.auroc = {int(row["layer"]): row["auroc"] for row in rows}
-        best = max(rows, key=lambda row: row["auroc"])
-        good = [int(row["layer"]) for row in rows if row["auroc"] >= best["auroc"] - best["se"]]
+        best = max(self.auroc.values())
+        good = [layer for layer, area in self.auroc.items() if area >= best - AS_GOOD]
         middle = (len(self.vectors) + 1) / 2
         self.use_layer(min(good, key=lambda layer: (abs(layer - middle), layer)))
         return rows
@@ -247,13 +247,6 @@ def auroc(malicious: Float[Tensor, " n"], benign: Float[Tensor, " m"]) -> float:
     return float((difference > 0).double().mean() + (difference == 0).double().mean() / 2)
 
 
-def auroc_error(area: float, n: int, m: int) -> float:
-    """Standard error of an AUROC from n and m values (Hanley and McNeil 1982, eq. 2); 0 where the classes do not overlap."""
-    q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
-    variance = area * (1 - area) + (n - 1) * (q1 - area**2) + (m - 1) * (q2 - area**2)
-    return math.sqrt(max(variance, 0.0) / (n * m))
-
-
 def _both(
     lvlm: LVLM,
     malicious: Sequence[Query],
@@ -296,8 +289,6 @@ def _compare(malicious: Float[Tensor, "n l"], benign: Float[Tensor, "m l"]) -> l
         bad, good = malicious[:, at], benign[:, at]
         spread = float(((bad.var(correction=0) + good.var(correction=0)) / 2).sqrt())
         gap = float(bad.mean() - good.mean())
-        area = auroc(bad, good)
-        row = {"layer": at + 1, "auroc": area, "se": auroc_error(area, len(bad), len(good))}
-        row |= {"mean_malicious": float(bad.mean())}
+        row = {"layer": at + 1, "auroc": auroc(bad, good), "mean_malicious": float(bad.mean())}
         rows.append(row | {"mean_benign": float(good.mean()), "gap": gap / max(spread, 1e-12)})
     return rows
