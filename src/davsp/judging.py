@@ -62,6 +62,7 @@ def judge_published(
     model: str,
     baseline: str = "none",
     seed: int = 0,
+    mode: str = "sound",
 ) -> Judged:
     """The scores of the published sets, each by its own scorer.
 
@@ -73,6 +74,7 @@ def judge_published(
         model: name for the rows.
         baseline: the defense that paired differences start from; if it is not there, there are none.
         seed: of the bootstrap.
+        mode: of these scorers; another than "sound" adds its rows to the sound ones. Nothing is asked again.
     """
     by_set = benchmarks.by_set(queries)
     if judge is None:
@@ -85,6 +87,9 @@ def judge_published(
     for name in sorted(responses, key=lambda name: name != baseline):  # the baseline first
         answers = responses[name]
         found[name] = benchmarks.score(scored, answers, judges, model=model, baseline=before, seed=seed)
+        if mode != "sound":
+            for set_name, rows in _quirks(by_set, answers, found[name], model, before, seed, mode).items():
+                found[name][set_name].rows.extend(rows)
         for set_name, part in ungraded.items():
             mine, then = scoring.of_these(part, answers), (before or {}).get(set_name)
             found[name][set_name] = Scores(scoring.over_refusal(part, mine, model, then, seed), [], mine)
@@ -95,6 +100,22 @@ def judge_published(
         [row for name in responses for scores in found[name].values() for row in scores.rows],
         {name: [g for g in one if isinstance(g, Grade)] for name, one in said.items()},
     )
+
+
+def _quirks(
+    by_set: Mapping[str, Sequence[Query]],
+    answers: Sequence[Response],
+    sound: Mapping[str, Scores],
+    model: str,
+    before: Mapping[str, Scores] | None,
+    seed: int,
+    mode: str,
+) -> dict[str, list[Row]]:
+    """The rows that carry a mode's name, from what was said for the sound ones; MME has no mode."""
+    judged = [q for name, part in by_set.items() if name != benchmarks.mme.NAME for q in part]
+    said = {name: scores.said for name, scores in sound.items()}
+    found = benchmarks.score(judged, answers, said, model=model, baseline=before, mode=mode, seed=seed)
+    return {name: [row for row in scores.rows if mode in row["metric"]] for name, scores in found.items()}
 
 
 def apart(queries: Sequence[Query]) -> list[Query]:

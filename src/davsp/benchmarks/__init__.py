@@ -15,8 +15,11 @@ BENCHMARKS: dict[str, ModuleType] = {
     module.NAME: module for module in (mm_safetybench, figstep, vlguard, mm_vet, mme, llava_bench)
 }
 
+REBUILDABLE = (figstep.NAME, mm_safetybench.NAME)
+"""The sets of which pictures can be typeset: `load(..., rebuild=True)`."""
+
 __all__ = [
-    "BENCHMARKS", "Scores", "by_set", "check", "data_set", "figstep", "llava_bench", "mm_safetybench", "mm_vet", "mme", "score",
+    "BENCHMARKS", "REBUILDABLE", "Scores", "by_set", "check", "data_set", "figstep", "llava_bench", "mm_safetybench", "mm_vet", "mme", "score",
     "vlguard",
 ]  # fmt: skip
 

@@ -188,7 +188,9 @@ def _folder(root: Path, csv: Path, split: str, face: ImageFont.FreeTypeFont | No
         made = render(text, face).convert("L") if face else picture  # grey loses nothing and saves memory
         items.append(Item(query, made, where, (topic,)))
     layout = "csv alone" if pictures is None else "official clone"
-    note = "pictures are typeset from the csv" if face else "pictures can be typeset from the csv (davsp eval --rebuild)"
+    note = (
+        "pictures are typeset from the csv" if face else "pictures can be typeset from the csv (davsp eval --rebuild)"
+    )
     return Found(layout, (csv,), items, dict(TINY_COUNTS if split == "tiny" else COUNTS), note)
 
 

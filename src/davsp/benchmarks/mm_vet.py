@@ -61,6 +61,11 @@ def check(root: Path) -> Report:
     return source.report(_read(root, problems), NAME, root, problems)
 
 
+def one_answer(reference: str) -> str:
+    """The first alternative of a reference, its parts in a row: what a model can be trained to say."""
+    return ", ".join(part.strip() for part in reference.split("<OR>")[0].split("<AND>"))
+
+
 def parse_official(reply: str) -> float:
     """As mm-vet_evaluator.py reads the grader: the first word as a number in [0, 1], else 0."""
     try:

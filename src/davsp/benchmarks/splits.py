@@ -20,7 +20,14 @@ from davsp.query import Query, Response, Verdict
 from davsp.store import query_hash
 
 SCHEMA = 2
-PARTS = ("vector_malicious", "vector_benign", "train_malicious", "train_benign")
+SOURCES = {
+    "vector_malicious": "vlguard",
+    "vector_benign": "vlguard",
+    "train_malicious": "mm_safetybench",
+    "train_benign": "mm_vet",
+}
+"""Part -> the data set that it is of."""
+
 VECTOR, INTENTS, HELPFUL = 470, 200, 100
 
 Undefended = Iterable[Response] | Iterable[Verdict]
@@ -35,7 +42,7 @@ class Split:
     """Four parts for making a prompt, and what is left of each data set for the test.
 
     Attributes:
-        parts: part of `PARTS` -> queries.
+        parts: part of `SOURCES` -> queries.
         test: data set -> queries, in the order of the data set.
         settings: seed, sizes and how the hard intents were chosen.
         hashes: data set -> sha256 of all that is in it, pictures included.
@@ -139,26 +146,35 @@ def paper_split(
     return Split(parts, test, settings, hashes)
 
 
-def load_split(path: Path, data: DataSets) -> Split:
+def settings_of(path: Path) -> dict[str, Any]:
+    """The settings in a split file.
+
+    Raises:
+        DavspError: no such file or another kind of file, or a file that was edited.
+    """
+    settings: dict[str, Any] = _body(path)["settings"]
+    return settings
+
+
+def load_split(path: Path, data: DataSets, partial: bool = False) -> Split:
     """Read a split that was saved and fill it from the data sets it was drawn from.
 
     Args:
         path: a file of `Split.save`.
         data: all data sets of the split by the names it has them under: vlguard, mm_safetybench, mm_vet, and the others.
+        partial: some of them will do; parts and tests are then of these alone.
 
     Raises:
-        DavspError: no such file or another kind of file, a file that was edited, a data set that is missing or has changed
-            (named).
+        DavspError: no such file or another kind of file, a file that was edited, a data set that is missing, that has changed
+            or that the split was not drawn with (named).
     """
-    body = read_json(path)
-    keys = {"schema", "settings", "data", "parts", "test", "sha256"}
-    if not isinstance(body, dict) or set(body) != keys or body["schema"] != SCHEMA:
-        raise DavspError(f"{path} is no split of schema {SCHEMA}; draw it anew with paper_split.")
-    seal = body.pop("sha256")
-    if seal != _digest(body):
-        raise DavspError(f"{path} was changed after it was written; restore it, or draw it anew with paper_split.")
+    body = _body(path)
+    if strange := [name for name in data if name not in body["data"]]:
+        raise DavspError(f"{path} was not drawn with {', '.join(strange)}; draw a new split with it, or leave it out.")
     every: dict[str, dict[str, Query]] = {}
     for name, expected in body["data"].items():
+        if name not in data and partial:
+            continue
         if name not in data:
             raise DavspError(f"{path} was drawn from {name} too, which is not given; load it as it was then.")
         every[name] = _by_id(name, data[name])
@@ -166,10 +182,24 @@ def load_split(path: Path, data: DataSets) -> Split:
             raise DavspError(
                 f"the data set {name} is not the one that {path} was drawn from; restore it, or draw a new split."
             )
-    source = dict(zip(PARTS, ("vlguard", "vlguard", "mm_safetybench", "mm_vet"), strict=True))
-    parts = {part: [every[source[part]][i] for i in ids] for part, ids in body["parts"].items()}
-    test = {name: [every[name][i] for i in ids] for name, ids in body["test"].items()}
+    parts = {
+        part: [every[SOURCES[part]][i] for i in ids] for part, ids in body["parts"].items() if SOURCES[part] in every
+    }
+    test = {name: [every[name][i] for i in ids] for name, ids in body["test"].items() if name in every}
     return Split(parts, test, body["settings"], body["data"])
+
+
+def _body(path: Path) -> dict[str, Any]:
+    body = read_json(path)
+    keys = {"schema", "settings", "data", "parts", "test", "sha256"}
+    if not isinstance(body, dict) or set(body) != keys or body["schema"] != SCHEMA:
+        raise DavspError(f"{path} is no split of schema {SCHEMA}; draw it with `davsp data split`.")
+    seal = body.pop("sha256")
+    if seal != _digest(body):
+        raise DavspError(
+            f"{path} was changed after it was written; restore it, or draw it anew with `davsp data split`."
+        )
+    return body
 
 
 def data_hash(queries: Sequence[Query]) -> str:

@@ -5,6 +5,10 @@ from typing import Annotated
 
 import typer
 
+from davsp.cli.options import Benchmark, Rebuild, Seed, SkipBroken
+from davsp.cli.testset import folders, noted
+from davsp.errors import DavspError
+
 app = typer.Typer(no_args_is_help=True, help="Benchmarks: whether a download is whole, and small ones drawn by code.")
 
 SHOWN = 20
@@ -73,3 +77,46 @@ def embedded(
 
     write(out, seed)
     print(f"{', '.join(SETS)} are in {out}; look at them with: davsp data check {out}")
+
+
+@app.command()
+def split(
+    out: Annotated[Path, typer.Argument(help="FILE.json to write.", show_default=False)],
+    benchmark: Benchmark = None,
+    run: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Folder of davsp eval --defense none over VLGuard's train split or MM-SafetyBench. Repeatable."
+        ),
+    ] = None,
+    blind: Annotated[
+        bool, typer.Option("--blind", help="Draw MM-SafetyBench's intents without a look at what was answered.")
+    ] = False,
+    vector: Annotated[int, typer.Option(min=1, help="Queries of each class for the vector.")] = 470,
+    intents: Annotated[int, typer.Option(min=1, help="Intents of MM-SafetyBench for training.")] = 200,
+    helpful: Annotated[int, typer.Option(min=1, help="Questions of MM-Vet for training.")] = 100,
+    rebuild: Rebuild = False,
+    skip_broken: SkipBroken = False,
+    seed: Seed = 0,
+) -> None:
+    """Draw the paper's split: what the vector, the training and the test take of VLGuard, MM-SafetyBench, MM-Vet and others."""
+    from collections import Counter
+
+    from davsp.benchmarks.protocol import draw
+
+    if out.suffix != ".json":
+        raise DavspError(f"{out} is to be called FILE.json, so that --split knows it for a file.")
+    roots = folders(benchmark or [])
+    drawn, _ = noted(
+        lambda: draw(
+            roots, run or [], blind=blind, skip_broken=skip_broken, rebuild=rebuild,
+            seed=seed, vector=vector, intents=intents, helpful=helpful,
+        )
+    )  # fmt: skip
+    drawn.save(out)
+    for name, queries in drawn.parts.items():
+        print(f"{name}: {len(queries)}")
+    for queries in drawn.test.values():
+        counts = Counter(q.benchmark for q in queries)
+        print("test: " + ", ".join(f"{count} of {name}" for name, count in counts.items()))
+    print(f"the split is in {out}; davsp vector, train, eval and judge take it as --split {out}")

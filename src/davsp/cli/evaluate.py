@@ -24,11 +24,13 @@ from davsp.cli.options import (
     Processes,
     Quantization,
     Queries,
+    Rebuild,
     Revision,
     Seed,
     SkipBroken,
     Split,
     Timeout,
+    Types,
 )  # fmt: skip
 from davsp.cli.testset import asked
 from davsp.errors import DavspError
@@ -71,6 +73,8 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only so many of each set (drawn; of your own queries the first).")
     ] = None,
+    types: Types = None,
+    rebuild: Rebuild = False,
     skip_broken: SkipBroken = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 48,
     batch_size: Annotated[
@@ -126,7 +130,8 @@ def evaluate(
     if graders and not benchmark:
         raise DavspError(f"--judge names a grader of {next(iter(graders))}, but no --benchmark of that set is asked.")
     defenses = rows(defense or [], prompt, text, own=not (queries or benchmark))
-    test, notes = asked(benchmark or [], split, queries, model, limit, seed, skip_broken)
+    test, notes = asked(benchmark or [], split, queries, model, limit, seed, skip_broken, rebuild, types or [])
+    judges.fit(named, test)
     if benchmark:
         test = apart(test)
     lvlm: LVLM

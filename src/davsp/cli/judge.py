@@ -16,10 +16,12 @@ from davsp.cli.options import (
     JudgeModel,
     MaxUnscored,
     Queries,
+    Rebuild,
     Seed,
     SkipBroken,
     Split,
     Timeout,
+    Types,
 )  # fmt: skip
 from davsp.cli.testset import asked
 
@@ -35,7 +37,16 @@ def judge(
     queries: Queries = None,
     benchmark: Benchmark = None,
     split: Split = "test",
+    types: Types = None,
+    rebuild: Rebuild = False,
     skip_broken: SkipBroken = False,
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="Adds rows with a published scorer's quirks: davsp_official, mm_safetybench_official, adashield_official, "
+            "vlmevalkit; of the graders official."
+        ),
+    ] = "sound",
     judge_url: Annotated[str | None, typer.Option("--judge-url", "--base-url", help=JUDGE_URL)] = None,
     judge_model: JudgeModel = None,
     judge_key_env: Annotated[str | None, typer.Option("--judge-key-env", "--api-key-env", help=JUDGE_KEY)] = None,
@@ -53,7 +64,7 @@ def judge(
     from davsp.judges.verdicts import judge_name
     from davsp.judging import apart
 
-    test, _ = asked(benchmark or [], split, queries, None, None, seed, skip_broken)
+    test, _ = asked(benchmark or [], split, queries, None, None, seed, skip_broken, rebuild, types or [])
     if benchmark:
         test = apart(test)
     how = judges.Asking(
@@ -63,10 +74,11 @@ def judge(
     chosen = judges.named(judge, how)
     graded = judges.GRADER_OF.get(judge)
     if graded:
-        found = rescore(run, test, None, seed=seed, graders={graded: chosen})
+        found = rescore(run, test, None, seed=seed, graders={graded: chosen}, mode=mode)
     else:
-        found = rescore(run, test, chosen, seed=seed)
+        found = rescore(run, test, chosen, seed=seed, mode=mode)
     _print(Console(), found)
+    _print_mode(Console(), found, mode)
     name = slug(judge_name(chosen))
     kind = "grades" if graded else "verdicts"
     print(f"{kind} are in {run / f'{kind}-{name}.jsonl'}, rates in {run / f'metrics-{name}.json'}")
@@ -116,3 +128,13 @@ def _print(console: "Console", found: "Rescored") -> None:
             f"agreement of the run's judges: Krippendorff's α {found.agreement.alpha:.2f} on {found.agreement.n} answers, "
             f"{len(found.agreement.disagreements)} judged differently (agreement.json)"
         )
+
+
+def _print_mode(console: "Console", found: "Rescored", mode: str) -> None:
+    """The rates of a harmful set by a published scorer's quirks, as a whole."""
+    from davsp.report.cells import label, percent
+
+    for row in found.rows:
+        if row["metric"] == f"rsr_{mode}" and row["split"] == "total" and row["value"] is not None:
+            told = f"{label(row['defense'])}, {row['benchmark']}: {row['metric']} {percent(row['value'])} %"
+            console.print(f"{told} of {row['n']}", markup=False)

@@ -97,6 +97,17 @@ def sorted_out(names: Sequence[str], asking: Asking) -> tuple[list[Any], dict[st
     return judges or [named("keyword", asking)], graders
 
 
+def fit(judges: Iterable[Any], queries: "Iterable[Query]") -> None:
+    """Raise DavspError if a judge's prompt does not go with a query, before any answer is paid for."""
+    from davsp.judges.base import PromptJudge
+
+    malicious = [q for q in queries if q.label == "malicious"]
+    for judge in judges:
+        if isinstance(judge, PromptJudge):
+            for query in malicious:
+                judge.prompt.hash(query)
+
+
 def check(
     said: Iterable[Mapping[str, Sequence[Any]]], queries: "Iterable[Query]", limit: float, some: bool = False
 ) -> None:

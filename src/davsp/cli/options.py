@@ -36,7 +36,20 @@ Benchmark = Annotated[
         help="A published set, NAME=FOLDER: mm_safetybench, figstep, vlguard, mm_vet, mme, llava_bench. Repeatable."
     ),
 ]
-Split = Annotated[str, typer.Option(help="Of the published sets.")]
+Split = Annotated[
+    str, typer.Option(help="Of the published sets: a part by its name, or the test of a FILE.json of davsp data split.")
+]
+SplitFile = Annotated[str | None, typer.Option("--split", help="FILE.json of davsp data split, to take queries from.")]
+Rebuild = Annotated[
+    bool, typer.Option("--rebuild", help="Typeset FigStep's and TYPO's pictures; the benchmark's name then says so.")
+]
+Types = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--type",
+        help="Picture types of MM-SafetyBench: sd_typo, sd, typo, text. Repeatable; left out: the first three.",
+    ),
+]
 SkipBroken = Annotated[
     bool, typer.Option("--skip-broken", help="Go on past broken pictures and rows, and say what was left out.")
 ]

@@ -1,12 +1,13 @@
 """`davsp demo`, `davsp vector` and `davsp train`: the road to a prompt."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from davsp.cli.inputs import compare_texts, in_processes, load_lvlm, own_protocol, queries_at, safety_text, say
 from davsp.cli.options import (
+    Benchmark,
     Benign,
     Canvas,
     Device,
@@ -18,8 +19,13 @@ from davsp.cli.options import (
     Quantization,
     Revision,
     Seed,
+    SplitFile,
 )
+from davsp.cli.testset import from_split
 from davsp.errors import DavspError
+
+if TYPE_CHECKING:
+    from davsp.query import Query
 
 
 def demo(
@@ -44,6 +50,8 @@ def vector(
     model: Model = None,
     malicious: Malicious = None,
     benign: Benign = None,
+    split: SplitFile = None,
+    benchmark: Benchmark = None,
     held_malicious: Annotated[
         Path | None, typer.Option(help="Held-out malicious queries, to choose the layer by.")
     ] = None,
@@ -64,11 +72,10 @@ def vector(
 
     if (held_malicious is None) != (held_benign is None):
         raise DavspError("--held-malicious and --held-benign go together; give both or neither.")
-    lvlm, p = (
-        load_lvlm(model, revision, device, dtype, quantization, canvas),
-        own_protocol(model, malicious, benign, seed),
-    )
-    fitting = (
+    drawn = _drawn(split, benchmark, "vector", malicious, benign)
+    lvlm = load_lvlm(model, revision, device, dtype, quantization, canvas)
+    p = None if drawn else own_protocol(model, malicious, benign, seed)
+    fitting = drawn or (
         queries_at(malicious, p.vector_malicious if p else None, "--malicious"),
         queries_at(benign, p.vector_benign if p else None, "--benign"),
     )
@@ -100,6 +107,8 @@ def train(
     model: Model = None,
     malicious: Malicious = None,
     benign: Benign = None,
+    split: SplitFile = None,
+    benchmark: Benchmark = None,
     padding: Annotated[
         int | None, typer.Option(help="Border width p in pixels; left out: a twelfth of the canvas.")
     ] = None,
@@ -139,10 +148,9 @@ def train(
     in_processes(num_processes)
     if kind not in ("border", "additive"):
         raise DavspError(f"--kind is border or additive, not {kind!r}.")
-    lvlm, p = (
-        load_lvlm(model, revision, device, dtype, quantization, canvas),
-        own_protocol(model, malicious, benign, seed),
-    )
+    drawn = _drawn(split, benchmark, "train", malicious, benign)
+    lvlm = load_lvlm(model, revision, device, dtype, quantization, canvas)
+    p = None if drawn else own_protocol(model, malicious, benign, seed)
     text = safety_text(text, p is not None)
     found = HarmfulnessVector.load(vector) if vector else None
     if found is None and p is None:
@@ -168,7 +176,7 @@ def train(
     }  # fmt: skip
     base = SETTINGS.model_dump() if p else {}
     settings = _settings(TrainSettings, base | {k: v for k, v in given.items() if v is not None})
-    bad, good = (
+    bad, good = drawn or (
         queries_at(malicious, p.train_malicious if p else None, "--malicious"),
         queries_at(benign, p.train_benign if p else None, "--benign"),
     )
@@ -179,6 +187,15 @@ def train(
     trained.save_pretrained(out)
     what = "vsp.png is the prompt" if kind == "border" else "noise.safetensors is the noise"
     print(f"saved to {out}: {what}; `davsp eval --prompt {out}` measures it")
+
+
+def _drawn(
+    split: str | None, sets: list[str] | None, kind: str, malicious: Path | None, benign: Path | None
+) -> "tuple[list[Query], list[Query]] | None":
+    """Malicious and benign queries of a split file, in place of the user's own."""
+    if (split or sets) and (malicious or benign):
+        raise DavspError("--split takes the place of --malicious and --benign; give one or the other.")
+    return from_split(split, sets or [], kind)
 
 
 def _settings(cls: type, values: dict[str, Any]) -> Any:

@@ -12,7 +12,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from davsp import files, metrics
+from davsp import benchmarks, files, metrics
+from davsp.benchmarks import rsr, scoring
 from davsp.errors import DavspError
 from davsp.evaluation import METRICS, VERDICTS
 from davsp.judges import Judge
@@ -41,6 +42,7 @@ def rescore(
     baseline: str = "none",
     seed: int = 0,
     graders: Mapping[str, Grader] | None = None,
+    mode: str = "sound",
 ) -> Rescored:
     """Judge or grade the answers in a run folder; nothing is generated and no file of the run is changed.
 
@@ -51,18 +53,23 @@ def rescore(
         baseline: the defense that differences start from, if the run has it.
         seed: of the bootstrap.
         graders: published set -> its grader, in place of the judge.
+        mode: a published scorer's quirks, by name, whose rows are added to the sound ones; see docs/benchmarks.md.
 
     Raises:
-        DavspError: no such run, one that isn't finished, other queries, or the judge's own.
+        DavspError: no such run, one that isn't finished, other queries, a mode that does not go with the judge, or the judge's
+            own.
     """
     run = Path(run)
+    _check_mode(mode, judge, graders or {})
     responses = _responses(run)
     record = recorded(run)
     if record is None:
         raise DavspError(f"{run} does not say which queries were asked (run.json); run davsp eval.")
     asked, model = _asked(run, record, responses, queries), _model(run)
     if record.get("published"):
-        found = judge_published(asked, responses, judge, graders or {}, model, baseline, seed)
+        found = judge_published(asked, responses, judge, graders or {}, model, baseline, seed, mode)
+    elif mode != "sound":
+        raise DavspError(f"{run} is of own queries; modes are of the published sets.")
     elif judge is None:
         raise DavspError(f"{run} is of own queries, which have no grader; give a judge, or a run over a published set.")
     else:
@@ -74,6 +81,14 @@ def rescore(
     of = {"judge": name, "answers": files.sha256(run / RESPONSES)}
     files.write_json(run / f"metrics-{slug(name)}.json", metrics.metrics_file(found.rows) | of)
     return Rescored(found.verdicts, found.rows, _compare(run), found.grades)
+
+
+def _check_mode(mode: str, judge: Judge | None, graders: Mapping[str, Grader]) -> None:
+    """Raise DavspError if a mode does not go with the judge or graders, before any of them is asked."""
+    if judge is not None:
+        rsr.check_mode(mode, judge_name(judge))
+    for name in graders:
+        scoring.known_mode(name, mode, benchmarks.BENCHMARKS[name].MODES)
 
 
 def slug(judge: str) -> str:
