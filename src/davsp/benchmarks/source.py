@@ -301,7 +301,9 @@ def _unfit(image: Image.Image) -> str:
         return "is animated"
     if image.mode == "CMYK":
         return "is in CMYK, whose RGB colours depend on a profile"
-    deep = any(re.search(r";16[BLN]", str(tile[3])) for tile in image.tile)  # 48-bit colour has the mode RGB
+    deep = any(
+        re.search(r";16[BLN]", str(tile[3])) for tile in getattr(image, "tile", ())
+    )  # 48-bit colour has the mode RGB
     if deep or image.mode.startswith(("I", "F")):
         return "has more than 8 bits a channel"
     return ""

@@ -143,13 +143,8 @@ def _items(
                 problems.add(f"{where} is of the unknown category {category!r}", "fetch the file again")
                 continue
         given = row["instr-resp"] if isinstance(row["instr-resp"], list) else []
-        pairs = {
-            _KEYS[key]: pair
-            for pair in given
-            if isinstance(pair, dict)
-            for key in _KEYS
-            if isinstance(pair.get(key), str)
-        }
+        texts = [pair for pair in given if isinstance(pair, dict)]
+        pairs = {_KEYS[key]: pair for pair in texts for key in _KEYS if isinstance(pair.get(key), str) and pair[key]}
         if set(pairs) != ({"safe_unsafes", "safe_safes"} if row["safe"] else {"unsafes"}):
             problems.add(f"{where} has not the instructions of its kind of picture", "fetch the file again")
             continue
