@@ -58,7 +58,7 @@ def test_a_folder_is_one_process_s_until_it_dies(tmp_path):
     hold = "import sys, time; from davsp.files import alone\nwith alone(sys.argv[1]):\n print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "run")], stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
-        with pytest.raises(DavspError, match="another davsp is writing into .*run"), files.alone(tmp_path / "run"):
+        with pytest.raises(DavspError, match=r"another davsp is writing into .*run"), files.alone(tmp_path / "run"):
             pass
         other.kill()
     with files.alone(tmp_path / "run"):
