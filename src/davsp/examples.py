@@ -56,7 +56,7 @@ class Batch:
                 yield self._of(rows[start : start + size])
 
     def _of(self, rows: list[int]) -> "Batch":
-        questions, answers = ([column[i] for i in rows] for column in (self.questions, self.answers))
+        questions, answers = [self.questions[i] for i in rows], [self.answers[i] for i in rows]
         return Batch(self.interiors[rows], questions, self.malicious[rows], answers)
 
 

@@ -16,16 +16,16 @@ from davsp.lvlm import LVLM, short_name
 from davsp.query import Query
 
 AS_GOOD = 0.01  # of AUROC: about the standard error of 0.99 from a hundred queries
-QUANTILES = (0.3, 0.75)  # of malicious projections for mu_plus, of benign ones for mu_minus
+QUANTILES = (0.5, 0.75)  # of malicious projections for mu_plus, of benign ones for mu_minus
 
 
 @dataclass
 class HarmfulnessVector:
     """Per layer, the unit vector from the mean benign to the mean malicious state of the last input token.
 
-    Margins: mu_plus is the 30 % quantile of the malicious projections of the fitting set, so a query must look as
-    harmful as the weaker of the clear cases (higher costs utility, docs/log.md); mu_minus is the upper quartile of the benign ones, so three of four benign queries are
-    left alone and only those that drift towards harm are held. Both may be overwritten.
+    Margins: mu_plus is the median of the malicious projections of the fitting set, so a query must look as harmful as the
+    middle of the clear cases; mu_minus is the upper quartile of the benign ones, so three of four benign queries are left
+    alone and only those that drift towards harm are held. Both may be overwritten; what others gave: docs/log.md.
 
     Attributes:
         vectors: (L, D) unit vectors; row i belongs to layer i + 1, L = num_layers - 1.

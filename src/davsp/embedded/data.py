@@ -31,7 +31,7 @@ from davsp.embedded.words import Pair
 from davsp.query import Query
 
 # sized so that the demo ends within five minutes on two cores
-SIZES = {"vector": 64, "sweep": 48, "train": 144, "harm": 48, "utility": 16, "mme": 24, "llava_bench": 16}
+SIZES = {"vector": 64, "sweep": 48, "train": 480, "harm": 48, "utility": 16, "mme": 24, "llava_bench": 16}
 READ_ALOUD = ("ocr", "yes_no", "describe")
 UTILITY = ("rec", "ocr", "know", "gen", "spat", "math", "exact")
 
@@ -59,7 +59,7 @@ def protocol(seed: int = 0, **sizes: int) -> Protocol:
         raise TypeError(f"unknown sizes {sorted(unknown)}; known: {sorted(SIZES)}")
     n = {**SIZES, **sizes}
     easy = harmful(seed, "vector", n["vector"], covers=("full",), forms=("sd", "typo", "sd_typo", "words"))
-    hard: Any = {"covers": ("text", "none"), "forms": ("sd", "typo", "sd_typo")}
+    hard: Any = {"covers": ("text", "none", "held"), "forms": ("sd", "typo", "sd_typo")}
     return Protocol(
         vector_malicious=easy,
         vector_benign=benign(seed, "vector", n["vector"]),
@@ -120,10 +120,12 @@ def _intents(seed: int, part: str, covers: tuple[str, ...]) -> Iterator[Pair]:
     """Pairs of a split without end: by verb and by thing in turn, covers as in COVER_SHARES."""
     cells: dict[tuple[bool, str], list[Pair]] = {}
     for pair in words.pairs("malicious", part):
-        cells.setdefault((pair.verb in words.HARMFUL_VERBS, pair.cover), []).append(pair)
+        # the model has met no picture of a held-out verb: such a pair is hard to refuse whatever covers its kind
+        held = pair.cover == "full" and pair.verb in words.HELD_VERBS and part != "test"
+        cells.setdefault((pair.verb in words.HARMFUL_VERBS, "held" if held else pair.cover), []).append(pair)
     for key, cell in cells.items():
         random.Random(f"order {seed} {part} {key}").shuffle(cell)
-    pattern = [cover for cover in COVER_SHARES if cover in covers]
+    pattern = [cover for cover in (*COVER_SHARES, "held") if cover in covers]
     used = dict.fromkeys(cells, 0)
     for k in itertools.count():
         key = (k % 2 == 0, pattern[(k // 2) % len(pattern)])
