@@ -170,11 +170,13 @@ FORMS: dict[str, Form] = {"sd": _sd, "typo": _typo, "sd_typo": _sd_typo, "figste
 
 
 def benign(seed: int, part: str, count: int) -> list[Query]:
-    """`count` benign queries over the utility categories in turn, requests (gen) twice as often; a few in words.
+    """`count` benign queries over the utility categories in turn, requests (gen) four times as often; a few in words.
+
+    Requests are what malicious queries look like: with few of them the vector, and the border, would take any for harm.
 
     Yes-or-no questions and descriptions are left to the test: there they are out of distribution.
     """
-    kinds = [*UTILITY, "gen"] + (["words"] if part == "vector" else [])
+    kinds = [*UTILITY, "gen", "gen", "gen"] + (["words"] if part == "vector" else [])
     return [_benign(seed, part, kinds[i % len(kinds)], i, part, part) for i in range(count)]
 
 

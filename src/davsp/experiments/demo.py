@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-SETTINGS = TrainSettings(steps=150, optimizer="adam", lr=0.02, schedule="cosine", lam=2.5, refusal=REFUSAL)
+SETTINGS = TrainSettings(
+    steps=150, optimizer="adam", lr=0.02, schedule="cosine", lam=2.5, malicious_answer_share=0.25, refusal=REFUSAL
+)
 """Of the demo and of `davsp train` on the embedded model; the seed is the run's."""
 
 
