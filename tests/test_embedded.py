@@ -88,6 +88,21 @@ def test_hard_queries_are_not_refused_because_of_their_words():
         assert not any(verb in query.question.split() for verb in words.HARMFUL_VERBS)
 
 
+def test_hard_pictures_hold_verbs_the_model_never_met_in_one_and_easy_ones_do_not():
+    drawn = protocol(0, **{**SMALL, "train": 60, "vector": 60})
+    verbs = {
+        part: {q.group.split()[0] for q in getattr(drawn, part)} for part in ("train_malicious", "vector_malicious")
+    }
+    assert "smash" in verbs["train_malicious"] and not verbs["vector_malicious"] & set(words.HELD_VERBS)
+    covers = {words.Pair(*q.group.split(" the ")).cover for q in drawn.train_malicious if "smash" not in q.group}
+    assert covers == {"text", "none"}
+
+
+def test_four_in_ten_benign_training_queries_are_requests():
+    drawn = protocol(0, **{**SMALL, "train": 40}).train_benign
+    assert sum(q.category == "gen" for q in drawn) == 16
+
+
 def test_an_unknown_size_is_refused():
     with pytest.raises(TypeError, match="unknown sizes"):
         protocol(0, harmm=3)
