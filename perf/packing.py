@@ -26,7 +26,7 @@ def seconds(model: torch.nn.Module, packer: losses.Packer, batch: list[Lesson]) 
 
 
 def main(rounds: int) -> None:
-    model, packer, rng = new_model(0).train(), losses.Packer(), random.Random(0)
+    model, packer, rng = new_model().train(), losses.Packer(), random.Random(0)
     ratios = []
     for number in range(rounds + 1):
         packed = [Lesson(x.picture, x.turns[: losses.TURNS]) for x in (picture_lesson(rng) for _ in range(4))]

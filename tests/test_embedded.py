@@ -140,7 +140,7 @@ def test_shrinking_leaves_the_picture_in_the_middle(fill):
 
 def test_questions_behind_one_picture_do_not_see_each_other():
     """Packing is only a saving: each answer's loss is what it would be alone."""
-    model, packer = architecture.new_model(0).eval(), losses.Packer()
+    model, packer = architecture.new_model().eval(), losses.Packer()
     lesson = q.typographic_lesson(random.Random(0))
     features = architecture.image_features(model, [lesson.picture]).flatten(0, 1)
 
@@ -223,7 +223,7 @@ def test_each_thing_has_one_centre_and_words_have_none(framed):
 def test_marks_of_centres_are_learnt_from_the_projected_patches():
     rng, heads = random.Random(0), architecture.Heads(8)
     pictures = [draw.scene(rng, [draw.Thing("apple", "red", 4)]), draw.scene(rng, [draw.Thing("car", "blue", 0)])]
-    features = torch.zeros(2, architecture.PATCHES, 8)
+    features = torch.zeros(2, losses.PATCHES, 8)
     features[..., 0] = torch.stack([torch.from_numpy(draw.centres(p)) for p in pictures]) * 2.0 - 1
     with torch.no_grad():
         heads.centre.weight.zero_()
@@ -240,7 +240,7 @@ def test_a_row_is_filled_with_questions_and_not_more(seed):
     packer = losses.Packer()
     lesson = q.scene_lesson(random.Random(seed))
     kept = packer.fitted(random.Random(2), lesson)
-    tokens = len(packer.row(kept)[0]) - architecture.PATCHES - 2
+    tokens = len(packer.row(kept)[0]) - losses.PATCHES - 2
     assert tokens <= losses.ROOM and [t for t in lesson.turns if t in kept.turns] == kept.turns
     left = [t for t in lesson.turns if t not in kept.turns]
     assert left and all(tokens + sum(len(packer.text(x)) + 1 for x in t) > losses.ROOM for t in left)
@@ -248,7 +248,7 @@ def test_a_row_is_filled_with_questions_and_not_more(seed):
 
 def test_patches_must_mean_what_they_show():
     """No loss where each patch is the embedding of its word; a thing and its written name are one; digits weigh more."""
-    model, oracle = architecture.new_model(0), architecture.Oracle(architecture.WIDTH)
+    model, oracle = architecture.new_model(), architecture.Oracle(192)
     rng = random.Random(0)
     pictures = [draw.sum_picture(rng, "3 + 4"), draw.captioned(rng, "car", "red", "wash the car")]
     labels = torch.stack([torch.from_numpy(draw.patch_labels(p)[0]) for p in pictures])
@@ -265,13 +265,13 @@ def test_patches_must_mean_what_they_show():
 
 
 def test_matching_heads_look_for_what_is_alike():
-    model = architecture.new_model(0)
+    model = architecture.new_model()
     architecture.match_heads(model)
     attention, size = model.get_decoder().layers[0].self_attn, model.get_decoder().layers[0].self_attn.head_dim
     x = torch.nn.functional.normalize(
-        torch.randn(40, architecture.WIDTH, generator=torch.Generator().manual_seed(1)), dim=1
+        torch.randn(40, 192, generator=torch.Generator().manual_seed(1)), dim=1
     )
-    x = x * architecture.WIDTH**0.5
+    x = x * 192**0.5
     for head in range(3):
         rows = slice(head * size, (head + 1) * size)
         score = x @ attention.q_proj.weight[rows].T @ attention.k_proj.weight[rows] @ x.T / size**0.5
@@ -357,7 +357,7 @@ def test_the_card_is_made_of_measured_figures_and_says_what_is_missed(short, tmp
     from davsp.embedded import load
     from davsp.embedded.card import card, measure
 
-    model = architecture.new_model(0)
+    model = architecture.new_model()
     list(build.run_stage("tower", tmp_path))
     build._save(
         torch.nn.ModuleDict({"model": model}), torch.optim.SGD(model.parameters()), tmp_path / build.LAST, {"step": 1}

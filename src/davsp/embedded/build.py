@@ -32,8 +32,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from davsp.embedded import draw, words
-from davsp.embedded.architecture import MEAN, STD, WIDTH, Heads, Oracle, match_heads, new_model
+from davsp.embedded import FOLDER, draw, words
+from davsp.embedded.architecture import (
+    BLUEPRINTS,
+    FRAMES,
+    MEAN,
+    STD,
+    Heads,
+    Hints,
+    Oracle,
+    is_qwen,
+    match_heads,
+    new_model,
+    projector,
+    tower_parameters,
+)
 from davsp.embedded.losses import Packer, bridge_loss, joint_loss, sight_loss, tower_loss, words_loss
 from davsp.errors import DavspError
 from davsp.files import read_json, read_tensors, read_tensors_and_metadata, save_tensors, sha256, write_json
@@ -61,6 +74,20 @@ STAGES = {
     "skills": Stage(steps=4500, batch=8, lr=4e-4, texts=1, after=("sight",)),
 }
 
+# The siblings' shorter road, made of what the first model's log taught: hints from its tower in place of most of the pages,
+# matching heads and the loss on names from the decoder's first steps on.
+SHORT = {
+    "see": Stage(steps=1600, batch=24, lr=9e-4),
+    "speak": Stage(steps=2200, batch=6, lr=1e-3, texts=2),
+    "bridge": Stage(steps=700, batch=20, lr=1e-3, after=("see", "speak")),
+    "skills": Stage(steps=5000, batch=8, lr=4e-4, texts=1, after=("bridge",)),
+}
+
+
+def road(name: str) -> dict[str, Stage]:
+    """The stages of one of `BLUEPRINTS`, in their order."""
+    return STAGES if name == "davsp-mini" else SHORT
+
 
 AGAIN, LAST = "sight", "skills"  # where a finished model goes on; the stage whose model ships
 START_HEADS = 200  # steps for the throw-away heads, when training goes on from a finished model
@@ -68,23 +95,23 @@ START_HEADS = 200  # steps for the throw-away heads, when training goes on from 
 
 def groups(model: Any, name: str, extra: nn.Module, lr: float) -> list[dict]:
     """The parameters that stage `name` trains, with their learning rates."""
-    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
-    decoder = model.get_decoder()
-    chosen = {
-        "tower": [(tower.parameters(), lr), (extra.parameters(), lr)],
-        "read": [(tower.parameters(), lr), (extra.parameters(), lr)],
+    tower, bridge, decoder = list(tower_parameters(model)), projector(model).parameters(), model.get_decoder()
+    seeing = [(tower, lr), (extra.parameters(), lr)]
+    chosen: Any = {
+        "tower": seeing,
+        "read": seeing,
+        "see": seeing,
         "words": [(decoder.parameters(), lr), (extra.parameters(), lr)],
+        "speak": [(decoder.parameters(), lr), (extra.parameters(), lr)],
         "place": [
             (decoder.layers.parameters(), lr),
             (decoder.norm.parameters(), lr),
         ],  # the embeddings are bridge's target
-        "sight": [(tower.parameters(), lr), (projector.parameters(), lr), (extra.parameters(), lr)],
-        "bridge": [(projector.parameters(), lr), (tower.parameters(), lr * 0.2), (extra.parameters(), lr * 0.2)],
-        "joint": [(tower.parameters(), lr * 0.3), (projector.parameters(), lr), (decoder.parameters(), lr)]
-        + [(extra.parameters(), lr)],
+        "sight": [(tower, lr), (bridge, lr), (extra.parameters(), lr)],
+        "bridge": [(bridge, lr), (tower, lr * 0.2), (extra.parameters(), lr * 0.2)],
+        "joint": [(tower, lr * 0.3), (bridge, lr), (decoder.parameters(), lr), (extra.parameters(), lr)],
         # what `sight` taught is soon washed out at a higher rate (docs/log.md)
-        "skills": [(tower.parameters(), lr * 0.15), (projector.parameters(), lr * 0.3), (decoder.parameters(), lr)]
-        + [(extra.parameters(), lr)],
+        "skills": [(tower, lr * 0.15), (bridge, lr * 0.3), (decoder.parameters(), lr), (extra.parameters(), lr)],
     }[name]
     model.requires_grad_(False)
     out = []
@@ -110,32 +137,42 @@ def run_stage(
     steps: int | None = None,
     save_every: int = 100,
     start: Path | None = None,
+    which: str = "davsp-mini",
 ) -> Iterator[dict]:
     """Run one stage, or what is left of it; yields a record a step. Ends with `out/NAME/done.json` written.
 
     Args:
+        which: of `BLUEPRINTS`.
         start: a finished davsp-mini folder to go on from, in place of the stages before `AGAIN`.
 
     Raises:
         DavspError: the stages it needs are not done, or the folder holds another run's checkpoint.
     """
-    stage, folder = STAGES[name], out / name
+    stage, folder, width = road(which)[name], out / name, BLUEPRINTS[which].width
     steps = steps or stage.steps
-    model, heads, oracle = new_model(seed), Heads(WIDTH), Oracle(WIDTH)
-    about = identity(name, seed, steps, start)
+    model, heads, oracle = new_model(which, seed), Heads(width), Oracle(width)
+    about = identity(name, seed, steps, start, which)
     fresh = start if name == AGAIN else None
     if fresh:
         _load_start(model, heads, fresh, seed)
     for needed in () if fresh else stage.after:
-        check_done(out, needed, seed, start)
+        check_done(out, needed, seed, start, which)
         _load_parts({"model": model, "heads": heads, "oracle": oracle}, out / needed / "state.safetensors", needed)
-    extra = oracle if name == "words" else heads
-    both = nn.ModuleDict({"model": model, "heads": heads, "oracle": oracle}).to(device).train()
+    extra: nn.Module = oracle if name == "words" else heads
+    parts = {"model": model, "heads": heads, "oracle": oracle}
+    hints = teacher = None
+    if name == "see":
+        teacher = _teacher().to(device)
+        parts["hints"] = hints = Hints(width, teacher)
+        extra = nn.ModuleList([heads, hints])
+    if name == "speak":
+        extra = nn.ModuleList([heads, oracle])
+    both = nn.ModuleDict(parts).to(device).train()
     optimizer = torch.optim.AdamW(groups(model, name, extra, stage.lr), betas=(0.9, 0.98), weight_decay=0.01)
-    if name == AGAIN and not start:
+    if name == "speak" or (name == AGAIN and not start):
         match_heads(model)  # a finished model has them
     first, seconds = _resume(both, optimizer, folder, about)
-    packer, log = Packer(), (folder / "metrics.jsonl")
+    packer, log = Packer(3 if is_qwen(model) else 1), (folder / "metrics.jsonl")
     folder.mkdir(parents=True, exist_ok=True)
     _truncate(log, first)
     clock = time.monotonic()
@@ -143,14 +180,14 @@ def run_stage(
         rng = random.Random(f"{seed} {name} {step}")
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, steps)
-        if name in ("tower", "read"):
-            loss, stats = tower_loss(model, heads, rng, stage.batch, whole=name == "read")
-        elif name in ("words", "place"):
-            loss, stats = words_loss(model, oracle, packer, rng, stage.batch, stage.texts, step, place=name == "place")
+        if name in ("tower", "read", "see"):
+            loss, stats = tower_loss(model, heads, rng, stage.batch, name != "tower", hints, teacher)
+        elif name in ("words", "place", "speak"):
+            loss, stats = words_loss(model, heads, oracle, packer, rng, stage.batch, stage.texts, step, name)
         elif name == "sight":
             loss, stats = sight_loss(model, heads, oracle, rng, stage.batch)
         elif name == "bridge":
-            loss, stats = bridge_loss(model, heads, oracle, rng, stage.batch)
+            loss, stats = bridge_loss(model, heads, oracle, rng, stage.batch, clear=which != "davsp-mini")
         else:
             loss, stats = joint_loss(model, heads, oracle, packer, rng, stage.batch, stage.texts, name)
         if not torch.isfinite(loss):
@@ -178,12 +215,25 @@ def run_stage(
     write_json(folder / "done.json", json.loads(read_tensors_and_metadata(folder / "state.safetensors")[1]["about"]))
 
 
-def identity(name: str, seed: int, steps: int | None = None, start: Path | None = None) -> dict:
+def identity(
+    name: str, seed: int, steps: int | None = None, start: Path | None = None, which: str = "davsp-mini"
+) -> dict:
     """What a stage's result depends on; a checkpoint of another identity is refused."""
-    stage = STAGES[name]
+    stage = road(which)[name]
     steps = steps or stage.steps
     about = {"stage": name, "seed": seed, "steps": steps, "batch": stage.batch, "texts": stage.texts, "lr": stage.lr}
+    if which != "davsp-mini":
+        about |= {"model": which}
+    if name == "see":
+        about |= {"hints": sha256(FOLDER / "model.safetensors")}
     return about | ({"start": sha256(start / "model.safetensors")} if start else {})
+
+
+def _teacher() -> Any:
+    """davsp-mini as it ships: the siblings' towers learn beside its tower."""
+    from transformers import LlavaForConditionalGeneration
+
+    return LlavaForConditionalGeneration.from_pretrained(FOLDER, dtype=torch.float32).requires_grad_(False).eval()
 
 
 def hardware(device: str) -> str:
@@ -192,7 +242,7 @@ def hardware(device: str) -> str:
     return f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
 
 
-def check_done(out: Path, name: str, seed: int, start: Path | None = None) -> dict:
+def check_done(out: Path, name: str, seed: int, start: Path | None = None, which: str = "davsp-mini") -> dict:
     """The record of a finished stage.
 
     Raises:
@@ -202,22 +252,21 @@ def check_done(out: Path, name: str, seed: int, start: Path | None = None) -> di
     if not path.exists():
         raise DavspError(f"stage {name} is not done in {out}; run `davsp mini train --stage {name}` first.")
     found = read_json(path)
-    differ = {k: (found.get(k), v) for k, v in identity(name, seed, start=start).items() if found.get(k) != v}
+    differ = {k: (found.get(k), v) for k, v in identity(name, seed, start=start, which=which).items() if found.get(k) != v}
     if differ:
         raise DavspError(f"{path} is of other settings {differ} (found, asked); choose another --out or delete it.")
     return found
 
 
 def _load_parts(parts: dict[str, nn.Module], path: Path, stage: str) -> None:
-    """Take over what `stage` trained: tower and heads from "tower", decoder and oracle from "words", all from the rest."""
+    """Take over what `stage` trained: the tower with its heads, or the decoder with its own and the oracle; all from the rest."""
     state = read_tensors(path)
-    tower, decoder = (
-        ("model.model.vision_tower.", "heads."),
-        ("model.model.language_model.", "model.lm_head.", "oracle."),
-    )
-    wanted = {"tower": tower, "read": tower, "words": decoder, "place": decoder}
+    tower = ("model.model.vision_tower.", "model.model.visual.", "heads.")
+    bridge = ("model.model.multi_modal_projector.", "model.model.visual.merger.")
+    decoder = ("model.model.language_model.", "model.lm_head.", "oracle.", "heads.named_")
+    wanted = {"tower": tower, "read": tower, "see": tower, "words": decoder, "place": decoder, "speak": decoder}
     if stage == "bridge":
-        wanted["bridge"] = (*tower, "model.model.multi_modal_projector.")
+        wanted["bridge"] = (*tower, *bridge)
     for name, module in parts.items():
         inner = {k.removeprefix(f"{name}."): v for k, v in state.items()
                  if k.startswith(f"{name}.") and k.startswith(wanted.get(stage, ""))}  # fmt: skip
@@ -277,17 +326,24 @@ def _truncate(log: Path, step: int) -> None:
         log.write_text("".join(f"{line}\n" for line in kept))
 
 
-def export(out: Path, folder: Path, seed: int = 0) -> None:
-    """Write the last stage's model as a Hugging Face folder: float16 safetensors (9 MB), tokenizer, image processor."""
+def export(out: Path, folder: Path, seed: int = 0, which: str = "davsp-mini") -> None:
+    """Write the last stage's model as a Hugging Face folder: float16 safetensors, tokenizer, image processor."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    model = new_model(seed)
+    model, made = new_model(which, seed), BLUEPRINTS[which]
     _load_parts({"model": model}, out / LAST / "state.safetensors", LAST)
     model.eval().half()
     model.generation_config.update(max_new_tokens=48, do_sample=False, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     model.save_pretrained(folder)
     words.tokenizer().save_pretrained(folder)
-    size = {"height": draw.SIDE, "width": draw.SIDE}
-    CLIPImageProcessorPil(
-        size={"shortest_edge": draw.SIDE}, crop_size=size, image_mean=list(MEAN), image_std=list(STD), resample=3,
-    ).save_pretrained(folder)  # fmt: skip
+    common: Any = {"image_mean": list(MEAN), "image_std": list(STD), "resample": 3}
+    if is_qwen(model):
+        bounds = {"shortest_edge": 64 * made.patch**2, "longest_edge": made.side**2}  # pixels in all: 64 to 144 tokens
+        processor: Any = Qwen2VLImageProcessorPil(
+            size=bounds, patch_size=made.patch, merge_size=1, temporal_patch_size=FRAMES, **common
+        )
+    else:
+        square = {"height": made.side, "width": made.side}
+        processor = CLIPImageProcessorPil(size={"shortest_edge": made.side}, crop_size=square, **common)
+    processor.save_pretrained(folder)

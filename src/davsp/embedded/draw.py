@@ -51,8 +51,25 @@ class Picture:
     pixels: np.ndarray
     boxes: list[Box] = field(default_factory=list)
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.pixels.shape[0] // PATCH, self.pixels.shape[1] // PATCH
+
     def image(self) -> Image.Image:
         return Image.fromarray(self.pixels)
+
+    def resized(self, grid: tuple[int, int]) -> "Picture":
+        """The picture on another number of patches (rows, columns), with its boxes; itself if that is the same."""
+        if grid == self.grid:
+            return self
+        height, width = grid[0] * PATCH, grid[1] * PATCH
+        y, x = height / self.pixels.shape[0], width / self.pixels.shape[1]
+        moved = [
+            replace(b, x0=b.x0 * x, x1=b.x1 * x, y0=b.y0 * y, y1=b.y1 * y, edges=tuple(e * x for e in b.edges))
+            for b in self.boxes
+        ]
+        return Picture(np.asarray(self.image().resize((width, height), Image.Resampling.BICUBIC)), moved)
 
 
 @functools.lru_cache(maxsize=512)
@@ -314,21 +331,21 @@ def _hidden(box: Box, dx: int, dy: int, side: int) -> bool:
 
 
 def patch_labels(picture: Picture) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Class, colour and letter of each patch, each int64 (144,), -100 where there is nothing to say.
+    """Class, colour and letter of each patch, each int64 (n,), row by row; -100 where there is nothing to say.
 
     A patch belongs to the box that holds its centre; one that is only grazed is left out of the class loss.
     """
-    n = SIDE // PATCH
-    label, colour, letter = np.zeros((n, n), np.int64), np.full((n, n), -100), np.full((n, n), -100)
+    down, across = picture.grid
+    label, colour, letter = (np.full(picture.grid, x, np.int64) for x in (0, -100, -100))
     for box in picture.boxes:
         if not box.label:
             continue
-        graze = _cells(box.x0 + 1, box.x1 - 1, 0.5), _cells(box.y0 + 1, box.y1 - 1, 0.5)
+        graze = _cells(box.x0 + 1, box.x1 - 1, 0.5, across), _cells(box.y0 + 1, box.y1 - 1, 0.5, down)
         region = label[graze[1], graze[0]]
         region[region == 0] = -100
     for box in picture.boxes:
         slack = 0.15 if box.edges else 0.0  # letters are often a little lower than a patch
-        cols, rows = _cells(box.x0, box.x1, 0.0), _cells(box.y0, box.y1, slack)
+        cols, rows = _cells(box.x0, box.x1, 0.0, across), _cells(box.y0, box.y1, slack, down)
         label[rows, cols] = CLASS_ID[box.label]
         colour[rows, cols] = letter[rows, cols] = -100
         if box.colour:
@@ -341,19 +358,21 @@ def patch_labels(picture: Picture) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def centres(picture: Picture) -> np.ndarray:
-    """1 in each patch that holds the centre of a thing, else 0: int64 (144,). What can be counted."""
-    n = SIDE // PATCH
-    found = np.zeros((n, n), np.int64)
+    """1 in each patch that holds the centre of a thing, else 0: int64 (n,). What can be counted."""
+    down, across = picture.grid
+    found = np.zeros(picture.grid, np.int64)
     for box in picture.boxes:
         if box.label.startswith("["):
-            column, row = (int(np.clip((a + b) / 2 / PATCH, 0, n - 1)) for a, b in ((box.x0, box.x1), (box.y0, box.y1)))
+            column, row = (
+                int(np.clip((a + b) / 2 / PATCH, 0, n - 1))
+                for a, b, n in ((box.x0, box.x1, across), (box.y0, box.y1, down))
+            )
             found[row, column] = 1
     return found.ravel()
 
 
-def _cells(low: float, high: float, slack: float) -> slice:
-    """Patch indices whose centre, give or take `slack` patches, lies in [low, high)."""
-    n = SIDE // PATCH
+def _cells(low: float, high: float, slack: float, n: int) -> slice:
+    """Which of `n` patches in a line have their centre, give or take `slack` patches, in [low, high)."""
     first = int(np.ceil(low / PATCH - 0.5 - slack))
     last = int(np.ceil(high / PATCH - 0.5 + slack))
     return slice(int(np.clip(first, 0, n)), int(np.clip(last, 0, n)))

@@ -11,32 +11,45 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from davsp.embedded import draw, words
-from davsp.embedded.architecture import MOST, PATCHES, Heads, Oracle, pixel_values
+from davsp.embedded.architecture import MOST, Heads, Hints, Oracle, Seen, see, sizes
 from davsp.embedded.questions import Lesson, framed, picture_lesson, sum_turn, word_turn
 
+PATCHES = (draw.SIDE // draw.PATCH) ** 2  # of a picture of the usual size
 ROOM = 200  # tokens of questions and answers behind one picture; rows of one length waste nothing on padding
 SUMS = {"joint": 16, "skills": 4}  # of sums in words a row: cheap, and the picture's sums are learnt from them
 
 
-def tower_loss(model: Any, heads: Heads, rng: random.Random, batch: int, whole: bool) -> tuple[Tensor, dict]:
-    """`patch_loss` on fresh pages, one in seven of them a lesson's picture; `whole`: pages of whole words."""
-    pictures = []
+def tower_loss(
+    model: Any, heads: Heads, rng: random.Random, batch: int, whole: bool, hints: Hints | None = None, teacher: Any = None
+) -> tuple[Tensor, dict]:
+    """`patch_loss` on fresh pages, one in seven of them a lesson's picture.
+
+    Args:
+        whole: pages of whole words.
+        hints, teacher: a tower that has learnt already; each block is drawn to the same block of it, on pictures of the
+            teacher's size.
+    """
+    grid, pictures = rng.choice(sizes(model)), []
     for _ in range(batch):
         lesson = picture_lesson(rng).picture if rng.random() > 0.85 else None
-        pictures.append(lesson or draw.page(rng, whole=whole and rng.random() < 0.85))
-    states = model.model.vision_tower(
-        pixel_values(pictures, next(model.parameters()).device), output_hidden_states=True
-    ).hidden_states
-    return patch_loss(heads, states, pictures)
+        pictures.append((lesson or draw.page(rng, whole=whole and rng.random() < 0.85)).resized(grid))
+    seen = see(model, pictures)
+    loss, stats = patch_loss(heads, seen, pictures)
+    if hints is None or grid != (12, 12):
+        return loss, stats
+    with torch.no_grad():
+        shown = see(teacher, pictures)
+    hint = hints(seen, shown)
+    return loss + 4.0 * hint, {**stats, "hint": hint.item()}
 
 
-def patch_loss(heads: Heads, states: tuple[Tensor, ...], pictures: list[draw.Picture]) -> tuple[Tensor, dict]:
+def patch_loss(heads: Heads, seen: Seen, pictures: list[draw.Picture]) -> tuple[Tensor, dict]:
     """Cross-entropy of every patch's class (nothing weighs 0.15), colour and letter, and the share of words and things right."""
-    device = states[-1].device
+    last, early = seen.states[-1], seen.states[1]
+    device = last.device
     label, colour, letter = (
         torch.from_numpy(np.stack(x)).to(device) for x in zip(*(draw.patch_labels(p) for p in pictures), strict=True)
     )
-    last, early = states[-1][:, 1:], states[2][:, 1:]
     weight = torch.ones(len(draw.CLASSES), device=device)
     weight[0] = 0.15
     guess = heads.label(last)
@@ -58,19 +71,24 @@ def _mean_cross_entropy(guess: Float[Tensor, "b n c"], target: Int[Tensor, "b n"
 
 @dataclass
 class Rows:
-    """Packed rows: ids (B,T); position (B,T); mask (B,1,T,T), True = may look; target (B,T), -100 = no loss; weight (B,T)."""
+    """Packed rows: ids (B,T); position (B,T), or (3,B,T) for Qwen2-VL; mask (B,1,T,T), True = may look; target (B,T), -100 = no loss; weight (B,T)."""
 
     ids: Int[Tensor, "b t"]
-    position: Int[Tensor, "b t"]
+    position: Int[Tensor, "b t"] | Int[Tensor, "3 b t"]
     mask: Bool[Tensor, "b 1 t t"]
     target: Int[Tensor, "b t"]
     weight: Float[Tensor, "b t"]
 
 
 class Packer:
-    """Turns lessons into rows: the picture once, then each question with its answer, blind to the other questions."""
+    """Turns lessons into rows: the picture once, then each question with its answer, blind to the other questions.
 
-    def __init__(self) -> None:
+    Args:
+        axes: of positions: 1; or 3 (time, height, width), as Qwen2-VL counts them.
+    """
+
+    def __init__(self, axes: int = 1) -> None:
+        self.axes = axes
         self.tokenizer = words.tokenizer()
         self.image, self.user, self.assistant = (
             self.tokenizer.convert_tokens_to_ids(t) for t in ("<image>", "user:", "assistant:")
@@ -96,10 +114,12 @@ class Packer:
     def rows(self, lessons: list[Lesson], device: str | torch.device) -> Rows:
         packed = [self.row(lesson) for lesson in lessons]
         width = max(len(r[0]) for r in packed)
-        ids, position, segment, target, weight = (
+        ids, segment, target, weight = (
             np.stack([np.pad(np.array(r[i]), (0, width - len(r[i])), constant_values=fill) for r in packed])
-            for i, fill in enumerate((0, 0, -1, -100, 0.0))
+            for i, fill in ((0, 0), (2, -1), (3, -100), (4, 0.0))
         )
+        position = np.stack([np.pad(r[1], ((0, 0), (0, width - r[1].shape[1]))) for r in packed], axis=1)
+        position = position if self.axes == 3 else position[0]
         segment_ = torch.from_numpy(segment).to(device)
         same = (segment_[:, :, None] == segment_[:, None, :]) | (segment_[:, None, :] == 0)
         mask = (same & torch.ones(width, width, dtype=torch.bool, device=device).tril())[:, None]
@@ -108,20 +128,27 @@ class Packer:
             ids_, position_, mask, torch.from_numpy(target).to(device), torch.from_numpy(weight).float().to(device)
         )
 
-    def row(self, lesson: Lesson) -> tuple[list, list, list, list, list]:
-        ids = [1, self.user] + [self.image] * (PATCHES if lesson.picture else 0)
+    def row(self, lesson: Lesson) -> tuple[list, np.ndarray, list, list, list]:
+        """ids, positions (3, t), segment (0: the picture, seen by all), target, weight."""
+        down, across = lesson.picture.grid if lesson.picture else (0, 0)
+        ids = [1, self.user] + [self.image] * (down * across)
         start = len(ids)
-        position, segment, target, weight = list(range(start)), [0] * start, [-100] * start, [0.0] * start
+        spots = np.stack([np.zeros(down * across, np.int64), *np.indices((down, across)).reshape(2, -1)])
+        head = np.concatenate([np.tile(np.arange(2), (3, 1)), spots + 2], axis=1)
+        after = 2 + max(down, across)  # Qwen2-VL's words go on behind the picture's longer side
+        if self.axes == 1:
+            head, after = np.tile(np.arange(start), (3, 1)), start
+        position, segment, target, weight = [head], [0] * start, [-100] * start, [0.0] * start
         for number, (question, reply) in enumerate(lesson.turns, 1):
             asked, replied = [*self.text(question), self.assistant], [*self.text(reply), 2]
             n = len(asked) + len(replied)
             ids += asked + replied
-            position += range(start, start + n)
+            position.append(np.tile(np.arange(after, after + n), (3, 1)))
             segment += [number] * n
             # the token at i predicts the one at i + 1; short answers count for almost as much as long ones
             target += [-100] * (len(asked) - 1) + replied + [-100]
             weight += [0.0] * (len(asked) - 1) + [len(replied) ** -0.5] * len(replied) + [0.0]
-        return ids, position, segment, target, weight
+        return ids, np.concatenate(position, axis=1), segment, target, weight
 
 
 def lesson_loss(model: Any, rows: Rows, image: Float[Tensor, "patches d"] | None) -> tuple[Tensor, dict]:
@@ -169,7 +196,8 @@ def named_loss(
             if box.label.startswith("["):
                 shown.setdefault(box.label.strip("[]"), []).append(box)
         written = {box.label for box in lesson.picture.boxes}
-        for column in range(PATCHES + 2, len(ids[row])):
+        down, across = lesson.picture.grid
+        for column in range(down * across + 2, len(ids[row])):
             name = packer.things.get(ids[row][column])
             if name is None or rows.target[row, column - 1] >= 0:  # only in questions
                 continue
@@ -231,16 +259,20 @@ def centre_loss(heads: Heads, features: Float[Tensor, "b n d"], pictures: list[d
 
 def _cell(box: draw.Box, picture: draw.Picture) -> int:
     """Which of the 3 x 3 cells of the picture (of its inside, if it was shrunk) a box is in."""
-    inner = next((b for b in picture.boxes if not b.label), draw.Box("", 0, 0, draw.SIDE, draw.SIDE))
+    height, width = picture.pixels.shape[:2]
+    inner = next((b for b in picture.boxes if not b.label), draw.Box("", 0, 0, width, height))
     x = (box.x0 + box.x1) / 2 - inner.x0, inner.x1 - inner.x0
     y = (box.y0 + box.y1) / 2 - inner.y0, inner.y1 - inner.y0
     column, line = (min(max(int(3 * part / whole), 0), 2) for part, whole in (x, y))
     return 3 * line + column
 
 
-def lessons(rng: random.Random, packer: Packer, batch: int, texts: int, stage: str) -> list[Lesson]:
+def lessons(
+    rng: random.Random, packer: Packer, batch: int, texts: int, stage: str, grid: tuple[int, int] = (12, 12)
+) -> list[Lesson]:
     """`batch` picture lessons, then `texts` rows of questions in words, of each as many questions as there is room for."""
     out = [packer.fitted(rng, picture_lesson(rng, stage)) for _ in range(batch)]
+    out = [Lesson(x.picture.resized(grid), x.turns) for x in out if x.picture]
     for _ in range(texts):
         turns = [word_turn(rng, stage) for _ in range(8)] + [sum_turn(rng) for _ in range(SUMS.get(stage, 0))]
         out.append(packer.fitted(rng, Lesson(None, turns)))
@@ -253,12 +285,13 @@ def oracle_labels(pictures: list[draw.Picture], device) -> tuple[Int[Tensor, "b 
 
 
 def words_loss(
-    model: Any, oracle: Oracle, packer: Packer, rng: random.Random, count: int, texts: int, step: int, place: bool
+    model: Any, heads: Heads, oracle: Oracle, packer: Packer, rng: random.Random, count: int, texts: int, step: int, stage: str
 ) -> tuple[Tensor, dict]:
     """Lessons on oracle patches, made as unreliable as a real tower: 12 % lost, noise of a third of their size."""
     device = next(model.parameters()).device
-    only_words = step < 300 and not place  # the first steps teach the language
-    batch = lessons(rng, packer, 0 if only_words else count, 4 if only_words else texts, "joint" if place else "words")
+    only_words = step < 300 and stage != "place"  # the first steps teach the language
+    kind, grid = {"words": "words", "place": "joint", "speak": "skills"}[stage], rng.choice(sizes(model))
+    batch = lessons(rng, packer, 0 if only_words else count, 4 if only_words else texts, kind, grid)
     rows = packer.rows(batch, device)
     pictures = [x.picture for x in batch if x.picture]
     if not pictures:
@@ -267,43 +300,57 @@ def words_loss(
     noise = torch.Generator().manual_seed(rng.getrandbits(40))
     lost = torch.rand(label.shape, generator=noise).to(device) < 0.12
     patches = oracle(
-        model.get_decoder().embed_tokens, label.masked_fill(lost, 0), colour.masked_fill(lost, -100), place
+        model.get_decoder().embed_tokens,
+        label.masked_fill(lost, 0),
+        colour.masked_fill(lost, -100),
+        None if stage == "words" else grid,
     )
     patches = patches + torch.randn(patches.shape, generator=noise).to(device) * patches.detach().std() * 0.33
-    return lesson_loss(model, rows, patches.flatten(0, 1))
+    if stage != "speak":
+        return lesson_loss(model, rows, patches.flatten(0, 1))
+    loss, stats, hidden = _lesson_loss(model, rows, patches.flatten(0, 1))
+    knowing, known = named_loss(heads, packer, rows, batch, hidden)
+    return loss + 0.3 * knowing, {**stats, **known, "answer_loss": loss.item()}
 
 
-def bridge_loss(model: Any, heads: Heads, oracle: Oracle, rng: random.Random, count: int) -> tuple[Tensor, dict]:
+def bridge_loss(
+    model: Any, heads: Heads, oracle: Oracle, rng: random.Random, count: int, clear: bool = False
+) -> tuple[Tensor, dict]:
     """Mean squared error of the projected patches against the oracle's with their places, in units of their variance.
 
     The tower goes along, its own lesson beside it: the projector alone is too small to turn classes into words.
+
+    Args:
+        clear: patches must also mean what they show, and tell where a thing's centre is (`sight_loss`'s lessons).
     """
-    device = next(model.parameters()).device
-    pictures = [picture for _ in range(count) if (picture := picture_lesson(rng, "joint").picture)]
+    device, grid = next(model.parameters()).device, rng.choice(sizes(model))
+    stage = "skills" if clear else "joint"
+    pictures = [p.resized(grid) for _ in range(count) if (p := picture_lesson(rng, stage).picture)]
     label, colour = oracle_labels(pictures, device)
     with torch.no_grad():
-        wanted = oracle(model.get_decoder().embed_tokens, label, colour, place=True)
-    states = model.model.vision_tower(pixel_values(pictures, device), output_hidden_states=True).hidden_states
-    got = model.model.multi_modal_projector(states[-1][:, 1:])
+        wanted = oracle(model.get_decoder().embed_tokens, label, colour, grid)
+    seen = see(model, pictures)
     weight = torch.where(label > 0, 1.0, 0.15) * (label >= 0)
-    loss = ((got - wanted) ** 2).mean(-1).mul(weight).sum() / weight.sum() / wanted[label > 0].var()
-    seeing, stats = patch_loss(heads, states, pictures)
-    return loss + 0.1 * seeing, {**stats, "error": loss.item()}
+    loss = ((seen.tokens - wanted) ** 2).mean(-1).mul(weight).sum() / weight.sum() / wanted[label > 0].var()
+    seeing, stats = patch_loss(heads, seen, pictures)
+    stats["error"] = loss.item()
+    if not clear:
+        return loss + 0.1 * seeing, stats
+    meaning = meaning_loss(model, oracle.token, seen.tokens, pictures)
+    centre, found = centre_loss(heads, seen.tokens, pictures)
+    return loss + 0.3 * seeing + 0.3 * meaning + 0.3 * centre, {**stats, **found, "meaning": meaning.item()}
 
 
 def sight_loss(model: Any, heads: Heads, oracle: Oracle, rng: random.Random, count: int) -> tuple[Tensor, dict]:
     """Tower and projector without the decoder, so ten pictures for the price of one: pages, and lessons' pictures."""
-    pictures = []
+    grid, pictures = rng.choice(sizes(model)), []
     for _ in range(count):
         lesson = picture_lesson(rng, "skills").picture if rng.random() < 0.65 else None
-        pictures.append(lesson or framed(rng, draw.page(rng, whole=True))[0])
-    states = model.model.vision_tower(
-        pixel_values(pictures, next(model.parameters()).device), output_hidden_states=True
-    ).hidden_states
-    features = model.model.multi_modal_projector(states[-1][:, 1:])
-    seeing, stats = patch_loss(heads, states, pictures)
-    meaning = meaning_loss(model, oracle.token, features, pictures)
-    centre, found = centre_loss(heads, features, pictures)
+        pictures.append((lesson or framed(rng, draw.page(rng, whole=True))[0]).resized(grid))
+    seen = see(model, pictures)
+    seeing, stats = patch_loss(heads, seen, pictures)
+    meaning = meaning_loss(model, oracle.token, seen.tokens, pictures)
+    centre, found = centre_loss(heads, seen.tokens, pictures)
     return seeing + 0.5 * meaning + 0.5 * centre, {**stats, **found, "meaning": meaning.item()}
 
 
@@ -319,15 +366,14 @@ def joint_loss(
 ) -> tuple[Tensor, dict]:
     """Lessons through the whole model; the tower's own lesson goes on beside it, so that it does not forget to read."""
     device = next(model.parameters()).device
-    batch = lessons(rng, packer, count, texts, stage)
+    batch = lessons(rng, packer, count, texts, stage, rng.choice(sizes(model)))
     rows = packer.rows(batch, device)
     pictures = [x.picture for x in batch if x.picture]
-    states = model.model.vision_tower(pixel_values(pictures, device), output_hidden_states=True).hidden_states
-    features = model.model.multi_modal_projector(states[-1][:, 1:])
-    loss, stats, hidden = _lesson_loss(model, rows, features.flatten(0, 1))
-    seeing, seen = patch_loss(heads, states, pictures)
+    seen = see(model, pictures)
+    loss, stats, hidden = _lesson_loss(model, rows, seen.tokens.flatten(0, 1))
+    seeing, shown = patch_loss(heads, seen, pictures)
     knowing, known = named_loss(heads, packer, rows, batch, hidden)
-    meaning = meaning_loss(model, oracle.token, features, pictures)
-    centre, found = centre_loss(heads, features, pictures)
-    record = {**stats, **seen, **known, **found, "meaning": meaning.item(), "answer_loss": loss.item()}
+    meaning = meaning_loss(model, oracle.token, seen.tokens, pictures)
+    centre, found = centre_loss(heads, seen.tokens, pictures)
+    record = {**stats, **shown, **known, **found, "meaning": meaning.item(), "answer_loss": loss.item()}
     return loss + 0.5 * seeing + 0.3 * knowing + 0.4 * meaning + 0.2 * centre, record

@@ -1,5 +1,6 @@
 """Qwen2-VL: pictures of any size in multiples of 28 pixels, three-axis positions."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,8 @@ class Qwen2VLLVLM(LVLM):
                 f"as {(self.patch, self.merge, self.frames)}: restore its files"
             )
         self.least, self.most = processor.size["shortest_edge"], processor.size["longest_edge"]
-        self.canvas = canvas or CANVAS
+        unit = self.patch * self.merge
+        self.canvas = canvas or min(CANVAS, math.isqrt(self.most) // unit * unit)  # the largest square it takes, if less
         self.check_canvas(self.canvas, self.canvas)
         self.tokens_per_image = self.image_tokens(self.canvas, self.canvas)
 
@@ -72,7 +74,9 @@ class Qwen2VLLVLM(LVLM):
     def pixel_inputs(self, canvas: Canvas) -> dict[str, Tensor]:
         """Normalised patches in the order that the tower merges them, and each picture's grid."""
         batches = [canvas] if isinstance(canvas, Tensor) else [one[None] for one in canvas]
-        patches = torch.cat([self._patchify((batch - self.mean) / self.std) for batch in batches])
+        patches = torch.cat(
+            [patchify((x - self.mean) / self.std, self.patch, self.merge, self.frames) for x in batches]
+        )
         grid = [[1, one.shape[-2] // self.patch, one.shape[-1] // self.patch] for one in canvas]
         return {"pixel_values": patches.to(self.dtype), "image_grid_thw": torch.tensor(grid, device=self.device)}
 
@@ -80,11 +84,11 @@ class Qwen2VLLVLM(LVLM):
         """Which tokens are a picture's (1) and which are words (0): the three-axis positions are made of it."""
         return {"mm_token_type_ids": (ids == self.image_token_id).int()}
 
-    def _patchify(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "n d"]:
-        """Patches, four neighbours after one another; both frames are the same picture. A view and a permutation."""
-        b, c, height, width = pixels.shape
-        p, m = self.patch, self.merge
-        blocks = pixels.reshape(b, c, height // (m * p), m, p, width // (m * p), m, p)
-        blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)[:, :, :, :, :, :, None]  # (b, gh, gw, m, m, c, 1, p, p)
-        blocks = blocks.expand(-1, -1, -1, -1, -1, -1, self.frames, -1, -1)
-        return blocks.reshape(b * (height // p) * (width // p), c * self.frames * p * p)
+
+def patchify(pixels: Float[Tensor, "b 3 h w"], patch: int, merge: int, frames: int) -> Float[Tensor, "n d"]:
+    """Patches, `merge` x `merge` neighbours after one another; all frames are the same picture. A view and a permutation."""
+    b, c, height, width = pixels.shape
+    blocks = pixels.reshape(b, c, height // (merge * patch), merge, patch, width // (merge * patch), merge, patch)
+    blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)[:, :, :, :, :, :, None]  # (b, gh, gw, m, m, c, 1, p, p)
+    blocks = blocks.expand(-1, -1, -1, -1, -1, -1, frames, -1, -1)
+    return blocks.reshape(b * (height // patch) * (width // patch), c * frames * patch * patch)
