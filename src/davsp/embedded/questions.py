@@ -7,7 +7,7 @@ that the picture is paid for once and the same picture is seen to deserve differ
 import functools
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from davsp.embedded import draw, words
@@ -19,6 +19,7 @@ READ = ("what does the text in the picture say ?", "read the text in the picture
 DESCRIBE = ("describe the picture in one sentence .", "what does the picture show ?")
 YES_NO = " answer yes or no ."
 ONE_WORD = " answer in one word ."
+KINDS = sorted({kind for kind, _ in FACTS.values()})
 
 
 @dataclass
@@ -166,7 +167,14 @@ def thing_turns(rng: random.Random, thing: draw.Thing) -> list[tuple[str, str]]:
         kind, use = FACTS[thing.name]
         turns.append(("what kind of thing is in the picture ?", f"{kind} ."))
         turns.append(("what can you do with the thing in the picture ?", f"{use} it ."))
+        asked, truth = either(rng, kind, KINDS)
+        turns.append((f"is the thing in the picture {asked} ?" + YES_NO, truth))
     return turns
+
+
+def either(rng: random.Random, right: str, all_: Sequence[str]) -> tuple[str, str]:
+    """What a yes-or-no question asks for, and its answer: the right thing, or as often another."""
+    return (right, "yes") if rng.random() < 0.5 else (rng.choice([x for x in all_ if x != right]), "no")
 
 
 def single_lesson(rng: random.Random) -> Lesson:
@@ -217,6 +225,7 @@ def scene_lesson(rng: random.Random) -> Lesson:
     turns += [turn for thing in things for turn in middle_turns(thing)]
     relations = [turn for a, b in itertools.permutations(things, 2) for turn in relation_turns(a, b)]
     turns += rng.sample(relations, min(6, len(relations)))
+    turns.append(side_turn(rng, *rng.sample(things, 2)))
     turns.append(spot_turns(rng, things[0], things)[3])
     return Lesson(framed(rng, draw.scene(rng, things), scene=True)[0], maybe_behind_text(rng, turns, 0.1))
 
@@ -230,6 +239,14 @@ def relation_turns(a: draw.Thing, b: draw.Thing) -> list[tuple[str, str]]:
         side = "above" if a.cell // 3 < b.cell // 3 else "below"
         turns.append((f"is the {a.name} above or below the {b.name} ?" + ONE_WORD, side))
     return turns
+
+
+def side_turn(rng: random.Random, a: draw.Thing, b: draw.Thing) -> tuple[str, str]:
+    """Whether one thing is on a side of another, by yes or no."""
+    question, side = rng.choice(relation_turns(a, b))
+    asked, truth = either(rng, side, ("left", "right") if side in ("left", "right") else ("above", "below"))
+    of = " of" if asked in ("left", "right") else ""
+    return f"is the {a.name} {asked}{of} the {b.name} ?" + YES_NO, truth
 
 
 def middle_turns(thing: draw.Thing) -> list[tuple[str, str]]:
@@ -250,6 +267,8 @@ def counting_lesson(rng: random.Random) -> Lesson:
     n = {x: sum(t.name == x for t in things) for x in (a, b)}
     turns = [(f"how many times is the {x} in the picture ?" + ONE_WORD, NUMBERS[n[x]]) for x in (a, b)]
     turns.append(("how many things are in the picture ?" + ONE_WORD, NUMBERS[len(things)]))
+    asked, truth = either(rng, NUMBERS[n[a]], NUMBERS[1:5])
+    turns.append((f"is the {a} {asked} times in the picture ?" + YES_NO, truth))
     turns += [turn for thing in {t.name: t for t in things}.values() for turn in spot_turns(rng, thing, things)[1:3]]
     return Lesson(framed(rng, draw.scene(rng, things, alike=True), scene=True)[0], maybe_behind_text(rng, turns, 0.1))
 
@@ -266,6 +285,8 @@ def sum_lesson(rng: random.Random) -> Lesson:
     text, result = sum_text(rng)
     picture = framed(rng, draw.sum_picture(rng, text))[0]
     turns = [(SUM, f"{NUMBERS[result]} ."), (rng.choice(READ), f"the text says : {text} .")]
+    asked, truth = either(rng, NUMBERS[result], NUMBERS)
+    turns.append((f"is the result of the sum {asked} ?" + YES_NO, truth))
     return Lesson(picture, maybe_behind_text(rng, turns, 0.2))
 
 
