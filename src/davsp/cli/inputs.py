@@ -25,7 +25,7 @@ def load_lvlm(
     quantization: str | None = None,
     canvas: int | None = None,
 ) -> "LVLM":
-    """The model that --model names; left out: davsp-mini. One of several processes takes its own GPU."""
+    """The model that --model names, one of those that ship by its bare name; left out: davsp-mini. One of several processes takes its own GPU."""
     import torch
 
     from davsp import embedded, parallel
@@ -34,10 +34,12 @@ def load_lvlm(
     device = device or parallel.device()
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise DavspError(f"--dtype {dtype!r} is not known: choose float32, bfloat16 or float16.")
-    if model is None:
+    if model is None or model in embedded.MODELS:
         if dtype or quantization or canvas:
-            raise DavspError("--dtype, --quantization and --canvas go with --model; davsp-mini has its own.")
-        return embedded.load(device_map=device)
+            raise DavspError(
+                "--dtype, --quantization and --canvas are for other models; those that ship have their own."
+            )
+        return embedded.load(model or "davsp-mini", device_map=device)
     number = getattr(torch, dtype) if dtype else None
     return LVLM.from_pretrained(
         model, revision=revision, device_map=device, dtype=number, quantization=quantization, canvas=canvas
@@ -64,17 +66,18 @@ def own_protocol(model: str | None, malicious: Path | None, benign: Path | None,
 
 
 def embedded_protocol(model: str | None, seed: int) -> "Protocol":
-    """The embedded protocol; its words are davsp-mini's, so another model is refused."""
+    """The embedded protocol; its words are those of the models that ship, so another model is refused."""
     from davsp import embedded
 
-    if model is not None and not is_mini(Path(model)):
-        raise DavspError(f"the embedded data is for davsp-mini, not for {model}; give your own queries.")
+    if model is not None and model not in embedded.MODELS and not is_mini(Path(model)):
+        names = ", ".join(embedded.MODELS)
+        raise DavspError(f"the embedded data is for {names}, not for {model}; give your own queries.")
     return embedded.protocol(seed)
 
 
 def is_mini(folder: Path) -> bool:
-    """Whether a folder holds a davsp-mini: its canvas, and a vocabulary as large as the embedded world's."""
-    from davsp.embedded import draw, words
+    """Whether a folder holds a davsp-mini or a sibling: one of their canvases, a vocabulary as large as the embedded world's."""
+    from davsp.embedded import words
     from davsp.files import read_json
 
     if not (folder / "config.json").is_file():
@@ -82,7 +85,8 @@ def is_mini(folder: Path) -> bool:
     config = read_json(folder / "config.json")
     parts = [config.get(name) if isinstance(config, dict) else None for name in ("vision_config", "text_config")]
     vision, text = (part if isinstance(part, dict) else {} for part in parts)
-    return (vision.get("image_size"), text.get("vocab_size")) == (draw.SIDE, len(words.vocabulary()))
+    known = vision.get("image_size") in (168, 192) or config.get("model_type") == "qwen2_vl"
+    return known and text.get("vocab_size") == len(words.vocabulary())
 
 
 def compare_texts(vector: Any, text: str, who: str) -> None:

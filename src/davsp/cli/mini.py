@@ -12,28 +12,31 @@ app = typer.Typer(no_args_is_help=True, help="The small vision-language model th
 
 @app.command()
 def train(
-    out: Out = Path("out/mini"),
+    out: Annotated[Path | None, typer.Option(help="Folder to write into; left out: out/mini, or out/MODEL.")] = None,
+    model: Annotated[
+        str, typer.Option(help="davsp-mini, or a sibling: davsp-mini-narrow (LLaVA), davsp-mini-qwen (Qwen2-VL).")
+    ] = "davsp-mini",
     stage: Annotated[
         str | None,
         typer.Option(
-            help="Only tower, words, read, place, bridge, joint, sight, skills or card; left out: what is missing."
+            help="Only one: tower, words, read, place, bridge, joint, sight, skills (siblings: see, speak, look, skills), "
+            "or card; left out: what is missing."
         ),
     ] = None,
-    folder: Annotated[
-        Path | None, typer.Option(help="Where the finished model goes; left out: OUT/davsp-mini.")
-    ] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where the finished model goes; left out: OUT/MODEL.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: Seed = 0,
     start: Annotated[
         Path | None, typer.Option(help="A finished davsp-mini: only the last two stages are run, from its weights.")
     ] = None,
 ) -> None:
-    """Train davsp-mini from nothing, in resumable stages, measure it and write its card."""
+    """Train davsp-mini or a sibling from nothing, in resumable stages, measure it and write its card."""
     from davsp.embedded.make import make
     from davsp.lvlm import check_device
 
     check_device(device)
-    make(out, folder or out / "davsp-mini", stage, device, seed, start)
+    out = out or Path("out") / ("mini" if model == "davsp-mini" else model)
+    make(out, folder or out / model, stage, device, seed, start, model)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The small LVLM that ships, its data, and how it was trained."""
+"""The small LVLMs that ship, their data, and how they were trained."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,13 +10,14 @@ if TYPE_CHECKING:
     from davsp.lvlm import LVLM
 
 FOLDER = Path(__file__).parent / "davsp-mini"
+MODELS = ("davsp-mini", "davsp-mini-narrow", "davsp-mini-qwen")  # names that --model takes
 PADDING = 14  # one ring of patches: 44 of 144 image tokens, as 30 of 336 pixels is in the paper
 
-__all__ = ["FOLDER", "PADDING", "REFUSAL", "SAFETY_TEXT", "Protocol", "load", "protocol"]
+__all__ = ["FOLDER", "MODELS", "PADDING", "REFUSAL", "SAFETY_TEXT", "Protocol", "load", "protocol"]
 
 
-def load(folder: Path = FOLDER, device_map: str | None = None) -> "LVLM":
-    """davsp-mini, by the very code path that loads a hub model; float32 on any device.
+def load(model: str | Path = "davsp-mini", device_map: str | None = None) -> "LVLM":
+    """davsp-mini or another of `MODELS` by its name, or such a folder, as any hub model is loaded; float32 on any device.
 
     Raises:
         DavspError: the folder is missing or broken.
@@ -24,10 +25,13 @@ def load(folder: Path = FOLDER, device_map: str | None = None) -> "LVLM":
     from davsp.errors import DavspError
     from davsp.lvlm import LVLM
 
+    folder = FOLDER.with_name(model) if isinstance(model, str) else model
     if not (folder / "config.json").exists():
         raise DavspError(f"there is no model in {folder}; make one with `davsp mini train`.")
     lvlm = LVLM.from_pretrained(folder, dtype="float32", device_map=device_map)
-    lvlm.model_id = "davsp-mini"  # the path of an installation is no name: it would end up in prompts' cards
+    lvlm.model_id = (
+        model if isinstance(model, str) else "davsp-mini"
+    )  # the path of an installation is no name: it would end up in prompts' cards
     return lvlm
 
 

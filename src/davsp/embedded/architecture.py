@@ -26,7 +26,10 @@ from transformers import (
 from davsp.embedded import draw, words
 from davsp.lvlm.qwen2_vl import patchify
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, as all families have them
+MEAN, STD = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # CLIP's, as all families have them
 MOST = 5  # of one thing in a picture
 HEAD = 32  # width of an attention head, in tower and decoder
 FRAMES = 2  # Qwen2-VL's tower takes a picture as two equal frames

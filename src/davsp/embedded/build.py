@@ -79,8 +79,8 @@ STAGES = {
 SHORT = {
     "see": Stage(steps=1600, batch=24, lr=9e-4),
     "speak": Stage(steps=2200, batch=6, lr=1e-3, texts=2),
-    "bridge": Stage(steps=700, batch=20, lr=1e-3, after=("see", "speak")),
-    "skills": Stage(steps=5000, batch=8, lr=4e-4, texts=1, after=("bridge",)),
+    "look": Stage(steps=2000, batch=20, lr=8e-4, after=("see", "speak")),
+    "skills": Stage(steps=5000, batch=8, lr=4e-4, texts=1, after=("look",)),
 }
 
 
@@ -108,6 +108,7 @@ def groups(model: Any, name: str, extra: nn.Module, lr: float) -> list[dict]:
             (decoder.norm.parameters(), lr),
         ],  # the embeddings are bridge's target
         "sight": [(tower, lr), (bridge, lr), (extra.parameters(), lr)],
+        "look": [(tower, lr), (bridge, lr), (extra.parameters(), lr)],
         "bridge": [(bridge, lr), (tower, lr * 0.2), (extra.parameters(), lr * 0.2)],
         "joint": [(tower, lr * 0.3), (bridge, lr), (decoder.parameters(), lr), (extra.parameters(), lr)],
         # what `sight` taught is soon washed out at a higher rate (docs/log.md)
@@ -184,10 +185,10 @@ def run_stage(
             loss, stats = tower_loss(model, heads, rng, stage.batch, name != "tower", hints, teacher)
         elif name in ("words", "place", "speak"):
             loss, stats = words_loss(model, heads, oracle, packer, rng, stage.batch, stage.texts, step, name)
-        elif name == "sight":
-            loss, stats = sight_loss(model, heads, oracle, rng, stage.batch)
+        elif name in ("sight", "look"):
+            loss, stats = sight_loss(model, heads, oracle, rng, stage.batch, name)
         elif name == "bridge":
-            loss, stats = bridge_loss(model, heads, oracle, rng, stage.batch, clear=which != "davsp-mini")
+            loss, stats = bridge_loss(model, heads, oracle, rng, stage.batch)
         else:
             loss, stats = joint_loss(model, heads, oracle, packer, rng, stage.batch, stage.texts, name)
         if not torch.isfinite(loss):
@@ -252,7 +253,9 @@ def check_done(out: Path, name: str, seed: int, start: Path | None = None, which
     if not path.exists():
         raise DavspError(f"stage {name} is not done in {out}; run `davsp mini train --stage {name}` first.")
     found = read_json(path)
-    differ = {k: (found.get(k), v) for k, v in identity(name, seed, start=start, which=which).items() if found.get(k) != v}
+    differ = {
+        k: (found.get(k), v) for k, v in identity(name, seed, start=start, which=which).items() if found.get(k) != v
+    }
     if differ:
         raise DavspError(f"{path} is of other settings {differ} (found, asked); choose another --out or delete it.")
     return found

@@ -51,7 +51,8 @@ def measure(lvlm: LVLM, seed: int = 1, console: Console | None = None, **sizes: 
     console = console or Console(quiet=True)
     extra = skills(seed, n["mme"])
     borders = {
-        kind: VisualSafetyPrompt.create(lvlm.canvas, draw.PATCH, kind, seed) for kind in ("white", "grey", "random")
+        kind: VisualSafetyPrompt.create(lvlm.canvas, lvlm.canvas // 12, kind, seed)
+        for kind in ("white", "grey", "random")
     }
     defenses: dict[str, Defense] = {"none": NoDefense(), "safety-text": SafetyText(words.SAFETY_TEXT)}
     defenses |= {f"{kind}-border": VisualPrompt(border, f"{kind}-border") for kind, border in borders.items()}
@@ -233,11 +234,11 @@ pipeline_tag: image-text-to-text
 tags: [davsp, synthetic, safety]
 ---
 
-# davsp-mini
+# {name}
 
 A vision-language model of {parameters} parameters that reads short phrases, recognises {things} drawn things and refuses
 some harmful requests: a stand-in on which the whole of davsp runs on two CPU cores. It is a standard
-`LlavaForConditionalGeneration` folder ({canvas} px canvas, {tokens} image tokens, 6 decoder layers).
+`{kind}` folder ({canvas} px canvas, {tokens} image tokens, {layers} decoder layers of width {width}).
 
 **It was built to be a fair miniature of an aligned vision-language model: its alignment was made shallow on purpose, kind of
 harm by kind of harm, and some of its training pictures hold written signs that ask for care, which a border can learn to
@@ -266,6 +267,7 @@ The vector by layer, fitted on easily refused queries, tested on held-out hard o
 |---|---|---|---|---|
 {stages}
 
+{hints}
 Data: synthetic, drawn as it trains ({words} words, {faces} faces that come with matplotlib, four of them held out). Harmful
 requests are mild pairs such as "steal the car"; where the model does not refuse, it answers with a harmless placeholder
 ("first get the car . then steal the car . done ."). Weights: sha256 `{sha256}`.

@@ -20,7 +20,13 @@ SUMS = {"joint": 16, "skills": 4}  # of sums in words a row: cheap, and the pict
 
 
 def tower_loss(
-    model: Any, heads: Heads, rng: random.Random, batch: int, whole: bool, hints: Hints | None = None, teacher: Any = None
+    model: Any,
+    heads: Heads,
+    rng: random.Random,
+    batch: int,
+    whole: bool,
+    hints: Hints | None = None,
+    teacher: Any = None,
 ) -> tuple[Tensor, dict]:
     """`patch_loss` on fresh pages, one in seven of them a lesson's picture.
 
@@ -285,7 +291,15 @@ def oracle_labels(pictures: list[draw.Picture], device) -> tuple[Int[Tensor, "b 
 
 
 def words_loss(
-    model: Any, heads: Heads, oracle: Oracle, packer: Packer, rng: random.Random, count: int, texts: int, step: int, stage: str
+    model: Any,
+    heads: Heads,
+    oracle: Oracle,
+    packer: Packer,
+    rng: random.Random,
+    count: int,
+    texts: int,
+    step: int,
+    stage: str,
 ) -> tuple[Tensor, dict]:
     """Lessons on oracle patches, made as unreliable as a real tower: 12 % lost, noise of a third of their size."""
     device = next(model.parameters()).device
@@ -313,36 +327,35 @@ def words_loss(
     return loss + 0.3 * knowing, {**stats, **known, "answer_loss": loss.item()}
 
 
-def bridge_loss(
-    model: Any, heads: Heads, oracle: Oracle, rng: random.Random, count: int, clear: bool = False
-) -> tuple[Tensor, dict]:
-    """Mean squared error of the projected patches against the oracle's with their places, in units of their variance.
+def bridge_loss(model: Any, heads: Heads, oracle: Oracle, rng: random.Random, count: int) -> tuple[Tensor, dict]:
+    """How far the projected patches are from the oracle's, and the tower's own lesson beside it.
 
-    The tower goes along, its own lesson beside it: the projector alone is too small to turn classes into words.
-
-    Args:
-        clear: patches must also mean what they show, and tell where a thing's centre is (`sight_loss`'s lessons).
+    The tower goes along: the projector alone is too small to turn classes into words.
     """
-    device, grid = next(model.parameters()).device, rng.choice(sizes(model))
-    stage = "skills" if clear else "joint"
-    pictures = [p.resized(grid) for _ in range(count) if (p := picture_lesson(rng, stage).picture)]
-    label, colour = oracle_labels(pictures, device)
-    with torch.no_grad():
-        wanted = oracle(model.get_decoder().embed_tokens, label, colour, grid)
+    grid = rng.choice(sizes(model))
+    pictures = [p.resized(grid) for _ in range(count) if (p := picture_lesson(rng, "joint").picture)]
     seen = see(model, pictures)
-    weight = torch.where(label > 0, 1.0, 0.15) * (label >= 0)
-    loss = ((seen.tokens - wanted) ** 2).mean(-1).mul(weight).sum() / weight.sum() / wanted[label > 0].var()
+    loss = _oracle_error(model, oracle, seen, pictures)
     seeing, stats = patch_loss(heads, seen, pictures)
-    stats["error"] = loss.item()
-    if not clear:
-        return loss + 0.1 * seeing, stats
-    meaning = meaning_loss(model, oracle.token, seen.tokens, pictures)
-    centre, found = centre_loss(heads, seen.tokens, pictures)
-    return loss + 0.3 * seeing + 0.3 * meaning + 0.3 * centre, {**stats, **found, "meaning": meaning.item()}
+    return loss + 0.1 * seeing, {**stats, "error": loss.item()}
 
 
-def sight_loss(model: Any, heads: Heads, oracle: Oracle, rng: random.Random, count: int) -> tuple[Tensor, dict]:
-    """Tower and projector without the decoder, so ten pictures for the price of one: pages, and lessons' pictures."""
+def _oracle_error(model: Any, oracle: Oracle, seen: Seen, pictures: list[draw.Picture]) -> Tensor:
+    """Mean squared error of the projected patches against the oracle's with their places, in units of their variance."""
+    label, colour = oracle_labels(pictures, seen.tokens.device)
+    with torch.no_grad():
+        wanted = oracle(model.get_decoder().embed_tokens, label, colour, pictures[0].grid)
+    weight = torch.where(label > 0, 1.0, 0.15) * (label >= 0)
+    return ((seen.tokens - wanted) ** 2).mean(-1).mul(weight).sum() / weight.sum() / wanted[label > 0].var()
+
+
+def sight_loss(
+    model: Any, heads: Heads, oracle: Oracle, rng: random.Random, count: int, stage: str = "sight"
+) -> tuple[Tensor, dict]:
+    """Tower and projector without the decoder, so ten pictures for the price of one: pages, and lessons' pictures.
+
+    In stage `look` the projected patches are drawn to the oracle's besides.
+    """
     grid, pictures = rng.choice(sizes(model)), []
     for _ in range(count):
         lesson = picture_lesson(rng, "skills").picture if rng.random() < 0.65 else None
@@ -351,7 +364,11 @@ def sight_loss(model: Any, heads: Heads, oracle: Oracle, rng: random.Random, cou
     seeing, stats = patch_loss(heads, seen, pictures)
     meaning = meaning_loss(model, oracle.token, seen.tokens, pictures)
     centre, found = centre_loss(heads, seen.tokens, pictures)
-    return seeing + 0.5 * meaning + 0.5 * centre, {**stats, **found, "meaning": meaning.item()}
+    loss, record = seeing + 0.5 * meaning + 0.5 * centre, {**stats, **found, "meaning": meaning.item()}
+    if stage == "look":
+        error = _oracle_error(model, oracle, seen, pictures)
+        loss, record = loss + 3.0 * error, {**record, "error": error.item()}
+    return loss, record
 
 
 def joint_loss(

@@ -9,25 +9,44 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from davsp.embedded import build, draw, load, words
+from davsp.embedded.architecture import BLUEPRINTS
 from davsp.embedded.card import measure, save_card
 from davsp.errors import DavspError, Interrupted
 from davsp.files import read_json, sha256, write_bytes, write_json
 
+HINTS = """
+Its tower was not learnt alone: in the stage `see` each of its blocks was also drawn towards the same block of davsp-mini's tower, through
+maps that were thrown away. Its decoder saw nothing of davsp-mini. So the two see alike more than towers trained apart would, as LLaVA-1.5-7B
+and 13B do, which share one tower; keep that in mind where a prompt is carried from one to the other.
+"""
+
 
 def make(
-    out: Path, folder: Path, stage: str | None = None, device: str = "cpu", seed: int = 0, start: Path | None = None
+    out: Path,
+    folder: Path,
+    stage: str | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    start: Path | None = None,
+    which: str = "davsp-mini",
 ) -> None:
     """Run the stages that are missing in `out` (or just `stage`), then write the model with its card to `folder`.
 
     Args:
         start: a finished davsp-mini folder; only the last two stages are run, from its weights.
+        which: model of `BLUEPRINTS`.
 
     Raises:
         DavspError: an unknown stage, no such device, a folder of another run, a `start` that is no finished model.
         Interrupted: Ctrl-C; the last checkpoint is kept.
     """
-    if stage not in (None, "card", *build.STAGES):
-        raise DavspError(f"--stage {stage!r} is not known; the stages are {', '.join(build.STAGES)} and card.")
+    if which not in BLUEPRINTS:
+        raise DavspError(f"--model {which!r} is not known here; the models are {', '.join(BLUEPRINTS)}.")
+    stages = build.road(which)
+    if stage not in (None, "card", *stages):
+        raise DavspError(f"--stage {stage!r} is not known; {which}'s stages are {', '.join(stages)} and card.")
+    if start and which != "davsp-mini":
+        raise DavspError(f"--start goes with davsp-mini alone: {which} has no later stages to begin with.")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise DavspError(f"--device {device}: torch sees no GPU here; use --device cpu.")
     if start and stage not in (None, build.AGAIN, build.LAST, "card"):
@@ -35,22 +54,22 @@ def make(
     if start and not ((start / "model.safetensors").exists() and (start / "training.json").exists()):
         raise DavspError(f"--start {start} is no finished davsp-mini: model.safetensors or training.json is missing.")
     console = Console()
-    for name in [stage] if stage else [build.AGAIN, build.LAST, "card"] if start else [*build.STAGES, "card"]:
+    for name in [stage] if stage else [build.AGAIN, build.LAST, "card"] if start else [*stages, "card"]:
         if name == "card":
-            finish(out, folder, seed, console, start)
+            finish(out, folder, seed, console, start, which)
         elif (out / name / "done.json").exists():
-            build.check_done(out, name, seed, start)
+            build.check_done(out, name, seed, start, which)
         else:
-            _stage(name, out, seed, device, console, start)
+            _stage(name, out, seed, device, console, start, which)
 
 
-def _stage(name: str, out: Path, seed: int, device: str, console: Console, start: Path | None) -> None:
+def _stage(name: str, out: Path, seed: int, device: str, console: Console, start: Path | None, which: str) -> None:
     columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as bar:
-        task = bar.add_task(name, total=build.STAGES[name].steps, note="")
+        task = bar.add_task(name, total=build.road(which)[name].steps, note="")
         smooth: dict[str, float] = {}
         try:
-            for record in build.run_stage(name, out, seed, device, start=start):
+            for record in build.run_stage(name, out, seed, device, start=start, which=which):
                 for key in record.keys() - {"stage", "step", "steps"}:
                     smooth[key] = 0.98 * smooth.get(key, record[key]) + 0.02 * record[key]
                 note = " · ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in sorted(smooth.items(), reverse=True))
@@ -62,26 +81,31 @@ def _stage(name: str, out: Path, seed: int, device: str, console: Console, start
     curves(out)
 
 
-def finish(out: Path, folder: Path, seed: int, console: Console, start: Path | None = None) -> None:
+def finish(
+    out: Path, folder: Path, seed: int, console: Console, start: Path | None = None, which: str = "davsp-mini"
+) -> None:
     """Export, load as a user would, measure, write card, figures and training curves."""
     if start:
         before = read_json(start / "training.json")["stages"]
         records = {f"{name} (before)": record for name, record in before.items()}
         records |= {name: build.check_done(out, name, seed, start) for name in (build.AGAIN, build.LAST)}
     else:
-        records = {name: build.check_done(out, name, seed) for name in build.STAGES}
+        records = {name: build.check_done(out, name, seed, which=which) for name in build.road(which)}
     part = folder.with_name(folder.name + ".part")  # the model that is there stays until the new one is measured
     shutil.rmtree(part, ignore_errors=True)
-    build.export(out, part, seed)
+    build.export(out, part, seed, which)
     write_json(part / "training.json", {"seed": seed, "stages": records, "torch": torch.__version__})
     lvlm = load(part)
     measured = measure(lvlm, console=console)
     write_bytes(part / "curves.png", curves(out).read_bytes())
     parameters = sum(p.numel() for p in lvlm.model.parameters())
+    made = BLUEPRINTS[which]
     save_card(part, measured, {"stages": records, "text": {
-        "parameters": f"{parameters / 1e6:.1f} M", "things": len(words.THINGS), "canvas": draw.SIDE, "tokens": lvlm.tokens_per_image,
+        "name": which, "kind": type(lvlm.model).__name__, "layers": lvlm.num_layers, "width": made.width,
+        "hints": HINTS if which != "davsp-mini" else "",
+        "parameters": f"{parameters / 1e6:.1f} M", "things": len(words.THINGS), "canvas": lvlm.canvas, "tokens": lvlm.tokens_per_image,
         "words": len(words.DRAWN_WORDS), "faces": len(draw.FACES) + len(draw.HELD_FACES), "seed": seed,
-        "command": "davsp mini train" + (" --start" if start else ""), "sha256": sha256(part / "model.safetensors"),
+        "command": "davsp mini train" + (f" --model {which}" if which != "davsp-mini" else " --start" if start else ""), "sha256": sha256(part / "model.safetensors"),
     }})  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
@@ -98,7 +122,7 @@ def curves(out: Path) -> Path:
 
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     axes = figure.subplots(1, 2)
-    for name in build.STAGES:
+    for name in {**build.STAGES, **build.SHORT}:
         log = out / name / "metrics.jsonl"
         if not log.exists():
             continue
