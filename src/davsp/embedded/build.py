@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from davsp.embedded import FOLDER, draw, words
+from davsp.embedded import FOLDER, words
 from davsp.embedded.architecture import (
     BLUEPRINTS,
     FRAMES,

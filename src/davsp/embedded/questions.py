@@ -243,7 +243,7 @@ def relation_turns(a: draw.Thing, b: draw.Thing) -> list[tuple[str, str]]:
 
 def side_turn(rng: random.Random, a: draw.Thing, b: draw.Thing) -> tuple[str, str]:
     """Whether one thing is on a side of another, by yes or no."""
-    question, side = rng.choice(relation_turns(a, b))
+    _, side = rng.choice(relation_turns(a, b))
     asked, truth = either(rng, side, ("left", "right") if side in ("left", "right") else ("above", "below"))
     of = " of" if asked in ("left", "right") else ""
     return f"is the {a.name} {asked}{of} the {b.name} ?" + YES_NO, truth

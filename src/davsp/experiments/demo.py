@@ -4,39 +4,31 @@ Every stage leaves its result in the output folder with a hash of what it was ma
 still holds, goes on with what was cut off, and makes anew, saying so, what rests on other inputs.
 """
 
-import json
-import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from hashlib import sha256
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from PIL import Image
 from rich.console import Console
-from rich.markup import escape
 
 from davsp import report
 from davsp.checkpoint import METRICS
 from davsp.defenses import Defense, NoDefense, SafetyText, VisualPrompt
 from davsp.embedded.words import REFUSAL
-from davsp.errors import DavspError
 from davsp.evaluation import Evaluation, evaluate, fingerprint, model_name, queries_hash
-from davsp.files import manifest, read_bytes, read_json, read_tensors, save_tensors, write_json
-from davsp.files import sha256 as file_hash
+from davsp.experiments.stages import Stages, fitted_vector, records, trained_prompt
+from davsp.files import manifest, write_json
 from davsp.lvlm import LVLM
 from davsp.prompts import AdditiveNoise, Prompt, VisualSafetyPrompt
 from davsp.report.cells import find
 from davsp.report.html import write_report
 from davsp.report.terminal import print_table
-from davsp.training import TrainSettings, train
+from davsp.training import TrainSettings
 from davsp.vector import HarmfulnessVector
 
 if TYPE_CHECKING:
     from davsp.embedded.data import Protocol
-
-T = TypeVar("T")
 
 SETTINGS = TrainSettings(
     steps=150, optimizer="adam", lr=0.02, schedule="cosine", lam=2.5, malicious_answer_share=0.25, refusal=REFUSAL
@@ -97,15 +89,19 @@ def run_demo(
     settings = settings or SETTINGS.model_copy(update={"seed": seed})
     vector_text = safety_text if vector_text is None else vector_text
     padding = padding or round(lvlm.canvas / 12)
-    stages = _Stages(out, console)
+    stages = Stages(out, console)
     stages.line("model", f"{model_name(lvlm)}, {len(protocol.test)} test queries", time.perf_counter() - began)
 
-    vector = _vector(stages, lvlm, protocol, vector_text)
+    vector = fitted_vector(stages, lvlm, protocol, vector_text)
     prompts: dict[str, Prompt] = {
         "davsp": VisualSafetyPrompt.create(lvlm.canvas, padding, text=safety_text),
         "additive": AdditiveNoise.create(lvlm.canvas, eps, text=safety_text),
     }
-    trained = {name: _trained(stages, name, start, lvlm, protocol, vector, settings) for name, start in prompts.items()}
+    folders = {"davsp": out / "prompt", "additive": out / "additive"}
+    trained = {
+        name: trained_prompt(stages, name, start, lvlm, protocol, vector, settings, folders[name])
+        for name, start in prompts.items()
+    }
     defenses: dict[str, Defense] = {
         "none": NoDefense(),
         "safety-text": SafetyText(safety_text),
@@ -156,160 +152,13 @@ def run_demo(
         margins=_margins(trained["davsp"], vector),
         sweep=vector.table,
         layer=vector.layer,
-        curves={name: _records(out / "train" / name / METRICS) for name in ("davsp", "additive")},
+        curves={name: records(out / "train" / name / METRICS) for name in ("davsp", "additive")},
         manifest=facts,
     )
     write_report(out / "report.html", page, show_unsafe)
     stages.line("report", str(out / "report.html"), time.perf_counter() - start)
     print_table(console, found.rows, f"{model_name(lvlm)}, {time.perf_counter() - began:.0f} s in all")
     return found
-
-
-@dataclass
-class _Stages:
-    """Results on disk, each with a hash of its inputs; prints a line a stage.
-
-    Attributes:
-        seconds: stage -> what it took when it was made, also where it is kept from a run before.
-    """
-
-    out: Path
-    console: Console
-
-    def __post_init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    def run(self, name: str, inputs: Any, make: Callable[[bool], object], load: Callable[[], T]) -> T:
-        """What `load` reads, after `make(resume)` if it is not there or not whole.
-
-        resume is False where the inputs have changed; the folder of the stage's training is deleted then.
-        """
-        path, wanted = (
-            self.out / "stages" / f"{name}.json",
-            sha256(json.dumps(inputs, default=str).encode()).hexdigest(),
-        )
-        known: dict[str, Any] = read_json(path) if path.exists() else {}
-        same = bool(known) and known["inputs"] == wanted
-        if same and known["done"]:
-            try:
-                result = load()
-            except DavspError as error:
-                self.console.print(
-                    f"[yellow]{name}: made anew, as what was kept is not whole ({escape(str(error))})[/]"
-                )
-            else:
-                self.line(name, f"kept; it took {known['seconds']:.1f} s", 0.0)
-                self.seconds[name] = round(known["seconds"], 2)
-                return result
-        if not same:
-            if known:
-                self.console.print(f"[yellow]{name}: made anew, as what it rests on has changed[/]")
-            # before the new inputs are noted: a kill in between must not leave a checkpoint of the old ones to go on from
-            if (old := self.out / "train" / name).exists():
-                shutil.rmtree(old)
-        write_json(path, {"inputs": wanted, "done": False})
-        start = time.perf_counter()
-        make(same)
-        result = load()
-        seconds = time.perf_counter() - start
-        write_json(path, {"inputs": wanted, "done": True, "seconds": seconds})
-        self.line(name, "made" if not same else "finished", seconds)
-        return result
-
-    def line(self, name: str, note: str, seconds: float) -> None:
-        self.seconds[name] = round(seconds, 2)
-        self.console.print(f"[bold]{name:<10}[/] {seconds:7.1f} s  {note}", highlight=False)
-
-
-def _vector(stages: _Stages, lvlm: LVLM, data: "Protocol", text: str) -> HarmfulnessVector:
-    """The vector with its layer chosen on held-out queries."""
-    folder = stages.out / "vector"
-    sets = (data.vector_malicious, data.vector_benign, data.sweep_malicious, data.sweep_benign)
-
-    def make(resume: bool) -> None:
-        vector = HarmfulnessVector.fit(
-            lvlm, data.vector_malicious, data.vector_benign, text, progress=not stages.console.quiet
-        )
-        vector.sweep(lvlm, data.sweep_malicious, data.sweep_benign, text, progress=not stages.console.quiet)
-        vector.save(folder)
-
-    inputs = [fingerprint(lvlm), text, *(queries_hash(queries) for queries in sets)]
-    return stages.run("vector", inputs, make, lambda: HarmfulnessVector.load(folder))
-
-
-def _trained(
-    stages: _Stages,
-    name: str,
-    start: Prompt,
-    lvlm: LVLM,
-    data: "Protocol",
-    vector: HarmfulnessVector,
-    settings: TrainSettings,
-) -> Prompt:
-    """The trained prompt as it reads back from disk."""
-    folder = stages.out / "train" / name
-
-    def make(resume: bool) -> None:
-        probe = [*data.sweep_malicious, *data.sweep_benign]
-        if resume and folder.exists() and not (folder / METRICS).exists():
-            shutil.rmtree(folder)  # a checkpoint without its metrics can't be gone on from
-        progress = not stages.console.quiet
-        done = train(
-            lvlm,
-            start,
-            data.train_malicious,
-            data.train_benign,
-            vector,
-            settings,
-            folder,
-            resume,
-            progress,
-            _pictured(probe),
-        )
-        _save(done, stages.out)
-
-    kind = {
-        "kind": start.kind,
-        "text": start.text,
-        "padding": getattr(start, "padding", None),
-        "eps": getattr(start, "eps", None),
-    }
-    queries = [
-        queries_hash(q) for q in (data.train_malicious, data.train_benign, data.sweep_malicious, data.sweep_benign)
-    ]
-    inputs = [
-        fingerprint(lvlm),
-        kind,
-        settings.model_dump(),
-        file_hash(stages.out / "vector" / "vector.safetensors"),
-        *queries,
-    ]
-
-    def load() -> Prompt:
-        _records(folder / METRICS)  # the report draws them
-        return _load(start, stages.out)
-
-    return stages.run(name, inputs, make, load)
-
-
-def _pictured(queries: list[Any]) -> list[Any]:
-    return [q for q in queries if q.image is not None]
-
-
-def _save(prompt: Prompt, out: Path) -> None:
-    if isinstance(prompt, VisualSafetyPrompt):
-        prompt.save_pretrained(out / "prompt")
-    else:
-        save_tensors(out / "additive" / "delta.safetensors", {"delta": prompt.quantised().delta})
-
-
-def _load(start: Prompt, out: Path) -> Prompt:
-    if isinstance(start, VisualSafetyPrompt):
-        if not (out / "prompt").is_dir():  # from_pretrained would take the name for one on the hub
-            raise DavspError(f"there is no folder {out / 'prompt'}")
-        return VisualSafetyPrompt.from_pretrained(out / "prompt")
-    assert isinstance(start, AdditiveNoise)
-    return AdditiveNoise(read_tensors(out / "additive" / "delta.safetensors")["delta"], start.eps, start.text)
 
 
 def _put_figures_on_card(folder: Path, found: Evaluation, data: "Protocol") -> None:
@@ -359,10 +208,3 @@ def _pictures(trained: Mapping[str, Prompt], padding: int, eps: float) -> list[r
             f"The same objective; at most {round(255 * eps)} of 255 levels on every pixel, shown over mid grey.",
         ),
     ]
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in read_bytes(path).splitlines() if line]
-    except ValueError as error:
-        raise DavspError(f"{path} is damaged ({error}); delete the folder of that training to make it anew") from error

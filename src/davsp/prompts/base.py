@@ -69,6 +69,15 @@ class Prompt:
         """Clamp delta in place to what is allowed."""
         raise NotImplementedError
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the prompt's folder, all or nothing, in 8-bit levels."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(cls: type[P], source: str | Path) -> P:
+        """Read the prompt's folder."""
+        raise NotImplementedError
+
     def question(self, question: str) -> str:
         """The question with the safety text before it."""
         return f"{self.text} {question}" if self.text else question

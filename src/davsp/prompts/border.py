@@ -95,6 +95,25 @@ class VisualSafetyPrompt(Prompt):
         self.delta.clamp_(0, 1)
         return self
 
+    def resized(self, canvas: int) -> "VisualSafetyPrompt":
+        """The border on another canvas, its width scaled along; itself if that is the same. Zero-shot transfer (Table 3).
+
+        Only what lies on the border is mixed (bilinear, antialiased), never the zeros of the inside.
+
+        Raises:
+            DavspError: the scaled border leaves no room for the picture.
+        """
+        if canvas == self.canvas:
+            return self
+        size = (canvas, canvas)
+        pixels, weight = (
+            torch.nn.functional.interpolate(x[None], size, mode="bilinear", antialias=True)[0]
+            for x in (self.delta, self.mask.to(self.delta))
+        )
+        padding = max(1, round(self.padding * canvas / self.canvas))
+        config = self.config | {"canvas": canvas, "padding": padding}
+        return VisualSafetyPrompt((pixels / weight.clamp(min=1e-6)).clamp(0, 1), padding, self.text, config)
+
     def border(self) -> Image.Image:
         """The border as an 8-bit picture, mid grey inside."""
         grey = (1 - self.mask).expand(3, -1, -1) * (128 / 255)

@@ -1,0 +1,175 @@
+"""Steps of an experiment that leave their results on disk, each with a hash of what it was made from."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rich.console import Console
+from rich.markup import escape
+
+from davsp.checkpoint import METRICS
+from davsp.errors import DavspError
+from davsp.evaluation import fingerprint, queries_hash
+from davsp.files import read_bytes, read_json, write_json
+from davsp.files import sha256 as file_hash
+from davsp.lvlm import LVLM
+from davsp.prompts.base import P
+from davsp.training import TrainSettings, train
+from davsp.vector import HarmfulnessVector
+
+if TYPE_CHECKING:
+    from davsp.embedded.data import Protocol
+
+T = TypeVar("T")
+
+
+@dataclass
+class Stages:
+    """Results on disk, each with a hash of its inputs; prints a line a stage.
+
+    Attributes:
+        seconds: stage -> what it took when it was made, also where it is kept from a run before.
+    """
+
+    out: Path
+    console: Console
+
+    def __post_init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def run(self, name: str, inputs: Any, make: Callable[[bool], object], load: Callable[[], T]) -> T:
+        """What `load` reads, after `make(resume)` if it is not there or not whole.
+
+        resume is False where the inputs have changed; the folder of the stage's training is deleted then.
+        """
+        path, wanted = (
+            self.out / "stages" / f"{name}.json",
+            sha256(json.dumps(inputs, default=str).encode()).hexdigest(),
+        )
+        known: dict[str, Any] = read_json(path) if path.exists() else {}
+        same = bool(known) and known["inputs"] == wanted
+        if same and known["done"]:
+            try:
+                result = load()
+            except DavspError as error:
+                self.console.print(
+                    f"[yellow]{name}: made anew, as what was kept is not whole ({escape(str(error))})[/]"
+                )
+            else:
+                self.line(name, f"kept; it took {known['seconds']:.1f} s", 0.0)
+                self.seconds[name] = round(known["seconds"], 2)
+                return result
+        if not same:
+            if known:
+                self.console.print(f"[yellow]{name}: made anew, as what it rests on has changed[/]")
+            # before the new inputs are noted: a kill in between must not leave a checkpoint of the old ones to go on from
+            if (old := self.out / "train" / name).exists():
+                shutil.rmtree(old)
+        write_json(path, {"inputs": wanted, "done": False})
+        start = time.perf_counter()
+        make(same)
+        result = load()
+        seconds = time.perf_counter() - start
+        write_json(path, {"inputs": wanted, "done": True, "seconds": seconds})
+        self.line(name, "made" if not same else "finished", seconds)
+        return result
+
+    def line(self, name: str, note: str, seconds: float) -> None:
+        self.seconds[name] = round(seconds, 2)
+        self.console.print(f"[bold]{name:<10}[/] {seconds:7.1f} s  {note}", highlight=False)
+
+
+def fitted_vector(stages: Stages, lvlm: LVLM, data: "Protocol", text: str) -> HarmfulnessVector:
+    """The vector with its layer chosen on held-out queries."""
+    folder = stages.out / "vector"
+    sets = (data.vector_malicious, data.vector_benign, data.sweep_malicious, data.sweep_benign)
+
+    def make(resume: bool) -> None:
+        vector = HarmfulnessVector.fit(
+            lvlm, data.vector_malicious, data.vector_benign, text, progress=not stages.console.quiet
+        )
+        vector.sweep(lvlm, data.sweep_malicious, data.sweep_benign, text, progress=not stages.console.quiet)
+        vector.save(folder)
+
+    inputs = [fingerprint(lvlm), text, *(queries_hash(queries) for queries in sets)]
+    return stages.run("vector", inputs, make, lambda: HarmfulnessVector.load(folder))
+
+
+def trained_prompt(
+    stages: Stages,
+    name: str,
+    start: P,
+    lvlm: LVLM,
+    data: "Protocol",
+    vector: HarmfulnessVector,
+    settings: TrainSettings,
+    saved: Path,
+) -> P:
+    """Train `start` on the protocol's training queries, save it in `saved`; the prompt as it reads back from there."""
+    folder = stages.out / "train" / name
+
+    def make(resume: bool) -> None:
+        probe = [*data.sweep_malicious, *data.sweep_benign]
+        if resume and folder.exists() and not (folder / METRICS).exists():
+            shutil.rmtree(folder)  # a checkpoint without its metrics can't be gone on from
+        progress = not stages.console.quiet
+        done = train(
+            lvlm,
+            start,
+            data.train_malicious,
+            data.train_benign,
+            vector,
+            settings,
+            folder,
+            resume,
+            progress,
+            _pictured(probe),
+        )
+        done.save_pretrained(saved)
+
+    kind = {
+        "kind": start.kind,
+        "text": start.text,
+        "padding": getattr(start, "padding", None),
+        "eps": getattr(start, "eps", None),
+    }
+    queries = [
+        queries_hash(part)
+        for part in (data.train_malicious, data.train_benign, data.sweep_malicious, data.sweep_benign)
+    ]
+    inputs = [
+        fingerprint(lvlm),
+        kind,
+        settings.model_dump(),
+        file_hash(stages.out / "vector" / "vector.safetensors"),
+        *queries,
+    ]
+
+    def load() -> P:
+        records(folder / METRICS)  # the report draws them
+        if not saved.is_dir():  # from_pretrained would take the name for one on the hub
+            raise DavspError(f"there is no folder {saved}")
+        return type(start).from_pretrained(saved)
+
+    return stages.run(name, inputs, make, load)
+
+
+def _pictured(queries: list[Any]) -> list[Any]:
+    return [q for q in queries if q.image is not None]
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a training's metrics.
+
+    Raises:
+        DavspError: one of them is no JSON.
+    """
+    try:
+        return [json.loads(line) for line in read_bytes(path).splitlines() if line]
+    except ValueError as error:
+        raise DavspError(f"{path} is damaged ({error}); delete the folder of that training to make it anew") from error
