@@ -159,7 +159,9 @@ def files(out: Path) -> dict[str, Any]:
         elif path.name == "manifest.json":
             found[path.name] = json.loads(text) | {"time": ""}
         elif path.suffix == ".html":
-            found[path.name] = [line for line in text.splitlines() if "&#34;time&#34;" not in line]
+            found[path.name] = [
+                line for line in text.splitlines() if "&#34;time&#34;" not in line and 'class="time"' not in line
+            ]
         else:
             found[path.name] = json.loads(text)
             found[path.name].pop("answers", None)  # a hash of responses.jsonl, seconds and all

@@ -17,6 +17,7 @@ from davsp.judges.keyword import VERSION as RULES
 from davsp.judges.keyword import keyword
 from davsp.judges.verdicts import judge_name, verdicts_of
 from davsp.lvlm import fingerprint
+from davsp.query import COST
 from tiny import queries
 
 DEFENSES: dict[str, Defense] = {"none": NoDefense(), "safety-text": SafetyText("please be safe")}
@@ -68,6 +69,7 @@ def test_files_and_rows(lvlm: LVLM, vector: HarmfulnessVector, tmp_path: Path) -
         ("utility", "rec", "accuracy"),
         ("utility", "know", "accuracy"),
         ("utility", "total", "accuracy"),
+        *(("cost", "total", what) for what in COST),
     }
     assert any(r["metric"] == "rsr_difference" for r in found.rows if r["defense"] == "safety-text")
     assert all(r["model"] == Path(lvlm.model_id).name for r in found.rows)

@@ -109,6 +109,7 @@ def evaluate(
             judged = judge_own(queries, responses, judge, name, baseline, seed)
         else:
             judged = judge_published(queries, responses, judge, graders, name, baseline, seed)
+        judged = replace(judged, rows=judged.rows + metrics.cost_rows(name, responses, baseline))
         if out is not None:
             _write(out, judged)
     return Evaluation(responses, judged.verdicts, judged.rows, judged.grades)

@@ -20,7 +20,7 @@ import numpy as np
 from scipy import stats
 
 from davsp.judges.keyword import withheld
-from davsp.query import Query, Response, Verdict
+from davsp.query import COST, Query, Response, Verdict
 
 SCHEMA = 1
 CONFIDENCE = 0.95
@@ -195,6 +195,45 @@ def outcomes(queries: Iterable[Query], responses: Iterable[Response], verdicts: 
             for split in dict.fromkeys([q.category or "total", "total"]):
                 found += [Outcome(q.id, q.benchmark, split, "accuracy", q.group, float(correct(q, text)))]
     return found
+
+
+# ------------------------------------------------------------------------------------------------ cost
+
+
+def cost_rows(model: str, responses: Mapping[str, Sequence[Response]], baseline: str = "none") -> list[Row]:
+    """What an answer takes under each defense: rows of the benchmark "cost", the mean of each field of `COST`.
+
+    With the baseline's answers in the same run each is followed by `<metric>_difference`: what the defense adds. No row stands where
+    an answer's cost is not known (a server that counts nothing, answers of an older version). Time is not among them: it is no
+    matter of the answers, and another run of the same gives another.
+
+    Args:
+        model: name for the rows.
+        responses: by defense, an answer to each query.
+        baseline: what the differences start from.
+    """
+    table: list[Row] = []
+    known = {(name, what): _mean(found, what) for name, found in responses.items() for what in COST}
+    for (name, what), value in known.items():
+        if value is None:
+            continue
+        n, before = len(responses[name]), known.get((baseline, what))
+        table.append(_row(model, name, ("cost", "total", what), value, None, None, n))
+        if name != baseline and before is not None:
+            table.append(_row(model, name, ("cost", "total", f"{what}_difference"), value - before, None, None, n))
+    return table
+
+
+def latency(responses: Mapping[str, Sequence[Response]], baseline: str = "none") -> dict[str, float]:
+    """Seconds under each defense over those under the baseline; empty without a baseline, or where its time is not known."""
+    seconds = {name: sum(r.seconds for r in found) for name, found in responses.items()}
+    before = seconds.get(baseline, 0.0)
+    return {name: value / before for name, value in seconds.items()} if before else {}
+
+
+def _mean(responses: Sequence[Response], what: str) -> float | None:
+    values = [getattr(r, what) for r in responses]
+    return None if None in values or not values else sum(values) / len(values)
 
 
 # ------------------------------------------------------------------------------------------------ rows

@@ -5,13 +5,16 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from PIL import Image, ImageOps
 from PIL.ImageFile import ImageFile
 
 from davsp.errors import DavspError
 from davsp.files import read_bytes, sha256_bytes, write_text
+
+COST = ("calls", "prompt_tokens", "image_tokens")
+"""The fields of a response that say what it took, but for time."""
 
 Record = TypeVar("Record", "Query", "Response", "Verdict", "Grade")
 
@@ -62,6 +65,9 @@ class Response:
     Attributes:
         projection: s(x) of the last input token at the vector's layer, where one was given.
         seconds: wall time, shared equally by a batch.
+        calls: how often the model was asked for it; None in answers from before this was counted.
+        prompt_tokens: of all calls together, pictures and the chat's own marks included; None where a server does not tell.
+        image_tokens: how many of these stand for pictures; None where a server answers.
     """
 
     query_id: str
@@ -69,6 +75,9 @@ class Response:
     text: str
     projection: float | None = None
     seconds: float = 0.0
+    calls: int | None = None
+    prompt_tokens: int | None = None
+    image_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -152,7 +161,7 @@ def flatten(image: Image.Image) -> Image.Image:
 
 def write_jsonl(path: str | Path, records: "Iterable[Query | Response | Verdict | Grade]") -> None:
     """Write records as JSON lines, atomically. A picture is written as its hash and size."""
-    write_text(path, "".join(json.dumps(_plain(r), ensure_ascii=False) + "\n" for r in records))
+    write_text(path, "".join(json_line(r) for r in records))
 
 
 def read_jsonl(path: str | Path, cls: type[Record]) -> list[Record]:
@@ -177,9 +186,12 @@ def read_jsonl(path: str | Path, cls: type[Record]) -> list[Record]:
     return records
 
 
-def _plain(record: "Query | Response | Verdict | Grade") -> dict[str, Any]:
+def json_line(record: "Query | Response | Verdict | Grade") -> str:
+    """A record as it stands in a file, line end included. What is not known of an answer's cost is left out."""
     values = {f.name: getattr(record, f.name) for f in fields(record)}
+    if isinstance(record, Response):
+        values = {name: value for name, value in values.items() if value is not None or name not in COST}
     if isinstance(record, Query):
         picture = record.picture()
         values["image"] = picture and {"sha256": sha256_bytes(picture.tobytes()), "size": list(picture.size)}
-    return values
+    return json.dumps(values, ensure_ascii=False) + "\n"

@@ -9,7 +9,7 @@ responses.jsonl   the answers; grows by a batch at a time and is put into the qu
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from rich.console import Console
 from davsp import parallel
 from davsp.errors import DavspError
 from davsp.files import read_bytes, read_json, sweep, to_json, write_all
-from davsp.query import Query, Response, unpacked, write_jsonl
+from davsp.query import Query, Response, json_line, unpacked, write_jsonl
 
 RUN, QUERIES, RESPONSES, MANIFEST = "run.json", "queries.json", "responses.jsonl", "manifest.json"
 
@@ -99,7 +99,7 @@ class Store:
         """
         if parallel.rank() > 0:
             return
-        lines = "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in responses)
+        lines = "".join(json_line(r) for r in responses)
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(lines)

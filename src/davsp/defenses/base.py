@@ -7,15 +7,22 @@ from typing import Any
 
 from PIL import Image
 
-from davsp.lvlm import LVLM
+from davsp.lvlm import LVLM, Answer
 from davsp.query import Query, Response
 from davsp.vector import HarmfulnessVector
 
 
 class Defense(ABC):
-    """Who changes the input writes `prepare` and inherits `respond`; who wraps the call overrides `respond`."""
+    """Who changes the input writes `prepare` and inherits `respond`; who wraps the call overrides `respond`.
+
+    Attributes:
+        name: of its row in tables, and in every response.
+    """
 
     name: str
+
+    def check(self, lvlm: LVLM) -> None:  # noqa: B027  # most go with any model
+        """Raises DavspError if the defense does not go with the model; asked before anything is answered."""
 
     @abstractmethod
     def prepare(self, queries: Sequence[Query]) -> list[Query]:
@@ -45,18 +52,19 @@ class Defense(ABC):
             max_new_tokens: the longest answer.
 
         Raises:
-            DavspError: a picture can't be read.
+            DavspError: a picture can't be read, or the defense does not go with the model.
         """
+        self.check(lvlm)
         prepared = self.prepare(queries)
         answers: dict[int, Response] = {}
         for batch in _batches(prepared, batch_size):
             start = time.perf_counter()
             pictures = [picture for i in batch if (picture := prepared[i].picture()) is not None]
             questions = [prepared[i].question for i in batch]
-            texts, projections = _answer(lvlm, pictures, questions, vector, max_new_tokens)
+            said, projections = _answer(lvlm, pictures, questions, vector, max_new_tokens)
             seconds = (time.perf_counter() - start) / len(batch)
-            for i, text, projection in zip(batch, texts, projections, strict=True):
-                answers[i] = Response(queries[i].id, self.name, text, projection, seconds)
+            for i, (text, *tokens), projection in zip(batch, said, projections, strict=True):
+                answers[i] = Response(queries[i].id, self.name, text, projection, seconds, 1, *tokens)
             if progress is not None:
                 progress(len(batch))
         return [answers[i] for i in range(len(queries))]
@@ -74,11 +82,11 @@ def _answer(
     questions: list[str],
     vector: HarmfulnessVector | None,
     max_new_tokens: int,
-) -> tuple[list[str], list[float | None]]:
+) -> tuple[list[Answer], list[float | None]]:
     """Answers and projections of one batch; without pictures the canvas is None."""
     canvas = lvlm.preprocess(pictures) if pictures else None
-    texts = lvlm.generate(canvas, questions, max_new_tokens=max_new_tokens)
+    said = lvlm.ask(canvas, questions, max_new_tokens)
     if vector is None:
-        return texts, [None] * len(texts)
+        return said, [None] * len(said)
     states = lvlm.states(canvas, questions, [vector.layer])  # (b, 1, d)
-    return texts, [float(s) for s in vector.project(states[:, 0])]
+    return said, [float(s) for s in vector.project(states[:, 0])]

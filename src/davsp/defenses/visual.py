@@ -8,7 +8,7 @@ from typing import Any
 from davsp.defenses.base import Defense
 from davsp.lvlm import LVLM
 from davsp.prompts import Prompt
-from davsp.query import Query, Response
+from davsp.query import Query
 
 
 class VisualPrompt(Defense):
@@ -21,10 +21,9 @@ class VisualPrompt(Defense):
     def __init__(self, prompt: Prompt, name: str = "davsp") -> None:
         self.prompt, self.name = prompt.quantised(), name
 
-    def respond(self, lvlm: LVLM, *args: Any, **options: Any) -> list[Response]:
-        """As every defense; a prompt for another canvas is refused, as the LVLM would crop or stretch it in silence."""
+    def check(self, lvlm: LVLM) -> None:
+        """Raises DavspError if the prompt is for another canvas: the LVLM would crop or stretch it in silence."""
         self.prompt.check(lvlm)
-        return super().respond(lvlm, *args, **options)
 
     def prepare(self, queries: Sequence[Query]) -> list[Query]:
         return [self._prepared(q) for q in queries]

@@ -1,8 +1,9 @@
 """Frozen vision-language models behind one small interface, a file a family."""
 
-from davsp.lvlm.base import LVLM, Canvas, StepOutput, Tokens
+from davsp.lvlm.base import LVLM, Answer, Canvas, StepOutput, Tokens
 from davsp.lvlm.deepseek_vl import DeepseekVLHybridLVLM, DeepseekVLLVLM
 from davsp.lvlm.device import check_device
+from davsp.lvlm.hooks import Steer
 from davsp.lvlm.identity import fingerprint, model_name, short_name
 from davsp.lvlm.llava import LlavaLVLM
 from davsp.lvlm.qwen2_5_vl import Qwen25VLLVLM
@@ -21,12 +22,14 @@ FAMILIES: dict[
 __all__ = [
     "FAMILIES",
     "LVLM",
+    "Answer",
     "Canvas",
     "DeepseekVLHybridLVLM",
     "DeepseekVLLVLM",
     "LlavaLVLM",
     "Qwen2VLLVLM",
     "Qwen25VLLVLM",
+    "Steer",
     "StepOutput",
     "Tokens",
     "check_device",

@@ -6,9 +6,10 @@ Layers are numbered as in `hidden_states`: layer l is the output of decoder bloc
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,7 +25,7 @@ from transformers import (
 
 from davsp.errors import DavspError
 from davsp.lvlm.device import check_device_map
-from davsp.lvlm.hooks import catching, steering, wide
+from davsp.lvlm.hooks import Steer, catching, steering, wide
 from davsp.lvlm.loading import load_weights, processor_template
 
 # Finished pictures in [0, 1]: a batch of one size, or one by one where they keep sizes of their own.
@@ -49,6 +50,14 @@ class StepOutput:
     answer_loss: Float[Tensor, " b"] | None
 
 
+class Answer(NamedTuple):
+    """A greedy answer and what it took: tokens of its prompt, and how many of these stand for a picture; None: not known."""
+
+    text: str
+    prompt_tokens: int | None
+    image_tokens: int | None
+
+
 class LVLM:
     """One loaded, frozen vision-language model.
 
@@ -61,10 +70,12 @@ class LVLM:
         mean, std: per-channel normalisation of the vision tower, (1, 3, 1, 1).
         processors: image processors that this family's checkpoints come with.
         server: address of the server that runs the model; None: it is here.
+        steer: how `generate` steers where nothing else is said; None: not at all (`steered`).
     """
 
     processors: tuple[str, ...]
     server: str | None = None
+    steer: Steer | None = None
     canvas: int
     tokens_per_image: int
     image_token_id: int
@@ -319,7 +330,7 @@ class LVLM:
         canvas: Canvas | None,
         questions: Sequence[str],
         max_new_tokens: int = 48,
-        steer: tuple[int, Tensor] | None = None,
+        steer: tuple[int, Tensor] | Steer | None = None,
     ) -> list[str]:
         """Greedy answers.
 
@@ -328,8 +339,9 @@ class LVLM:
             questions: as the user types them, any safety text included.
             max_new_tokens: an answer is cut there.
             steer: (layer, vector (D,)): the vector is added to that layer's output at the last prompt token and at
-                every answer token (test-time intervention, the paper's Table 5).
+                every answer token (test-time intervention, the paper's Table 5); a `Steer` can do more.
         """
+        steer = steer or self.steer
         tokens = self.encode(questions, self._placeholders(canvas), padding_side="left")
         settings = GenerationConfig(
             do_sample=False,
@@ -346,12 +358,32 @@ class LVLM:
         answers = self.tokenizer.batch_decode(output[:, tokens.ids.shape[1] :], skip_special_tokens=True)
         return [answer.strip() for answer in answers]
 
+    def steered(self, steer: Steer) -> "LVLM":
+        """The same model, whose every answer is steered; nothing is copied but the reference to its weights.
+
+        Raises:
+            DavspError: a layer outside 1 .. num_layers - 1, one that is steered already, or a model on a server.
+        """
+        self.check_layer(steer.layer)
+        if self.steer is not None:
+            raise DavspError("the model is steered already: put no intervention into another")
+        other = copy(self)
+        other.steer = steer
+        return other
+
+    def ask(self, canvas: Canvas | None, questions: Sequence[str], max_new_tokens: int = 48) -> list[Answer]:
+        """What `generate` gives, and what each answer took. Tokens are counted as the model sees them, without padding."""
+        texts = self.generate(canvas, questions, max_new_tokens=max_new_tokens)
+        pictures = self._placeholders(canvas) or [0] * len(texts)
+        sizes = [len(self._prompt_ids(question, n)) for question, n in zip(questions, pictures, strict=True)]
+        return [Answer(*one) for one in zip(texts, sizes, pictures, strict=True)]
+
     def check_layer(self, layer: int) -> None:
         """Raises DavspError if the model has no such layer to look at."""
         if not 1 <= layer <= self.num_layers - 1:
             raise DavspError(f"layer {layer} is out of range: {self.model_id} has layers 1 to {self.num_layers - 1}")
 
-    def _placeholders(self, canvas: Canvas | None) -> bool | list[int]:
+    def _placeholders(self, canvas: Canvas | None) -> Literal[False] | list[int]:
         """How many image tokens each row takes; canvases are checked here, before anything is computed."""
         if canvas is None:
             return False

@@ -5,11 +5,20 @@ Layers are numbered as in `hidden_states`: layer l is the output of `blocks[l - 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+
+class Steer(NamedTuple):
+    """How generation is steered at one layer; see `steering`."""
+
+    layer: int
+    vector: Tensor  # (D,)
+    to: float | None = None
+    answer: bool = True
 
 
 class _Enough(Exception):
@@ -45,15 +54,34 @@ def catching(blocks: Any, layers: Sequence[int], last: Int[Tensor, " b"], stop: 
 
 
 @contextmanager
-def steering(blocks: Any, layer: int, vector: Float[Tensor, " d"]) -> Iterator[None]:
+def steering(
+    blocks: Any, layer: int, vector: Float[Tensor, " d"], to: float | None = None, answer: bool = True
+) -> Iterator[None]:
     """Add `vector` to the newest token of every row at `layer`: the prompt's last one, then each answer token.
 
     For left-padded generation, where the newest token stands last.
+
+    Args:
+        blocks: the decoder's.
+        layer: 1 .. len(blocks).
+        vector: in the units of the hidden state; with `to` a unit vector.
+        to: move each row along the vector by what brings its projection h . v to this value, in place of adding the vector.
+        answer: also at each answer token; else at the prompt's last token alone.
     """
+    steered = False
 
     def add(module: Any, inputs: Any, output: Any) -> Any:
+        nonlocal steered
+        if steered and not answer:
+            return output
+        steered = True
         hidden = (output[0] if isinstance(output, tuple) else output).clone()
-        hidden[:, -1] += vector.to(hidden)
+        if to is None:
+            hidden[:, -1] += vector.to(hidden)
+        else:
+            newest = wide(hidden[:, -1])
+            along = vector.to(newest)
+            hidden[:, -1] = (newest + (to - newest @ along)[:, None] * along).to(hidden)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     handle = blocks[layer - 1].register_forward_hook(add)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from davsp.client import Client, Failure
 from davsp.errors import DavspError
-from davsp.lvlm.base import LVLM
+from davsp.lvlm.base import LVLM, Answer
+from davsp.lvlm.hooks import Steer
 
 NO_STATES = "a server gives no hidden states; leave out the vector, or load the model here (--engine transformers)"
 
@@ -76,7 +77,7 @@ class RemoteLVLM(LVLM):
         canvas: list[bytes] | None,
         questions: Sequence[str],
         max_new_tokens: int = 48,
-        steer: tuple[int, Tensor] | None = None,
+        steer: tuple[int, Tensor] | Steer | None = None,
     ) -> list[str]:
         """Greedy answers, in the order of the questions; as here, an answer is cut at `max_new_tokens`.
 
@@ -85,15 +86,21 @@ class RemoteLVLM(LVLM):
         """
         if steer is not None:
             raise DavspError(f"{NO_STATES}.")
+        return [answer.text for answer in self.ask(canvas, questions, max_new_tokens)]
+
+    def ask(  # type: ignore[override]  # takes what `preprocess` gives
+        self, canvas: list[bytes] | None, questions: Sequence[str], max_new_tokens: int = 48
+    ) -> list[Answer]:
+        """As `generate`, with the prompt tokens that the server counted; it does not tell which of them are a picture's."""
         if canvas is not None and len(canvas) != len(questions):
             raise ValueError(f"{len(canvas)} pictures for {len(questions)} questions")
         bodies = {
             str(i): self._body(question, None if canvas is None else canvas[i], max_new_tokens)
             for i, question in enumerate(questions)
         }
-        answers: dict[str, str] = {}
+        answers: dict[str, Answer] = {}
 
-        def keep(key: str, found: str | Failure) -> None:
+        def keep(key: str, found: Answer | Failure) -> None:
             if isinstance(found, Failure):
                 said = f": {found.raw[:200]}" if found.raw else ""
                 raise DavspError(
@@ -113,6 +120,10 @@ class RemoteLVLM(LVLM):
         raise DavspError(f"{NO_STATES}.")
 
     step = states
+
+    def steered(self, steer: Steer) -> NoReturn:
+        """Raises DavspError: what a server does not give cannot be changed."""
+        raise DavspError(f"{NO_STATES}.")
 
     def _body(self, question: str, picture: bytes | None, max_new_tokens: int) -> dict[str, Any]:
         """Greedy, as `LVLM.generate`: a server would else take sampling and penalties from the checkpoint's settings."""
@@ -136,7 +147,7 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _read(body: Any) -> str | Failure:
+def _read(body: Any) -> Answer | Failure:
     """The answer in a reply: ended by the model, or cut at the length that was asked for."""
     try:
         choice = body["choices"][0]
@@ -149,4 +160,7 @@ def _read(body: Any) -> str | Failure:
         return Failure(f"its answer ended by {end!r}")
     if not isinstance(text, str) or (end == "length" and not text.strip()):
         return Failure(f"its reply holds no text, finish_reason {end!r}; a reasoning model needs more --max-new-tokens")
-    return text.strip().encode(errors="replace").decode()  # JSON may hold what UTF-8 can't
+    usage = body.get("usage")
+    counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    said = text.strip().encode(errors="replace").decode()  # JSON may hold what UTF-8 can't
+    return Answer(said, counted if isinstance(counted, int) else None, None)

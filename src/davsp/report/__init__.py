@@ -50,6 +50,7 @@ class Report:
         sweep: one dict a layer: layer, auroc, mean_malicious, mean_benign, gap.
         curves: defense -> records of its training's metrics.jsonl.
         asked: malicious benchmark -> how many queries it has, and of how many distinct intents they are.
+        latency: defense -> seconds over those of the baseline.
     """
 
     rows: list[dict[str, Any]]
@@ -65,6 +66,7 @@ class Report:
     curves: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
     asked: dict[str, tuple[int, int]] = field(default_factory=dict)
+    latency: dict[str, float] = field(default_factory=dict)
 
 
 def build(
@@ -95,8 +97,9 @@ def build(
         examples = _examples(queries, evaluation, defenses[defense], defense, baseline)
     projections = _projections(queries, evaluation)
     return Report(
-        rows, model, defense, baseline, examples=examples, projections=projections, asked=_asked(queries), **rest
-    )
+        rows, model, defense, baseline, examples=examples, projections=projections, asked=_asked(queries),
+        latency=metrics.latency(evaluation.responses, baseline), **rest,
+    )  # fmt: skip
 
 
 def _asked(queries: Sequence[Query]) -> dict[str, tuple[int, int]]:

@@ -7,15 +7,21 @@ from typing import Any
 from davsp.benchmarks import mm_safetybench, mme
 from davsp.benchmarks.source import EMBEDDED
 from davsp.metrics import WORST
+from davsp.query import COST
 
 Rows = Sequence[Mapping[str, Any]]
 
 DEFENSES = {
     "none": "No Defense",
     "safety-text": "Safety text only",
+    "adashield-s": "AdaShield-S",
+    "adashield-s:prefix": "AdaShield-S, prefix",
     "random-border": "Random border + text",
     "additive": "Additive noise + text",
+    "ecso": "ECSO",
     "davsp": "DAVSP",
+    "ecso+davsp": "ECSO + DAVSP, static",
+    "ecso-adaptive+davsp": "ECSO + DAVSP, adaptive",
 }
 BENCHMARKS = {
     "sd": "SD",
@@ -127,6 +133,31 @@ def cell(rows: Rows, defense: str, column: Column) -> Cell:
             direction = "better" if (difference["value"] > 0) == column.high_is_good else "worse"
     interval = f"{100 * row['low']:.1f}–{100 * row['high']:.1f}"
     return Cell(percent(row["value"]), interval, text, direction, unscored, worst)
+
+
+def costs(rows: Rows, latency: Mapping[str, float]) -> list[tuple[str, list[str]]]:
+    """What an answer takes under each of `defenses(rows)`: calls, prompt tokens, those of pictures, time; empty if none is known.
+
+    Each as its mean, and behind it what is more than under No Defense; time as a multiple of No Defense's.
+    """
+    made = []
+    for name in defenses(rows):
+        counts = [_count(rows, name, what) for what in COST]
+        time = f"×{latency[name]:.2f}" if name in latency else "–"
+        made.append((name, [*counts, time]))
+    return made if any(row["benchmark"] == "cost" for row in rows) else []
+
+
+COST_HEADINGS = ("Calls", "Prompt tokens", "of pictures", "Time")
+
+
+def _count(rows: Rows, defense: str, what: str) -> str:
+    mean = find(rows, defense, "cost", "total", what)
+    more = find(rows, defense, "cost", "total", f"{what}_difference")
+    if mean is None:
+        return "–"
+    digits = 2 if what == "calls" else 1
+    return f"{mean['value']:.{digits}f}" + ("" if more is None else f" ({more['value']:+.{digits}f})".replace("-", "−"))
 
 
 def number(row: Mapping[str, Any] | None) -> str:

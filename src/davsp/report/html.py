@@ -20,11 +20,13 @@ from davsp.query import Query, Response, Verdict
 from davsp.report import Example, Report, plots
 from davsp.report.cells import (
     BENCHMARKS,
+    COST_HEADINGS,
     POOLED,
     SUMS,
     Cell,
     Column,
     cell,
+    costs,
     defenses,
     find,
     label,
@@ -70,6 +72,8 @@ def render(report: Report, show_unsafe: bool = False) -> str:
         tiles=_tiles(report),
         main=main,
         utility=_table(report, utility_columns(rows)),
+        costs=costs(rows, report.latency),
+        cost_headings=COST_HEADINGS,
         scores=[(*key, [number(row) for row in cells]) for *key, cells in score_rows(rows)],
         defenses=defenses(rows),
         pictures=[(p, uri(p.image)) for p in report.pictures],

@@ -1,11 +1,23 @@
 """The same figures for the terminal."""
 
 import re
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
 
-from davsp.report.cells import SUMS, Rows, cell, defenses, label, main_columns, number, score_rows
+from davsp.report.cells import (
+    COST_HEADINGS,
+    SUMS,
+    Rows,
+    cell,
+    costs,
+    defenses,
+    label,
+    main_columns,
+    number,
+    score_rows,
+)
 
 WHOLE = ("total", "all", "perception", "cognition")
 """Parts of a published set that the terminal shows; metrics.json and the report have all."""
@@ -34,6 +46,19 @@ def print_scores(console: Console, rows: Rows) -> None:
         made.add_column(label(name), justify="right")
     for benchmark, part, metric, cells in found:
         made.add_row(benchmark, part, metric, *(number(row) for row in cells))
+    console.print(made)
+
+
+def print_costs(console: Console, rows: Rows, latency: Mapping[str, float]) -> None:
+    """Print what an answer takes under each defense, if that is known and there are two to compare."""
+    found = costs(rows, latency)
+    if len(found) < 2:
+        return
+    made = Table("Defense", caption="an answer, mean; in brackets: more than No Defense", title_justify="left")
+    for heading in COST_HEADINGS:
+        made.add_column(heading, justify="right")
+    for name, cells in found:
+        made.add_row(label(name), *cells)
     console.print(made)
 
 
