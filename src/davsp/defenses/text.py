@@ -1,28 +1,51 @@
-"""A fixed safety text before the question (the paper's "only TSP"; with AdaShield's text it is AdaShield-S)."""
+"""A fixed safety text at the question (the paper's "only TSP"); AdaShield-S is one of a known wording (`adashield`)."""
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from davsp.defenses.base import Defense
 from davsp.errors import DavspError
 from davsp.query import Query
 
+Placement = Literal["prefix", "suffix", "sandwich"]
+
 
 class SafetyText(Defense):
-    """Puts `text` as it is and one space before every question, with or without a picture, as a visual prompt does.
+    """Puts `text` as it is at every question, with or without a picture.
+
+    Args:
+        text: not empty.
+        name: of its row.
+        placement: prefix: text, question, as a visual prompt does. suffix: question, text. sandwich: question, text, question.
+        separator: what stands between them: one space; nothing in AdaShield's code; a line break in UniGuard's.
 
     Raises:
-        DavspError: the text is empty; that would be no defense under another name.
+        DavspError: the text is empty, which would be no defense under another name, or an unknown placement.
     """
 
-    def __init__(self, text: str, name: str = "safety-text") -> None:
+    def __init__(
+        self, text: str, name: str = "safety-text", placement: Placement = "prefix", separator: str = " "
+    ) -> None:
         if not text.strip():
             raise DavspError("SafetyText needs a text; for none, use NoDefense")
-        self.text, self.name = text, name
+        if placement not in ("prefix", "suffix", "sandwich"):
+            raise DavspError(f"placement {placement!r} is not known: choose prefix, suffix or sandwich")
+        self.text, self.name, self.placement, self.separator = text, name, placement, separator
 
     def prepare(self, queries: Sequence[Query]) -> list[Query]:
-        return [replace(q, question=f"{self.text} {q.question}") for q in queries]
+        return [replace(q, question=self._placed(q.question)) for q in queries]
+
+    def _placed(self, question: str) -> str:
+        parts = {
+            "prefix": (self.text, question),
+            "suffix": (question, self.text),
+            "sandwich": (question, self.text, question),
+        }
+        return self.separator.join(parts[self.placement])
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "text", "text": self.text}
+        told = {"kind": "text", "text": self.text}
+        if (self.placement, self.separator) != ("prefix", " "):  # else as in run folders from before there was a choice
+            told |= {"placement": self.placement, "separator": self.separator}
+        return told
