@@ -1,53 +1,156 @@
-"""From --defense, --prompt and --text to the rows of `davsp eval`."""
+"""From --defense, --prompt and --text to the rows of `davsp eval`.
+
+A spec is read from left to right: METHOD or METHOD:OPTIONS, then + and what it is put around or before. A value behind = goes
+to the spec's end, so that a folder or a text may hold any sign: `ecso+davsp=out/a+b`.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from davsp.cli.inputs import safety_text
 from davsp.errors import DavspError
 
 if TYPE_CHECKING:
     from davsp.defenses import Defense
+    from davsp.vector import HarmfulnessVector
+
+GRAMMAR = (
+    "none; safety-text; safety-text=TEXT; NAME=FOLDER of a prompt; adashield-s; adashield-s:prefix; ecso; ecso+INNER; "
+    "ecso-adaptive+INNER; intervention:TIMES, :plus, :minus or :to:NUMBER (with --vector), alone or +INNER. A text joins "
+    "what follows it, too: adashield-s:prefix+INNER. INNER is any of these, or a bare FOLDER."
+)
+METHODS = ("none", "safety-text", "adashield-s", "ecso", "ecso-adaptive", "intervention")
 
 
-def rows(specs: Sequence[str], prompt: Path | None, text: str | None, own: bool) -> "dict[str, Defense]":
+@dataclass(frozen=True)
+class _Given:
+    """What the other options say.
+
+    Attributes:
+        text: of safety-text; "" if there is none.
+        mini: the model is an embedded one, so that texts and prompts are in its words.
+        vector: of --vector.
+    """
+
+    text: str
+    mini: bool
+    vector: "HarmfulnessVector | None"
+
+
+def rows(
+    specs: Sequence[str],
+    prompt: Path | None,
+    text: str | None,
+    own: bool,
+    mini: bool = False,
+    vector: "HarmfulnessVector | None" = None,
+) -> "dict[str, Defense]":
     """Name -> defense. With --defense just those that it names; else none, the safety text and the prompt, if there are any.
 
     Args:
-        specs: `none`, `safety-text`, `safety-text=TEXT`, or `NAME=FOLDER` of a prompt.
+        specs: as `GRAMMAR` says. A row is called as its spec, but for folders and texts.
         prompt: folder or hub id of a prompt, whose row is named by its kind.
         text: of the row safety-text; "" leaves it out.
         own: the embedded test is asked, so that its safety text is the default.
+        mini: the model is an embedded one: AdaShield-S and ECSO use its words.
+        vector: of `intervention`.
 
     Raises:
         DavspError: a spec that is none of these, a name twice, or a prompt that can't be read.
     """
-    from davsp.defenses import NoDefense, SafetyText, VisualPrompt
-    from davsp.prompts import load_prompt
+    from davsp.defenses import load_defense
 
-    said = safety_text(text, own)
+    given = _Given(safety_text(text, own), mini, vector)
     found: dict[str, Defense] = {}
-    for spec in specs or ["none", *["safety-text"] * bool(said)]:
-        name, _, value = spec.partition("=")
-        if name in found:
-            raise DavspError(f"--defense names {name!r} twice; give each row a name of its own.")
-        if spec == "none":
-            found[name] = NoDefense()
-        elif name == "safety-text":
-            if not (value or said):
-                raise DavspError("--defense safety-text needs a text: safety-text=TEXT, or --text.")
-            found[name] = SafetyText(value or said)
-        elif value and name != "none":
-            found[name] = VisualPrompt(load_prompt(value), name)
-        else:
-            raise DavspError(
-                f"--defense {spec!r} is not known: give none, safety-text, safety-text=TEXT or NAME=FOLDER."
-            )
+    for spec in specs or ["none", *["safety-text"] * bool(given.text)]:
+        defense = _read(spec, given)
+        if defense.name in found:
+            raise DavspError(f"--defense names {defense.name!r} twice; give each row a name of its own.")
+        found[defense.name] = defense
     if prompt:
-        loaded = load_prompt(prompt)
-        name = "davsp" if loaded.kind == "border" else loaded.kind
-        if name in found:
-            raise DavspError(f"--prompt and --defense both make the row {name!r}; leave one out.")
-        found[name] = VisualPrompt(loaded, name)
+        defense = load_defense(prompt)
+        if defense.name in found:
+            raise DavspError(f"--prompt and --defense both make the row {defense.name!r}; leave one out.")
+        found[defense.name] = defense
     return found
+
+
+def _read(spec: str, given: _Given) -> "Defense":
+    """The defense that a spec means; its name is that of the row."""
+    from davsp.defenses import ECSO, Chain, Intervention
+
+    head, plus, rest = spec.partition("+")
+    method, _, options = head.partition(":")
+    if not plus or "=" in head or (method not in METHODS and Path(spec).is_dir()):
+        head, plus, rest = spec, "", ""
+    inner = _read(rest, given) if plus else None
+    name = f"{head}+{inner.name}" if inner else head
+    if method == "ecso":
+        return ECSO(inner, **_switches(head, options, given), name=name)
+    if method == "ecso-adaptive":
+        if inner is None:
+            raise DavspError("--defense ecso-adaptive needs what answers again: ecso-adaptive+NAME=FOLDER.")
+        return ECSO(instead=inner, **_switches(head, options, given), name=name)
+    if method == "intervention":
+        if given.vector is None:
+            raise DavspError(f"--defense {head} needs --vector, the folder of a vector.")
+        return Intervention(given.vector, **_amount(head, options, given.vector), inner=inner, name=name)
+    first = _single(head, given)
+    return Chain([first, inner], f"{first.name}+{inner.name}") if inner else first
+
+
+def _single(spec: str, given: _Given) -> "Defense":
+    """A defense that only changes the input."""
+    from davsp.defenses import NoDefense, SafetyText, adashield_s, load_defense
+    from davsp.embedded import SAFETY_TEXT
+
+    name, equals, value = spec.partition("=")
+    if spec == "none":
+        return NoDefense()
+    if name == "safety-text":
+        if not (value or given.text):
+            raise DavspError("--defense safety-text needs a text: safety-text=TEXT, or --text.")
+        return SafetyText(value or given.text)
+    if spec in ("adashield-s", "adashield-s:prefix"):
+        return adashield_s("prefix" if ":" in spec else "sandwich", SAFETY_TEXT if given.mini else None)
+    if value and name and not set(name) & set(":+") and name not in METHODS:
+        return load_defense(value, name)
+    if not equals and Path(spec).is_dir():
+        return load_defense(spec)
+    raise _unknown(spec)
+
+
+def _switches(spec: str, options: str, given: _Given) -> dict[str, Any]:
+    """ECSO's, from what stands behind the colon; its prompts go with the model."""
+    from davsp.defenses.ecso import PUBLISHED
+    from davsp.embedded.ecso import TEMPLATES
+
+    known = {"published": {"rule": "published"}, "whole": {"follow": "whole"}}
+    chosen = options.split(",") if options or ":" in spec else []
+    if not set(chosen) <= set(known):
+        raise DavspError(
+            f"--defense {spec!r} is not known: behind ecso: may stand published, whole, or published,whole."
+        )
+    switches = {key: value for option in chosen for key, value in known[option].items()}
+    return {**switches, "templates": TEMPLATES if given.mini else PUBLISHED}
+
+
+def _amount(spec: str, options: str, vector: "HarmfulnessVector") -> dict[str, Any]:
+    """The intervention's, from what stands behind the colon."""
+    margins = {"plus": vector.mu_plus, "minus": vector.mu_minus}
+    if options in margins:
+        return {"to": margins[options]}
+    to, _, value = options.rpartition(":")
+    try:
+        return {{"": "times", "to": "to"}[to]: float(value)}
+    except (ValueError, KeyError):
+        raise DavspError(
+            f"--defense {spec!r} does not say by how much: intervention:1 (times the distance of the class means; -1 takes it "
+            "away), intervention:plus or :minus (to a margin), or intervention:to:NUMBER."
+        ) from None
+
+
+def _unknown(spec: str) -> DavspError:
+    return DavspError(f"--defense {spec!r} is not known: give {GRAMMAR}")

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from davsp.cli import judges
-from davsp.cli.defenses import rows
-from davsp.cli.inputs import compare_texts, in_processes, load_lvlm
+from davsp.cli.defenses import GRAMMAR, rows
+from davsp.cli.inputs import compare_texts, in_processes, is_embedded, load_lvlm
 from davsp.cli.options import (
     Benchmark,
     Cache,
@@ -54,8 +54,7 @@ def evaluate(
     defense: Annotated[
         list[str] | None,
         typer.Option(
-            help="A row of the table: none, safety-text, safety-text=TEXT, or NAME=FOLDER of a prompt. Repeatable; left "
-            "out: none, the safety text and --prompt."
+            help=f"A row of the table, repeatable: {GRAMMAR} See docs/defenses.md. Left out: none, the safety text and --prompt."
         ),
     ] = None,
     judge: Annotated[
@@ -129,7 +128,11 @@ def evaluate(
     named, graders = judges.sorted_out(judge or [], how)
     if graders and not benchmark:
         raise DavspError(f"--judge names a grader of {next(iter(graders))}, but no --benchmark of that set is asked.")
-    defenses = rows(defense or [], prompt, text, own=not (queries or benchmark))
+    direction = HarmfulnessVector.load(vector) if vector else None
+    defenses = rows(
+        defense or [], prompt, text, own=not (queries or benchmark), mini=is_embedded(served[0] if served else model),
+        vector=direction,
+    )  # fmt: skip
     test, notes = asked(benchmark or [], split, queries, model, limit, seed, skip_broken, rebuild, types or [])
     judges.fit(named, test)
     if benchmark:
@@ -141,7 +144,6 @@ def evaluate(
         lvlm = RemoteLVLM(*served, api_key_env, canvas=canvas, concurrency=concurrency, timeout=timeout)
     else:
         lvlm = load_lvlm(model, revision, device, dtype, quantization, canvas)
-    direction = HarmfulnessVector.load(vector) if vector else None
     _fit(lvlm, defenses, direction)
     facts = _facts(lvlm, engine, notes, defenses, judge or ["keyword"], benchmark or [], split, seed)
     found = evaluate(
@@ -182,10 +184,9 @@ def _fit(lvlm: "LVLM", defenses: "dict[str, Defense]", direction: Any) -> None:
             raise DavspError("--vector does not go with --engine openai: a server gives no hidden states.")
         direction.check(lvlm)
     for defense in defenses.values():
-        if isinstance(defense, VisualPrompt):
-            defense.prompt.check(lvlm)
-            if direction is not None:
-                compare_texts(direction, defense.prompt.text, "the prompt puts")
+        defense.check(lvlm)
+        if isinstance(defense, VisualPrompt) and direction is not None:
+            compare_texts(direction, defense.prompt.text, "the prompt puts")
 
 
 def _facts(
@@ -210,12 +211,12 @@ def _finish(
     """The other judges, the report and the tables; fails at the end if too much is unscored."""
     from rich.console import Console
 
-    from davsp import report
+    from davsp import metrics, report
     from davsp.files import read_json
     from davsp.judges.rescore import rescore, slug
     from davsp.judges.verdicts import judge_name
     from davsp.report.html import write_report
-    from davsp.report.terminal import print_scores, print_table
+    from davsp.report.terminal import print_costs, print_scores, print_table
     from davsp.store import MANIFEST
 
     said: list[dict[str, list[Any]]] = [dict(found.verdicts), dict(found.grades)]
@@ -231,5 +232,6 @@ def _finish(
     write_report(out / "report.html", page, show_unsafe)
     print_table(Console(), found.rows)
     print_scores(Console(), found.rows)
+    print_costs(Console(), found.rows, metrics.latency(found.responses))
     print(f"answers, verdicts, metrics.json and report.html are in {out}")
     judges.check(said, test, max_unscored)

@@ -75,6 +75,13 @@ def embedded_protocol(model: str | None, seed: int) -> "Protocol":
     return embedded.protocol(seed)
 
 
+def is_embedded(model: str | None) -> bool:
+    """Whether --model names one of the models that ship, or a folder of one, so that texts are to be in their words."""
+    from davsp import embedded
+
+    return model is None or model in embedded.MODELS or is_mini(Path(model))
+
+
 def is_mini(folder: Path) -> bool:
     """Whether a folder holds a davsp-mini or a sibling: one of their canvases, a vocabulary as large as the embedded world's."""
     from davsp.embedded import words
