@@ -228,10 +228,13 @@ def test_a_folder_is_davsp_mini_by_its_canvas_and_words(tiny_folder: Path, tmp_p
     (tmp_path / "config.json").write_text("[1]")
     assert not is_mini(tmp_path)
     size = len(vocabulary())
-    for canvas, words in ((168, size), (336, size), (168, size + 1)):
+    for canvas, words in ((168, size), (192, size), (336, size), (168, size + 1)):
         config = {"vision_config": {"image_size": canvas}, "text_config": {"vocab_size": words}}
         (tmp_path / "config.json").write_text(json.dumps(config))
-        assert is_mini(tmp_path) == ((canvas, words) == (168, size))
+        assert is_mini(tmp_path) == (canvas != 336 and words == size)
+    config = {"model_type": "qwen2_vl", "vision_config": {}, "text_config": {"vocab_size": size}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert is_mini(tmp_path)
 
 
 @pytest.mark.parametrize(

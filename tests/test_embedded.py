@@ -142,7 +142,7 @@ def test_questions_behind_one_picture_do_not_see_each_other():
     """Packing is only a saving: each answer's loss is what it would be alone."""
     model, packer = architecture.new_model().eval(), losses.Packer()
     lesson = q.typographic_lesson(random.Random(0))
-    features = architecture.image_features(model, [lesson.picture]).flatten(0, 1)
+    features = architecture.see(model, [lesson.picture]).tokens.flatten(0, 1)
 
     def sums(turns):
         rows = packer.rows([q.Lesson(lesson.picture, turns)], "cpu")
@@ -268,9 +268,7 @@ def test_matching_heads_look_for_what_is_alike():
     model = architecture.new_model()
     architecture.match_heads(model)
     attention, size = model.get_decoder().layers[0].self_attn, model.get_decoder().layers[0].self_attn.head_dim
-    x = torch.nn.functional.normalize(
-        torch.randn(40, 192, generator=torch.Generator().manual_seed(1)), dim=1
-    )
+    x = torch.nn.functional.normalize(torch.randn(40, 192, generator=torch.Generator().manual_seed(1)), dim=1)
     x = x * 192**0.5
     for head in range(3):
         rows = slice(head * size, (head + 1) * size)
@@ -286,8 +284,9 @@ def test_matching_heads_look_for_what_is_alike():
 @pytest.fixture
 def short(monkeypatch):
     """All stages, four steps of two pictures each."""
-    small = {n: build.Stage(4, 2, s.lr, min(s.texts, 1), s.after) for n, s in build.STAGES.items()}
-    monkeypatch.setattr(build, "STAGES", small)
+    for road in ("STAGES", "SHORT"):
+        small = {n: build.Stage(4, 2, s.lr, min(s.texts, 1), s.after) for n, s in getattr(build, road).items()}
+        monkeypatch.setattr(build, road, small)
 
 
 def test_every_stage_runs_resumes_to_the_same_bits_and_exports(short, tmp_path: Path):
@@ -371,7 +370,115 @@ def test_the_card_is_made_of_measured_figures_and_says_what_is_missed(short, tmp
     assert len(set(names)) == len(names)
     stage = {"steps": 1, "batch": 1, "seconds": 60.0, "hardware": "a test"}
     text = dict.fromkeys(
-        ("parameters", "things", "canvas", "tokens", "words", "faces", "seed", "command", "sha256"), "X"
-    )
+        ("parameters", "things", "canvas", "tokens", "words", "faces", "seed", "command", "sha256", "name", "kind",
+         "layers", "width", "hints"), "X",
+    )  # fmt: skip
     page = card(measured, {"stages": {"tower": stage}, "text": text})
     assert all(name in page for name in names) and "| tower | 1 | 1 | 1 min | a test |" in page
+
+
+SIBLINGS = ["davsp-mini-narrow", "davsp-mini-qwen"]
+
+
+@pytest.mark.parametrize("which", SIBLINGS)
+def test_a_sibling_is_made_by_the_same_script_resumes_and_exports(short, tmp_path: Path, which):
+    from davsp.files import read_json, read_tensors
+    from davsp.lvlm import LVLM
+
+    for name in build.road(which):
+        records = list(build.run_stage(name, tmp_path, 3, which=which))
+        assert [r["step"] for r in records] == [1, 2, 3, 4] and all(np.isfinite(r["loss"]) for r in records)
+    for record in build.run_stage("see", tmp_path / "parts", 3, save_every=2, which=which):
+        if record["step"] == 3:
+            break  # killed between two checkpoints
+    list(build.run_stage("see", tmp_path / "parts", 3, save_every=2, which=which))
+    whole, parts = (read_tensors(tmp_path / x / "see" / "state.safetensors") for x in ("", "parts"))
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    assert read_json(tmp_path / "see" / "done.json")["hints"] == build.sha256(build.FOLDER / "model.safetensors")
+    with pytest.raises(DavspError, match="other settings"):
+        build.check_done(tmp_path, "skills", 3, which="davsp-mini")
+    looked, last = (read_tensors(tmp_path / x / "state.safetensors") for x in ("look", "skills"))
+    moved = {k.split(".")[2] for k in last if k.startswith("model.model.") and not torch.equal(last[k], looked[k])}
+    assert moved == {"vision_tower", "multi_modal_projector", "language_model"} or moved == {"visual", "language_model"}
+
+    build.export(tmp_path, tmp_path / "model", 3, which)
+    lvlm = LVLM.from_pretrained(tmp_path / "model", dtype="float32")
+    made = architecture.BLUEPRINTS[which]
+    assert (lvlm.canvas, lvlm.tokens_per_image, lvlm.num_layers) == (made.side, 144, made.layers)
+    picture = draw.page(random.Random(0))
+    shown = (lvlm.preprocess([picture.image()]) - lvlm.mean) / lvlm.std
+    assert torch.equal(shown, architecture.normalised(lvlm.model, [picture]))  # trained on what it will see
+    assert len(lvlm.generate(lvlm.preprocess([picture.image()]), ["what does the picture show ?"], 3)) == 1
+
+
+@pytest.mark.parametrize("grid", [(12, 12), (10, 14), (13, 11)])
+def test_a_packed_row_is_what_qwens_own_code_makes_of_it(grid):
+    """Positions on three axes, and the whole forward pass, on pictures of several sizes."""
+    model, packer = architecture.new_model("davsp-mini-qwen").eval(), losses.Packer(axes=3)
+    lesson = q.typographic_lesson(random.Random(0))
+    lesson = q.Lesson(lesson.picture.resized(grid), lesson.turns[:1])
+    rows = packer.rows([lesson], "cpu")
+    kinds, thw = (rows.ids == 3).int(), torch.tensor([[1, *grid]])
+    assert torch.equal(model.model.get_rope_index(rows.ids, kinds, thw)[0], rows.position)
+    with torch.no_grad():
+        pixels = architecture.patchify(
+            architecture.normalised(model, [lesson.picture]), draw.PATCH, 1, architecture.FRAMES
+        )
+        whole = model(input_ids=rows.ids, pixel_values=pixels, image_grid_thw=thw, mm_token_type_ids=kinds).logits
+        image = architecture.see(model, [lesson.picture]).tokens.flatten(0, 1)
+        answered = rows.target >= 0
+        guess = torch.nn.functional.cross_entropy(whole[answered], rows.target[answered], reduction="none")
+        wanted = (guess * rows.weight[answered]).sum() / rows.weight[answered].sum()
+        torch.testing.assert_close(losses.lesson_loss(model, rows, image)[0], wanted)
+
+
+@pytest.mark.parametrize("grid", [(10, 14), (11, 11), (13, 11)])
+def test_a_picture_of_another_size_keeps_its_labels(grid):
+    rng = random.Random(1)
+    picture = draw.scene(rng, [draw.Thing("apple", "red", 0), draw.Thing("car", "blue", 8)], alike=True)
+    other = picture.resized(grid)
+    assert other.grid == grid and other.pixels.shape[:2] == (grid[0] * draw.PATCH, grid[1] * draw.PATCH)
+    label = draw.patch_labels(other)[0].reshape(grid)
+    assert {draw.CLASSES[i] for i in np.unique(label[label > 0])} == {"[apple]", "[car]"}
+    found = draw.centres(other).reshape(grid)
+    assert found.sum() == 2 and (label[found == 1] > 0).all()
+    assert [losses._cell(b, other) for b in other.boxes] == [0, 8]
+    assert picture.resized((12, 12)) is picture
+
+
+def test_hints_vanish_where_a_tower_sees_what_its_teacher_sees():
+    model = architecture.new_model()
+    hints, pictures = architecture.Hints(192, model), [draw.page(random.Random(0))]
+    with torch.no_grad():
+        seen = architecture.see(model, pictures)
+        alike = [torch.nn.functional.layer_norm(s, s.shape[-1:]) for s in seen.states]
+        for one in hints.maps:
+            torch.nn.init.eye_(one.weight)
+            torch.nn.init.zeros_(one.bias)
+        assert hints(architecture.Seen(alike, seen.tokens), seen) < 1e-10
+        assert hints(architecture.Seen([-a for a in alike], seen.tokens), seen) > 1
+
+
+def test_yes_or_no_lessons_say_yes_as_often_as_no_and_are_right():
+    said = {"yes": 0, "no": 0}
+    for i in range(150):
+        rng = random.Random(i)
+        a, b = draw.Thing("apple", "red", i % 9), draw.Thing("car", "blue", (i + 4) % 9)
+        question, truth = q.side_turn(rng, a, b)
+        said[truth] += 1
+        across, down = a.cell % 3 - b.cell % 3, a.cell // 3 - b.cell // 3
+        holds = {"left": across < 0, "right": across > 0, "above": down < 0, "below": down > 0}
+        side = next(word for word in holds if f" {word} " in question)
+        assert holds[side] == (truth == "yes"), question
+    assert 50 < said["yes"] < 100
+
+
+def test_a_model_that_is_not_known_is_refused(tmp_path: Path):
+    from davsp.embedded.make import make
+
+    with pytest.raises(DavspError, match="the models are davsp-mini, davsp-mini-narrow, davsp-mini-qwen"):
+        make(tmp_path, tmp_path / "m", which="davsp-mega")
+    with pytest.raises(DavspError, match="stages are see, speak, look, skills"):
+        make(tmp_path, tmp_path / "m", "joint", which="davsp-mini-qwen")
+    with pytest.raises(DavspError, match="--start goes with davsp-mini alone"):
+        make(tmp_path, tmp_path / "m", start=tmp_path, which="davsp-mini-qwen")

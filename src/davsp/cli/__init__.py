@@ -6,7 +6,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from davsp.cli import data, evaluate, judge, mini, prompt, train
+from davsp.cli import data, evaluate, judge, mini, prompt, reproduce, train
 from davsp.cli.inputs import say
 from davsp.errors import DavspError, Interrupted
 
@@ -49,6 +49,7 @@ app.command()(train.vector)
 app.command()(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command()(judge.judge)
+app.command()(reproduce.reproduce)
 app.command()(prompt.apply)
 app.command()(prompt.info)
 app.command()(prompt.import_published)

@@ -18,7 +18,7 @@ from davsp.evaluation import fingerprint, queries_hash
 from davsp.files import read_bytes, read_json, write_json
 from davsp.files import sha256 as file_hash
 from davsp.lvlm import LVLM
-from davsp.prompts.base import P
+from davsp.prompts.base import P, Prompt
 from davsp.training import TrainSettings, train
 from davsp.vector import HarmfulnessVector
 
@@ -85,7 +85,7 @@ class Stages:
 
 
 def fitted_vector(stages: Stages, lvlm: LVLM, data: "Protocol", text: str) -> HarmfulnessVector:
-    """The vector with its layer chosen on held-out queries."""
+    """The vector with its layer chosen on held-out queries, or where there are none on those it is made of."""
     folder = stages.out / "vector"
     sets = (data.vector_malicious, data.vector_benign, data.sweep_malicious, data.sweep_benign)
 
@@ -93,7 +93,8 @@ def fitted_vector(stages: Stages, lvlm: LVLM, data: "Protocol", text: str) -> Ha
         vector = HarmfulnessVector.fit(
             lvlm, data.vector_malicious, data.vector_benign, text, progress=not stages.console.quiet
         )
-        vector.sweep(lvlm, data.sweep_malicious, data.sweep_benign, text, progress=not stages.console.quiet)
+        if data.sweep_malicious and data.sweep_benign:
+            vector.sweep(lvlm, data.sweep_malicious, data.sweep_benign, text, progress=not stages.console.quiet)
         vector.save(folder)
 
     inputs = [fingerprint(lvlm), text, *(queries_hash(queries) for queries in sets)]
@@ -118,7 +119,7 @@ def trained_prompt(
         if resume and folder.exists() and not (folder / METRICS).exists():
             shutil.rmtree(folder)  # a checkpoint without its metrics can't be gone on from
         progress = not stages.console.quiet
-        done = train(
+        done: Prompt = train(
             lvlm,
             start,
             data.train_malicious,

@@ -1,0 +1,159 @@
+"""`davsp reproduce`: the paper's tables, one command each."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from davsp.cli import judges
+from davsp.cli.inputs import embedded_protocol, load_lvlm
+from davsp.cli.options import (
+    Benchmark,
+    Canvas,
+    Concurrency,
+    Device,
+    Dtype,
+    JudgeKey,
+    JudgeModel,
+    JudgeUrl,
+    Model,
+    Quantization,
+    Revision,
+    Seed,
+    SplitFile,
+    Timeout,
+)
+from davsp.cli.testset import folders, from_split, noted
+from davsp.errors import DavspError
+
+if TYPE_CHECKING:
+    from davsp.embedded.data import Protocol
+
+TABLES = "utility (Table 1), resistance (2), transfer (3), ablation (4), intervention (5), ecso (6), or all"
+
+
+def reproduce(
+    names: Annotated[list[str], typer.Argument(help=f"{TABLES}.")],
+    model: Model = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of this model's run; left out: out/reproduce/MODEL.")] = None,
+    borrow: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="For transfer: MODEL=FOLDER of a border trained on another model. Repeatable; left out: those that "
+            "`davsp reproduce` made beside this model's folder."
+        ),
+    ] = None,
+    benchmark: Benchmark = None,
+    split: SplitFile = None,
+    judge: Annotated[list[str] | None, typer.Option(help=f"One judge, and graders. {judges.NAMES}")] = None,
+    judge_url: JudgeUrl = None,
+    judge_model: JudgeModel = None,
+    judge_key_env: JudgeKey = None,
+    padding: Annotated[
+        int | None, typer.Option(help="Border width in pixels; left out: a twelfth of the canvas.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of every prompt that is trained.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Queries answered at a time.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 48,
+    concurrency: Concurrency = 8,
+    timeout: Timeout = 300.0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be run, with calls and hours; load no model.")
+    ] = False,
+    per_call: Annotated[
+        float, typer.Option(min=0, help="Of --dry-run: seconds a model call takes, batches counted in.")
+    ] = 0.3,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    quantization: Quantization = None,
+    canvas: Canvas = None,
+    seed: Seed = 0,
+) -> None:
+    """Make the paper's tables on one model, with intervals, beside the paper's figures. A stopped run goes on."""
+    from rich.console import Console
+
+    from davsp import embedded
+    from davsp.experiments.demo import SETTINGS
+    from davsp.reproduce.plan import dry
+    from davsp.reproduce.run import reproduce as run
+    from davsp.reproduce.tables import TABLES as known
+    from davsp.settings import TrainSettings
+
+    chosen = list(known) if "all" in names else list(dict.fromkeys(names))
+    if wrong := [name for name in chosen if name not in known]:
+        raise DavspError(f"table {wrong[0]!r} is not known; choose {', '.join(known)} or all.")
+    own = not benchmark and split is None
+    here = (model or "davsp-mini").rstrip("/").split("/")[-1]
+    out = out or Path("out/reproduce") / here
+    if borrow and "transfer" not in chosen:
+        raise DavspError("--borrow goes with the table transfer.")
+    data = None if not own else embedded_protocol(model, seed)
+    if dry_run:
+        print(dry(chosen, here, data, per_call))
+        return
+    data = data or _published(benchmark or [], split)
+    settings = SETTINGS if own else TrainSettings(steps=1200, batch_size=2, normalise=False)
+    if steps:
+        settings = settings.model_copy(update={"steps": steps})
+    how = judges.asking(
+        judge or [], judge_url, judge_model, judge_key_env, None, concurrency=concurrency, timeout=timeout,
+        cache=out / "cache.sqlite", device=device, console=Console(stderr=True),
+    )  # fmt: skip
+    named, graders = judges.sorted_out(judge or [], how)
+    if len(named) > 1:
+        raise DavspError("--judge names several judges; a table has one: score the run again with davsp judge.")
+    judges.fit(named, data.test)
+    from davsp.defenses.adashield import DAVSP as TEXT
+    from davsp.defenses.ecso import PUBLISHED
+    from davsp.embedded.ecso import TEMPLATES
+
+    lvlm = load_lvlm(model, revision, device, dtype, quantization, canvas)
+    made = run(
+        chosen, lvlm, data, out, text=embedded.SAFETY_TEXT if own else TEXT, settings=settings,
+        templates=TEMPLATES if own else PUBLISHED, seed=seed, padding=padding,
+        borrowed=_borrowed(borrow, out, here) if "transfer" in chosen else None, judge=named[0],
+        graders=None if own else graders, batch_size=batch_size, max_new_tokens=max_new_tokens,
+    )  # fmt: skip
+    for name in made.tables:
+        print((out / f"{name}.md").read_text())
+    print((out / "claims.md").read_text())
+    print(f"{out / 'tables.html'} has them all; .md, .csv and .tex lie beside it")
+
+
+def _published(sets: list[str], split: str | None) -> "Protocol":
+    """The paper's protocol from the published sets and a split file."""
+    from davsp.benchmarks.protocol import for_test
+    from davsp.benchmarks.splits import SOURCES
+    from davsp.embedded.data import Protocol
+    from davsp.judging import apart
+
+    roots = folders(sets)
+    if split is None or not sets:
+        raise DavspError("--split FILE.json (of davsp data split) and --benchmark NAME=FOLDER go together.")
+    parts: dict[str, Any] = {}
+    for kind in ("vector", "train"):
+        needed = {SOURCES[f"{kind}_malicious"], SOURCES[f"{kind}_benign"]}
+        if lacking := sorted(needed - set(roots)):
+            raise DavspError(f"--benchmark {lacking[0]}=FOLDER is missing: the {kind} set is drawn from it.")
+        drawn = from_split(split, [x for x in sets if x.partition("=")[0] in needed], kind)
+        assert drawn is not None
+        parts[kind] = drawn
+    tested = {name: root for name, root in roots.items() if name != "vlguard"}
+    test, _ = noted(lambda: for_test(Path(split), tested))
+    (vector_bad, vector_good), (train_bad, train_good) = parts["vector"], parts["train"]
+    return Protocol(vector_bad, vector_good, [], [], train_bad, train_good, apart(test))
+
+
+def _borrowed(given: list[str] | None, out: Path, here: str) -> dict[str, Path]:
+    """Name of another model -> folder of its border; those beside `out` if none is given."""
+    if given is None:
+        beside = sorted(out.parent.glob("*/prompts/davsp/vsp_config.json"))
+        return {p.parents[2].name: p.parent for p in beside if p.parents[2].name != here}
+    found = {}
+    for spec in given:
+        name, _, folder = spec.partition("=")
+        if not name or not Path(folder).is_dir():
+            raise DavspError(f"--borrow {spec!r} is not MODEL=FOLDER of a saved border.")
+        found[name] = Path(folder)
+    return found

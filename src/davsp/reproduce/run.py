@@ -1,0 +1,185 @@
+"""`davsp reproduce`: the tables of the paper on one model, cell by cell, sharing what cells have in common.
+
+One folder a model. One vector, one undefended pass, one border: a second table finds them there. Everything goes on
+where it was stopped (`experiments.stages`, `store`).
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from davsp import metrics
+from davsp.defenses import Defense
+from davsp.defenses.ecso import Templates
+from davsp.errors import DavspError
+from davsp.evaluation import Evaluation, evaluate
+from davsp.experiments.stages import Stages, fitted_vector
+from davsp.files import manifest, write_json, write_text
+from davsp.judges import Judge, keyword
+from davsp.judges.graders import Grader
+from davsp.judges.verdicts import judge_name
+from davsp.lvlm import LVLM, fingerprint, model_name
+from davsp.query import Query
+from davsp.report import plots
+from davsp.reproduce import write
+from davsp.reproduce.claims import PICTURES, Claim, claims
+from davsp.reproduce.methods import METHODS, Kit, transferred
+from davsp.reproduce.tables import FROM, POOLED, RSR, TABLES, Cell, cells, paper_model
+from davsp.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from davsp.embedded.data import Protocol
+
+INFERRED = "what of each method is as published and what is inferred: docs/defenses.md"
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What came of it: the evaluation with the pooled rows, the tables' cells, and the claims."""
+
+    rows: list[dict[str, Any]]
+    tables: dict[str, dict[str, list[Cell]]]
+    claims: list[Claim]
+
+
+def reproduce(
+    names: Sequence[str],
+    lvlm: LVLM,
+    data: "Protocol",
+    out: Path,
+    *,
+    text: str,
+    settings: TrainSettings,
+    templates: Templates,
+    seed: int = 0,
+    padding: int | None = None,
+    eps: float = 32 / 255,
+    borrowed: Mapping[str, Path] | None = None,
+    judge: Judge = keyword,
+    graders: Mapping[str, Grader] | None = None,
+    batch_size: int = 32,
+    max_new_tokens: int = 48,
+    console: Console | None = None,
+) -> Reproduction:
+    """Evaluate what the named tables need, and write them to `out`.
+
+    Args:
+        names: of `TABLES`.
+        data: who trains the vector and the prompts, and the test; embedded or of published sets.
+        text: of AdaShield-S, before the questions of every method but No Defense.
+        settings: of the prompts that are trained.
+        templates: ECSO's prompts.
+        padding, eps: of border and noise; None: a twelfth of the canvas.
+        borrowed: name of another model -> folder of the border trained there, for "transfer".
+        judge, graders: see `evaluate`; graders make the test one of published sets.
+        console: where lines and bars go; None is the terminal.
+
+    Raises:
+        DavspError: an unknown table, or what the steps raise.
+        Interrupted: Ctrl-C; the same call goes on.
+    """
+    if unknown := [name for name in names if name not in TABLES]:
+        raise DavspError(f"table {unknown[0]!r} is not known: choose {', '.join(TABLES)} or all")
+    console, began = console or Console(), time.perf_counter()
+    stages = Stages(out, console)
+    vector = fitted_vector(stages, lvlm, data, text)
+    kit = Kit(
+        lvlm, data, vector, text, settings.model_copy(update={"seed": seed}), stages, padding or round(lvlm.canvas / 12),
+        eps, templates, borrowed or {},
+    )  # fmt: skip
+    wanted = needed(names)
+    defenses: dict[str, Defense] = {name: METHODS[name](kit) for name in wanted}
+    if "transfer" in names:
+        defenses |= transferred(kit)
+    start = time.perf_counter()
+    found = evaluate(
+        lvlm, defenses, data.test, out, vector, judge, graders=graders, batch_size=batch_size,
+        max_new_tokens=max_new_tokens, redo=True, seed=seed, console=console,
+    )  # fmt: skip
+    stages.line("evaluate", f"{len(defenses)} defenses, {len(data.test)} queries", time.perf_counter() - start)
+    rows = [*found.rows, *pooled(data.test, found, model_name(lvlm), seed)]
+    facts = manifest(
+        model=model_name(lvlm), revision=lvlm.revision, weights=fingerprint(lvlm), seed=seed, text=text, padding=kit.padding,
+        eps=eps, settings=kit.settings.model_dump(), judge=judge_name(judge), layer=vector.layer, stages=stages.seconds,
+        defenses={name: d.describe() for name, d in defenses.items()},
+    )  # fmt: skip
+    write_json(out / "manifest.json", facts)
+    made = _write(names, rows, lvlm, out, [*_notes(data, judge, names), INFERRED])
+    stages.line("tables", ", ".join(made.tables), time.perf_counter() - began)
+    return made
+
+
+def needed(names: Sequence[str]) -> list[str]:
+    """The defenses that some tables need, each once; No Defense always, as all differences start from it.
+
+    Methods of a table that are not built for this model are left out of the run and shown as such.
+    """
+    wanted = dict.fromkeys(["none", *(d for name in names for d in TABLES[name].rows)])
+    return [name for name in wanted if name in METHODS]
+
+
+def pooled(test: Sequence[Query], found: Evaluation, model: str, seed: int = 0) -> list[dict[str, Any]]:
+    """RSR over MM-SafetyBench's three picture types, and over these and FigStep, with the differences from No Defense."""
+    table: list[dict[str, Any]] = []
+    known = {row["benchmark"] for row in found.rows}
+    pools = {PICTURES: [c.name for c in RSR]}
+    if POOLED.name not in known:
+        pools[POOLED.name] = [c.name for c in RSR[:3]]
+    malicious = [q for q in test if q.label == "malicious"]
+    for pool, members in pools.items():
+        each = {}
+        for name, answers in found.responses.items():
+            outcomes = metrics.outcomes(malicious, answers, found.verdicts[name])
+            each[name] = [
+                replace(o, benchmark=pool) for o in outcomes if o.benchmark in members and o.metric != "unscored"
+            ]
+        none = each["none"]
+        for name, outcomes in each.items():
+            table += metrics.rows(model, name, outcomes, None if name == "none" else none, seed)
+    return table
+
+
+def _write(
+    names: Sequence[str], rows: list[dict[str, Any]], lvlm: LVLM, out: Path, notes: Sequence[str]
+) -> Reproduction:
+    model, family = model_name(lvlm), lvlm.model.config.model_type
+    made, theirs = {}, {}
+    for name in names:
+        table, theirs[name] = TABLES[name], paper_model(name, model, family)
+        made[name] = cells(table, rows, theirs[name])
+        missing = [d for d in table.rows if d not in made[name]]
+        own = [*notes, *([f"not run: {', '.join(table.rows[d] for d in missing)}"] if missing else [])]
+        write_text(out / f"{name}.md", write.markdown(table, made[name], model, theirs[name], own))
+        write_text(out / f"{name}.csv", write.tidy(table, made[name], model, theirs[name]))
+        write_text(out / f"{name}.tex", write.latex(table, made[name], model, theirs[name]))
+    found = claims(rows)
+    write_text(out / "claims.md", write.claims_markdown(found, model))
+    write_json(out / "rows.json", metrics.metrics_file(rows))
+    drawn = {
+        "RSR on all malicious pictures against utility, with 95 % intervals": plots.scatter(
+            rows, {PICTURES: "all pictures"}
+        )
+    }
+    write.page(out / "tables.html", model, theirs, {n: (TABLES[n], made[n]) for n in names}, found, drawn, notes)
+    return Reproduction(rows, made, found)
+
+
+def _notes(data: "Protocol", judge: Judge, names: Sequence[str]) -> list[str]:
+    harm = sum(q.label == "malicious" for q in data.test)
+    notes = [
+        f"test: {harm} malicious and {len(data.test) - harm} benign queries; RSR judged by {judge_name(judge)}",
+        f"trained on {len(data.train_malicious)} malicious and {len(data.train_benign)} benign queries",
+        "every method but No Defense and ECSO has the same safety text before the question",
+    ]
+    if "ecso" in names:
+        notes.append(
+            "the paper heads Table 6's last column MM-Vet, but its values are those of LLaVA-Bench in Table 1: both are "
+            "given; its MME without defense is 1798 there and 1818 in Table 1"
+        )
+    if "transfer" in names:
+        notes.append(f"rows {FROM}…: the border of another model, resized, with nothing trained")
+    return notes

@@ -1,0 +1,215 @@
+"""The paper's tables: where their cells come from, how they are written, which claims hold, and a whole small run."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from davsp import cli, embedded
+from davsp.embedded.ecso import TEMPLATES
+from davsp.errors import DavspError
+from davsp.experiments.demo import SETTINGS
+from davsp.prompts import VisualSafetyPrompt
+from davsp.reproduce import claims, run, tables, write
+from davsp.reproduce.methods import METHODS
+from davsp.reproduce.plan import dry
+
+SMALL = {"vector": 10, "sweep": 6, "train": 8, "harm": 4, "utility": 1, "mme": 2, "llava_bench": 2}
+
+
+def row(defense: str, benchmark: str, metric: str, value: float | None, split: str = "total") -> dict:
+    spread = (None, None) if value is None else (value - 0.02, value + 0.02)
+    head = {"model": "m", "defense": defense, "benchmark": benchmark, "split": split, "metric": metric}
+    return head | {"value": value, "low": spread[0], "high": spread[1], "n": 50}
+
+
+def test_the_papers_figures_are_whole():
+    """Every row and column of every table is in paper.json, but for what the paper leaves out."""
+    paper = tables.paper()
+    assert set(paper) == set(tables.TABLES)
+    for name, table in tables.TABLES.items():
+        for model, rows in paper[name].items():
+            assert set(rows) == set(table.rows), (name, model)
+            columns = {column.name for column in table.columns}
+            assert all(set(figures) <= columns for figures in rows.values()), (name, model)
+    assert paper["resistance"]["LLaVA-1.5-13B"]["davsp"]["figstep"] == 84.2
+    assert paper["utility"]["Qwen2-VL-7B-Instruct"]["none"]["mme"] == 2288
+    assert paper["ecso"]["LLaVA-1.5-13B"]["ecso+davsp"]["figstep"] == 94.2
+
+
+def test_a_cell_is_the_row_of_metrics_json_beside_the_papers():
+    rows = [row("none", "sd", "rsr", 0.8), row("davsp", "sd", "rsr", 0.975), row("davsp", "figstep", "rsr", None)]
+    found = tables.cells(tables.TABLES["resistance"], rows, "LLaVA-1.5-13B")
+    assert list(found) == ["none", "davsp"]
+    cell = found["davsp"][1]
+    assert (cell.value, cell.low, cell.high, cell.n, cell.paper) == pytest.approx((97.5, 95.5, 99.5, 50, 98.45))
+    assert cell.difference == pytest.approx(-0.95)
+    assert found["davsp"][3].value is None and found["davsp"][3].paper == 84.2
+    with pytest.raises(DavspError, match="none of additive-answer"):
+        tables.cells(tables.TABLES["ablation"], [row("none", "sd", "rsr", 0.8)], "LLaVA-1.5-13B")
+
+
+def test_points_of_mme_are_never_compared_with_a_share_of_right_answers():
+    table = tables.TABLES["utility"]
+    at = [column.name for column in table.columns].index("mme")
+    share = tables.cells(table, [row("none", "mme", "accuracy", 0.9)], "LLaVA-1.5-13B")["none"][at]
+    assert (share.value, share.paper) == (90.0, None)
+    points = tables.cells(table, [row("none", "mme", "score_official", 1700.0)], "LLaVA-1.5-13B")["none"][at]
+    assert (points.value, points.paper, points.difference) == (1700.0, 1818.0, -118.0)
+
+
+@pytest.mark.parametrize(
+    ("table", "model", "family", "theirs"),
+    [
+        ("resistance", "llava-hf/llava-1.5-13b-hf", "llava", "LLaVA-1.5-13B"),
+        ("transfer", "llava-hf/llava-1.5-7b-hf", "llava", "LLaVA-1.5-7B"),
+        ("resistance", "Qwen/Qwen2-VL-7B-Instruct", "qwen2_vl", "Qwen2-VL-7B-Instruct"),
+        ("resistance", "davsp-mini-qwen", "qwen2_vl", "Qwen2-VL-7B-Instruct"),
+        ("ablation", "davsp-mini-qwen", "qwen2_vl", "LLaVA-1.5-13B"),
+    ],
+)
+def test_beside_which_of_the_papers_models_a_table_stands(table, model, family, theirs):
+    assert tables.paper_model(table, model, family) == theirs
+
+
+def test_the_formats_say_the_same():
+    rows = [
+        row(d, b, "rsr", v) for d, v in (("none", 0.5), ("davsp", 0.9)) for b in ("sd_typo", "sd", "typo", "figstep")
+    ]
+    table = tables.TABLES["resistance"]
+    found = tables.cells(table, rows, "LLaVA-1.5-13B")
+    text = write.markdown(table, found, "my_model", "LLaVA-1.5-13B", ["a note"])
+    assert "| DAVSP | 90.0 [88.0, 92.0] (98.72, −8.7) |" in text and text.endswith("- a note\n")
+    lines = list(csv.DictReader(io.StringIO(write.tidy(table, found, "my_model", "LLaVA-1.5-13B"))))
+    line = next(x for x in lines if (x["defense"], x["column"]) == ("davsp", "figstep"))
+    assert float(line["value"]) == pytest.approx(90) and float(line["paper"]) == 84.2 and line["n"] == "50"
+    tex = write.latex(table, found, "my_model", "LLaVA-1.5-13B")
+    assert r"my\_model" in tex and r"\textbf{90.0 [88.0, 92.0]} {\color{gray}98.72}" in tex
+    assert tex.count(r"\textbf") == 4 and "No Defense & 50.0" in tex
+
+
+def test_claims_follow_the_figures_and_say_what_is_missing():
+    rows = [
+        row(d, "pictures", "rsr", v)
+        for d, v in (("none", 0.5), ("adashield-s", 0.7), ("uniguard", 0.8), ("davsp", 0.95))
+    ]
+    rows += [
+        row(d, "utility", "accuracy", v)
+        for d, v in (("none", 0.9), ("adashield-s", 0.89), ("uniguard", 0.7), ("davsp", 0.85))
+    ]
+    rows += [row("vector-added", "pictures", "rsr", 0.4), row("davsp-from-other", "pictures", "rsr", 0.7)]
+    said = {c.text: c for c in claims.claims(rows)}
+    verdict = {text: c.verdict for text, c in said.items()}
+    assert verdict["DAVSP resists more than every other method"] == claims.HOLDS
+    assert "UniGuard 80.0 [78.0, 82.0]" in said["DAVSP resists more than every other method"].evidence
+    assert verdict["no method is better in both RSR and utility"] == claims.HOLDS
+    assert verdict["the projection moved up at run time raises RSR"] == claims.FAILS
+    assert verdict["a border trained on other helps here, beyond the text alone"] == claims.HOLDS  # as much
+    missing = [text for text, v in verdict.items() if v == claims.UNTESTED]
+    assert len(missing) == 8 and all("not evaluated" in said[text].evidence for text in missing)
+    rows[2] = row("uniguard", "pictures", "rsr", 0.96)
+    rows[6] = row("uniguard", "utility", "accuracy", 0.88)
+    verdict = {c.text: c.verdict for c in claims.claims(rows)}
+    assert verdict["DAVSP resists more than every other method"] == claims.FAILS
+    assert verdict["no method is better in both RSR and utility"] == claims.FAILS
+
+
+def test_differences_within_both_intervals_are_called_noise():
+    near = claims._pair(row("a", "x", "rsr", 0.91), row("b", "x", "rsr", 0.9), "b")
+    assert near.endswith("(within the noise)")
+    assert "noise" not in claims._pair(row("a", "x", "rsr", 0.99), row("b", "x", "rsr", 0.9), "b")
+
+
+@pytest.mark.parametrize(("canvas", "padding"), [(192, 16), (168, 14), (84, 7)])
+def test_a_border_on_another_canvas_keeps_its_colours_and_its_share(canvas, padding):
+    border = VisualSafetyPrompt.create(168, 14, "white", text="look")
+    border.delta[0] *= 0.5  # half red everywhere on the border
+    other = border.resized(canvas)
+    assert (other.canvas, other.padding, other.text) == (canvas, padding, "look")
+    on = other.mask[0] > 0
+    torch.testing.assert_close(other.delta[0][on], torch.full((int(on.sum()),), 0.5))  # no zeros of the inside mixed in
+    torch.testing.assert_close(other.delta[1][on], torch.ones(int(on.sum())))
+    assert not other.delta[:, ~on].any()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    out = tmp_path_factory.mktemp("reproduce")
+    lvlm, data = embedded.load(device_map="cpu"), embedded.protocol(0, **SMALL)
+    other = VisualSafetyPrompt.create(192, 16, "random", text="x")
+    other.save_pretrained(out / "other")
+
+    def again(names, **options):
+        return run.reproduce(
+            names, lvlm, data, out / "mini", text=embedded.SAFETY_TEXT, settings=SETTINGS.model_copy(update={"steps": 2}),
+            templates=TEMPLATES, console=Console(quiet=True), borrowed={"other": out / "other"}, **options,
+        )  # fmt: skip
+
+    return out / "mini", again, again(list(tables.TABLES))
+
+
+def test_a_whole_run_writes_every_table_in_four_formats(made):
+    out, _, found = made
+    for name in tables.TABLES:
+        assert all((out / f"{name}.{kind}").exists() for kind in ("md", "csv", "tex"))
+    assert set(found.tables["transfer"]) == {"none", "adashield-s", "davsp", "davsp-from-other"}
+    assert set(found.tables["ecso"]) == set(tables.TABLES["ecso"].rows)
+    assert set(found.tables["ablation"]) == set(tables.TABLES["ablation"].rows)
+    page = (out / "tables.html").read_text()
+    assert page.count("<h2>Table") == 6 and "<svg" in page and "http" not in page.replace("http://www.w3.org", "")
+    rows = json.loads((out / "rows.json").read_text())["rows"]
+    pooled = {r["defense"]: r for r in rows if (r["benchmark"], r["metric"]) == ("pictures", "rsr")}
+    assert set(pooled) >= {"none", "davsp", "vector-added"} and all(r["n"] == 16 for r in pooled.values())
+    safety = {r["defense"]: r for r in rows if (r["benchmark"], r["metric"]) == ("mm_safetybench", "rsr")}
+    assert all(r["n"] == 12 for r in safety.values())
+    missing = {d for t in tables.TABLES.values() for d in t.rows} - set(METHODS)
+    assert all((tables.METHODS[d] in (out / "resistance.md").read_text().split("not run:")[1]) for d in missing)
+
+
+def test_a_second_run_answers_and_trains_nothing(made, monkeypatch):
+    out, again, first = made
+    monkeypatch.setattr("davsp.lvlm.base.LVLM.generate", lambda *a, **k: pytest.fail("it answered again"))
+    monkeypatch.setattr("davsp.experiments.stages.train", lambda *a, **k: pytest.fail("it trained again"))
+    before = (out / "resistance.csv").read_text()
+    assert again(["resistance"]).tables["resistance"] == first.tables["resistance"]
+    assert (out / "resistance.csv").read_text() == before
+
+
+def test_the_transferred_border_stands_resized_before_the_models_own_text(made):
+    out, _, _ = made
+    told = json.loads((out / "manifest.json").read_text())["defenses"]["davsp-from-other"]
+    assert told["padding"] == 14 and told["text"] == embedded.SAFETY_TEXT
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (["nonsense"], "choose utility, resistance"),
+        (["resistance", "--borrow", "a=b"], "goes with the table transfer"),
+        (["transfer", "--borrow", "nothing"], "is not MODEL=FOLDER"),
+        (["resistance", "--split", "x.json"], "go together"),
+        (["resistance", "--model", "org/other"], "the embedded data is for"),
+        (["resistance", "--judge", "keyword", "--judge", "keyword-gcg"], "a table has one"),
+    ],
+)
+def test_what_does_not_go_together_is_one_sentence(line, says, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["davsp", "reproduce", *line])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert says in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_dry_run_counts_calls_and_loads_no_model(monkeypatch):
+    monkeypatch.setattr("davsp.embedded.load", lambda *a, **k: pytest.fail("it loaded a model"))
+    text = dry(["ecso"], "llava", None, 0.5)
+    total = 1480 * 3 + 500 + 118 + 2374 + 60
+    assert f"{total} test queries" in text
+    calls = total * (1 + 4 + 1 + 3 + 4)
+    assert f"{calls} calls at most, {calls * 0.5 / 3600:.1f} hours" in text and "training of 1 prompts (davsp)" in text
