@@ -80,7 +80,7 @@ SHORT = {
     "see": Stage(steps=1600, batch=24, lr=9e-4),
     "speak": Stage(steps=2200, batch=6, lr=1e-3, texts=2),
     "look": Stage(steps=2000, batch=20, lr=8e-4, after=("see", "speak")),
-    "skills": Stage(steps=5000, batch=8, lr=4e-4, texts=1, after=("look",)),
+    "skills": Stage(steps=3500, batch=8, lr=4e-4, texts=1, after=("look",)),
 }
 
 
