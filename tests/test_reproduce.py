@@ -144,16 +144,18 @@ def made(tmp_path_factory):
     other.save_pretrained(out / "other")
 
     def again(names, **options):
-        return run.reproduce(
-            names, lvlm, data, out / "mini", text=embedded.SAFETY_TEXT, settings=SETTINGS.model_copy(update={"steps": 2}),
-            templates=TEMPLATES, console=Console(quiet=True), borrowed={"other": out / "other"}, **options,
+        kit = run.make_kit(
+            lvlm, data, out / "mini", text=embedded.SAFETY_TEXT, settings=SETTINGS.model_copy(update={"steps": 2}),
+            templates=TEMPLATES, console=Console(quiet=True), borrowed={"other": out / "other"},
         )  # fmt: skip
+        return run.reproduce(names, kit, **options), kit
 
-    return out / "mini", again, again(list(tables.TABLES))
+    found, kit = again(list(tables.TABLES))
+    return out / "mini", again, found, kit
 
 
 def test_a_whole_run_writes_every_table_in_four_formats(made):
-    out, _, found = made
+    out, _, found, _ = made
     for name in tables.TABLES:
         assert all((out / f"{name}.{kind}").exists() for kind in ("md", "csv", "tex"))
     assert set(found.tables["transfer"]) == {"none", "adashield-s", "davsp", "davsp-from-other"}
@@ -171,16 +173,16 @@ def test_a_whole_run_writes_every_table_in_four_formats(made):
 
 
 def test_a_second_run_answers_and_trains_nothing(made, monkeypatch):
-    out, again, first = made
+    out, again, first, _ = made
     monkeypatch.setattr("davsp.lvlm.base.LVLM.generate", lambda *a, **k: pytest.fail("it answered again"))
     monkeypatch.setattr("davsp.experiments.stages.train", lambda *a, **k: pytest.fail("it trained again"))
     before = (out / "resistance.csv").read_text()
-    assert again(["resistance"]).tables["resistance"] == first.tables["resistance"]
+    assert again(["resistance"])[0].tables["resistance"] == first.tables["resistance"]
     assert (out / "resistance.csv").read_text() == before
 
 
 def test_the_transferred_border_stands_resized_before_the_models_own_text(made):
-    out, _, _ = made
+    out, *_ = made
     told = json.loads((out / "manifest.json").read_text())["defenses"]["davsp-from-other"]
     assert told["padding"] == 14 and told["text"] == embedded.SAFETY_TEXT
 
@@ -213,3 +215,32 @@ def test_a_dry_run_counts_calls_and_loads_no_model(monkeypatch):
     assert f"{total} test queries" in text
     calls = total * (1 + 4 + 1 + 3 + 4)
     assert f"{calls} calls at most, {calls * 0.5 / 3600:.1f} hours" in text and "training of 1 prompts (davsp)" in text
+
+
+def test_sweeps_train_what_they_say_and_nothing_else_differs(made, monkeypatch):
+    """A border a value; the given setting reaches the training, all others are the table's."""
+    from davsp.reproduce.sweeps import SWEEPS, sweep
+
+    out, _, _, kit = made
+    seen = {}
+    for name, (_, values) in SWEEPS.items():
+        for value, changed in values(kit).items():
+            base, now = kit.settings.model_dump(), changed.settings.model_dump()
+            other = {k for k in base if base[k] != now[k]}
+            other |= {k for k in ("padding", "text") if getattr(kit, k) != getattr(changed, k)}
+            other |= {"data"} if changed.data is not kit.data else set()
+            seen.setdefault(name, set()).update(other)
+            assert len(other) <= 1, (name, value)
+    assert seen == {
+        "padding": {"padding"}, "layer": {"layer"}, "lam": {"lam"}, "margins": {"mu_plus"}, "data": {"data"},
+        "steps": {"steps"}, "text": {"text"},
+    }  # fmt: skip
+    assert list(SWEEPS["padding"][1](kit)) == ["4", "7", "10", "14", "21", "28"]
+
+    records = sweep(["text"], kit, out / "sweeps", console=Console(quiet=True))
+    assert [(r["sweep"], r["value"]) for r in records] == [("none", ""), ("text", "with"), ("text", "without")]
+    assert all(r["rsr"]["n"] == 16 for r in records)
+    assert "| text | without | " in (out / "sweeps" / "sweeps.md").read_text()
+    assert (out / "sweeps" / "text.svg").read_text().startswith("<svg")
+    with pytest.raises(DavspError, match="choose padding, layer"):
+        sweep(["size"], kit, out / "sweeps")

@@ -29,11 +29,14 @@ from davsp.errors import DavspError
 if TYPE_CHECKING:
     from davsp.embedded.data import Protocol
 
-TABLES = "utility (Table 1), resistance (2), transfer (3), ablation (4), intervention (5), ecso (6), or all"
+TABLES = (
+    "utility (Table 1), resistance (2), transfer (3), ablation (4), intervention (5), ecso (6), or all; and one setting at a "
+    "time: sweep-padding, -layer, -lam, -margins, -data, -steps, -text, or sweeps"
+)
 
 
 def reproduce(
-    names: Annotated[list[str], typer.Argument(help=f"{TABLES}.")],
+    names: Annotated[list[str], typer.Argument(help=f"{TABLES}")],
     model: Model = None,
     out: Annotated[Path | None, typer.Option(help="Folder of this model's run; left out: out/reproduce/MODEL.")] = None,
     borrow: Annotated[
@@ -76,13 +79,18 @@ def reproduce(
     from davsp import embedded
     from davsp.experiments.demo import SETTINGS
     from davsp.reproduce.plan import dry
+    from davsp.reproduce.run import make_kit
     from davsp.reproduce.run import reproduce as run
+    from davsp.reproduce.sweeps import SWEEPS, sweep
     from davsp.reproduce.tables import TABLES as known
     from davsp.settings import TrainSettings
 
-    chosen = list(known) if "all" in names else list(dict.fromkeys(names))
-    if wrong := [name for name in chosen if name not in known]:
-        raise DavspError(f"table {wrong[0]!r} is not known; choose {', '.join(known)} or all.")
+    chosen = list(known) if "all" in names else [name for name in dict.fromkeys(names) if name in known]
+    sweeps = list(SWEEPS) if "sweeps" in names else [x for x in SWEEPS if f"sweep-{x}" in names]
+    if wrong := [n for n in names if n not in (*known, "all", "sweeps", *(f"sweep-{x}" for x in SWEEPS))]:
+        raise DavspError(
+            f"{wrong[0]!r} is not known; choose {', '.join(known)}, all, sweeps or sweep-{{{','.join(SWEEPS)}}}."
+        )
     own = not benchmark and split is None
     here = (model or "davsp-mini").rstrip("/").split("/")[-1]
     out = out or Path("out/reproduce") / here
@@ -109,12 +117,20 @@ def reproduce(
     from davsp.embedded.ecso import TEMPLATES
 
     lvlm = load_lvlm(model, revision, device, dtype, quantization, canvas)
-    made = run(
-        chosen, lvlm, data, out, text=embedded.SAFETY_TEXT if own else TEXT, settings=settings,
+    kit = make_kit(
+        lvlm, data, out, text=embedded.SAFETY_TEXT if own else TEXT, settings=settings,
         templates=TEMPLATES if own else PUBLISHED, seed=seed, padding=padding,
-        borrowed=_borrowed(borrow, out, here) if "transfer" in chosen else None, judge=named[0],
-        graders=None if own else graders, batch_size=batch_size, max_new_tokens=max_new_tokens,
+        borrowed=_borrowed(borrow, out, here) if "transfer" in chosen else None,
     )  # fmt: skip
+    asked: dict[str, Any] = {
+        "judge": named[0], "graders": None if own else graders, "batch_size": batch_size, "max_new_tokens": max_new_tokens,
+    }  # fmt: skip
+    if sweeps:
+        sweep(sweeps, kit, out / "sweeps", seed=seed, **asked)
+        print((out / "sweeps" / "sweeps.md").read_text())
+    if not chosen:
+        return
+    made = run(chosen, kit, **asked)
     for name in made.tables:
         print((out / f"{name}.md").read_text())
     print((out / "claims.md").read_text())

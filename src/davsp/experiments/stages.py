@@ -110,8 +110,13 @@ def trained_prompt(
     vector: HarmfulnessVector,
     settings: TrainSettings,
     saved: Path,
+    vector_file: Path | None = None,
 ) -> P:
-    """Train `start` on the protocol's training queries, save it in `saved`; the prompt as it reads back from there."""
+    """Train `start` on the protocol's training queries, save it in `saved`; the prompt as it reads back from there.
+
+    Args:
+        vector_file: where the vector was saved; None: by `fitted_vector` in the same stages' folder.
+    """
     folder = stages.out / "train" / name
 
     def make(resume: bool) -> None:
@@ -147,7 +152,7 @@ def trained_prompt(
         fingerprint(lvlm),
         kind,
         settings.model_dump(),
-        file_hash(stages.out / "vector" / "vector.safetensors"),
+        file_hash(vector_file or stages.out / "vector" / "vector.safetensors"),
         *queries,
     ]
 

@@ -147,8 +147,42 @@ def curves(
         return _svg(figure, re.sub(r"\W+", "-", panel))
 
 
-def scatter(rows: Rows, attacks: Mapping[str, str]) -> str:
-    """RSR over utility, a panel for each of `attacks` (benchmark -> title), with both 95 % intervals."""
+def lines(records: Sequence[Mapping[str, Any]], axis: str) -> str:
+    """RSR, utility and over-refusal over the values of one setting, with 95 % intervals; values in their order, evenly apart."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.6, 2.9), layout="constrained")
+        ax = figure.subplots()
+        kinds = {
+            "rsr": ("RSR", "davsp"),
+            "utility": ("utility", "random-border"),
+            "over_refusal": ("over-refusal", "additive"),
+        }
+        for key, (name, colour_of) in kinds.items():
+            shown = [(i, r[key]) for i, r in enumerate(records) if r[key] is not None]
+            if not shown:
+                continue
+            x, y = [i for i, _ in shown], [100 * r["value"] for _, r in shown]
+            spread = [
+                [100 * (r["value"] - r["low"]) for _, r in shown],
+                [100 * (r["high"] - r["value"]) for _, r in shown],
+            ]
+            ax.errorbar(x, y, yerr=spread, marker="o", markersize=5, capsize=2, color=colour(colour_of), label=name)
+        ax.set_xticks(range(len(records)), [str(r["value"]) for r in records])
+        ax.set_xlabel(axis)
+        ax.set_ylabel("%")
+        ax.set_ylim(-3, 103)
+        figure.legend(loc="outside upper left", ncols=3, handlelength=1.4)
+        return _svg(figure, re.sub(r"\W+", "-", axis))
+
+
+def scatter(
+    rows: Rows, attacks: Mapping[str, str], utility: tuple[str, str, str] = ("utility", "total", "accuracy")
+) -> str:
+    """RSR over utility, a panel for each of `attacks` (benchmark -> title), with both 95 % intervals.
+
+    Args:
+        utility: benchmark, split and metric of the other axis.
+    """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(4.6, 2.9 * len(attacks)), layout="constrained")
         panels = np.atleast_1d(figure.subplots(len(attacks), 1, sharex=True))
@@ -157,7 +191,7 @@ def scatter(rows: Rows, attacks: Mapping[str, str]) -> str:
                 _point(
                     ax,
                     name,
-                    find(rows, name, "utility", "total", "accuracy"),
+                    find(rows, name, *utility),
                     find(rows, name, benchmark, "total", "rsr"),
                 )
             ax.set_title(title)

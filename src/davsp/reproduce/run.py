@@ -25,10 +25,12 @@ from davsp.judges.verdicts import judge_name
 from davsp.lvlm import LVLM, fingerprint, model_name
 from davsp.query import Query
 from davsp.report import plots
+from davsp.report.cells import find
 from davsp.reproduce import write
 from davsp.reproduce.claims import PICTURES, Claim, claims
 from davsp.reproduce.methods import METHODS, Kit, transferred
-from davsp.reproduce.tables import FROM, POOLED, RSR, TABLES, Cell, cells, paper_model
+from davsp.reproduce.tables import FROM, MM_VET, POOLED, RSR, TABLES, Cell, cells, paper_model
+from davsp.reproduce.tables import METHODS as table_methods
 from davsp.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -46,8 +48,7 @@ class Reproduction:
     claims: list[Claim]
 
 
-def reproduce(
-    names: Sequence[str],
+def make_kit(
     lvlm: LVLM,
     data: "Protocol",
     out: Path,
@@ -59,24 +60,41 @@ def reproduce(
     padding: int | None = None,
     eps: float = 32 / 255,
     borrowed: Mapping[str, Path] | None = None,
-    judge: Judge = keyword,
-    graders: Mapping[str, Grader] | None = None,
-    batch_size: int = 32,
-    max_new_tokens: int = 48,
     console: Console | None = None,
-) -> Reproduction:
-    """Evaluate what the named tables need, and write them to `out`.
+) -> Kit:
+    """Fit the vector, or take it from `out`, and put together what all cells share.
 
     Args:
-        names: of `TABLES`.
         data: who trains the vector and the prompts, and the test; embedded or of published sets.
         text: of AdaShield-S, before the questions of every method but No Defense.
         settings: of the prompts that are trained.
         templates: ECSO's prompts.
         padding, eps: of border and noise; None: a twelfth of the canvas.
         borrowed: name of another model -> folder of the border trained there, for "transfer".
-        judge, graders: see `evaluate`; graders make the test one of published sets.
         console: where lines and bars go; None is the terminal.
+    """
+    stages = Stages(out, console or Console())
+    vector = fitted_vector(stages, lvlm, data, text)
+    return Kit(
+        lvlm, data, vector, text, settings.model_copy(update={"seed": seed}), stages, padding or round(lvlm.canvas / 12),
+        eps, templates, borrowed or {},
+    )  # fmt: skip
+
+
+def reproduce(
+    names: Sequence[str],
+    kit: Kit,
+    *,
+    judge: Judge = keyword,
+    graders: Mapping[str, Grader] | None = None,
+    batch_size: int = 32,
+    max_new_tokens: int = 48,
+) -> Reproduction:
+    """Evaluate what the named tables need, and write them to the kit's folder.
+
+    Args:
+        names: of `TABLES`.
+        judge, graders: see `evaluate`; graders make the test one of published sets.
 
     Raises:
         DavspError: an unknown table, or what the steps raise.
@@ -84,27 +102,23 @@ def reproduce(
     """
     if unknown := [name for name in names if name not in TABLES]:
         raise DavspError(f"table {unknown[0]!r} is not known: choose {', '.join(TABLES)} or all")
-    console, began = console or Console(), time.perf_counter()
-    stages = Stages(out, console)
-    vector = fitted_vector(stages, lvlm, data, text)
-    kit = Kit(
-        lvlm, data, vector, text, settings.model_copy(update={"seed": seed}), stages, padding or round(lvlm.canvas / 12),
-        eps, templates, borrowed or {},
-    )  # fmt: skip
+    began = time.perf_counter()
+    lvlm, data, stages, seed = kit.lvlm, kit.data, kit.stages, kit.settings.seed
+    out = stages.out
     wanted = needed(names)
     defenses: dict[str, Defense] = {name: METHODS[name](kit) for name in wanted}
     if "transfer" in names:
         defenses |= transferred(kit)
     start = time.perf_counter()
     found = evaluate(
-        lvlm, defenses, data.test, out, vector, judge, graders=graders, batch_size=batch_size,
-        max_new_tokens=max_new_tokens, redo=True, seed=seed, console=console,
+        lvlm, defenses, data.test, out, kit.vector, judge, graders=graders, batch_size=batch_size,
+        max_new_tokens=max_new_tokens, redo=True, seed=seed, console=stages.console,
     )  # fmt: skip
     stages.line("evaluate", f"{len(defenses)} defenses, {len(data.test)} queries", time.perf_counter() - start)
     rows = [*found.rows, *pooled(data.test, found, model_name(lvlm), seed)]
     facts = manifest(
-        model=model_name(lvlm), revision=lvlm.revision, weights=fingerprint(lvlm), seed=seed, text=text, padding=kit.padding,
-        eps=eps, settings=kit.settings.model_dump(), judge=judge_name(judge), layer=vector.layer, stages=stages.seconds,
+        model=model_name(lvlm), revision=lvlm.revision, weights=fingerprint(lvlm), seed=seed, text=kit.text, padding=kit.padding,
+        eps=kit.eps, settings=kit.settings.model_dump(), judge=judge_name(judge), layer=kit.vector.layer, stages=stages.seconds,
         defenses={name: d.describe() for name, d in defenses.items()},
     )  # fmt: skip
     write_json(out / "manifest.json", facts)
@@ -159,11 +173,11 @@ def _write(
     found = claims(rows)
     write_text(out / "claims.md", write.claims_markdown(found, model))
     write_json(out / "rows.json", metrics.metrics_file(rows))
-    drawn = {
-        "RSR on all malicious pictures against utility, with 95 % intervals": plots.scatter(
-            rows, {PICTURES: "all pictures"}
-        )
-    }
+    drawn = {}
+    if used := next((place for place in MM_VET.places if find(rows, "none", *place)), None):
+        compared = [row for row in rows if row["defense"] in table_methods]
+        plot = plots.scatter(compared, {PICTURES: "all pictures"}, used)
+        drawn["RSR on all malicious pictures against utility, with 95 % intervals"] = plot
     write.page(out / "tables.html", model, theirs, {n: (TABLES[n], made[n]) for n in names}, found, drawn, notes)
     return Reproduction(rows, made, found)
 

@@ -136,7 +136,7 @@ def paper_model(name: str, model: str, family: str) -> str:
     """
     known = list(paper()[name])
     same = [x for x in known if x.lower() == model.split("/")[-1].lower().removesuffix("-hf")]
-    kin = [x for x in known if x.split("-")[0].lower() == family.split("_")[0].rstrip("2")]
+    kin = [x for x in known if x.lower().startswith(family.split("_")[0])]
     return (same or kin or known)[0]
 
 
