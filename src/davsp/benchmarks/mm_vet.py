@@ -88,8 +88,9 @@ def score(
     """Total, the six capabilities and the integrations (exact sets of them), as fractions, clustered by picture.
 
     A question counts once in each of its capabilities, so the total is not their mean. A question's score is its mean over
-    the grader's runs that scored it; the total's row also has `std`, the population standard deviation of the runs' totals.
-    `score_worst_case` takes a question that no run scored for 0. Over-refusal is in the rows, too.
+    the grader's runs that scored it; over several runs the total's row also has `std`, the population standard deviation of
+    the runs' totals. `unscored` is the share of all that was asked; `score_worst_case` takes it for 0. Over-refusal is in
+    the rows, too.
 
     Args:
         queries: of MM-Vet.
@@ -120,11 +121,13 @@ def score(
         metric = {"metric": "score" if mode == "sound" else "score_official"}
         found = _rows(named | metric, part, now, then, seed)
         if split == "total":
-            found[0]["std"] = _spread(part, runs)
+            if len(runs) > 1:
+                found[0]["std"] = _spread(part, runs)
             if mode == "sound":
-                unscored = [float(now[q.id] is None) for q in part]
-                found += scoring.rate_rows(named | {"metric": "unscored"}, unscored, [q.group for q in part], seed)
-                found += _rows(named | {"metric": "score_worst_case"}, part, _worst(now), None, seed)
+                unscored = [float(run[q.id] is None) for run in runs for q in part]
+                groups = [q.group or q.id for _ in runs for q in part]
+                found += scoring.rate_rows(named | {"metric": "unscored"}, unscored, groups, seed)
+                found += _rows(named | {"metric": "score_worst_case"}, part, _means(queries, _worst(runs)), None, seed)
         table += found
     return Scores(table + scoring.over_refusal(queries, mine, model, baseline, seed), said, mine)
 
@@ -181,8 +184,8 @@ def _means(queries: Sequence[Query], runs: Sequence[Means]) -> dict[str, float |
     return {name: fmean(found) if found else None for name, found in scores.items()}
 
 
-def _worst(means: Means) -> dict[str, float | None]:
-    return {name: score or 0.0 for name, score in means.items()}
+def _worst(runs: Sequence[Means]) -> list[Means]:
+    return [{name: score or 0.0 for name, score in run.items()} for run in runs]
 
 
 def _table(queries: Sequence[Query], means: Means) -> list[NDArray[np.float64]]:

@@ -15,6 +15,7 @@ from davsp.cli.options import (
     Concurrency,
     Device,
     Dtype,
+    GraderRuns,
     JudgeKey,
     JudgeModel,
     JudgeUrl,
@@ -94,6 +95,7 @@ def evaluate(
     judge_url: JudgeUrl = None,
     judge_model: JudgeModel = None,
     judge_key_env: JudgeKey = None,
+    grader_runs: GraderRuns = None,
     max_unscored: MaxUnscored = 0.02,
     concurrency: Concurrency = 8,
     timeout: Timeout = 300.0,
@@ -118,16 +120,17 @@ def evaluate(
     from davsp.vector import HarmfulnessVector
 
     served = _served(engine, base_url, api_model or model, (revision, device, dtype, quantization), num_processes)
-    for variable, whose in ((api_key_env, "model"), (judge_key_env, "judge")):
-        keys.read(variable, whose)  # also where none is asked for: a key given in its place would get into the manifest
-    in_processes(num_processes)
-    how = judges.Asking(
-        judge_url, judge_model, judge_key_env, concurrency, timeout, cache or out / "cache.sqlite", device,
-        Console(stderr=True),
+    keys.read(api_key_env, "model")  # a key given in place of its variable would get into the manifest
+    how = judges.asking(
+        judge or [], judge_url, judge_model, judge_key_env, grader_runs, concurrency=concurrency, timeout=timeout,
+        cache=cache or out / "cache.sqlite", device=device, console=Console(stderr=True),
     )  # fmt: skip
+    in_processes(num_processes)
+    sets = {name.partition("=")[0] for name in benchmark or []}
+    for name in judge or []:
+        if judges.GRADER_OF.get(name, "") not in {"", *sets}:
+            raise DavspError(f"--judge {name} grades {judges.GRADER_OF[name]}, which no --benchmark names.")
     named, graders = judges.sorted_out(judge or [], how)
-    if graders and not benchmark:
-        raise DavspError(f"--judge names a grader of {next(iter(graders))}, but no --benchmark of that set is asked.")
     direction = HarmfulnessVector.load(vector) if vector else None
     defenses = rows(
         defense or [], prompt, text, own=not (queries or benchmark), mini=is_embedded(served[0] if served else model),

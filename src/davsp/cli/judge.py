@@ -13,6 +13,7 @@ from davsp.cli.options import (
     Cache,
     Concurrency,
     Device,
+    GraderRuns,
     JudgeModel,
     MaxUnscored,
     Queries,
@@ -47,9 +48,10 @@ def judge(
             "vlmevalkit; of the graders official."
         ),
     ] = "sound",
-    judge_url: Annotated[str | None, typer.Option("--judge-url", "--base-url", help=JUDGE_URL)] = None,
+    grader_runs: GraderRuns = None,
+    judge_url: Annotated[list[str] | None, typer.Option("--judge-url", "--base-url", help=JUDGE_URL)] = None,
     judge_model: JudgeModel = None,
-    judge_key_env: Annotated[str | None, typer.Option("--judge-key-env", "--api-key-env", help=JUDGE_KEY)] = None,
+    judge_key_env: Annotated[list[str] | None, typer.Option("--judge-key-env", "--api-key-env", help=JUDGE_KEY)] = None,
     max_unscored: MaxUnscored = 0.02,
     concurrency: Concurrency = 8,
     timeout: Timeout = 60.0,
@@ -67,9 +69,9 @@ def judge(
     test, _ = asked(benchmark or [], split, queries, None, None, seed, skip_broken, rebuild, types or [])
     if benchmark:
         test = apart(test)
-    how = judges.Asking(
-        judge_url, judge_model, judge_key_env, concurrency, timeout, cache or run / "cache.sqlite", device,
-        Console(stderr=True),
+    how = judges.asking(
+        [judge], judge_url, judge_model, judge_key_env, grader_runs, concurrency=concurrency, timeout=timeout,
+        cache=cache or run / "cache.sqlite", device=device, console=Console(stderr=True),
     )  # fmt: skip
     chosen = judges.named(judge, how)
     graded = judges.GRADER_OF.get(judge)

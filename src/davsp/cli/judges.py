@@ -1,5 +1,6 @@
 """From the names that --judge takes to judges and graders."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 GRADER_OF = {"mm-vet": "mm_vet", "exact": "mm_vet", "llava-bench": "llava_bench", "overlap": "llava_bench"}
 """Grader -> the published set that it grades; all other names are judges of answers to malicious queries."""
 
+IN_RUNS = "mm-vet"
+"""The grader whose published figure is a mean over several runs; LLaVA-Bench's is of one."""
+
 NAMES = (
     "keyword, keyword-gcg, keyword-adashield, keyword-vlguard, keyword-lmms-eval; davsp, davsp-mmsafety, mm-safetybench, "
     "adashield; llama-guard-3, llama-guard-4, harmbench; of MM-Vet mm-vet or exact, of LLaVA-Bench llava-bench or overlap."
@@ -26,9 +30,10 @@ class Asking:
     """How judges that ask a model are asked.
 
     Attributes:
-        base_url: an OpenAI-compatible server; None: OpenAI, and guards run here.
-        model: to ask; None: a guard's own weights, if it runs here.
-        api_key_env: environment variable with the key; None: OPENAI_API_KEY for OpenAI, none else.
+        urls: judge -> its OpenAI-compatible server; not there: OpenAI, and guards run here.
+        models: judge -> the model to ask; not there: a guard's own weights, if it runs here.
+        variables: judge -> environment variable with the key; not there: OPENAI_API_KEY for OpenAI, none else.
+        runs: how often the grader `IN_RUNS` is asked about each answer.
         concurrency: requests under way at most.
         timeout: of a request, seconds.
         cache: file of verdicts.
@@ -36,14 +41,84 @@ class Asking:
         console: for progress.
     """
 
-    base_url: str | None
-    model: str | None
-    api_key_env: str | None
+    urls: Mapping[str, str]
+    models: Mapping[str, str]
+    variables: Mapping[str, str]
+    runs: int
     concurrency: int
     timeout: float
     cache: Path
     device: str | None
     console: "Console"
+
+
+def asking(
+    names: Sequence[str],
+    urls: Sequence[str] | None,
+    models: Sequence[str] | None,
+    variables: Sequence[str] | None,
+    runs: int | None,
+    **rest: Any,
+) -> Asking:
+    """How the judges and graders of a command are asked, from its options.
+
+    Args:
+        names: of all judges and graders.
+        urls, models, variables: VALUE for all that ask a model, or NAME=VALUE for one of them, which counts before it.
+        runs: of --grader-runs; None: one.
+        rest: the other fields of `Asking`.
+
+    Raises:
+        DavspError: an option for a judge that is not named or asks no model, or twice for one; an empty variable; runs without
+            the grader that has them; a judge named twice.
+    """
+    from davsp import keys
+
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise DavspError(f"--judge names {twice} twice; a second model is asked by davsp judge.")
+    if runs is not None and IN_RUNS not in names:
+        raise DavspError(f"--grader-runs goes with --judge {IN_RUNS}, whose published score is a mean over runs.")
+    given = {"--judge-url": urls, "--judge-model": models, "--judge-key-env": variables}
+    url_of, model_of, variable_of = (_each(option, values or [], names) for option, values in given.items())
+    for variable in variable_of.values():  # a key given in place of its variable would get into the manifest
+        keys.read(variable, "judge")
+    return Asking(url_of, model_of, variable_of, runs or 1, **rest)
+
+
+def _each(option: str, values: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """Judge -> its value of an option. No value is repeated in a message: one might be a key."""
+    asks = [name for name in names if name not in _alone()]
+    for_all: list[str] = []
+    found: dict[str, str] = {}
+    for value in values:
+        name, equals, own = value.partition("=")
+        if not equals or not re.fullmatch(r"[\w-]+", name):  # an address or a path may hold = further on
+            for_all.append(value)
+        elif name in asks and name not in found:
+            found[name] = own
+        elif name in found:
+            raise DavspError(f"{option} is there twice for {name}; leave one out.")
+        else:
+            raise DavspError(
+                f"{option} is NAME=VALUE with a NAME that is none of the judges here that ask a model "
+                f"({', '.join(asks) or 'there are none'})."
+            )
+    if len(for_all) > 1:
+        raise DavspError(f"{option} is there twice for all judges; give NAME=VALUE for each of {', '.join(asks)}.")
+    if for_all and not asks:
+        raise DavspError(f"{option} goes with a judge that asks a model; {', '.join(names) or 'keyword'} asks none.")
+    if "" in (*for_all, *found.values()):
+        raise DavspError(f"{option} has an empty value; leave it out.")
+    return dict.fromkeys(asks, *for_all) | found if for_all else found
+
+
+def _alone() -> dict[str, Any]:
+    """The judges and graders that ask no model."""
+    from davsp.judges import keyword
+    from davsp.judges.graders import exact, overlap
+    from davsp.judges.keyword_lists import LISTS
+
+    return {"keyword": keyword, **LISTS, "exact": exact, "overlap": overlap}
 
 
 def named(name: str, asking: Asking) -> Any:
@@ -52,31 +127,28 @@ def named(name: str, asking: Asking) -> Any:
     Raises:
         DavspError: no such name, or no model to ask.
     """
-    from davsp.judges import keyword
-    from davsp.judges.graders import GRADERS, exact, overlap
-    from davsp.judges.keyword_lists import LISTS
-    from davsp.judges.prompts import CHAT
-
-    alone = {"keyword": keyword, **LISTS, "exact": exact, "overlap": overlap}
-    if name in alone:
+    if name in (alone := _alone()):
         return alone[name]
     from davsp.client import OPENAI
     from davsp.judges.cache import VerdictCache
     from davsp.judges.chat import ChatJudge
+    from davsp.judges.graders import GRADERS
     from davsp.judges.guard import GUARDS, LocalGuard
+    from davsp.judges.prompts import CHAT
 
-    if name in GUARDS and asking.base_url is None:
+    url, model = asking.urls.get(name), asking.models.get(name)
+    if name in GUARDS and url is None:
         return LocalGuard(
-            GUARDS[name], asking.model, device=asking.device, cache=VerdictCache(asking.cache), console=asking.console
+            GUARDS[name], model, device=asking.device, cache=VerdictCache(asking.cache), console=asking.console
         )
     prompts = CHAT | GUARDS | GRADERS
     if name not in prompts:
         raise DavspError(f"there is no judge {name!r}; choose one of {', '.join([*alone, *prompts])}.")
-    if asking.model is None:
+    if model is None:
         raise DavspError(f"--judge-model is missing: the judge {name} asks a model on a server.")
-    variable = asking.api_key_env or ("OPENAI_API_KEY" if asking.base_url is None else None)
+    variable = asking.variables.get(name) or ("OPENAI_API_KEY" if url is None else None)
     return ChatJudge(
-        prompts[name], asking.model, asking.base_url or OPENAI, variable,
+        prompts[name], model, url or OPENAI, variable, runs=asking.runs if name == IN_RUNS else 1,
         cache=VerdictCache(asking.cache), concurrency=asking.concurrency, timeout=asking.timeout, console=asking.console,
     )  # fmt: skip
 

@@ -55,10 +55,20 @@ SkipBroken = Annotated[
 ]
 JUDGE_URL = "The judge's OpenAI-compatible server; left out: OpenAI, and guards run here by transformers."
 JUDGE_KEY = "Environment variable with the judge's key; left out: OPENAI_API_KEY for OpenAI, no key else."
-JudgeUrl = Annotated[str | None, typer.Option("--judge-url", help=JUDGE_URL)]
-JudgeKey = Annotated[str | None, typer.Option("--judge-key-env", help=JUDGE_KEY)]
+EACH = " Of several judges NAME=VALUE for one of them, repeatable; a bare value is for all others."
+JudgeUrl = Annotated[list[str] | None, typer.Option("--judge-url", help=JUDGE_URL + EACH)]
+JudgeKey = Annotated[list[str] | None, typer.Option("--judge-key-env", help=JUDGE_KEY + EACH)]
 JudgeModel = Annotated[
-    str | None, typer.Option(help="The model to ask; left out: a guard's own weights, if it runs here.")
+    list[str] | None,
+    typer.Option(help=f"The model to ask; left out: a guard's own weights, if it runs here.{EACH}"),
+]
+GraderRuns = Annotated[
+    int | None,
+    typer.Option(
+        "--grader-runs",
+        min=1,
+        help="How often the grader mm-vet is asked about each answer; the score is the mean (5 in the paper). Left out: 1.",
+    ),
 ]
 MaxUnscored = Annotated[
     float, typer.Option(min=0, max=1, help="Share of unscored answers above which the command fails.")
