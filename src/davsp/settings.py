@@ -59,6 +59,29 @@ class TrainSettings(BaseModel):
         return {"projection": (1.0, 0.0), "answer": (0.0, 1.0), "both": (1.0, self.lam)}[self.objective]
 
 
+class SentenceSettings(BaseModel):
+    """How noise is trained on sentences (`davsp.sentences`); the defaults are UniGuard's as published.
+
+    Attributes:
+        likely: whether the sentences are to become likely (ESIII) or unlikely (UniGuard).
+        steps, batch_size: a row is a picture, a question and a sentence.
+        the others: as in `TrainSettings`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    likely: bool
+    steps: int = Field(5000, ge=1)
+    batch_size: int = Field(2, ge=1)
+    optimizer: Literal["sign", "adam"] = "sign"
+    lr: float = Field(1 / 255, gt=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    seed: int = 0
+    micro_batch: int | None = Field(None, ge=1)
+    activation_checkpointing: bool = False
+    checkpoint_every: int = Field(25, ge=1)
+
+
 def resolve(settings: TrainSettings, lvlm: LVLM, vector: HarmfulnessVector) -> tuple[TrainSettings, int, float, float]:
     """Fill in what was left to the vector, and check that vector, layer and model go together.
 

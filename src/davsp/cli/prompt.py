@@ -28,7 +28,10 @@ def apply(
     loaded, buffer = load_prompt(prompt), io.BytesIO()
     loaded.image(open_picture(image)).save(buffer, "PNG")
     write_bytes(out, buffer.getvalue())
-    print(f"{out}: {loaded.canvas} x {loaded.canvas} pixels; ask with this text before the question: {loaded.text!r}")
+    said = f"{out}: {loaded.canvas} x {loaded.canvas} pixels; ask with this text before the question: {loaded.text!r}"
+    if (loaded.separator, loaded.suffix) != (" ", ""):
+        said += f", {loaded.separator!r} between them, and {loaded.suffix!r} after it"
+    print(said)
 
 
 def info(prompt: Annotated[Path, typer.Argument(help="Folder or hub id of a prompt.")]) -> None:

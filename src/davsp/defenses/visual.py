@@ -12,7 +12,7 @@ from davsp.query import Query
 
 
 class VisualPrompt(Defense):
-    """Replaces each picture by the finished 8-bit canvas and puts the prompt's text before the question.
+    """Replaces each picture by the finished 8-bit canvas and puts the prompt's texts around the question.
 
     The canvas is made of bytes, as a PNG would hold it, so that what is measured is what can be deployed. A
     query without a picture gets the text alone.
@@ -36,9 +36,11 @@ class VisualPrompt(Defense):
     def describe(self) -> dict[str, Any]:
         pixels = self.prompt.delta.detach().cpu().contiguous().numpy().tobytes()
         padding = getattr(self.prompt, "padding", None)
-        return {
+        told = {
             "kind": self.prompt.kind,
             "text": self.prompt.text,
             "padding": padding,
             "delta": sha256(pixels).hexdigest(),
         }
+        placed = {"separator": self.prompt.separator, "suffix": self.prompt.suffix}
+        return told if placed == {"separator": " ", "suffix": ""} else told | placed  # else as in folders from before

@@ -1,5 +1,6 @@
 """What border and noise share."""
 
+from collections.abc import Callable
 from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer
 from torch import Tensor
 
 import davsp
@@ -21,7 +22,11 @@ P = TypeVar("P", bound="Prompt")
 
 
 class PromptConfig(BaseModel):
-    """The fields that every saved prompt has; a file with other fields is refused."""
+    """The fields that every saved prompt has; a file with other fields is refused.
+
+    `separator` stands between the safety text and the question; `suffix` follows the question as it is. Both are left out of
+    the file where they are " " and "", so that it is as it was before there was a choice.
+    """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -32,18 +37,25 @@ class PromptConfig(BaseModel):
     mu_plus: float | None = None
     mu_minus: float | None = None
     safety_text: str = ""
+    separator: str = " "
+    suffix: str = ""
     figures: dict[str, Any] = {}
     data: dict[str, Any] = {}
     davsp_version: str = davsp.__version__
 
+    @model_serializer(mode="wrap")
+    def _told(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        usual = {"separator": " ", "suffix": ""}
+        return {name: value for name, value in dump(self).items() if name not in usual or value != usual[name]}
+
 
 class Prompt:
-    """Pixels that are put around or on every picture, and a text that is put before every question.
+    """Pixels that are put around or on every picture, and texts that are put before and after every question.
 
     Attributes:
         delta: (3, s, s) float32 on the whole canvas; the one thing that is trained.
         text: safety text before the question; "" for none.
-        config: what is known of its making (model, layer, margins, data hashes, figures).
+        config: what is known of its making (model, layer, margins, data hashes, figures), and how the texts are placed.
         kind: "border" or "additive".
     """
 
@@ -78,9 +90,19 @@ class Prompt:
         """Read the prompt's folder."""
         raise NotImplementedError
 
+    @property
+    def separator(self) -> str:
+        """What stands between the safety text and the question: one space, if nothing else is said."""
+        return str(self.config.get("separator", " "))
+
+    @property
+    def suffix(self) -> str:
+        """What follows the question as it is, line break and all: nothing, if nothing is said."""
+        return str(self.config.get("suffix", ""))
+
     def question(self, question: str) -> str:
-        """The question with the safety text before it."""
-        return f"{self.text} {question}" if self.text else question
+        """The question with the texts around it."""
+        return (f"{self.text}{self.separator}{question}" if self.text else question) + self.suffix
 
     @torch.no_grad()
     def image(self, picture: Image.Image) -> Image.Image:
@@ -92,6 +114,13 @@ class Prompt:
         """The same prompt with another delta; it may carry a gradient, and its config may be changed freely."""
         other = copy(self)
         other.delta, other.config = delta, deepcopy(self.config)
+        return other
+
+    def with_texts(self: P, text: str, separator: str = " ", suffix: str = "") -> P:
+        """The same prompt with other texts: `text`, `separator`, the question, `suffix`."""
+        other = self.with_delta(self.delta)
+        other.text = text
+        other.config |= {"safety_text": text, "separator": separator, "suffix": suffix}
         return other
 
     def quantised(self: P) -> P:
