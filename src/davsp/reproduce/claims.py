@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from davsp.reproduce.tables import FROM, METHODS
+from davsp.reproduce.tables import FROM, METHODS, base
 
 Row = Mapping[str, Any]
 PICTURES = "pictures"  # RSR over all malicious pictures of the four forms
@@ -30,7 +30,7 @@ class Figures:
     """The rows of one model by defense, benchmark and metric."""
 
     def __init__(self, rows: Sequence[Row]):
-        self.at = {(r["defense"], r["benchmark"], r["metric"]): r for r in rows if r["split"] == "total"}
+        self.at = {(r["defense"], base(r["benchmark"]), r["metric"]): r for r in rows if r["split"] == "total"}
         self.defenses = list(dict.fromkeys(r["defense"] for r in rows))
 
     def row(self, defense: str, benchmark: str, metric: str) -> Row | None:

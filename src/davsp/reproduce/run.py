@@ -29,7 +29,7 @@ from davsp.report.cells import find
 from davsp.reproduce import write
 from davsp.reproduce.claims import PICTURES, Claim, claims
 from davsp.reproduce.methods import METHODS, Kit, transferred
-from davsp.reproduce.tables import FROM, MM_VET, POOLED, RSR, TABLES, Cell, cells, paper_model
+from davsp.reproduce.tables import FROM, MM_VET, POOLED, RSR, TABLES, Cell, base, cells, paper_model
 from davsp.reproduce.tables import METHODS as table_methods
 from davsp.settings import TrainSettings
 
@@ -139,7 +139,7 @@ def needed(names: Sequence[str]) -> list[str]:
 def pooled(test: Sequence[Query], found: Evaluation, model: str, seed: int = 0) -> list[dict[str, Any]]:
     """RSR over MM-SafetyBench's three picture types, and over these and FigStep, with the differences from No Defense."""
     table: list[dict[str, Any]] = []
-    known = {row["benchmark"] for row in found.rows}
+    known = {base(row["benchmark"]) for row in found.rows}
     pools = {PICTURES: [c.name for c in RSR]}
     if POOLED.name not in known:
         pools[POOLED.name] = [c.name for c in RSR[:3]]
@@ -149,7 +149,7 @@ def pooled(test: Sequence[Query], found: Evaluation, model: str, seed: int = 0) 
         for name, answers in found.responses.items():
             outcomes = metrics.outcomes(malicious, answers, found.verdicts[name])
             each[name] = [
-                replace(o, benchmark=pool) for o in outcomes if o.benchmark in members and o.metric != "unscored"
+                replace(o, benchmark=pool) for o in outcomes if base(o.benchmark) in members and o.metric != "unscored"
             ]
         none = each["none"]
         for name, outcomes in each.items():
@@ -174,7 +174,9 @@ def _write(
     write_text(out / "claims.md", write.claims_markdown(found, model))
     write_json(out / "rows.json", metrics.metrics_file(rows))
     drawn = {}
-    if used := next((place for place in MM_VET.places if find(rows, "none", *place)), None):
+    names_of = {r["benchmark"] for r in rows}
+    places = [(b, *rest) for name, *rest in MM_VET.places for b in names_of if base(b) == name]
+    if used := next((place for place in places if find(rows, "none", *place)), None):
         compared = [row for row in rows if row["defense"] in table_methods]
         plot = plots.scatter(compared, {PICTURES: "all pictures"}, used)
         drawn["RSR on all malicious pictures against utility, with 95 % intervals"] = plot
@@ -189,6 +191,8 @@ def _notes(data: "Protocol", judge: Judge, names: Sequence[str]) -> list[str]:
         f"trained on {len(data.train_malicious)} malicious and {len(data.train_benign)} benign queries",
         "every method but No Defense and ECSO has the same safety text before the question",
     ]
+    if other := sorted({q.benchmark for q in data.test if base(q.benchmark) != q.benchmark}):
+        notes.append(f"in place of the published sets: {', '.join(other)}")
     if "ecso" in names:
         notes.append(
             "the paper heads Table 6's last column MM-Vet, but its values are those of LLaVA-Bench in Table 1: both are "

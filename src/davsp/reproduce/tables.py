@@ -5,6 +5,7 @@ are in the source: Table 6 heads its last column MM-Vet, but its values are thos
 are given here), and MME's total without defense is 1798 there and 1818 in Table 1.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -157,12 +158,17 @@ def cells(table: Table, rows: Sequence[Row], model: str) -> dict[str, list[Cell]
         names += sorted(name for name in known if name.startswith(FROM))
     if not names:
         raise DavspError(f"table {table.name} has no row here: none of {', '.join(table.rows)} was evaluated.")
-    at = {(r["defense"], r["benchmark"], r["split"], r["metric"]): r for r in rows}
+    at = {(r["defense"], base(r["benchmark"]), r["split"], r["metric"]): r for r in rows}
     theirs = paper()[table.name][model]
     return {
         name: [_cell(column, at, name, theirs.get("davsp" if name.startswith(FROM) else name, {})) for column in table.columns]
         for name in names
     }  # fmt: skip
+
+
+def base(benchmark: str) -> str:
+    """The published set that a benchmark stands for: itself, or what was rebuilt or drawn in its place."""
+    return re.sub(r"_(embedded|rebuilt.*)$", "", benchmark)
 
 
 def _cell(column: Column, at: Mapping[Any, Row], defense: str, theirs: Mapping[str, float]) -> Cell:
