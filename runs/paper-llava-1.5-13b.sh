@@ -35,5 +35,5 @@ $DAVSP eval "${model[@]}" --defense none --benchmark "mm_safetybench=$DATA/MM-Sa
 
 # all six tables; the prompts are trained on the way, 1,200 steps each
 $DAVSP reproduce all "${model[@]}" --split "$OUT/split.json" --benchmark "vlguard=$DATA/VLGuard" "${sets[@]}" "${others[@]}" \
-    --judge davsp --judge mm-vet --judge llava-bench "${asked[@]}" --max-new-tokens 512 \
+    --judge davsp --judge mm-vet --judge llava-bench --grader-runs 5 "${asked[@]}" --max-new-tokens 512 \
     ${BORROW:+--borrow "LLaVA-1.5-13B=$BORROW"} --out "$OUT/tables"

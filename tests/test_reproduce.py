@@ -244,3 +244,37 @@ def test_sweeps_train_what_they_say_and_nothing_else_differs(made, monkeypatch):
     assert (out / "sweeps" / "text.svg").read_text().startswith("<svg")
     with pytest.raises(DavspError, match="choose padding, layer"):
         sweep(["size"], kit, out / "sweeps")
+
+
+def test_the_published_road_from_folders_to_tables(tmp_path: Path, monkeypatch, capsys):
+    """Undefended runs, the split drawn from them, then tables: on the embedded counterparts, in the real layouts."""
+    from davsp.embedded import benchmarks
+
+    monkeypatch.chdir(tmp_path)
+    root = benchmarks.write(
+        tmp_path / "sets", 0, mm_safetybench=2, figstep=3, vlguard=8, mm_vet=12, mme=1, llava_bench=3
+    )
+    sets = {
+        name: ("--benchmark", f"{name}={root / name}") for name in ("vlguard", "mm_safetybench", "mm_vet", "figstep")
+    }
+
+    def davsp(*line: str) -> None:
+        monkeypatch.setattr("sys.argv", ["davsp", *map(str, line)])
+        try:
+            cli.main()
+        except SystemExit as stop:
+            assert stop.code in (None, 0), capsys.readouterr().err
+
+    for name, split in (("vlguard", "train"), ("mm_safetybench", "all")):
+        davsp("eval", "--defense", "none", *sets[name], "--split", split, "--out", f"out/{name}", "--max-unscored", "1")
+    davsp("data", "split", "split.json", "--run", "out/vlguard", "--run", "out/mm_safetybench", "--vector", "2", "--intents",
+          "1", "--helpful", "4", *(x for pair in sets.values() for x in pair))  # fmt: skip
+    davsp("reproduce", "resistance", "--split", "split.json", *(x for pair in sets.values() for x in pair), "--judge",
+          "keyword", "--judge", "exact", "--steps", "1", "--text", embedded.SAFETY_TEXT)  # fmt: skip
+    text = (tmp_path / "out/reproduce/davsp-mini/resistance.md").read_text()
+    assert "in place of the published sets: figstep_embedded, mm_vet_embedded" in text
+    lines = list(csv.DictReader((tmp_path / "out/reproduce/davsp-mini/resistance.csv").open()))
+    assert all(x["value"] for x in lines if x["defense"] == "davsp") and {x["defense"] for x in lines} >= {
+        "none",
+        "davsp",
+    }

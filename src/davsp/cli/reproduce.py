@@ -13,6 +13,7 @@ from davsp.cli.options import (
     Concurrency,
     Device,
     Dtype,
+    GraderRuns,
     JudgeKey,
     JudgeModel,
     JudgeUrl,
@@ -52,6 +53,11 @@ def reproduce(
     judge_url: JudgeUrl = None,
     judge_model: JudgeModel = None,
     judge_key_env: JudgeKey = None,
+    grader_runs: GraderRuns = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="Safety text of all methods but No Defense; left out: AdaShield-S in the paper's wording."),
+    ] = None,
     padding: Annotated[
         int | None, typer.Option(help="Border width in pixels; left out: a twelfth of the canvas.")
     ] = None,
@@ -105,7 +111,7 @@ def reproduce(
     if steps:
         settings = settings.model_copy(update={"steps": steps})
     how = judges.asking(
-        judge or [], judge_url, judge_model, judge_key_env, None, concurrency=concurrency, timeout=timeout,
+        judge or [], judge_url, judge_model, judge_key_env, grader_runs, concurrency=concurrency, timeout=timeout,
         cache=out / "cache.sqlite", device=device, console=Console(stderr=True),
     )  # fmt: skip
     named, graders = judges.sorted_out(judge or [], how)
@@ -118,7 +124,7 @@ def reproduce(
 
     lvlm = load_lvlm(model, revision, device, dtype, quantization, canvas)
     kit = make_kit(
-        lvlm, data, out, text=embedded.SAFETY_TEXT if own else TEXT, settings=settings,
+        lvlm, data, out, text=text or (embedded.SAFETY_TEXT if own else TEXT), settings=settings,
         templates=TEMPLATES if own else PUBLISHED, seed=seed, padding=padding,
         borrowed=_borrowed(borrow, out, here) if "transfer" in chosen else None,
     )  # fmt: skip
