@@ -1,10 +1,11 @@
-"""`davsp demo`, `davsp vector` and `davsp train`: the road to a prompt."""
+"""`davsp demo`, `davsp vector` and `davsp train`: the road to a prompt (`train --method`: see `cli.sentences`)."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from davsp.cli import sentences
 from davsp.cli.inputs import compare_texts, in_processes, load_lvlm, own_protocol, queries_at, safety_text, say
 from davsp.cli.options import (
     Benchmark,
@@ -103,6 +104,9 @@ def vector(
 
 def train(
     out: Out = Path("out/prompt"),
+    method: Annotated[
+        str, typer.Option(help="davsp; uniguard or esiii: noise trained on sentences, the paper's comparison.")
+    ] = "davsp",
     vector: Annotated[Path | None, typer.Option(help="Folder that `davsp vector` wrote.")] = None,
     model: Model = None,
     malicious: Malicious = None,
@@ -112,7 +116,26 @@ def train(
     padding: Annotated[
         int | None, typer.Option(help="Border width p in pixels; left out: a twelfth of the canvas.")
     ] = None,
-    kind: Annotated[str, typer.Option(help="border or additive.")] = "border",
+    kind: Annotated[str | None, typer.Option(help="border or additive; left out: border.")] = None,
+    eps: Annotated[
+        float | None, typer.Option(help="Bound of additive noise in pixel units, white = 1; left out: 32/255.")
+    ] = None,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(help="Text file, one a line: harmful sentences (uniguard) or your own safety sentences (esiii)."),
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="What uniguard and esiii put the noise on; left out: mid grey.")
+    ] = None,
+    text_part: Annotated[
+        str | None, typer.Option(help="UniGuard's own text: none, fixed, optimised (as published) or searched.")
+    ] = None,
+    with_text: Annotated[
+        bool, typer.Option("--with-text", help="uniguard: train with --text in the question.")
+    ] = False,
+    text_tokens: Annotated[int | None, typer.Option(help="Length of the searched text; left out: 16.")] = None,
+    candidates: Annotated[int | None, typer.Option(help="Tokens tried a position; left out: 100.")] = None,
+    sweeps: Annotated[int | None, typer.Option(help="How often each position is tried; left out: 50.")] = None,
     text: Annotated[str | None, typer.Option(help='Safety text before every question ("" for none).')] = None,
     refusal: Annotated[str | None, typer.Option(help="The answer wanted for malicious queries.")] = None,
     steps: Annotated[int | None, typer.Option()] = None,
@@ -123,7 +146,7 @@ def train(
     activation_checkpointing: Annotated[bool, typer.Option(help="Compute activations twice to save memory.")] = False,
     num_processes: Processes = 1,
     optimizer: Annotated[str | None, typer.Option(help="sign or adam.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Step in pixel units, white = 1.")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", "--alpha", help="Step in pixel units, white = 1.")] = None,
     lam: Annotated[float | None, typer.Option(help="Weight of the answer cross-entropy.")] = None,
     objective: Annotated[str | None, typer.Option(help="both, projection or answer.")] = None,
     layer: Annotated[int | None, typer.Option(help="Layer of the projection; left out: the vector's.")] = None,
@@ -137,7 +160,7 @@ def train(
     canvas: Canvas = None,
     seed: Seed = 0,
 ) -> None:
-    """Train a visual safety prompt and save it as a folder with an 8-bit picture."""
+    """Train a visual safety prompt, or one of the paper's comparison, and save it as a folder."""
     from davsp import embedded, parallel
     from davsp.experiments.demo import SETTINGS
     from davsp.prompts import AdditiveNoise, VisualSafetyPrompt
@@ -145,9 +168,33 @@ def train(
     from davsp.training import train as run
     from davsp.vector import HarmfulnessVector
 
-    in_processes(num_processes)
+    if method not in ("davsp", *sentences.METHODS):
+        raise DavspError(f"--method is davsp, uniguard or esiii, not {method!r}.")
+    of_davsp = {
+        "--vector": vector, "--malicious": malicious, "--benign": benign, "--split": split, "--benchmark": benchmark,
+        "--padding": padding, "--kind": kind, "--refusal": refusal, "--lam": lam, "--objective": objective,
+        "--layer": layer, "--mu-plus": mu_plus, "--mu-minus": mu_minus,
+    }  # fmt: skip
+    of_search = {"--text-tokens": text_tokens, "--candidates": candidates, "--sweeps": sweeps}
+    of_uniguard = {"--text-part": text_part, "--with-text": with_text or None, **of_search}
+    sentences.refuse(method, of_davsp, {"--corpus": corpus, "--picture": picture}, of_uniguard)
+    kind = kind or "border"
     if kind not in ("border", "additive"):
         raise DavspError(f"--kind is border or additive, not {kind!r}.")
+    if method == "davsp" and kind == "border" and eps is not None:
+        raise DavspError("--eps is the bound of noise; give it with --kind additive, or leave it out.")
+    in_processes(num_processes)
+    if method != "davsp":
+        taken: dict[str, Any] = {
+            "steps": steps, "batch_size": batch_size, "micro_batch": micro_batch, "optimizer": optimizer, "lr": lr,
+            "activation_checkpointing": activation_checkpointing, "seed": seed,
+        }  # fmt: skip
+        search = {"text_tokens": text_tokens, "candidates": candidates, "sweeps": sweeps}
+        sentences.train(
+            method, model, lambda: load_lvlm(model, revision, device, dtype, quantization, canvas), out, corpus, picture,
+            text, text_part, with_text, eps, taken, search, resume,
+        )  # fmt: skip
+        return
     drawn = _drawn(split, benchmark, "train", malicious, benign)
     lvlm = load_lvlm(model, revision, device, dtype, quantization, canvas)
     p = None if drawn else own_protocol(model, malicious, benign, seed)
@@ -159,7 +206,7 @@ def train(
         found.check(lvlm)
         compare_texts(found, text, "this training puts")
     if kind == "additive":
-        start: Any = AdditiveNoise.create(lvlm.canvas, text=text)
+        start: Any = AdditiveNoise.create(lvlm.canvas, 32 / 255 if eps is None else eps, text=text)
     else:
         start = VisualSafetyPrompt.create(
             lvlm.canvas, max(1, lvlm.canvas // 12) if padding is None else padding, text=text
@@ -175,7 +222,7 @@ def train(
         "refusal": embedded.REFUSAL if refusal is None and p else refusal,
     }  # fmt: skip
     base = SETTINGS.model_dump() if p else {}
-    settings = _settings(TrainSettings, base | {k: v for k, v in given.items() if v is not None})
+    settings = settings_of(TrainSettings, base | {k: v for k, v in given.items() if v is not None})
     bad, good = drawn or (
         queries_at(malicious, p.train_malicious if p else None, "--malicious"),
         queries_at(benign, p.train_benign if p else None, "--benign"),
@@ -198,7 +245,8 @@ def _drawn(
     return from_split(split, sets or [], kind)
 
 
-def _settings(cls: type, values: dict[str, Any]) -> Any:
+def settings_of(cls: type, values: dict[str, Any]) -> Any:
+    """Settings from options; a value that is not possible is named by its option."""
     from pydantic import ValidationError
 
     try:
