@@ -183,7 +183,7 @@ def test_a_second_run_answers_and_trains_nothing(made, monkeypatch):
 
 def test_the_transferred_border_stands_resized_before_the_models_own_text(made):
     out, *_ = made
-    told = json.loads((out / "manifest.json").read_text())["defenses"]["davsp-from-other"]
+    told = json.loads((out / "run.json").read_text())["defenses"]["davsp-from-other"]
     assert told["padding"] == 14 and told["text"] == embedded.SAFETY_TEXT
 
 
