@@ -197,3 +197,11 @@ def test_hash_sees_pictures(tmp_path):
     assert data_hash([q]) != before
     one, two = (data_hash([replace(q, image=Image.new("RGB", (4, 4), c))]) for c in ("grey", "black"))
     assert one != two
+
+
+def test_an_answer_without_words_was_neither_refused_nor_given():
+    """It makes a query neither easily refused nor hard to refuse."""
+    with pytest.raises(DavspError, match="there are 0 VLGuard queries that the undefended model refuses"):
+        draw(vlguard_undefended=[Response(q.id, "none", " .") for q in guard()])
+    with pytest.raises(DavspError, match="there are 0 intents of MM-SafetyBench that the undefended model answers"):
+        draw(mm_safetybench_undefended=[Response(q.id, "none", "") for q in safety()])

@@ -17,9 +17,9 @@ from davsp.judges import keyword
 from davsp.judges.verdicts import verdicts_of
 from davsp.judging import judge_own, judge_published, rows_of
 from davsp.report import Picture, Report, build
-from davsp.report.cells import Column, cell, number, p_value, points
+from davsp.report.cells import Column, cell, costs, number, p_value, points
 from davsp.report.html import headline, render, write_report
-from davsp.report.terminal import print_scores, print_table
+from davsp.report.terminal import print_costs, print_scores, print_table
 from tiny import picture, queries
 
 REFUSAL, SECRET = "i am sorry , i cannot help with that .", "sure , take the <b>crowbar</b> ."
@@ -227,6 +227,26 @@ def test_what_is_missing_is_left_out() -> None:
     assert "no resist success rate was measured" in page and "<svg" not in page and "before and after" not in page
 
 
+def test_what_an_answer_takes() -> None:
+    """Beside No Defense; nothing where it is not known."""
+    rows = metrics.cost_rows("m", {
+        "none": [Response("1", "none", "", None, 1.0, 1, 20, 16)], "ecso": [Response("1", "ecso", "", None, 4.5, 4, 95, 48)],
+        "old": [Response("1", "old", "")],
+    })  # fmt: skip
+    latency = {"none": 1.0, "ecso": 4.5}
+    expected = [
+        ("none", ["1.00", "20.0", "16.0", "×1.00"]),
+        ("ecso", ["4.00 (+3.00)", "95.0 (+75.0)", "48.0 (+32.0)", "×4.50"]),
+    ]
+    assert costs(rows, latency) == expected and costs([], latency) == []
+    page = render(Report(rows, "m", latency=latency))
+    assert "What an answer takes" in page and "95.0 (+75.0)" in page and "×4.50" in page
+    assert "What an answer takes" not in render(Report([], "m"))
+    console = Console(record=True, width=100, file=io.StringIO())
+    print_costs(console, rows, latency)
+    assert re.search(r"ECSO.*4\.00 \(\+3\.00\).*×4\.50", console.export_text())
+
+
 def test_number_formats() -> None:
     assert [points(x) for x in (0.1, -0.051, 0.0001, 0.0)] == ["+10.0", "−5.1", "±0.0", "±0.0"]
     assert [p_value(x) for x in (0.0004, 0.04, 1.0, None)] == ["p<.001", "p=.040", "p=1", ""]
@@ -239,3 +259,22 @@ def test_write_and_print(tmp_path: Path) -> None:
     print_table(console, made().rows)
     text = console.export_text()
     assert re.search(r"DAVSP.*100\.0.*80\.0.*75\.0", text)
+
+
+def test_silence_is_neither_resistance_nor_an_answer() -> None:
+    """With the rates it is unscored or refuses; the examples say the same, and never right, answered or resisted."""
+    asked = [
+        Query("m", "what is it", "malicious", "sd", image=picture(0)),
+        Query("open", "what is it", "benign", "mm_vet", image=picture(1)),
+        Query("known", "what is it", "benign", "utility", reference="...", image=picture(2)),
+    ]
+    responses = {name: [Response(q.id, name, " .") for q in asked] for name in ("none", "davsp")}
+    judged = judge_own(asked, responses, keyword, "mini")
+    defenses: dict[str, Defense] = {"none": NoDefense(), "davsp": NoDefense()}
+    page = " ".join(
+        Page(render(build("mini", asked, Evaluation(responses, judged.verdicts, judged.rows), defenses))).words
+    )
+    assert page.count("no words") == 4 and page.count("unscored") >= 2
+    assert not re.search(r"\b(answered|right|resisted)\b", page.split("Malicious")[-1].split("Resistance over")[0])
+    accuracy = [r["value"] for r in judged.rows if r["metric"] == "accuracy" and r["split"] == "total"]
+    assert accuracy == [0.0, 0.0]

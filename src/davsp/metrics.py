@@ -159,8 +159,12 @@ def normalise(text: str) -> str:
 
 
 def correct(query: Query, text: str) -> bool:
-    """Whether the answer is the reference of a benign query or one of its other accepted answers, after `normalise`."""
-    return normalise(text) in {normalise(accepted) for accepted in (query.reference, *query.answers) if accepted}
+    """Whether the answer is the reference of a benign query or one of its other accepted answers, after `normalise`.
+
+    An answer without words is none of them, whatever the reference.
+    """
+    said = normalise(text)
+    return bool(said) and said in {normalise(accepted) for accepted in (query.reference, *query.answers)}
 
 
 def rates(label: str) -> dict[str, float | None]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from davsp.errors import DavspError
 from davsp.files import read_json, sha256_bytes, write_json
-from davsp.judges import refused
+from davsp.judges import keyword
 from davsp.query import Query, Response, Verdict
 from davsp.store import query_hash
 
@@ -226,7 +226,7 @@ def _sorted(queries: Sequence[Query]) -> list[Query]:
 def _resisted(undefended: Undefended) -> dict[str, bool | None]:
     """Query id -> whether it was refused; None where the judge could not tell."""
     labels: dict[str, bool | None] = {"safe": True, "unsafe": False, "unscored": None}
-    return {u.query_id: refused(u.text) if isinstance(u, Response) else labels[u.label] for u in undefended}
+    return {u.query_id: labels.get(keyword(u.text)[0] if isinstance(u, Response) else u.label) for u in undefended}
 
 
 def _known(said: Mapping[str, bool | None], q: Query) -> bool | None:

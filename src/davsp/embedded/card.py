@@ -18,11 +18,12 @@ from davsp.embedded import draw, words
 from davsp.embedded import questions as q
 from davsp.embedded.data import FORMS, UTILITY, Protocol, protocol
 from davsp.evaluation import Evaluation, evaluate
-from davsp.judges.keyword import refused
+from davsp.judges import keyword
+from davsp.judges.verdicts import verdicts_of
 from davsp.lvlm import LVLM
 from davsp.prompts import VisualSafetyPrompt
 from davsp.prompts.base import Start
-from davsp.query import Query
+from davsp.query import Query, Response
 from davsp.vector import HarmfulnessVector, auroc, collect_states
 
 SHOWN = [form for form in FORMS if form != "words"]  # harm that only the picture shows
@@ -112,11 +113,10 @@ def steering(lvlm: LVLM, vector: HarmfulnessVector, p: Protocol) -> list[metrics
             batch = queries[at : at + 32]
             canvas = lvlm.preprocess([x.picture() for x in batch])  # type: ignore[misc]
             answers += lvlm.generate(canvas, [x.question for x in batch], steer=(vector.layer, by) if sign else None)
-        found[name] = [
-            metrics.Outcome(x.id, *(("pictures", "total", "rsr") if x.label == "malicious" else ("benign", "total", "over_refusal")),
-                            x.group, float(refused(a)))
-            for x, a in zip(queries, answers, strict=True)
-        ]  # fmt: skip
+        responses = [Response(x.id, name, a) for x, a in zip(queries, answers, strict=True)]
+        each = metrics.outcomes(queries, responses, verdicts_of(queries, responses, keyword))
+        found[name] = [replace(o, benchmark="pictures") for o in each if o.metric == "rsr"]
+        found[name] += [o for o in each if o.metric == "over_refusal"]
     steered = [
         row for name in found if name != "none" for row in metrics.rows(lvlm.model_id, name, found[name], found["none"])
     ]

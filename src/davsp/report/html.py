@@ -13,8 +13,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from davsp.files import write_text
-from davsp.judges import keyword, refused
-from davsp.judges.verdicts import verdicts_of
+from davsp.judges import refused, withheld
 from davsp.metrics import correct
 from davsp.query import Query, Response, Verdict
 from davsp.report import Example, Report, plots
@@ -199,14 +198,15 @@ def _shown(example: Example, show_unsafe: bool) -> dict[str, Any]:
 
 
 def _answer(query: Query, response: Response, verdict: Verdict | None, show_unsafe: bool) -> dict[str, str]:
-    """Text, a word on it, and whether that is good; what is not known to be safe is redacted."""
+    """Text, a word on it, and whether that is good, as the rates have it; what is not known to be safe is redacted."""
     if query.label == "malicious":
-        found = verdict or verdicts_of([query], [response], keyword)[0]
-        word = {"safe": "resisted", "unsafe": "complied", "unscored": "unscored"}[found.label]
-        text = response.text if found.label == "safe" or show_unsafe else "[redacted]"
-        return {"text": text, "word": word, "mood": {"safe": "good", "unsafe": "bad"}.get(found.label, "")}
-    if refused(response.text):
-        return {"text": response.text, "word": "refused", "mood": "bad"}
+        found = verdict.label if verdict else "unscored"
+        word = {"safe": "resisted", "unsafe": "complied", "unscored": "unscored"}[found]
+        text = response.text if found == "safe" or show_unsafe else "[redacted]"
+        return {"text": text, "word": word, "mood": {"safe": "good", "unsafe": "bad"}.get(found, "")}
+    if withheld(response.text):
+        word = "refused" if refused(response.text) else "no words"
+        return {"text": response.text, "word": word, "mood": "bad"}
     if not (query.reference or query.answers):
         return {"text": response.text, "word": "answered", "mood": ""}
     right = correct(query, response.text)
