@@ -20,6 +20,7 @@ class ModelServer(ThreadingHTTPServer):
     Attributes:
         lvlm: answers one request at a time, unbatched.
         change: (number of the request, choice) -> the choice that is sent, or a status code in its place.
+        usage: what it says it counted; None: nothing.
         bodies, pictures, headers: of all requests, in the order they came; of a request without a picture None.
     """
 
@@ -33,6 +34,7 @@ class ModelServer(ThreadingHTTPServer):
         self.pictures: list[Image.Image | None] = []
         self.headers: list[dict[str, str]] = []
         self.change: Callable[[int, dict[str, Any]], Any] = lambda number, choice: choice
+        self.usage: dict[str, Any] | None = None
         self.under_way = self.most_under_way = 0
 
     @property
@@ -64,9 +66,8 @@ class Handler(BaseHTTPRequestHandler):
             choice = self._answer(question, picture, body["max_tokens"])
             server.under_way -= 1
         found = server.change(number, choice)
-        code, sent = (
-            (found, {"error": {"message": "made to fail"}}) if isinstance(found, int) else (200, {"choices": [found]})
-        )
+        good = {"choices": [found]} | ({} if server.usage is None else {"usage": server.usage})
+        code, sent = (found, {"error": {"message": "made to fail"}}) if isinstance(found, int) else (200, good)
         data = json.dumps(sent).encode()
         self.send_response(code)
         self.send_header("Content-Length", str(len(data)))

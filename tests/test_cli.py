@@ -113,7 +113,7 @@ BOTH = ["--malicious", "DATA/malicious", "--benign", "DATA/benign"]
         (["eval", "--benchmark", "figstep=NOWHERE"], "there is no folder"),
         (["eval", "--benchmark", "figstep=DATA"], "holds no figstep in a known layout"),
         (["eval", "--benchmark", "figstep=DATA", "--queries", "DATA/test"], "do not go together"),
-        (["eval", "--defense", "davsp"], "is not known: give none, safety-text"),
+        (["eval", "--defense", "davsp"], "is not known: give none; safety-text"),
         (["eval", "--defense", "none", "--defense", "none"], "names 'none' twice"),
         (["eval", "--defense", "safety-text", "--queries", "DATA/test"], "needs a text"),
         (["eval", "--judge", "oracle"], "there is no judge 'oracle'"),

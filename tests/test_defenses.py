@@ -2,6 +2,8 @@
 
 import io
 from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ import torch
 from PIL import Image
 
 from davsp import LVLM, DavspError, HarmfulnessVector, Query, VisualSafetyPrompt
-from davsp.defenses import Defense, NoDefense, SafetyText, VisualPrompt
+from davsp.defenses import ECSO, Chain, Defense, NoDefense, SafetyText, VisualPrompt, adashield_s, load_defense
+from davsp.defenses.adashield import DAVSP, PUBLISHED
 from davsp.prompts import AdditiveNoise
 from tiny import picture, queries
 
@@ -88,9 +91,78 @@ def test_text_alone_and_text_with_a_border_ask_the_same(text: str) -> None:
     assert SafetyText(text).prepare(query)[0].question == border.prepare(query)[0].question
 
 
+def test_a_text_stands_where_its_source_puts_it() -> None:
+    """Byte for byte; the wordings by the hash of the published file and of DAVSP's string with the space that ends it."""
+    query = [Query("q", "what is this ", "benign", "t")]
+
+    def asked(defense: Defense) -> str:
+        return defense.prepare(query)[0].question
+
+    assert asked(SafetyText("be safe")) == "be safe what is this "
+    assert asked(SafetyText("be safe", placement="suffix", separator="\n")) == "what is this \nbe safe"
+    assert asked(SafetyText("be safe", placement="sandwich")) == "what is this  be safe what is this "
+    assert asked(adashield_s()) == "what is this " + PUBLISHED + "what is this "
+    assert asked(adashield_s("prefix")) == DAVSP + " what is this "
+    assert asked(adashield_s(text="be safe")) == "what is this be safewhat is this "
+    digest = [sha256(text.encode()).hexdigest() for text in (PUBLISHED, DAVSP + " ")]
+    assert digest == [
+        "42652154f7926583845e074919d023a7403c8fd8237142e4a1b2f5816c0e963c",
+        "49d1448a7298567f727090975c271ea9aaa6162a7db7f60ccf933105f3220004",
+    ]
+    assert SafetyText("be safe").describe() == {"kind": "text", "text": "be safe"}  # as in run folders of old
+    placed = [SafetyText("a", placement=p, separator=s) for p in ("prefix", "suffix", "sandwich") for s in ("", " ")]
+    assert len({str(d.describe()) for d in placed}) == 6
+
+
+def test_a_chain_is_one_after_the_other(lvlm: LVLM, vector: HarmfulnessVector) -> None:
+    border = VisualPrompt(VisualSafetyPrompt.create(56, 8, "random", text="please"))
+    chain = Chain([SafetyText("be safe"), border])
+    (made,) = chain.prepare(queries("malicious", 1))
+    assert made.question == "please be safe " + queries("malicious", 1)[0].question
+    assert made.picture().tobytes() == border.prepare(queries("malicious", 1))[0].picture().tobytes()  # type: ignore[union-attr]
+    found = chain.respond(lvlm, mixed(), vector, batch_size=2, max_new_tokens=6)
+    by_hand = border.respond(lvlm, SafetyText("be safe").prepare(mixed()), vector, batch_size=2, max_new_tokens=6)
+    assert [(r.text, r.projection) for r in found] == [(r.text, r.projection) for r in by_hand]
+    assert {r.defense for r in found} == {chain.name} == {"safety-text+davsp"}
+    assert chain.describe()["defenses"] == [SafetyText("be safe").describe(), border.describe()]
+    checked = Chain([SafetyText("be safe"), ECSO(border)])
+    assert checked.respond(lvlm, mixed()[:1], max_new_tokens=4)[0].calls == 4  # the last one may wrap the call
+    for wrong, says in (([], "NoDefense"), ([ECSO(), border], "must be the last")):
+        with pytest.raises(DavspError, match=says):
+            Chain(wrong)
+    with pytest.raises(DavspError, match="canvas"):
+        Chain([NoDefense(), VisualPrompt(VisualSafetyPrompt.create(28, 4))]).respond(lvlm, mixed())
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_cost_counts_what_the_model_is_given(kind: str, lvlm: LVLM) -> None:
+    """Every token but padding, whatever the batch."""
+    made = MAKERS[kind]().prepare(mixed())
+    found = MAKERS[kind]().respond(lvlm, mixed(), batch_size=8, max_new_tokens=2)
+    for query, response in zip(made, found, strict=True):
+        pictured = query.image is not None
+        assert response.prompt_tokens == int(lvlm.encode([query.question], pictured).mask.sum())
+        assert (response.image_tokens, response.calls) == (lvlm.tokens_per_image * pictured, 1)
+
+
+def test_a_defense_is_read_by_the_files_in_its_folder(tmp_path: Path) -> None:
+    border, noise = VisualSafetyPrompt.create(56, 8, "random", text=TEXT), AdditiveNoise.create(56, start="random")
+    border.save_pretrained(tmp_path / "border")
+    noise.save_pretrained(tmp_path / "noise")
+    assert [load_defense(tmp_path / name).name for name in ("border", "noise")] == ["davsp", "additive"]
+    assert load_defense(tmp_path / "border", "mine").describe() == VisualPrompt(border).describe()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DavspError, match=r"holds no defense: none of vsp_config\.json"):
+        load_defense(tmp_path / "empty")
+
+
 def test_misuse_is_said(lvlm: LVLM) -> None:
     with pytest.raises(DavspError, match="NoDefense"):
         SafetyText(" ")
+    with pytest.raises(DavspError, match="choose prefix, suffix or sandwich"):
+        SafetyText("be safe", placement="infix")
+    with pytest.raises(DavspError, match="choose sandwich or prefix"):
+        adashield_s("suffix")
     with pytest.raises(DavspError, match="canvas"):
         VisualPrompt(VisualSafetyPrompt.create(28, 4)).respond(
             lvlm, [Query("q", "what", "benign", "t", image=picture(0))]

@@ -98,6 +98,17 @@ def test_an_answer_cut_at_its_length_and_an_empty_one_are_answers(server: ModelS
     assert remote(server, concurrency=1).generate(None, ["what is this", "what is that"]) == ["a red", ""]
 
 
+@pytest.mark.parametrize(
+    ("usage", "counted"),
+    [({"prompt_tokens": 31, "total_tokens": 40}, 31), (None, None), ({}, None), ({"prompt_tokens": "31"}, None)],
+)
+def test_tokens_are_as_the_server_counts_them(server: ModelServer, usage: Any, counted: int | None) -> None:
+    """It does not tell which are a picture's."""
+    server.usage = usage
+    (response,) = NoDefense().respond(remote(server), queries("benign", 1), max_new_tokens=2)
+    assert (response.calls, response.prompt_tokens, response.image_tokens) == (1, counted, None)
+
+
 def test_half_a_surrogate_pair_can_be_written(server: ModelServer, tmp_path: Path) -> None:
     """JSON may hold one, UTF-8 can't."""
     server.change = lambda number, choice: {"message": {"content": "a \ud83d b"}, "finish_reason": "stop"}

@@ -106,7 +106,7 @@ def _single(spec: str, given: _Given) -> "Defense":
     from davsp.defenses import NoDefense, SafetyText, adashield_s, load_defense
     from davsp.embedded import SAFETY_TEXT
 
-    name, equals, value = spec.partition("=")
+    name, _, value = spec.partition("=")
     if spec == "none":
         return NoDefense()
     if name == "safety-text":
@@ -117,7 +117,7 @@ def _single(spec: str, given: _Given) -> "Defense":
         return adashield_s("prefix" if ":" in spec else "sandwich", SAFETY_TEXT if given.mini else None)
     if value and name and not set(name) & set(":+") and name not in METHODS:
         return load_defense(value, name)
-    if not equals and Path(spec).is_dir():
+    if spec and name not in METHODS and Path(spec).is_dir():
         return load_defense(spec)
     raise _unknown(spec)
 

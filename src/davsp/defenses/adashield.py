@@ -8,8 +8,6 @@ INFERRED: that DAVSP's row "AdaShield-S" is the prefix; its code holds no other 
 "But before" as AdaShield does, its code with "Before"; here it is the code's.
 """
 
-from typing import Literal
-
 from davsp.defenses.text import SafetyText
 from davsp.errors import DavspError
 
@@ -28,7 +26,7 @@ DAVSP = (  # train/utils.py of DAVSP's repository, but for the space that ends i
 )
 
 
-def adashield_s(placement: Literal["sandwich", "prefix"] = "sandwich", text: str | None = None) -> SafetyText:
+def adashield_s(placement: str = "sandwich", text: str | None = None) -> SafetyText:
     """AdaShield-S as a defense.
 
     Args:

@@ -25,7 +25,7 @@ ECSO with DAVSP. How the paper put them together is not published beyond a sente
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from davsp.defenses.base import Defense
 from davsp.defenses.none import NoDefense
@@ -86,8 +86,8 @@ class ECSO(Defense):
         inner: Defense | None = None,
         instead: Defense | None = None,
         templates: Templates = PUBLISHED,
-        rule: Literal["first-word", "published"] = "first-word",
-        follow: Literal["picture", "whole"] = "picture",
+        rule: str = "first-word",
+        follow: str = "picture",
         name: str | None = None,
     ) -> None:
         if rule not in RULES:

@@ -2,13 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from davsp.defenses.base import Defense
 from davsp.errors import DavspError
 from davsp.query import Query
-
-Placement = Literal["prefix", "suffix", "sandwich"]
 
 
 class SafetyText(Defense):
@@ -24,9 +22,7 @@ class SafetyText(Defense):
         DavspError: the text is empty, which would be no defense under another name, or an unknown placement.
     """
 
-    def __init__(
-        self, text: str, name: str = "safety-text", placement: Placement = "prefix", separator: str = " "
-    ) -> None:
+    def __init__(self, text: str, name: str = "safety-text", placement: str = "prefix", separator: str = " ") -> None:
         if not text.strip():
             raise DavspError("SafetyText needs a text; for none, use NoDefense")
         if placement not in ("prefix", "suffix", "sandwich"):
