@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from davsp.vector import HarmfulnessVector
 
 GRAMMAR = (
-    "none; safety-text; safety-text=TEXT; NAME=FOLDER of a prompt; adashield-s; adashield-s:prefix; ecso; ecso+INNER; "
+    "none; safety-text; safety-text=TEXT; NAME=FOLDER of a prompt; adashield-s; adashield-s:prefix; "
+    "pat:vicuna, pat:llama-2 or pat:transfer, the published strings behind AdaShield's text (pat:vicuna:alone without); ecso; ecso+INNER; "
     "ecso-adaptive+INNER; intervention:TIMES, :plus, :minus or :to:NUMBER (with --vector), alone or +INNER. A text joins "
     "what follows it, too: adashield-s:prefix+INNER. INNER is any of these, or a bare FOLDER."
 )
-METHODS = ("none", "safety-text", "adashield-s", "ecso", "ecso-adaptive", "intervention")
+METHODS = ("none", "safety-text", "adashield-s", "pat", "ecso", "ecso-adaptive", "intervention")
 
 
 @dataclass(frozen=True)
@@ -115,11 +116,27 @@ def _single(spec: str, given: _Given) -> "Defense":
         return SafetyText(value or given.text)
     if spec in ("adashield-s", "adashield-s:prefix"):
         return adashield_s("prefix" if ":" in spec else "sandwich", SAFETY_TEXT if given.mini else None)
+    if not equals and name.startswith("pat:"):
+        return _published_pat(spec, given)
     if value and name and not set(name) & set(":+") and name not in METHODS:
         return load_defense(value, name)
     if spec and name not in METHODS and Path(spec).is_dir():
         return load_defense(spec)
     raise _unknown(spec)
+
+
+def _published_pat(spec: str, given: _Given) -> "Defense":
+    """One of PAT's published strings, behind AdaShield's text or alone."""
+    from davsp.defenses.adashield import DAVSP
+    from davsp.defenses.pat import PAT
+    from davsp.embedded import SAFETY_TEXT
+
+    _, preset, *alone = spec.split(":")
+    if alone not in ([], ["alone"]):
+        raise _unknown(spec)
+    defense = PAT.published(preset, "" if alone else SAFETY_TEXT if given.mini else DAVSP)
+    defense.name = spec
+    return defense
 
 
 def _switches(spec: str, options: str, given: _Given) -> dict[str, Any]:

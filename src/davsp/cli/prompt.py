@@ -34,13 +34,28 @@ def apply(
     print(said)
 
 
-def info(prompt: Annotated[Path, typer.Argument(help="Folder or hub id of a prompt.")]) -> None:
+def info(
+    prompt: Annotated[
+        Path, typer.Argument(help="Folder or hub id of a prompt, or folder of a pool or of PAT's tokens.")
+    ],
+) -> None:
     """What a prompt is: model, sizes, layer, margins, text, data hashes, figures. Checks the files against each other."""
     from rich.console import Console
     from rich.table import Table
 
+    from davsp.adashield.pool import CONFIG as POOL
+    from davsp.adashield.pool import Pool
+    from davsp.defenses.pat import CONFIG, PAT
     from davsp.prompts import load_prompt
 
+    if (prompt / POOL).exists():
+        pool = Pool.load(prompt)
+        Console().print(pool.table())
+        print(f"{pool.summary()}; beta {pool.config.beta}, keys by {pool.config.encoder['kind']}")
+        return
+    if (prompt / CONFIG).exists():
+        Console().print_json(data=PAT.load(prompt).config.model_dump())
+        return
     loaded = load_prompt(prompt)
     table = Table(show_header=False, box=None)
     for name, value in loaded.config.items():

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from davsp.cli import sentences
+from davsp.cli import sentences, texts
 from davsp.cli.inputs import compare_texts, in_processes, load_lvlm, own_protocol, queries_at, safety_text, say
 from davsp.cli.options import (
     Benchmark,
@@ -105,7 +105,10 @@ def vector(
 def train(
     out: Out = Path("out/prompt"),
     method: Annotated[
-        str, typer.Option(help="davsp; uniguard or esiii: noise trained on sentences, the paper's comparison.")
+        str,
+        typer.Option(
+            help="davsp; the paper's comparison: uniguard or esiii (noise trained on sentences), pat (tokens), adashield-a (a pool of prompts)."
+        ),
     ] = "davsp",
     vector: Annotated[Path | None, typer.Option(help="Folder that `davsp vector` wrote.")] = None,
     model: Model = None,
@@ -136,6 +139,21 @@ def train(
     text_tokens: Annotated[int | None, typer.Option(help="Length of the searched text; left out: 16.")] = None,
     candidates: Annotated[int | None, typer.Option(help="Tokens tried a position; left out: 100.")] = None,
     sweeps: Annotated[int | None, typer.Option(help="How often each position is tried; left out: 50.")] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting of pat or adashield-a, NAME=VALUE. Repeatable.")
+    ] = None,
+    defender: Annotated[str | None, typer.Option(help="adashield-a: the text model that writes prompts.")] = None,
+    defender_url: Annotated[
+        str | None, typer.Option(help="Its OpenAI-compatible server, which sees the model's answers; left out: OpenAI.")
+    ] = None,
+    defender_key_env: Annotated[
+        str | None,
+        typer.Option(help="Environment variable with its key; left out: OPENAI_API_KEY for OpenAI, no key else."),
+    ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(help="adashield-a: folder or hub id of a CLIP; left out: openai/clip-vit-base-patch32."),
+    ] = None,
     text: Annotated[str | None, typer.Option(help='Safety text before every question ("" for none).')] = None,
     refusal: Annotated[str | None, typer.Option(help="The answer wanted for malicious queries.")] = None,
     steps: Annotated[int | None, typer.Option()] = None,
@@ -168,8 +186,31 @@ def train(
     from davsp.training import train as run
     from davsp.vector import HarmfulnessVector
 
-    if method not in ("davsp", *sentences.METHODS):
-        raise DavspError(f"--method is davsp, uniguard or esiii, not {method!r}.")
+    if method not in (known := ("davsp", *sentences.METHODS, *texts.METHODS)):
+        raise DavspError(f"--method is {', '.join(known[:-1])} or {known[-1]}, not {method!r}.")
+    of_texts = {"steps": steps, "batch_size": batch_size, "candidates": candidates, "refusal": refusal}
+    asked = texts.Asked(model, text, sets or [], of_texts, defender, defender_url, defender_key_env, encoder)
+    not_texts = {
+        "--vector": vector, "--padding": padding, "--kind": kind, "--eps": eps, "--corpus": corpus, "--picture": picture,
+        "--text-part": text_part, "--with-text": with_text, "--text-tokens": text_tokens, "--sweeps": sweeps, "--lr": lr,
+        "--micro-batch": micro_batch, "--activation-checkpointing": activation_checkpointing, "--optimizer": optimizer,
+        "--lam": lam, "--objective": objective, "--layer": layer, "--mu-plus": mu_plus, "--mu-minus": mu_minus,
+        "--num-processes": num_processes > 1, **({"--benign": benign} if method == "adashield-a" else {}),
+    }  # fmt: skip
+    texts.check_options(method, not_texts, asked)
+    if method in texts.METHODS:
+        bad_and_good = _drawn(split, benchmark, "train", malicious, benign)
+        if bad_and_good is None:
+            q = own_protocol(model, malicious, malicious if method == "adashield-a" else benign, seed)
+            bad_and_good = (
+                queries_at(malicious, q.train_malicious if q else None, "--malicious"),
+                queries_at(benign, q.train_benign if q else [], "--benign"),
+            )
+        texts.train(
+            method, asked, lambda: load_lvlm(model, revision, device, dtype, quantization, canvas), *bad_and_good, out,
+            seed, resume,
+        )  # fmt: skip
+        return
     of_davsp = {
         "--vector": vector, "--malicious": malicious, "--benign": benign, "--split": split, "--benchmark": benchmark,
         "--padding": padding, "--kind": kind, "--refusal": refusal, "--lam": lam, "--objective": objective,

@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from davsp.adashield import pool
+from davsp.defenses import pat
+from davsp.defenses.adashield_a import AdaShieldA
 from davsp.defenses.base import Defense
 from davsp.defenses.visual import VisualPrompt
 from davsp.errors import DavspError
@@ -18,6 +21,8 @@ LOADERS: dict[str, Callable[[str | Path, str | None], Defense]] = {
     border.CONFIG: _visual,
     additive.CONFIG: _visual,
     published.TENSORS: _visual,
+    pat.CONFIG: pat.PAT.load,
+    pool.CONFIG: AdaShieldA.load,
 }
 """By the file that a folder of the kind holds; a new kind of trained defense is a line here."""
 

@@ -1,0 +1,149 @@
+"""Keys of queries: what AdaShield-A's pool is searched by.
+
+As published: an image half and a text half, concatenated as they are, then the whole normalised. The encoder there is CLIP
+ViT-B/32 (512 + 512); it is here for real models. The embedded LVLMs have features of their own: their pictures and words
+are not CLIP's world, and no CLIP can be shipped.
+
+INFERRED: questions longer than CLIP's 77 tokens are cut (the published code would raise), and a query without a picture has an
+image half of zeros.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from davsp.errors import DavspError
+from davsp.lvlm import LVLM, fingerprint, model_name
+from davsp.lvlm.hooks import wide
+from davsp.query import Query
+
+CLIP = "openai/clip-vit-base-patch32"
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """Turns queries into keys."""
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the keys, as JSON; a pool is only good for the same."""
+        ...
+
+    def encode(self, queries: Sequence[Query]) -> Float[Tensor, "n d"]:
+        """A unit key a query, float32 on the CPU."""
+        ...
+
+
+class ClipEncoder:
+    """CLIP by transformers, without torchvision.
+
+    Args:
+        model_id: folder or hub id.
+        device: where it runs.
+
+    Raises:
+        DavspError: it can't be loaded.
+    """
+
+    def __init__(self, model_id: str = CLIP, revision: str | None = None, device: str | torch.device = "cpu") -> None:
+        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+        self.model_id, self.revision, self.device = model_id, revision, torch.device(device)
+        try:
+            self.model: Any = CLIPModel.from_pretrained(model_id, revision=revision or "main")
+            self.tokenizer = AutoTokenizer.from_pretrained(model_id, revision=revision)
+            self.processor = AutoImageProcessor.from_pretrained(model_id, revision=revision, backend="pil")
+        except Exception as error:  # OSError, ValueError, KeyError, SafetensorError…
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")
+            raise DavspError(f"cannot load CLIP {model_id}: {why}; check its name, or mend its files") from error
+        self.model = self.model.requires_grad_(False).eval().to(self.device)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "clip", "model": self.model_id, "revision": self.revision}
+
+    @torch.no_grad()
+    def encode(self, queries: Sequence[Query]) -> Float[Tensor, "n d"]:
+        longest = self.model.config.text_config.max_position_embeddings
+        text = self.tokenizer(
+            [q.question for q in queries], padding=True, truncation=True, max_length=longest, return_tensors="pt"
+        )
+        words = self.model.get_text_features(**text.to(self.device)).pooler_output
+        seen = torch.zeros_like(words)
+        pictures = [(i, picture) for i, q in enumerate(queries) if (picture := q.picture()) is not None]
+        if pictures:
+            pixels = self.processor([picture for _, picture in pictures], return_tensors="pt")["pixel_values"]
+            seen[[i for i, _ in pictures]] = self.model.get_image_features(pixels.to(self.device)).pooler_output
+        return normalize(torch.cat([seen, words], 1).float(), dim=1).cpu()
+
+
+class OwnEncoder:
+    """The LVLM's own features at the decoder's entrance: mean projected patch, and mean embedding of the question's words.
+
+    Both halves are looked at from the middle of all ordinary words (the mean row of the embedding is taken off), as else all pictures and
+    all questions would point one way. INFERRED as a whole: the paper's models use CLIP.
+    """
+
+    def __init__(self, lvlm: LVLM) -> None:
+        if lvlm.server is not None:
+            raise DavspError(f"{lvlm.model_id} is on a server, which gives no features; make the pool with CLIP")
+        self.lvlm = lvlm
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "own", "model": model_name(self.lvlm), "weights": fingerprint(self.lvlm)}
+
+    def encode(self, queries: Sequence[Query]) -> Float[Tensor, "n d"]:
+        return torch.stack([self._key(query) for query in queries])
+
+    @torch.no_grad()
+    def _key(self, query: Query) -> Float[Tensor, " d"]:
+        lvlm, picture = self.lvlm, query.picture()
+        embedding = lvlm.model.get_input_embeddings().weight
+        ids = lvlm.tokenizer(query.question, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        words = wide(embedding[ids.to(embedding.device)]).mean(0)
+        middle = wide(embedding).mean(0)
+        seen = middle if picture is None else self._patches(lvlm.preprocess([picture]), query.question)
+        return normalize(torch.cat([seen - middle, words - middle]).float(), dim=0).cpu()
+
+    def _patches(self, canvas: Any, question: str) -> Float[Tensor, " d"]:
+        """The mean of what stands for the picture where the first decoder block reads it."""
+        entered: list[Tensor] = []
+        tokens = self.lvlm.encode([question], self.lvlm._placeholders(canvas))
+
+        def look(module: Any, inputs: Any, named: Any) -> None:
+            entered.append(wide(inputs[0] if inputs else named["hidden_states"]))
+            raise _Enough
+
+        handle = self.lvlm.layers[0].register_forward_pre_hook(look, with_kwargs=True)
+        try:
+            self.lvlm.model(**self.lvlm._inputs(tokens, canvas), use_cache=False)
+        except _Enough:
+            pass
+        finally:
+            handle.remove()
+        return entered[0][tokens.ids == self.lvlm.image_token_id].mean(0)
+
+
+class _Enough(Exception):
+    """Leaves the forward pass at the first block."""
+
+
+def encoder_of(described: dict[str, Any], lvlm: LVLM) -> Encoder:
+    """The encoder that a pool was made with.
+
+    Raises:
+        DavspError: its keys are of another model's own features, or it is not known.
+    """
+    if described.get("kind") == "clip":
+        device = "cpu" if lvlm.server is not None else lvlm.device
+        return ClipEncoder(described["model"], described.get("revision"), device)
+    if described.get("kind") != "own":
+        raise DavspError(f"the pool's encoder {described.get('kind')!r} is not known; make the pool anew")
+    encoder = OwnEncoder(lvlm)
+    if encoder.describe() != described:
+        raise DavspError(
+            f"the pool's keys are features of {described.get('model')}, not of {model_name(lvlm)}; make a pool with this model"
+        )
+    return encoder
