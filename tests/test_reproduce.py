@@ -14,11 +14,10 @@ from davsp.embedded.ecso import TEMPLATES
 from davsp.errors import DavspError
 from davsp.experiments.demo import SETTINGS
 from davsp.prompts import VisualSafetyPrompt
-from davsp.reproduce import claims, run, tables, write
-from davsp.reproduce.methods import METHODS
+from davsp.reproduce import baselines, claims, run, tables, write
 from davsp.reproduce.plan import dry
 
-SMALL = {"vector": 10, "sweep": 6, "train": 8, "harm": 4, "utility": 1, "mme": 2, "llava_bench": 2}
+SMALL = {"vector": 10, "sweep": 6, "train": 96, "harm": 4, "utility": 1, "mme": 2, "llava_bench": 2}
 
 
 def row(defense: str, benchmark: str, metric: str, value: float | None, split: str = "total") -> dict:
@@ -138,6 +137,16 @@ def test_a_border_on_another_canvas_keeps_its_colours_and_its_share(canvas, padd
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
+    small = pytest.MonkeyPatch()
+    small.setattr("davsp.reproduce.baselines.NOISE", {"steps": 2, "batch_size": 2})
+    small.setitem(baselines.TOKENS, "steps", 1)
+    small.setitem(baselines.TOKENS, "candidates", 2)
+    small.setitem(baselines.TOKENS, "behaviours", 2)
+    yield from whole(tmp_path_factory)
+    small.undo()
+
+
+def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("reproduce")
     lvlm, data = embedded.load(device_map="cpu"), embedded.protocol(0, **SMALL)
     other = VisualSafetyPrompt.create(192, 16, "random", text="x")
@@ -151,7 +160,7 @@ def made(tmp_path_factory):
         return run.reproduce(names, kit, **options), kit
 
     found, kit = again(list(tables.TABLES))
-    return out / "mini", again, found, kit
+    yield out / "mini", again, found, kit
 
 
 def test_a_whole_run_writes_every_table_in_four_formats(made):
@@ -168,8 +177,9 @@ def test_a_whole_run_writes_every_table_in_four_formats(made):
     assert set(pooled) >= {"none", "davsp", "vector-added"} and all(r["n"] == 16 for r in pooled.values())
     safety = {r["defense"]: r for r in rows if (r["benchmark"], r["metric"]) == ("mm_safetybench", "rsr")}
     assert all(r["n"] == 12 for r in safety.values())
-    missing = {d for t in tables.TABLES.values() for d in t.rows} - set(METHODS)
-    assert all((tables.METHODS[d] in (out / "resistance.md").read_text().split("not run:")[1]) for d in missing)
+    assert (
+        set(found.tables["resistance"]) == set(tables.METHODS) and "not run" not in (out / "resistance.md").read_text()
+    )
 
 
 def test_a_second_run_answers_and_trains_nothing(made, monkeypatch):
@@ -196,6 +206,8 @@ def test_the_transferred_border_stands_resized_before_the_models_own_text(made):
         (["resistance", "--split", "x.json"], "go together"),
         (["resistance", "--model", "org/other"], "the embedded data is for"),
         (["resistance", "--judge", "keyword", "--judge", "keyword-gcg"], "a table has one"),
+        (["resistance", "--defender-url", "http://127.0.0.1:9/v1"], "go with --defender"),
+        (["resistance", "--defender", "m"], "are for other models"),
     ],
 )
 def test_what_does_not_go_together_is_one_sentence(line, says, tmp_path: Path, monkeypatch, capsys):
@@ -269,12 +281,35 @@ def test_the_published_road_from_folders_to_tables(tmp_path: Path, monkeypatch, 
         davsp("eval", "--defense", "none", *sets[name], "--split", split, "--out", f"out/{name}", "--max-unscored", "1")
     davsp("data", "split", "split.json", "--run", "out/vlguard", "--run", "out/mm_safetybench", "--vector", "2", "--intents",
           "1", "--helpful", "4", *(x for pair in sets.values() for x in pair))  # fmt: skip
-    davsp("reproduce", "resistance", "--split", "split.json", *(x for pair in sets.values() for x in pair), "--judge",
-          "keyword", "--judge", "exact", "--steps", "1", "--text", embedded.SAFETY_TEXT)  # fmt: skip
-    text = (tmp_path / "out/reproduce/davsp-mini/resistance.md").read_text()
-    assert "in place of the published sets: figstep_embedded, mm_vet_embedded" in text
-    lines = list(csv.DictReader((tmp_path / "out/reproduce/davsp-mini/resistance.csv").open()))
-    assert all(x["value"] for x in lines if x["defense"] == "davsp") and {x["defense"] for x in lines} >= {
-        "none",
-        "davsp",
-    }
+    davsp("reproduce", "intervention", "ablation", "--split", "split.json", *(x for pair in sets.values() for x in pair),
+          "--judge", "keyword", "--judge", "exact", "--steps", "1", "--text", embedded.SAFETY_TEXT)  # fmt: skip
+    out = tmp_path / "out/reproduce/davsp-mini"
+    assert "in place of the published sets: figstep_embedded, mm_vet_embedded" in (out / "ablation.md").read_text()
+    lines = list(csv.DictReader((out / "ablation.csv").open()))
+    measured = {x["column"] for x in lines if x["defense"] == "davsp" and x["value"]}
+    assert measured == {"sd_typo", "sd", "typo", "figstep", "mm_vet"}
+    pooled = next(csv.DictReader((out / "intervention.csv").open()))
+    assert (pooled["defense"], pooled["column"]) == ("none", "mm_safetybench") and pooled["value"]
+
+
+def test_what_other_models_lack_is_left_out_and_said(made):
+    """UniGuard's corpus and AdaShield-A's defender are the user's; without them the rows are not run, and the table says so."""
+    from dataclasses import replace
+
+    from davsp.reproduce.methods import lacking
+
+    out, _, _, kit = made
+    without = lacking(replace(kit, own=False))
+    assert set(without) == {"uniguard", "adashield-a"} and lacking(kit) == {}
+    assert set(lacking(replace(kit, own=False, corpus=["x"]))) == {"adashield-a"}
+    rows = [row("none", "sd", "rsr", 0.5), row("none", "utility", "accuracy", 0.9)]
+    run._write(
+        ["resistance"],
+        rows,
+        kit.lvlm,
+        out / "short",
+        [],
+        without | dict.fromkeys(("pat", "esiii", "davsp", "adashield-s"), "x"),
+    )
+    text = (out / "short" / "resistance.md").read_text()
+    assert "AdaShield-A, as no defender was given (--defender)" in text and "UniGuard, as no corpus was given" in text

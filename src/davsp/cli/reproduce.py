@@ -58,6 +58,14 @@ def reproduce(
         str | None,
         typer.Option(help="Safety text of all methods but No Defense; left out: AdaShield-S in the paper's wording."),
     ] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help="UniGuard's harmful sentences, one a line; without it that row is left out.")
+    ] = None,
+    defender: Annotated[
+        str | None, typer.Option(help="Text model that writes AdaShield-A's prompts; without it that row is left out.")
+    ] = None,
+    defender_url: Annotated[str | None, typer.Option(help="Its OpenAI-compatible server; left out: OpenAI.")] = None,
+    defender_key_env: Annotated[str | None, typer.Option(help="Environment variable with its key.")] = None,
     padding: Annotated[
         int | None, typer.Option(help="Border width in pixels; left out: a twelfth of the canvas.")
     ] = None,
@@ -89,6 +97,7 @@ def reproduce(
     from davsp.reproduce.run import reproduce as run
     from davsp.reproduce.sweeps import SWEEPS, sweep
     from davsp.reproduce.tables import TABLES as known
+    from davsp.sentences import read_sentences
     from davsp.settings import TrainSettings
 
     chosen = list(known) if "all" in names else [name for name in dict.fromkeys(names) if name in known]
@@ -123,9 +132,15 @@ def reproduce(
     from davsp.embedded.ecso import TEMPLATES
 
     lvlm = load_lvlm(model, revision, device, dtype, quantization, canvas)
+    if own and (corpus or defender):
+        raise DavspError("--corpus and --defender are for other models; those that ship have words of their own.")
+    if (defender_url or defender_key_env) and not defender:
+        raise DavspError("--defender-url and --defender-key-env go with --defender.")
     kit = make_kit(
         lvlm, data, out, text=text or (embedded.SAFETY_TEXT if own else TEXT), settings=settings,
-        templates=TEMPLATES if own else PUBLISHED, seed=seed, padding=padding,
+        templates=TEMPLATES if own else PUBLISHED, seed=seed, padding=padding, own=own,
+        corpus=read_sentences(corpus) if corpus else (),
+        defender=_defender(defender, defender_url, defender_key_env),
         borrowed=_borrowed(borrow, out, here) if "transfer" in chosen else None,
     )  # fmt: skip
     asked: dict[str, Any] = {
@@ -141,6 +156,17 @@ def reproduce(
         print((out / f"{name}.md").read_text())
     print((out / "claims.md").read_text())
     print(f"{out / 'tables.html'} has them all; .md, .csv and .tex lie beside it")
+
+
+def _defender(model: str | None, url: str | None, key: str | None) -> Any:
+    """AdaShield-A's defender behind a server; None without a model."""
+    from davsp.adashield.defender import ChatDefender
+    from davsp.client import OPENAI
+
+    if model is None:
+        return None
+    url = url or OPENAI
+    return ChatDefender(model, url, key or ("OPENAI_API_KEY" if url == OPENAI else None))
 
 
 def _published(sets: list[str], split: str | None) -> "Protocol":

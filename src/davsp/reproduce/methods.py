@@ -1,6 +1,6 @@
 """The rows of the paper's tables as defenses, trained where they have to be; what a model's cells share is made once."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,14 +12,18 @@ from davsp.errors import DavspError
 from davsp.experiments.stages import Stages, trained_prompt
 from davsp.lvlm import LVLM
 from davsp.prompts import AdditiveNoise, Prompt, VisualSafetyPrompt
+from davsp.reproduce import baselines
 from davsp.reproduce.tables import FROM
 from davsp.training import TrainSettings
 from davsp.vector import HarmfulnessVector
 
 if TYPE_CHECKING:
+    from davsp.adashield.defender import Defender
     from davsp.embedded.data import Protocol
 
-PROMPTS = ("davsp", "border-answer", "additive-projection", "additive-answer")  # trained for the tables
+PROMPTS = (  # trained for the tables
+    "davsp", "border-answer", "additive-projection", "additive-answer", "adashield-a", "pat", "uniguard", "esiii",
+)  # fmt: skip
 STEER = 0.75  # of the distance between the class means: how far the projection is moved (INFERRED; the paper gives no figure)
 
 
@@ -31,6 +35,9 @@ class Kit:
         text: AdaShield-S's, before every question of all methods but No Defense, as in the paper's comparison.
         settings: of every prompt that is trained; only the objective differs between them.
         templates: ECSO's prompts, in words the model knows.
+        own: the model is one of those that ship: small budgets, words that it knows.
+        corpus: UniGuard's harmful sentences, for other models.
+        defender: who writes AdaShield-A's prompts, for other models.
         borrowed: name of another model -> the border trained on it.
         trained: prompts that are there already.
     """
@@ -44,6 +51,9 @@ class Kit:
     padding: int
     eps: float
     templates: Templates
+    own: bool = True
+    corpus: Sequence[str] = ()
+    defender: "Defender | None" = None
     borrowed: Mapping[str, Path] = field(default_factory=dict)
     trained: dict[str, Prompt] = field(default_factory=dict)
 
@@ -71,6 +81,10 @@ def _davsp(kit: Kit) -> VisualPrompt:
 
 METHODS: dict[str, Callable[[Kit], Defense]] = {
     "none": lambda kit: NoDefense(),
+    "adashield-a": baselines.adashield_a,
+    "pat": baselines.pat,
+    "uniguard": baselines.uniguard,
+    "esiii": baselines.esiii,
     "adashield-s": lambda kit: SafetyText(kit.text, "adashield-s"),
     "davsp": _davsp,
     "border-answer": _pixels("border-answer"),
@@ -82,6 +96,14 @@ METHODS: dict[str, Callable[[Kit], Defense]] = {
     "ecso+davsp": lambda kit: ECSO(_davsp(kit), templates=kit.templates, name="ecso+davsp"),
     "ecso-adaptive+davsp": lambda kit: ECSO(instead=_davsp(kit), templates=kit.templates, name="ecso-adaptive+davsp"),
 }
+
+
+def lacking(kit: Kit) -> dict[str, str]:
+    """The methods that can't be had here, and why."""
+    if kit.own:
+        return {}
+    missing = {} if kit.corpus else {"uniguard": "no corpus was given (--corpus)"}
+    return missing | ({} if kit.defender else {"adashield-a": "no defender was given (--defender)"})
 
 
 def transferred(kit: Kit) -> dict[str, Defense]:

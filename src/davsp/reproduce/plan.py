@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from davsp.reproduce.methods import METHODS, PROMPTS
+from davsp.reproduce.methods import PROMPTS
 from davsp.reproduce.run import needed
-from davsp.reproduce.tables import TABLES
 
 if TYPE_CHECKING:
     from davsp.embedded.data import Protocol
@@ -44,7 +43,4 @@ def dry(names: Sequence[str], model: str, data: "Protocol | None", per_call: flo
     trained = [name for name in wanted if name in PROMPTS]
     lines += ["", f"{calls_in_all} calls at most, {calls_in_all * per_call / 3600:.1f} hours at {per_call:g} s a call, and the "
               f"training of {len(trained)} prompts ({', '.join(trained) or 'none'})."]  # fmt: skip
-    missing = sorted({d for name in names for d in TABLES[name].rows if d not in METHODS})
-    if missing:
-        lines.append(f"not built for this command: {', '.join(missing)}.")
     return "\n".join(lines)

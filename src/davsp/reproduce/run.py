@@ -28,12 +28,13 @@ from davsp.report import plots
 from davsp.report.cells import find
 from davsp.reproduce import write
 from davsp.reproduce.claims import PICTURES, Claim, claims
-from davsp.reproduce.methods import METHODS, Kit, transferred
+from davsp.reproduce.methods import METHODS, Kit, lacking, transferred
 from davsp.reproduce.tables import FROM, MM_VET, POOLED, RSR, TABLES, Cell, base, cells, paper_model
 from davsp.reproduce.tables import METHODS as table_methods
 from davsp.settings import TrainSettings
 
 if TYPE_CHECKING:
+    from davsp.adashield.defender import Defender
     from davsp.embedded.data import Protocol
 
 INFERRED = "what of each method is as published and what is inferred: docs/defenses.md"
@@ -59,6 +60,9 @@ def make_kit(
     seed: int = 0,
     padding: int | None = None,
     eps: float = 32 / 255,
+    own: bool = True,
+    corpus: Sequence[str] = (),
+    defender: "Defender | None" = None,
     borrowed: Mapping[str, Path] | None = None,
     console: Console | None = None,
 ) -> Kit:
@@ -70,6 +74,7 @@ def make_kit(
         settings: of the prompts that are trained.
         templates: ECSO's prompts.
         padding, eps: of border and noise; None: a twelfth of the canvas.
+        own, corpus, defender: see `Kit`.
         borrowed: name of another model -> folder of the border trained there, for "transfer".
         console: where lines and bars go; None is the terminal.
     """
@@ -77,7 +82,7 @@ def make_kit(
     vector = fitted_vector(stages, lvlm, data, text)
     return Kit(
         lvlm, data, vector, text, settings.model_copy(update={"seed": seed}), stages, padding or round(lvlm.canvas / 12),
-        eps, templates, borrowed or {},
+        eps, templates, own, corpus, defender, borrowed or {},
     )  # fmt: skip
 
 
@@ -105,7 +110,8 @@ def reproduce(
     began = time.perf_counter()
     lvlm, data, stages, seed = kit.lvlm, kit.data, kit.stages, kit.settings.seed
     out = stages.out
-    wanted = needed(names)
+    without = lacking(kit)
+    wanted = [name for name in needed(names) if name not in without]
     defenses: dict[str, Defense] = {name: METHODS[name](kit) for name in wanted}
     if "transfer" in names:
         defenses |= transferred(kit)
@@ -122,18 +128,14 @@ def reproduce(
         defenses={name: d.describe() for name, d in defenses.items()},
     )  # fmt: skip
     write_json(out / "manifest.json", facts)
-    made = _write(names, rows, lvlm, out, [*_notes(data, judge, names), INFERRED])
+    made = _write(names, rows, lvlm, out, [*_notes(data, judge, names), INFERRED], without)
     stages.line("tables", ", ".join(made.tables), time.perf_counter() - began)
     return made
 
 
 def needed(names: Sequence[str]) -> list[str]:
-    """The defenses that some tables need, each once; No Defense always, as all differences start from it.
-
-    Methods of a table that are not built for this model are left out of the run and shown as such.
-    """
-    wanted = dict.fromkeys(["none", *(d for name in names for d in TABLES[name].rows)])
-    return [name for name in wanted if name in METHODS]
+    """The defenses that some tables need, each once; No Defense always, as all differences start from it."""
+    return list(dict.fromkeys(["none", *(d for name in names for d in TABLES[name].rows)]))
 
 
 def pooled(test: Sequence[Query], found: Evaluation, model: str, seed: int = 0) -> list[dict[str, Any]]:
@@ -158,7 +160,12 @@ def pooled(test: Sequence[Query], found: Evaluation, model: str, seed: int = 0) 
 
 
 def _write(
-    names: Sequence[str], rows: list[dict[str, Any]], lvlm: LVLM, out: Path, notes: Sequence[str]
+    names: Sequence[str],
+    rows: list[dict[str, Any]],
+    lvlm: LVLM,
+    out: Path,
+    notes: Sequence[str],
+    without: Mapping[str, str],
 ) -> Reproduction:
     model, family = model_name(lvlm), lvlm.model.config.model_type
     made, theirs = {}, {}
@@ -166,7 +173,10 @@ def _write(
         table, theirs[name] = TABLES[name], paper_model(name, model, family)
         made[name] = cells(table, rows, theirs[name])
         missing = [d for d in table.rows if d not in made[name]]
-        own = [*notes, *([f"not run: {', '.join(table.rows[d] for d in missing)}"] if missing else [])]
+        own = [
+            *notes,
+            *([f"not run: {', '.join(f'{table.rows[d]}, as {without[d]}' for d in missing)}"] if missing else []),
+        ]
         write_text(out / f"{name}.md", write.markdown(table, made[name], model, theirs[name], own))
         write_text(out / f"{name}.csv", write.tidy(table, made[name], model, theirs[name]))
         write_text(out / f"{name}.tex", write.latex(table, made[name], model, theirs[name]))
