@@ -14,7 +14,7 @@ class PatSettings(BaseModel):
         start: what every one of them is at first; one token of the model.
         benign_weight, refuse_weight: None is 1 - benign_weight, as published.
         candidates, top_k: changes scored a step and part, and tokens a place that they are drawn from.
-        behaviours: malicious queries, drawn once; all, if there are fewer.
+        behaviours, pairs: malicious and benign queries, drawn once; all, if there are fewer. The published benign file has some 214.
         accept: always (published) or better.
         benign_answers: model (published): first sentence of what it answers undefended; reference: the query's own.
         refusal, target: what the defence and the attack want to hear; in words that the model knows.
@@ -34,6 +34,7 @@ class PatSettings(BaseModel):
     candidates: int = Field(256, ge=1)
     top_k: int = Field(256, ge=1)
     behaviours: int = Field(25, ge=1)
+    pairs: int = Field(214, ge=1)
     accept: Literal["always", "better"] = "always"
     benign_answers: Literal["model", "reference"] = "model"
     refusal: str = Field("I am sorry, I cannot help with that.", min_length=1)

@@ -23,6 +23,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from rich.console import Console
@@ -77,6 +78,8 @@ def _train(
     console: Console,
 ) -> PAT:
     check_classes(malicious, benign)
+    if len(benign) > settings.pairs:
+        benign = Random(f"{settings.seed} pairs").sample(benign, settings.pairs)
     identity = {
         **settings.model_dump(exclude={"batch_size"}),
         "text": text,
