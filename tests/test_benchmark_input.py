@@ -1,6 +1,7 @@
 """Broken pictures, limits, short downloads, and `davsp data check`."""
 
 import json
+import shutil
 import struct
 import sys
 import zlib
@@ -28,6 +29,7 @@ from benchmark_folders import (
 from davsp import benchmarks
 from davsp.benchmarks import figstep, llava_bench, mm_safetybench, mm_vet, mme, source, vlguard
 from davsp.cli import app
+from davsp.dataset import load_queries
 from davsp.errors import DavspError
 
 pytestmark = pytest.mark.filterwarnings("ignore::davsp.benchmarks.source.ShortWarning")  # all fixtures are short
@@ -72,6 +74,12 @@ def spoil(path: Path, how: str) -> None:
         picture(side=1).save(path)
     elif how == "giga":  # a PNG head that promises 40,000 x 40,000
         put_png(path, struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0), b"")
+    elif how == "half a page":  # a TIFF whose second page says nothing of its size: Pillow raises TypeError
+        picture().save(path, "TIFF")
+        data = bytearray(path.read_bytes() + b"\0" * (path.stat().st_size % 2))
+        at = 10 + 12 * struct.unpack_from("<H", data, 8)[0]
+        struct.pack_into("<I", data, at, len(data))
+        path.write_bytes(bytes(data) + b"\0" * 6)
     elif how == "large":
         Image.new("1", (10_000, 10_000)).save(path, "PNG")
 
@@ -81,6 +89,7 @@ FAULTS = {
     "truncated jpeg": "truncated",
     "truncated png": "truncated",
     "text": "no picture",
+    "half a page": "no picture",
     "cmyk": "CMYK",
     "16 bit": "more than 8 bits",
     "48 bit": "more than 8 bits",
@@ -128,6 +137,67 @@ def test_a_field_of_another_type_is_named(tmp_path):
     change(tmp_path / "guard/test.json", "instr-resp", [{"instruction": 5}])
     with pytest.raises(DavspError, match="has not the instructions"):
         vlguard.load(tmp_path / "guard")
+
+
+def test_empty_and_odd_fields_are_named(tmp_path):
+    """Each was a traceback, in a loader or, after all answers were paid for, in a scorer."""
+    vet_folder(tmp_path / "vet")
+    change(tmp_path / "vet/mm-vet/mm-vet.json", "capability", [])
+    with pytest.raises(DavspError, match="has no capability"):
+        mm_vet.load(tmp_path / "vet")
+    guard_folder(tmp_path / "guard", guard_rows())
+    change(tmp_path / "guard/test.json", "image", "")
+    with pytest.raises(DavspError, match="item 1 names no picture"):
+        vlguard.load(tmp_path / "guard")
+    figstep_clone(tmp_path / "steps", [row | {"category_id": "\u00b2"} for row in figstep_rows()])
+    with pytest.raises(DavspError, match="unknown category \u00b2"):
+        figstep.load(tmp_path / "steps")
+    safety_folder(tmp_path / "safety")
+    write(tmp_path / "safety/TinyVersion_ID_List.json", [{"Scenario": [], "Sampled_ID_List": [1]}])
+    with pytest.raises(DavspError, match="is no list of Scenario"):
+        mm_safetybench.load(tmp_path / "safety", "tiny")
+
+
+def test_json_that_python_cannot_take_is_named(tmp_path):
+    """Nested beyond its depth, and half of a surrogate pair, which no tokenizer and no file takes."""
+    guard_folder(tmp_path / "guard", guard_rows())
+    (tmp_path / "guard/test.json").write_text("[" * 100_000)
+    with pytest.raises(DavspError, match="is not JSON"):
+        vlguard.load(tmp_path / "guard")
+    vet_folder(tmp_path / "vet")
+    change(tmp_path / "vet/mm-vet/mm-vet.json", "question", "what \ud83d")
+    with pytest.raises(DavspError, match="has no text in question"):
+        mm_vet.load(tmp_path / "vet")
+    for line, says in (("[" * 100_000, "is not JSON"),
+                       ('{"id": "a", "question": "what \\ud83d", "label": "benign"}', "half of a character")):  # fmt: skip
+        (tmp_path / "q.jsonl").write_text(line + "\n")
+        with pytest.raises(DavspError, match=rf"line 1 .*{says}"):
+            load_queries(tmp_path / "q.jsonl")
+
+
+def test_questions_without_any_picture_are_looked_at_too(tmp_path):
+    """No type was here, so nothing was counted and all seemed well."""
+    safety_folder(tmp_path)
+    shutil.rmtree(tmp_path / "data/imgs")
+    first = tmp_path / "data/processed_questions/01-Illegal_Activitiy.json"
+    report = mm_safetybench.check(tmp_path)
+    assert not report.good and "2 of 97 in text 01-Illegal_Activitiy" in map(str, report.counts)
+    change(first, "Changed Question", 5)
+    assert "has no text in Changed Question" in mm_safetybench.check(tmp_path).broken[0]
+
+
+def test_two_references_of_one_question_are_named(tmp_path):
+    """The last one would have counted in silence."""
+    for name, row in (
+        ("answers_gpt4", {"question_id": 0, "text": "Other."}),
+        ("context", {"image": "001.jpg", "caption": "x"}),
+    ):
+        file = bench_folder(tmp_path / name) / f"{name}.jsonl"
+        file.write_text(file.read_text() + json.dumps(row) + "\n")
+        with pytest.raises(DavspError, match=rf"{name}\.jsonl, line \d is the second one on"):
+            llava_bench.load(tmp_path / name)
+        found, _ = skipped(llava_bench.load, tmp_path / name)
+        assert found[0].reference == "Answer 0." and found[0].context != "x"
 
 
 @pytest.mark.parametrize("how", FAULTS)

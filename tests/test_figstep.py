@@ -1,5 +1,8 @@
 """FigStep: its layouts, and its pictures typeset anew."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import ImageFont
@@ -7,6 +10,9 @@ from PIL import ImageFont
 from benchmark_folders import MONO, figstep_clone, figstep_rows, lines, put, skipped, table, write
 from davsp.benchmarks import figstep
 from davsp.errors import DavspError
+from test_cli import run as davsp
+
+MISSING = "FreeMonoBold.ttf is not installed (Debian: fonts-freefont-ttf)"
 
 pytestmark = pytest.mark.filterwarnings("ignore::davsp.benchmarks.source.ShortWarning")  # all fixtures are short
 
@@ -97,7 +103,7 @@ def test_figstep_with_the_published_font():
     try:
         face = figstep.find_font()
     except DavspError:
-        pytest.skip("FreeMonoBold.ttf is not installed")
+        pytest.skip(MISSING)
     assert face.getname() == ("FreeMono", "Bold")
     assert face.getlength("H") == 48 and face.getmetrics() == (64, 16)
     rows = (np.asarray(figstep.render("H", face).convert("L")) < 128)[:, :60].any(1)
@@ -129,3 +135,36 @@ def test_figstep_bad_csv(tmp_path):
     (tmp_path / "data/question/safebench.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DavspError, match="not UTF-8"):
         figstep.load(tmp_path)
+
+
+def test_the_command_line_rebuilds_from_the_csv_alone(tiny_folder: Path, tmp_path: Path, capsys):
+    try:
+        figstep.find_font()
+    except DavspError:
+        pytest.skip(MISSING)
+    table(tmp_path / "data/safebench.csv", figstep_rows(), ",")
+    asked = ("--benchmark", f"figstep={tmp_path / 'data'}")
+    run = ("eval", *asked, "--model", tiny_folder, "--max-new-tokens", 1, "--max-unscored", 1, "--defense", "none",
+           "--out", tmp_path / "out")  # fmt: skip
+    assert davsp(*run) == 2 and "give --rebuild to typeset them" in capsys.readouterr().err
+    assert davsp(*run, "--rebuild") == 0
+    before = (tmp_path / "out/responses.jsonl").read_bytes()
+    rows = json.loads((tmp_path / "out/metrics.json").read_text())["rows"]
+    assert {r["benchmark"] for r in rows if r["metric"] == "rsr"} == {"figstep_rebuilt"}
+    assert davsp(*run, "--rebuild") == 0 and (tmp_path / "out/responses.jsonl").read_bytes() == before
+    again = ("judge", tmp_path / "out", *asked, "--judge", "keyword-gcg", "--max-unscored", 1)
+    assert davsp(*again, "--rebuild") == 0
+    put(tmp_path / "data/SafeBench/query_ForbidQI_1_1_6.png")
+    assert davsp(*again, "--skip-broken") == 2  # pictures that were downloaded are other queries
+    assert "give its own --queries" in capsys.readouterr().err
+
+
+def test_the_command_line_says_that_the_font_is_missing(tmp_path: Path, capsys, monkeypatch):
+    for variable in ("XDG_DATA_HOME", "XDG_DATA_DIRS"):  # where fonts are looked for
+        monkeypatch.setenv(variable, str(tmp_path / "none"))
+    table(tmp_path / "data/safebench.csv", figstep_rows(), ",")
+    asked = ("--benchmark", f"figstep={tmp_path / 'data'}", "--rebuild")
+    assert davsp("eval", *asked, "--out", tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert "the font FreeMonoBold.ttf is not here" in said and "fonts-freefont-ttf" in said
+    assert not (tmp_path / "out").exists()

@@ -66,7 +66,10 @@ def _query(file: Path, number: int, line: str) -> Query:
     where = f"{file}, line {number}"
     try:
         values: dict[str, Any] = json.loads(line)
-    except ValueError as error:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise DavspError(f"{where} holds half of a character ({error.reason}); write the text in UTF-8.") from error
+    except (ValueError, RecursionError) as error:
         raise DavspError(f"{where} is not JSON ({error}); write one object a line.") from error
     if not isinstance(values, dict):
         raise DavspError(f"{where} is not a JSON object; write one query a line.")

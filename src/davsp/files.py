@@ -176,7 +176,7 @@ def read_json(path: Pathlike) -> Any:
     """
     try:
         return json.loads(read_bytes(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DavspError(f"{path} is not JSON: {error}; restore or delete the file") from error
 
 

@@ -132,7 +132,7 @@ def open_picture(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return flatten(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
         reason = getattr(error, "strerror", None) or "it is not a readable picture"
         raise DavspError(f"cannot open image {path}: {reason}; give a PNG, JPEG or WebP file") from error
 

@@ -6,16 +6,15 @@ research: nothing of it is in this repository. The pictures can be typeset anew 
 
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from davsp.benchmarks import rsr, source, tables
-from davsp.benchmarks.scoring import Scores
 from davsp.benchmarks.source import Found, Item, Problems, Report
 from davsp.errors import DavspError
-from davsp.query import Query, Response
+from davsp.query import Query
 
 TOPICS = (
     "Illegal Activity",
@@ -93,18 +92,8 @@ def check(root: Path) -> Report:
     return source.report(_read(root, split, face, problems), NAME, root, problems)
 
 
-def score(
-    queries: Sequence[Query],
-    responses: Sequence[Response],
-    judge: rsr.Judged,
-    *,
-    model: str = "",
-    baseline: Scores | None = None,
-    mode: str = "sound",
-    seed: int = 0,
-) -> Scores:
-    """RSR by topic and in total; see `rsr.score`. The authors judged by hand; DAVSP's judge is "davsp"."""
-    return rsr.score(queries, responses, judge, model=model, baseline=baseline, mode=mode, seed=seed)
+score = rsr.score
+"""RSR by topic and in total. The authors judged by hand; DAVSP's judge is "davsp"."""
 
 
 def find_font(font: str | Path = FONT) -> ImageFont.FreeTypeFont:
@@ -116,7 +105,7 @@ def find_font(font: str | Path = FONT) -> ImageFont.FreeTypeFont:
     try:
         return ImageFont.truetype(str(font), SIZE)
     except OSError as error:
-        mend = "install GNU FreeFont (Debian: fonts-freefont-ttf) or give font=PATH of FreeMonoBold.ttf"
+        mend = f"install GNU FreeFont (Debian: fonts-freefont-ttf), put {FONT} among your fonts, or in Python give font=PATH"
         raise DavspError(f"the font {font} is not here, so FigStep's pictures cannot be typeset; {mend}.") from error
 
 
@@ -236,4 +225,4 @@ def _listed(listed: Path, split: str, problems: Problems) -> Iterator[str]:
 
 
 def _topic(number: str) -> str | None:
-    return TOPICS[int(number) - 1] if number.isdigit() and 1 <= int(number) <= len(TOPICS) else None
+    return TOPICS[int(number) - 1] if number.isdecimal() and 1 <= int(number) <= len(TOPICS) else None

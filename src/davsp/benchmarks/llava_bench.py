@@ -6,7 +6,7 @@ caption, not the picture, gives the reference and the answer 1 to 10 each (`davs
 the ratio of their means.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -211,12 +211,10 @@ def _read(root: Path, problems: Problems) -> Found | None:
 def _from_jsonl(root: Path, questions: Path, problems: Problems) -> Found:
     """Three files, joined by `question_id` and picture, not by the order of their lines."""
     files = {name: root / f"{name}.jsonl" for name in ("context", "answers_gpt4")}
-    context = {
-        row["image"]: _caption(row["caption"])
-        for _, row in tables.json_lines(files["context"], ["image"], problems, ["caption"])
-    }
+    lines = tables.json_lines(files["context"], ["image"], problems, ["caption"])
+    context = {image: _caption(row["caption"]) for image, row in _keyed(lines, "image", problems).items()}
     lines = tables.json_lines(files["answers_gpt4"], ["text"], problems, ["question_id"])
-    answers = {str(row["question_id"]): row["text"] for _, row in lines}
+    answers = {name: row["text"] for name, row in _keyed(lines, "question_id", problems).items()}
     items = []
     for where, row in tables.json_lines(questions, ["image", "text", "category"], problems, ["question_id"]):
         name, image = str(row["question_id"]), row["image"]
@@ -227,6 +225,17 @@ def _from_jsonl(root: Path, questions: Path, problems: Problems) -> Found:
         query = Query(name, row["text"], "benign", NAME, row["category"], image, answers[name], context=context[image])
         items += _item(query, root / "images" / image, where, problems)
     return Found("official folder", (questions, *files.values()), items, dict(COUNTS))
+
+
+def _keyed(lines: Iterator[tuple[str, Row]], key: str, problems: Problems) -> dict[str, Row]:
+    """Rows by a field that no two of them may share; of two the first one counts."""
+    found: dict[str, Row] = {}
+    for where, row in lines:
+        name = str(row[key])
+        if name in found:
+            problems.add(f"{where} is the second one on {name}", "delete one of the two")
+        found.setdefault(name, row)
+    return found
 
 
 def _packed(

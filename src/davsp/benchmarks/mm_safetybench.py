@@ -143,7 +143,7 @@ def scenario(name: str) -> str | None:
 
 
 def _read(root: Path, split: str, types: Sequence[str] | None, rebuild: bool, problems: Problems) -> Found | None:
-    """What is at `root`; `types` None takes those of which something is there."""
+    """What is at `root`; `types` None takes those of which something is there, of bare questions "text"."""
     for name in types or ():
         if name not in FIELDS:
             raise DavspError(f"the picture type {name!r} is not known: choose {', '.join(FIELDS)}.")
@@ -197,7 +197,7 @@ def _folder(
     wanted, index = _wanted(root, split, listed, problems)
     here = [k for k in TYPES if pictures is not None and any(pictures.glob(f"*/{FOLDERS[k]}"))]
     if types is None:
-        types = here
+        types = here or ["text"]  # the questions alone: they are looked at, too
     files = {path: scenario(path.stem) for path in sorted(folder.glob("*.json"))}
     items: list[Item] = []
     seen: set[tuple[str, str, str]] = set()
@@ -258,7 +258,7 @@ def _wanted(root: Path, split: str, listed: Path | None, problems: Problems) -> 
             rows = tables.json_file(path, problems)
             short = {(str(scenario(row["Scenario"])), str(i)) for row in rows for i in row["Sampled_ID_List"]}
             return {(name, kind, number) for name, number in short for kind in FOLDERS.values()}, [path]
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, AttributeError) as error:
             raise DavspError(f"{path} is no list of Scenario and Sampled_ID_List; fetch it again.") from error
     if split == "all" or (split == "test" and listed is None):
         return None, []

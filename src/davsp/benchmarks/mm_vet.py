@@ -261,8 +261,11 @@ def _item(
     name: str, question: str, answer: str, capabilities: Any, group: str, picture: Picture, where: str,
     problems: Problems,
 ) -> list[Item]:  # fmt: skip
-    """The one item of a row; none if a capability is unknown."""
+    """The one item of a row; none if a capability is unknown or there is none."""
     given = [str(c).strip() for c in (capabilities if isinstance(capabilities, list) else [capabilities])]
+    if not given:
+        problems.add(f"{where} has no capability", "fetch the file again")
+        return []
     if unknown := [c for c in given if c not in CAPABILITIES]:
         problems.add(f"{where} has the unknown capability {unknown[0]!r}", "fetch the file again")
         return []

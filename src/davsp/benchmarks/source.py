@@ -287,7 +287,7 @@ def fault(picture: Picture) -> str:
         return "is missing"
     except Image.DecompressionBombError:
         return f"has more than {MAX_PIXELS / 1e6:.0f} million pixels"
-    except (OSError, ValueError, SyntaxError):
+    except Exception:  # Pillow's decoders raise whatever broken bytes lead them to: TypeError, EOFError, struct.error…
         return "is truncated or no picture"
     return ""
 

@@ -113,7 +113,7 @@ def json_file(path: Path, problems: Problems) -> Any:
 
     try:
         return json.loads(read_bytes(path), object_pairs_hook=unique)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DavspError(f"{path} is not JSON: {error}; fetch it again.") from error
 
 
@@ -125,7 +125,7 @@ def json_lines(
         where = f"{path}, line {number}"
         try:
             row = json.loads(line) if line.strip() else None
-        except ValueError:
+        except (ValueError, RecursionError):
             problems.add(f"{where} is not JSON", "fetch the file again")
             continue
         if row is not None and has(row, needed, where, problems, other):
@@ -138,12 +138,17 @@ def has(row: Any, needed: Sequence[str], where: str, problems: Problems, other: 
         problems.add(f"{where} is no object", "fetch the file again")
         return False
     lacks = [name for name in (*needed, *other) if row.get(name) is None]
-    odd = [name for name in needed if name not in lacks and not isinstance(row[name], str)]
+    odd = [name for name in needed if name not in lacks and not _is_text(row[name])]
     if lacks:
         problems.add(f"{where} lacks {', '.join(lacks)}", "fetch the file again")
     elif odd:
         problems.add(f"{where} has no text in {', '.join(odd)}", "fetch the file again")
     return not lacks and not odd
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is text that can be written again: JSON may hold half of a surrogate pair."""
+    return isinstance(value, str) and value.encode(errors="replace").decode() == value
 
 
 def lists(parts: Any, key: str) -> bool:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from davsp.benchmarks import rsr, source, tables
-from davsp.benchmarks.scoring import Scores
 from davsp.benchmarks.source import Found, Item, Problems, Report
 from davsp.errors import DavspError
-from davsp.query import Query, Response
+from davsp.query import Query
 
 COUNTS = {
     "train": {"unsafes": 1023, "safe_unsafes": 977, "safe_safes": 977},
@@ -88,22 +87,10 @@ def check(root: Path) -> Report:
     return source.report(Found("official folder", index, items, published, "; ".join(absent)), NAME, root, problems)
 
 
-def score(
-    queries: Sequence[Query],
-    responses: Sequence[Response],
-    judge: rsr.Judged,
-    *,
-    model: str = "",
-    baseline: Scores | None = None,
-    mode: str = "sound",
-    seed: int = 0,
-) -> Scores:
-    """RSR of `unsafes` and `safe_unsafes`, by category and in total, and over-refusal of `safe_safes`; see `rsr.score`.
-
-    The authors judge by words: "keyword-vlguard" of `davsp.judges.keyword_lists`; their attack rate is 1 − RSR. Their win
-    rate on `safe_safes`, by a judge that sees pictures, is not here.
-    """
-    return rsr.score(queries, responses, judge, model=model, baseline=baseline, mode=mode, seed=seed)
+score = rsr.score
+"""RSR of `unsafes` and `safe_unsafes`, by category and in total, and over-refusal of `safe_safes`. The authors judge by words:
+"keyword-vlguard" of `davsp.judges.keyword_lists`; their attack rate is 1 − RSR. Their win rate on `safe_safes`, by a judge that
+sees pictures, is not here."""
 
 
 def _read(root: Path, split: str, subsets: Sequence[str], problems: Problems) -> Found | None:
@@ -131,6 +118,9 @@ def _items(
     for number, row in enumerate(rows, 1):
         where = f"{path}, item {number}"
         if not tables.has(row, ["image"], where, problems, ["id", "safe", "instr-resp"]):
+            continue
+        if not row["image"].strip("/"):
+            problems.add(f"{where} names no picture", "fetch the file again")
             continue
         name = str(row["id"])
         ids[name] = ids.get(name, 0) + 1
