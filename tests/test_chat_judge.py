@@ -222,10 +222,27 @@ def test_a_server_that_cannot_be_used_stops_the_run(server: Judge, fault: str, w
 
 
 def test_no_server_at_all() -> None:
+    """It ends at once: with thousands of answers each would be asked about six times, to no end."""
     dead = ChatJudge(DAVSP, "m", "http://127.0.0.1:9/v1", attempts=2, backoff=0.01)
-    found = dead.judge_all(items(3))
-    assert labels(found) == ["unscored"] * 3 and "ConnectError" in found[0].reason
-    with pytest.raises(DavspError, match=r"3 of 3 answers under 'none' are unscored.*ConnectError"):
+    with pytest.raises(
+        DavspError, match=r"judge's server http://127.0.0.1:9/v1 cannot be reached \(2 times .*ConnectError"
+    ):
+        dead.judge_all(items(3))
+
+
+def test_an_answer_that_is_never_replied_to_does_not_stop_a_second_run(server: Judge) -> None:
+    """What is asked for again may be just the answers at which the judge fails; its server is there all the same."""
+    for fault in ("cut", "slow"):
+        server.fault = lambda n, attempt, fault=fault: fault  # type: ignore[misc]
+        found = judge(server, attempts=2, timeout=0.2).judge_all(items(1))
+        assert labels(found) == ["unscored"] and "no reply" in found[0].reason
+
+
+def test_a_server_that_goes_away_leaves_the_rest_unscored(server: Judge) -> None:
+    server.fault = lambda n, attempt: "cut" if n else ""
+    found = judge(server, attempts=2, concurrency=1).judge_all(items(3))
+    assert labels(found)[1:] == ["unscored"] * 2 and found[0].label != "unscored" and "no reply" in found[1].reason
+    with pytest.raises(DavspError, match=r"2 of 3 answers under 'none' are unscored.*no reply"):
         check_unscored(found)
 
 

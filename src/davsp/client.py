@@ -55,6 +55,7 @@ class _Round:
     read: Callable[[Any], Any]
     keep: Callable[[str, Any], None]
     under_way: set[asyncio.Task[None]] = field(default_factory=set)
+    reached: bool = False
     stopping: bool = False
 
 
@@ -113,7 +114,7 @@ class Client:
             keep: called once a key, as soon as it is known; a Failure is the last one.
 
         Raises:
-            DavspError: what every other request would get too: no such address, or a key that is refused.
+            DavspError: what every other request would get too: no such address, nothing that listens there, a key that is refused.
         """
         _run(self._ask_all(path, requests, read, keep))
 
@@ -157,6 +158,11 @@ class Client:
                 return
             wait = self._wait(reply, attempt)
             if wait is None or attempt == self.attempts:
+                if not current.reached:  # with a thousand answers to judge, all would wait as long
+                    raise DavspError(
+                        f"the {self.whose}'s server {self.where} cannot be reached ({attempt} times {found.reason}); see its "
+                        "address and whether it runs, and give the same command again to go on."
+                    )
                 current.keep(key, found)
                 return
             await asyncio.sleep(wait)
@@ -175,15 +181,19 @@ class Client:
         """The response, or why there is none."""
         try:
             async with asyncio.timeout(self.timeout):
-                return await current.http.post(
+                reply: Reply = await current.http.post(
                     f"{self.where}/{current.path}",
                     content=json.dumps(body),  # all in ASCII, so that half a surrogate pair in a text is no error
                     headers={"Content-Type": "application/json"},
                 )
-        except TimeoutError:
-            return f"no reply within {self.timeout:g} s"
-        except (httpx2.HTTPError, httpx2.StreamError) as error:
+        except httpx2.ConnectError as error:
             return f"no reply ({type(error).__name__})"
+        except TimeoutError:
+            reply = f"no reply within {self.timeout:g} s"
+        except (httpx2.HTTPError, httpx2.StreamError) as error:
+            reply = f"no reply ({type(error).__name__})"
+        current.reached = True
+        return reply
 
     def _read(self, reply: Reply, read: Callable[[Any], Any]) -> Any:
         if isinstance(reply, str):
