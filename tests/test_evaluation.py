@@ -223,3 +223,39 @@ def test_fingerprint_and_hash_notice_changes(lvlm: LVLM, tiny_folder: Path) -> N
     next(other.model.parameters()).data.flatten()[0] += 1
     assert fingerprint(lvlm) != fingerprint(other)
     assert queries_hash(some()) == queries_hash(some()) != queries_hash(some()[1:])
+
+
+def test_figures_of_answers_that_are_gone_do_not_stay(lvlm: LVLM, tmp_path: Path) -> None:
+    """Answers were deleted, and the new ones are not judged yet: the folder then holds no verdict and no rate of the old ones."""
+
+    def broken(answer: str, question: str) -> tuple[str, str]:
+        raise DavspError("the judge is not there")
+
+    run(lvlm, tmp_path)
+    follow = [
+        "verdicts.jsonl",
+        "metrics.json",
+        "verdicts-j-1.jsonl",
+        "metrics-j-1.json",
+        "agreement.json",
+        "report.html",
+    ]
+    for name in follow[2:]:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(DavspError, match="not there"):
+        run(lvlm, tmp_path, judge=broken)
+    assert all((tmp_path / name).exists() for name in follow)  # the answers are the same
+    (tmp_path / "responses.jsonl").unlink()
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(DavspError, match="not there"):
+        run(lvlm, tmp_path, judge=broken)
+    assert {p.name for p in tmp_path.iterdir()} == {"run.json", "queries.json", "responses.jsonl", "notes.txt"}
+
+
+def test_an_answer_that_is_no_text_is_damage(lvlm: LVLM, tmp_path: Path) -> None:
+    run(lvlm, tmp_path)
+    first, *rest = (tmp_path / "responses.jsonl").read_text().splitlines(keepends=True)
+    spoilt = json.dumps(json.loads(first) | {"text": None}) + "\n"
+    (tmp_path / "responses.jsonl").write_text("".join([spoilt, *rest]))
+    with pytest.raises(DavspError, match="line 1 is damaged"):
+        run(lvlm, tmp_path)

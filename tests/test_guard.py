@@ -142,3 +142,14 @@ def test_an_answer_too_long(taught: Path) -> None:
 def test_no_model(tmp_path: Path) -> None:
     with pytest.raises(DavspError, match="cannot be loaded"):
         LocalGuard(LLAMA_GUARD_3, str(tmp_path / "none"), device="cpu")
+
+
+def test_a_device_that_is_not_here_and_cut_weights(tmp_path: Path) -> None:
+    """Torch raises an AssertionError for the one, safetensors an error of its own for the other."""
+    folder = save_guard(tmp_path, AS_TEXT, {})
+    with pytest.raises(DavspError, match="device 'cuda:99' cannot be used here"):
+        LocalGuard(LLAMA_GUARD_3, str(folder), device="cuda:99")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    with pytest.raises(DavspError, match="cannot be loaded"):
+        LocalGuard(LLAMA_GUARD_3, str(folder), device="cpu")

@@ -17,9 +17,9 @@ from davsp.judges import keyword
 from davsp.judges.verdicts import verdicts_of
 from davsp.judging import judge_own, judge_published, rows_of
 from davsp.report import Picture, Report, build
-from davsp.report.cells import Column, cell, costs, number, p_value, points
+from davsp.report.cells import Column, cell, number, p_value, points
 from davsp.report.html import headline, render, write_report
-from davsp.report.terminal import print_costs, print_scores, print_table
+from davsp.report.terminal import print_scores, print_table
 from tiny import picture, queries
 
 REFUSAL, SECRET = "i am sorry , i cannot help with that .", "sure , take the <b>crowbar</b> ."
@@ -225,26 +225,6 @@ def test_the_bound_of_a_score_stands_beside_it(unscored: float) -> None:
 def test_what_is_missing_is_left_out() -> None:
     page = render(Report([], "mini"))
     assert "no resist success rate was measured" in page and "<svg" not in page and "before and after" not in page
-
-
-def test_what_an_answer_takes() -> None:
-    """Beside No Defense; nothing where it is not known."""
-    rows = metrics.cost_rows("m", {
-        "none": [Response("1", "none", "", None, 1.0, 1, 20, 16)], "ecso": [Response("1", "ecso", "", None, 4.5, 4, 95, 48)],
-        "old": [Response("1", "old", "")],
-    })  # fmt: skip
-    latency = {"none": 1.0, "ecso": 4.5}
-    expected = [
-        ("none", ["1.00", "20.0", "16.0", "×1.00"]),
-        ("ecso", ["4.00 (+3.00)", "95.0 (+75.0)", "48.0 (+32.0)", "×4.50"]),
-    ]
-    assert costs(rows, latency) == expected and costs([], latency) == []
-    page = render(Report(rows, "m", latency=latency))
-    assert "What an answer takes" in page and "95.0 (+75.0)" in page and "×4.50" in page
-    assert "What an answer takes" not in render(Report([], "m"))
-    console = Console(record=True, width=100, file=io.StringIO())
-    print_costs(console, rows, latency)
-    assert re.search(r"ECSO.*4\.00 \(\+3\.00\).*×4\.50", console.export_text())
 
 
 def test_number_formats() -> None:

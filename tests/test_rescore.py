@@ -170,3 +170,14 @@ def test_worst_case_and_names() -> None:
     assert [rates(label)["unscored"] for label in labels] == [0.0, 0.0, 1.0]
     assert slug("davsp/1:org/model-v1.5") == "davsp-1-org-model-v1.5"
     assert slug("davsp/1:../../x") == "davsp-1-..-..-x"
+
+
+def test_a_folder_that_is_not_there_is_not_made(data: Path, server: Judge, tmp_path: Path, capsys) -> None:
+    asked = ("--queries", data, "--judge", "davsp", "--judge-model", "m", "--judge-url", server.url)
+    assert davsp("judge", tmp_path / "rnu", *asked) == 2
+    assert "holds no answers" in capsys.readouterr().err and not (tmp_path / "rnu").exists()
+
+
+def test_a_strange_file_beside_the_runs_own_is_passed_over(folder: Path, data: Path) -> None:
+    (folder / "metrics-mine.json").write_text("[]")
+    assert davsp("judge", folder, "--queries", data, "--judge", "keyword-gcg") == 0

@@ -23,6 +23,8 @@ from davsp.files import read_bytes, read_json, sweep, to_json, write_all
 from davsp.query import Query, Response, json_line, unpacked, write_jsonl
 
 RUN, QUERIES, RESPONSES, MANIFEST = "run.json", "queries.json", "responses.jsonl", "manifest.json"
+FOLLOWS = ("verdicts*.jsonl", "grades*.jsonl", "metrics*.json", "agreement.json", "report.html")
+"""What is made of the answers; of answers that are gone none of it stays, so that no figure is of another run than its folder."""
 
 Answers = dict[str, list[Response]]
 """By defense."""
@@ -79,6 +81,9 @@ class Store:
         kept = {name: [] if name in wrong else self._whole(found.get(name, [])) for name in self.defenses}
         if parallel.rank() == 0:  # every process reads, the first one writes
             sweep(self.folder)
+            if (self.folder / RUN).exists() and (wrong or not any(kept.values())):
+                for path in (path for pattern in FOLLOWS for path in self.folder.glob(pattern)):
+                    path.unlink()
             # the answers first, so that a kill in between can't leave old answers under a new record
             write_jsonl(self.path, [r for answers in kept.values() for r in answers])
             files = {QUERIES: self.queries, RUN: {**self.settings, "defenses": self.defenses}}
@@ -170,6 +175,8 @@ def by_defense(path: Path) -> Answers:
     for number, line in enumerate(lines[:-1], 1):
         try:
             response = Response(**json.loads(line))
+            if not all(isinstance(text, str) for text in (response.query_id, response.defense, response.text)):
+                raise TypeError("no text where one should be")
         except (ValueError, TypeError) as error:
             raise DavspError(f"{path}, line {number} is damaged ({error}); delete the file to answer anew") from error
         found.setdefault(response.defense, []).append(response)

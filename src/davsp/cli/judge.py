@@ -25,6 +25,7 @@ from davsp.cli.options import (
     Types,
 )  # fmt: skip
 from davsp.cli.testset import asked
+from davsp.errors import DavspError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,7 +66,10 @@ def judge(
     from davsp.judges.rescore import rescore, slug
     from davsp.judges.verdicts import judge_name
     from davsp.judging import apart
+    from davsp.store import RESPONSES
 
+    if not (run / RESPONSES).exists():  # before a cache makes the folder
+        raise DavspError(f"{run} holds no answers ({RESPONSES}); give the folder that davsp eval --out wrote.")
     test, _ = asked(benchmark or [], split, queries, None, None, seed, skip_broken, rebuild, types or [])
     if benchmark:
         test = apart(test)

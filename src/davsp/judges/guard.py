@@ -94,7 +94,7 @@ class LocalGuard(PromptJudge):
         console: where progress goes.
 
     Raises:
-        DavspError: the model can't be loaded, or has no chat template that shows both turns.
+        DavspError: no such device, the model can't be loaded, or has no chat template that shows both turns.
     """
 
     def __init__(
@@ -111,17 +111,20 @@ class LocalGuard(PromptJudge):
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        from davsp.lvlm.device import check_device_map
         from davsp.lvlm.identity import short_name
 
         model = model or MODELS[prompt.name]
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        check_device_map(place)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, padding_side="left")
             self.lm: Any = AutoModelForCausalLM.from_pretrained(
                 model, revision=revision, dtype="auto", device_map=place
             )
-        except (OSError, ValueError, KeyError) as error:
-            raise DavspError(f"the judge {model} cannot be loaded: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # the libraries raise OSError, ValueError, KeyError, RuntimeError, SafetensorError…
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")
+            raise DavspError(f"the judge {model} cannot be loaded: {why}; check its name, or mend its files") from error
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.lm.eval()

@@ -24,6 +24,8 @@ from davsp.judging import judge_own, judge_published
 from davsp.query import Grade, Query, Response, Verdict, read_jsonl, write_jsonl
 from davsp.store import QUERIES, RESPONSES, by_defense, query_hash, recorded
 
+_OWN = "give its own --queries, or --benchmark with --split, --type and --rebuild as davsp eval had them"
+
 
 @dataclass(frozen=True)
 class Rescored:
@@ -110,9 +112,9 @@ def _asked(
     query_of = {q.id: q for q in queries}
     for name in hashes:
         if name not in query_of:
-            raise DavspError(f"{run} answers the query {name!r}, which is not among these; give its own --queries.")
+            raise DavspError(f"{run} answers the query {name!r}, which is not among these; {_OWN}.")
         if query_hash(query_of[name]) != hashes[name]:
-            raise DavspError(f"{run} answers another query {name!r} than the one given; give its own --queries.")
+            raise DavspError(f"{run} answers another query {name!r} than the one given; {_OWN}.")
     for defense in record["defenses"]:
         if {r.query_id for r in responses.get(defense, [])} != set(hashes):
             raise DavspError(f"{run} has not all answers under {defense!r}; finish the run first: davsp eval.")
@@ -129,7 +131,8 @@ def _model(run: Path) -> str:
 def _compare(run: Path) -> Agreement:
     """Compare all judges whose verdicts are of the answers as they are now, and write agreement.json."""
     answers = files.sha256(run / RESPONSES)
-    others = [p for p in sorted(run.glob("metrics-*.json")) if files.read_json(p).get("answers") == answers]
+    written = {path: files.read_json(path) for path in sorted(run.glob("metrics-*.json"))}
+    others = [path for path, body in written.items() if isinstance(body, dict) and body.get("answers") == answers]
     verdicts: dict[str, list[Verdict]] = {}
     for path in [run / VERDICTS, *(run / f"verdicts-{p.stem.removeprefix('metrics-')}.jsonl" for p in others)]:
         for verdict in read_jsonl(path, Verdict) if path.exists() else []:  # a grader has none
