@@ -25,7 +25,7 @@ import platform
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +54,19 @@ from davsp.files import read_json, read_tensors, read_tensors_and_metadata, save
 
 @dataclass(frozen=True)
 class Stage:
-    """steps of `batch` pictures (plus `texts` rows of questions without a picture), peak learning rate."""
+    """steps of `batch` pictures (plus `texts` rows of questions without a picture), peak learning rate.
+
+    `of`: the schedule is that of so many steps, of which only the first `steps` are taken. `draws`: the name that the data is drawn
+    by, in place of the stage's own.
+    """
 
     steps: int
     batch: int
     lr: float
     texts: int = 0
     after: tuple[str, ...] = ()
+    of: int | None = None
+    draws: str = ""
 
 
 STAGES = {
@@ -80,13 +86,18 @@ SHORT = {
     "see": Stage(steps=1600, batch=24, lr=9e-4),
     "speak": Stage(steps=2200, batch=6, lr=1e-3, texts=2),
     "look": Stage(steps=2000, batch=20, lr=8e-4, after=("see", "speak")),
-    "skills": Stage(steps=3500, batch=8, lr=4e-4, texts=1, after=("look",)),
+    "join": Stage(steps=2300, batch=8, lr=4e-4, texts=1, after=("look",), of=3500, draws="skills"),
+    "sight": Stage(steps=1200, batch=24, lr=6e-4, after=("join",)),
+    "skills": Stage(steps=1000, batch=8, lr=3e-4, texts=1, after=("sight",), draws="skills again"),
 }
+JOINED = {"davsp-mini-narrow": 2300, "davsp-mini-qwen": 1800}  # where each was when its tower was seen to lag behind
 
 
 def road(name: str) -> dict[str, Stage]:
     """The stages of one of `BLUEPRINTS`, in their order."""
-    return STAGES if name == "davsp-mini" else SHORT
+    if name == "davsp-mini":
+        return STAGES
+    return SHORT | {"join": replace(SHORT["join"], steps=min(JOINED[name], SHORT["join"].steps))}
 
 
 AGAIN, LAST = "sight", "skills"  # where a finished model goes on; the stage whose model ships
@@ -112,6 +123,7 @@ def groups(model: Any, name: str, extra: nn.Module, lr: float) -> list[dict]:
         "bridge": [(bridge, lr), (tower, lr * 0.2), (extra.parameters(), lr * 0.2)],
         "joint": [(tower, lr * 0.3), (bridge, lr), (decoder.parameters(), lr), (extra.parameters(), lr)],
         # what `sight` taught is soon washed out at a higher rate (docs/log.md)
+        "join": [(tower, lr * 0.15), (bridge, lr * 0.3), (decoder.parameters(), lr), (extra.parameters(), lr)],
         "skills": [(tower, lr * 0.15), (bridge, lr * 0.3), (decoder.parameters(), lr), (extra.parameters(), lr)],
     }[name]
     model.requires_grad_(False)
@@ -170,7 +182,7 @@ def run_stage(
         extra = nn.ModuleList([heads, oracle])
     both = nn.ModuleDict(parts).to(device).train()
     optimizer = torch.optim.AdamW(groups(model, name, extra, stage.lr), betas=(0.9, 0.98), weight_decay=0.01)
-    if name == "speak" or (name == AGAIN and not start):
+    if name == "speak" or (name == AGAIN and not start and which == "davsp-mini"):
         match_heads(model)  # a finished model has them
     first, seconds = _resume(both, optimizer, folder, about)
     packer, log = Packer(3 if is_qwen(model) else 1), (folder / "metrics.jsonl")
@@ -178,9 +190,9 @@ def run_stage(
     _truncate(log, first)
     clock = time.monotonic()
     for step in range(first, steps):
-        rng = random.Random(f"{seed} {name} {step}")
+        rng = random.Random(f"{seed} {stage.draws or name} {step}")
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * schedule(step, steps)
+            group["lr"] = group["peak"] * schedule(step, steps if steps != stage.steps else stage.of or steps)
         if name in ("tower", "read", "see"):
             loss, stats = tower_loss(model, heads, rng, stage.batch, name != "tower", hints, teacher)
         elif name in ("words", "place", "speak"):
@@ -190,7 +202,8 @@ def run_stage(
         elif name == "bridge":
             loss, stats = bridge_loss(model, heads, oracle, rng, stage.batch)
         else:
-            loss, stats = joint_loss(model, heads, oracle, packer, rng, stage.batch, stage.texts, name)
+            kind = "joint" if name == "joint" else "skills"
+            loss, stats = joint_loss(model, heads, oracle, packer, rng, stage.batch, stage.texts, kind)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"stage {name}, step {step + 1}: the loss is {loss.item()}")
         optimizer.zero_grad()
@@ -225,6 +238,8 @@ def identity(
     about = {"stage": name, "seed": seed, "steps": steps, "batch": stage.batch, "texts": stage.texts, "lr": stage.lr}
     if which != "davsp-mini":
         about |= {"model": which}
+    if stage.of:
+        about |= {"of": stage.of}
     if name == "see":
         about |= {"hints": sha256(FOLDER / "model.safetensors")}
     return about | ({"start": sha256(start / "model.safetensors")} if start else {})
