@@ -11,7 +11,7 @@ Rounds alternate, in random order, after one that warms up; figures are medians 
 import random
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -24,6 +24,7 @@ from rich.table import Table
 from davsp import LVLM, Query, Response, VisualSafetyPrompt, embedded, evaluate
 from davsp.dataset import load_queries
 from davsp.defenses import Defense, NoDefense, VisualPrompt
+from davsp.evaluation import planned
 from davsp.files import manifest, write_json
 from davsp.lvlm import model_name
 
@@ -72,6 +73,35 @@ def measure(
     return rows, answers
 
 
+def parts(lvlm: LVLM, queries: Sequence[Query], size: int, rounds: int, new_tokens: int) -> list[dict[str, float]]:
+    """Of one batch of undefended pictures, by round, CPU seconds: what it takes and of that the tower and the prompts; the same
+    one at a time; and which share of the rows that are computed after the first token still belong to an answer."""
+    batch = planned([q for q in queries if q.image is not None])[:size]
+    canvas, questions = lvlm.preprocess([p for q in batch if (p := q.picture())]), [q.question for q in batch]
+
+    def answered(new: int, each: int) -> list[str]:
+        spans = [slice(at, at + each) for at in range(0, len(questions), each)]
+        return [a for s in spans for a in lvlm.generate(canvas[s], questions[s], max_new_tokens=new)]
+
+    def seconds(call: Callable[[], Any]) -> float:
+        start = time.process_time()
+        call()
+        return time.process_time() - start
+
+    with torch.no_grad():
+        pixels = lvlm.pixel_inputs(canvas if isinstance(canvas, torch.Tensor) else list(canvas))
+        calls: dict[str, Callable[[], Any]] = {
+            "tower": lambda: lvlm.model.get_image_features(**pixels),
+            "prompts": lambda: answered(1, size),
+            "batch": lambda: answered(new_tokens, size),
+            "prompts_alone": lambda: answered(1, 1),
+            "alone": lambda: answered(new_tokens, 1),
+        }
+        lengths = [len(lvlm.tokenizer(a)["input_ids"]) for a in answered(new_tokens, size)]
+        kept = sum(lengths) / (len(lengths) * max(lengths))
+        return [{name: seconds(call) for name, call in calls.items()} | {"rows_kept": kept} for _ in range(rounds)]
+
+
 def summary(
     rows: Sequence[dict[str, Any]], sizes: Sequence[int], clock: str, answered: int
 ) -> dict[str, dict[str, Any]]:
@@ -99,6 +129,9 @@ def main(
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 48,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    only_parts: Annotated[
+        bool, typer.Option("--parts", help="Only what one batch's time goes to, CPU seconds.")
+    ] = False,
     beside: Annotated[str, typer.Option(help="What else ran on the machine, for the record.")] = "",
     seed: int = 0,
 ) -> None:
@@ -110,6 +143,13 @@ def main(
     border = VisualSafetyPrompt.create(lvlm.canvas, round(lvlm.canvas / 12), "random", text=embedded.SAFETY_TEXT)
     defenses: dict[str, Defense] = {"none": NoDefense(), "davsp": VisualPrompt(border)}
     sizes = [1, *(batch or [32])]
+    if only_parts:
+        found_parts = parts(lvlm, queries, sizes[1], rounds, new_tokens)
+        for row in found_parts:
+            CONSOLE.print(", ".join(f"{name} {value:.2f}" for name, value in row.items()))
+        if out:
+            write_json(out, {"manifest": manifest(device=device, beside=beside), "parts": found_parts})
+        return
     rows, answers = measure(lvlm, defenses, queries, sizes, rounds, new_tokens, seed)
     clock = "wall" if lvlm.device.type == "cuda" else "cpu"
     table = summary(rows, sizes, clock, len(queries) * len(defenses))

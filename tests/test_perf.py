@@ -206,3 +206,9 @@ def test_batches_give_the_answers_of_one_at_a_time(lvlm):
     assert answers[1] == answers[4] and len(answers[1]["none"]) == 6
     table = evaluation.summary(rows, [1, 4], "cpu", 6)
     assert table["1"]["ratio"] == 1 and table["4"]["answers_a_second"] > 0
+
+
+def test_the_parts_of_a_batch(lvlm):
+    (row,) = evaluation.parts(lvlm, queries("malicious", 3), 2, 1, 3)
+    assert set(row) == {"tower", "prompts", "batch", "prompts_alone", "alone", "rows_kept"}
+    assert all(value > 0 for value in row.values()) and row["rows_kept"] <= 1
