@@ -5,7 +5,12 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str | None, typer.Option(help="Folder or hub id of the LVLM; left out: davsp-mini, which ships, as davsp-mini-narrow and davsp-mini-qwen do.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder or hub id of the LVLM; left out: davsp-mini, which ships, as davsp-mini-narrow and davsp-mini-qwen do."
+    ),
+]
 Revision = Annotated[str | None, typer.Option(help="Hub branch, tag or commit of the model.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto; left out: a GPU if there is one.")]
 Malicious = Annotated[
