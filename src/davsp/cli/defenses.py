@@ -116,7 +116,7 @@ def _single(spec: str, given: _Given) -> "Defense":
         return SafetyText(value or given.text)
     if spec in ("adashield-s", "adashield-s:prefix"):
         return adashield_s("prefix" if ":" in spec else "sandwich", SAFETY_TEXT if given.mini else None)
-    if not equals and name.startswith("pat:"):
+    if name == spec and name.startswith("pat:"):
         return _published_pat(spec, given)
     if value and name and not set(name) & set(":+") and name not in METHODS:
         return load_defense(value, name)
