@@ -96,6 +96,7 @@ def finish(
     build.export(out, part, seed, which)
     write_json(part / "training.json", {"seed": seed, "stages": records, "torch": torch.__version__})
     lvlm = load(part)
+    lvlm.model_id = which
     measured = measure(lvlm, console=console)
     write_bytes(part / "curves.png", curves(out).read_bytes())
     parameters = sum(p.numel() for p in lvlm.model.parameters())
