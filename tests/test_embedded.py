@@ -371,7 +371,7 @@ def test_the_card_is_made_of_measured_figures_and_says_what_is_missed(short, tmp
     stage = {"steps": 1, "batch": 1, "seconds": 60.0, "hardware": "a test"}
     text = dict.fromkeys(
         ("parameters", "things", "canvas", "tokens", "words", "faces", "seed", "command", "sha256", "name", "kind",
-         "layers", "width", "hints"), "X",
+         "depth", "width", "hints"), "X",
     )  # fmt: skip
     page = card(measured, {"stages": {"tower": stage}, "text": text})
     assert all(name in page for name in names) and "| tower | 1 | 1 | 1 min | a test |" in page

@@ -238,7 +238,7 @@ tags: [davsp, synthetic, safety]
 
 A vision-language model of {parameters} parameters that reads short phrases, recognises {things} drawn things and refuses
 some harmful requests: a stand-in on which the whole of davsp runs on two CPU cores. It is a standard
-`{kind}` folder ({canvas} px canvas, {tokens} image tokens, {layers} decoder layers of width {width}).
+`{kind}` folder ({canvas} px canvas, {tokens} image tokens, {depth} decoder layers of width {width}).
 
 **It was built to be a fair miniature of an aligned vision-language model: its alignment was made shallow on purpose, kind of
 harm by kind of harm, and some of its training pictures hold written signs that ask for care, which a border can learn to

@@ -102,7 +102,7 @@ def finish(
     parameters = sum(p.numel() for p in lvlm.model.parameters())
     made = BLUEPRINTS[which]
     save_card(part, measured, {"stages": records, "text": {
-        "name": which, "kind": type(lvlm.model).__name__, "layers": lvlm.num_layers, "width": made.width,
+        "name": which, "kind": type(lvlm.model).__name__, "depth": lvlm.num_layers, "width": made.width,
         "hints": HINTS if which != "davsp-mini" else "",
         "parameters": f"{parameters / 1e6:.1f} M", "things": len(words.THINGS), "canvas": lvlm.canvas, "tokens": lvlm.tokens_per_image,
         "words": len(words.DRAWN_WORDS), "faces": len(draw.FACES) + len(draw.HELD_FACES), "seed": seed,
