@@ -478,7 +478,7 @@ def test_a_model_that_is_not_known_is_refused(tmp_path: Path):
 
     with pytest.raises(DavspError, match="the models are davsp-mini, davsp-mini-narrow, davsp-mini-qwen"):
         make(tmp_path, tmp_path / "m", which="davsp-mega")
-    with pytest.raises(DavspError, match="stages are see, speak, look, skills"):
+    with pytest.raises(DavspError, match="stages are see, speak, look, join, sight, skills"):
         make(tmp_path, tmp_path / "m", "joint", which="davsp-mini-qwen")
     with pytest.raises(DavspError, match="--start goes with davsp-mini alone"):
         make(tmp_path, tmp_path / "m", start=tmp_path, which="davsp-mini-qwen")

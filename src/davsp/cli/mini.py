@@ -19,7 +19,7 @@ def train(
     stage: Annotated[
         str | None,
         typer.Option(
-            help="Only one: tower, words, read, place, bridge, joint, sight, skills (siblings: see, speak, look, skills), "
+            help="Only one: tower, words, read, place, bridge, joint, sight, skills (siblings: see, speak, look, join, sight, skills), "
             "or card; left out: what is missing."
         ),
     ] = None,
