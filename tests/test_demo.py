@@ -103,7 +103,7 @@ def test_demo_goes_on_after_a_kill_before_a_changed_stage(
     other = SETTINGS.model_copy(update={"steps": 6})
     demo(lvlm, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("davsp.experiments.demo.train", lambda *_: (_ for _ in ()).throw(DavspError("killed")))
+        patch.setattr("davsp.experiments.stages.train", lambda *_: (_ for _ in ()).throw(DavspError("killed")))
         with pytest.raises(DavspError, match="killed"):
             demo(lvlm, tmp_path, other)
     found, _ = demo(lvlm, tmp_path, other)

@@ -327,7 +327,7 @@ def test_the_last_stage_can_start_from_a_finished_model(short, tmp_path: Path, m
     monkeypatch.setattr(build, "START_HEADS", 2)
     bars = {"bars": [], "rows": [], "layers": []}
     monkeypatch.setattr(make, "measure", lambda lvlm, console: bars)
-    model = architecture.new_model(3)
+    model = architecture.new_model(seed=3)
     first = tmp_path / "first"
     build._save(
         torch.nn.ModuleDict({"model": model}), torch.optim.SGD(model.parameters()), first / "skills", {"step": 1}

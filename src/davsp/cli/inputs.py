@@ -92,7 +92,8 @@ def is_mini(folder: Path) -> bool:
     config = read_json(folder / "config.json")
     parts = [config.get(name) if isinstance(config, dict) else None for name in ("vision_config", "text_config")]
     vision, text = (part if isinstance(part, dict) else {} for part in parts)
-    known = vision.get("image_size") in (168, 192) or config.get("model_type") == "qwen2_vl"
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    known = vision.get("image_size") in (168, 192) or kind == "qwen2_vl"
     return known and text.get("vocab_size") == len(words.vocabulary())
 
 
