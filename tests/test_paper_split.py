@@ -149,7 +149,7 @@ def test_rebuilt_pictures_are_in_the_name(sets: Path, tiny_folder: Path, tmp_pat
     asked = (*given(sets, "mm_safetybench"), "--type", "typo", *common)
     assert davsp("eval", *asked, "--out", tmp_path / "out") == 0
     rows = json.loads((tmp_path / "out/metrics.json").read_text())["rows"]
-    assert {r["benchmark"] for r in rows} == {"typo_rebuilt_embedded"}
+    assert {r["benchmark"] for r in rows} == {"typo_rebuilt_embedded", "cost"}
     assert davsp("eval", *given(sets, "mm_vet"), *common, "--out", tmp_path / "x") == 2
     assert "--rebuild goes with --benchmark figstep" in capsys.readouterr().err
     assert davsp("eval", *given(sets, "mm_vet"), "--type", "sd", "--out", tmp_path / "x") == 2

@@ -187,7 +187,8 @@ def test_a_second_run_answers_and_trains_nothing(made, monkeypatch):
     monkeypatch.setattr("davsp.lvlm.base.LVLM.generate", lambda *a, **k: pytest.fail("it answered again"))
     monkeypatch.setattr("davsp.experiments.stages.train", lambda *a, **k: pytest.fail("it trained again"))
     before = (out / "resistance.csv").read_text()
-    assert again(["resistance"])[0].tables["resistance"] == first.tables["resistance"]
+    second = again(["resistance"])[0]
+    assert second.tables == first.tables  # one table asked for again leaves the answers of the others where they are
     assert (out / "resistance.csv").read_text() == before
 
 

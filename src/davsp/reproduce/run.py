@@ -18,7 +18,7 @@ from davsp.defenses.ecso import Templates
 from davsp.errors import DavspError
 from davsp.evaluation import Evaluation, evaluate
 from davsp.experiments.stages import Stages, fitted_vector
-from davsp.files import manifest, write_json, write_text
+from davsp.files import manifest, read_json, write_json, write_text
 from davsp.judges import Judge, keyword
 from davsp.judges.graders import Grader
 from davsp.judges.verdicts import judge_name
@@ -110,6 +110,7 @@ def reproduce(
     began = time.perf_counter()
     lvlm, data, stages, seed = kit.lvlm, kit.data, kit.stages, kit.settings.seed
     out = stages.out
+    kit, names = _with_earlier(kit, names)  # answers of defenses that are not asked for again would be dropped
     without = lacking(kit)
     wanted = [name for name in needed(names) if name not in without]
     defenses: dict[str, Defense] = {name: METHODS[name](kit) for name in wanted}
@@ -131,6 +132,17 @@ def reproduce(
     made = _write(names, rows, lvlm, out, [*_notes(data, judge, names), INFERRED], without)
     stages.line("tables", ", ".join(made.tables), time.perf_counter() - began)
     return made
+
+
+def _with_earlier(kit: Kit, names: Sequence[str]) -> tuple[Kit, list[str]]:
+    """The tables that were made in the folder before as well, with the borders that they borrowed."""
+    path = kit.stages.out / "tables.json"
+    before: dict[str, Any] = read_json(path) if path.exists() else {"tables": [], "borrowed": {}}
+    there = {name: Path(folder) for name, folder in before["borrowed"].items() if Path(folder).is_dir()}
+    borrowed = there | dict(kit.borrowed)
+    every = [name for name in TABLES if name in {*before["tables"], *names}]
+    write_json(path, {"tables": every, "borrowed": {name: str(folder) for name, folder in borrowed.items()}})
+    return replace(kit, borrowed=borrowed), every
 
 
 def needed(names: Sequence[str]) -> list[str]:
