@@ -201,7 +201,7 @@ def _borrowed(given: list[str] | None, out: Path, here: str) -> dict[str, Path]:
     found = {}
     for spec in given:
         name, _, folder = spec.partition("=")
-        if not name or not Path(folder).is_dir():
+        if not name or not folder or not Path(folder).is_dir():
             raise DavspError(f"--borrow {spec!r} is not MODEL=FOLDER of a saved border.")
         found[name] = Path(folder)
     return found
