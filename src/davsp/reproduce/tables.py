@@ -181,8 +181,8 @@ def _cell(column: Column, at: Mapping[Any, Row], defense: str, theirs: Mapping[s
         value = low = high = None
     else:
         value, low, high = (row[k] * (1 if points else 100) for k in ("value", "low", "high"))
-    # MME's points and a share of right answers are not the same measure
-    their = theirs.get(column.name) if points or not column.points else None
+    # the embedded counterparts' shares of right answers are not the published scores
+    their = theirs.get(column.name) if place == column.places[0] else None
     return Cell(value, low, high, row["n"], their, points)
 
 
