@@ -37,7 +37,9 @@ class Qwen2VLLVLM(LVLM):
             )
         self.least, self.most = processor.size["shortest_edge"], processor.size["longest_edge"]
         unit = self.patch * self.merge
-        self.canvas = canvas or min(CANVAS, math.isqrt(self.most) // unit * unit)  # the largest square it takes, if less
+        self.canvas = canvas or min(
+            CANVAS, math.isqrt(self.most) // unit * unit
+        )  # the largest square it takes, if less
         self.check_canvas(self.canvas, self.canvas)
         self.tokens_per_image = self.image_tokens(self.canvas, self.canvas)
 
