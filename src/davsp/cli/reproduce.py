@@ -111,6 +111,11 @@ def reproduce(
     out = out or Path("out/reproduce") / here
     if borrow and "transfer" not in chosen:
         raise DavspError("--borrow goes with the table transfer.")
+    if own and (corpus or defender):
+        raise DavspError("--corpus and --defender are for other models; those that ship have words of their own.")
+    if (defender_url or defender_key_env) and not defender:
+        raise DavspError("--defender-url and --defender-key-env go with --defender.")
+    borrowed = _borrowed(borrow, out, here) if "transfer" in chosen else None
     data = None if not own else embedded_protocol(model, seed)
     if dry_run:
         print(dry(chosen, here, data, per_call))
@@ -132,16 +137,12 @@ def reproduce(
     from davsp.embedded.ecso import TEMPLATES
 
     lvlm = load_lvlm(model, revision, device, dtype, quantization, canvas)
-    if own and (corpus or defender):
-        raise DavspError("--corpus and --defender are for other models; those that ship have words of their own.")
-    if (defender_url or defender_key_env) and not defender:
-        raise DavspError("--defender-url and --defender-key-env go with --defender.")
     kit = make_kit(
         lvlm, data, out, text=text or (embedded.SAFETY_TEXT if own else TEXT), settings=settings,
         templates=TEMPLATES if own else PUBLISHED, seed=seed, padding=padding, own=own,
         corpus=read_sentences(corpus) if corpus else (),
         defender=_defender(defender, defender_url, defender_key_env),
-        borrowed=_borrowed(borrow, out, here) if "transfer" in chosen else None,
+        borrowed=borrowed,
     )  # fmt: skip
     asked: dict[str, Any] = {
         "judge": named[0], "graders": None if own else graders, "batch_size": batch_size, "max_new_tokens": max_new_tokens,
