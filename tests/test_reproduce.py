@@ -286,10 +286,10 @@ def test_the_published_road_from_folders_to_tables(tmp_path: Path, monkeypatch, 
           "--judge", "keyword", "--judge", "exact", "--steps", "1", "--text", embedded.SAFETY_TEXT)  # fmt: skip
     out = tmp_path / "out/reproduce/davsp-mini"
     assert "in place of the published sets: figstep_embedded, mm_vet_embedded" in (out / "ablation.md").read_text()
-    lines = list(csv.DictReader((out / "ablation.csv").open()))
+    lines = list(csv.DictReader(io.StringIO((out / "ablation.csv").read_text())))
     measured = {x["column"] for x in lines if x["defense"] == "davsp" and x["value"]}
     assert measured == {"sd_typo", "sd", "typo", "figstep", "mm_vet"}
-    pooled = next(csv.DictReader((out / "intervention.csv").open()))
+    pooled = next(csv.DictReader(io.StringIO((out / "intervention.csv").read_text())))
     assert (pooled["defense"], pooled["column"]) == ("none", "mm_safetybench") and pooled["value"]
 
 
