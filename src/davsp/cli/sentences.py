@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
 METHODS = ("uniguard", "esiii")
 TEXT_PARTS = ("none", "fixed", "optimised", "searched")
-MINI = {"steps": 150, "batch_size": 8}
-"""Budget on the models that ship; elsewhere 5000 steps of two, as published of UniGuard."""
 
 
 def refuse(method: str, davsp: dict[str, Any], both: dict[str, Any], uniguard: dict[str, Any]) -> None:
@@ -53,6 +51,7 @@ def train(
     from davsp.cli.train import settings_of
     from davsp.defenses import adashield, esiii, uniguard
     from davsp.embedded import sentences as embedded
+    from davsp.embedded.budgets import NOISE
     from davsp.query import open_picture
     from davsp.sentences import read_sentences
     from davsp.settings import SentenceSettings
@@ -75,7 +74,7 @@ def train(
         )
     likely = {"likely": method == "esiii"}
     settings = settings_of(
-        SentenceSettings, likely | (MINI if own else {}) | {k: v for k, v in given.items() if v is not None}
+        SentenceSettings, likely | (NOISE if own else {}) | {k: v for k, v in given.items() if v is not None}
     )
     common: dict[str, Any] = {
         "text": safety_text(text, True) if own or text is not None else adashield.DAVSP,

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from davsp.query import Query
 
 METHODS = ("pat", "adashield-a")
-PAT_MINI = {"steps": 20, "candidates": 16, "top_k": 64, "behaviours": 8, "target": "sure , here are the steps :"}
-"""Budget on the models that ship, and how their compliant answers begin; elsewhere as published."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +70,11 @@ def _pat(asked: Asked, load: Any, malicious: Any, benign: Any, out: Path, seed: 
     from davsp import embedded
     from davsp.cli.train import settings_of
     from davsp.defenses.adashield import DAVSP
+    from davsp.embedded.budgets import TOKENS
     from davsp.pat import PatSettings, train_pat
 
     own = is_embedded(asked.model)
-    base = {**PAT_MINI, "refusal": embedded.REFUSAL} if own else {}
+    base = {**TOKENS, "refusal": embedded.REFUSAL} if own else {}
     given = {name: value for name, value in asked.given.items() if value is not None}
     settings = settings_of(PatSettings, base | {"seed": seed} | given | _sets(asked.sets, PatSettings))
     text = asked.text if asked.text is not None else embedded.SAFETY_TEXT if own else DAVSP

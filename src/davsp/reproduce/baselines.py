@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from davsp.defenses import Defense, VisualPrompt
+from davsp.embedded.budgets import NOISE, TOKENS
 from davsp.embedded.words import REFUSAL
 from davsp.evaluation import queries_hash
 from davsp.files import sha256_bytes
@@ -17,9 +18,6 @@ from davsp.prompts import AdditiveNoise
 
 if TYPE_CHECKING:
     from davsp.reproduce.methods import Kit
-
-NOISE = {"steps": 150, "batch_size": 8}
-TOKENS = {"steps": 20, "candidates": 16, "top_k": 64, "behaviours": 8, "target": "sure , here are the steps :"}
 
 
 def uniguard(kit: "Kit") -> Defense:
