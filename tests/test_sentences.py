@@ -285,7 +285,7 @@ def test_from_a_corpus_to_figures(tiny_folder: Path, tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--method", "unigard"], "--method is davsp, uniguard or esiii, not 'unigard'"),
+        (["--method", "unigard"], "--method is davsp, uniguard, esiii, pat or adashield-a, not 'unigard'"),
         (["--corpus", "c.txt"], "--corpus is for --method uniguard or esiii, not for davsp"),
         (["--text-part", "none"], "--text-part is for --method uniguard, not for davsp"),
         (["--eps", "0.1"], "--eps is the bound of noise; give it with --kind additive"),
