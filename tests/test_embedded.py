@@ -330,7 +330,7 @@ def test_the_last_stage_can_start_from_a_finished_model(short, tmp_path: Path, m
     model = architecture.new_model(seed=3)
     first = tmp_path / "first"
     build._save(
-        torch.nn.ModuleDict({"model": model}), torch.optim.SGD(model.parameters()), first / "skills", {"step": 1}
+        torch.nn.ModuleDict({"model": model}), torch.optim.SGD(model.parameters()), first / build.LAST, {"step": 1}
     )
     start = tmp_path / "start"
     build.export(first, start, seed=3)
@@ -338,12 +338,12 @@ def test_the_last_stage_can_start_from_a_finished_model(short, tmp_path: Path, m
     with pytest.raises(DavspError, match="no finished davsp-mini"):
         make.make(tmp_path / "out", tmp_path / "model", start=start)
     write_json(start / "training.json", {"seed": 0, "stages": {"joint": before}})
-    with pytest.raises(DavspError, match="goes with the stages sight and skills"):
+    with pytest.raises(DavspError, match="goes with the stages sight, skills, polish"):
         make.make(tmp_path / "out", tmp_path / "model", "joint", start=start)
 
     make.make(tmp_path / "out", tmp_path / "model", start=start)
     stages = read_json(tmp_path / "model" / "training.json")["stages"]
-    assert stages["joint (before)"] == before and stages["skills"]["start"] == build.sha256(start / "model.safetensors")
+    assert stages["joint (before)"] == before and stages[build.LAST]["start"] == build.sha256(start / "model.safetensors")
     assert "davsp mini train --start" in (tmp_path / "model" / "README.md").read_text()
     near, got = (build.read_tensors(f / "model.safetensors") for f in (start, tmp_path / "model"))
     assert 0 < max((got[k] - near[k]).abs().max() for k in got) < 0.02, "it does not go on from the start's weights"
@@ -365,7 +365,7 @@ def test_the_card_is_made_of_measured_figures_and_says_what_is_missed(short, tmp
     measured = measure(
         load(tmp_path / "model"), **{k: 4 for k in ("harm", "utility", "mme", "llava_bench", "vector", "sweep")}
     )
-    assert len(measured["bars"]) == 29 and not all(b["met"] for b in measured["bars"])
+    assert len(measured["bars"]) == 30 and not all(b["met"] for b in measured["bars"])
     names = [b["behaviour"] for b in measured["bars"]]
     assert len(set(names)) == len(names)
     stage = {"steps": 1, "batch": 1, "seconds": 60.0, "hardware": "a test"}
@@ -397,7 +397,7 @@ def test_a_sibling_is_made_by_the_same_script_resumes_and_exports(short, tmp_pat
     assert read_json(tmp_path / "see" / "done.json")["hints"] == build.sha256(build.FOLDER / "model.safetensors")
     with pytest.raises(DavspError, match="other settings"):
         build.check_done(tmp_path, "skills", 3, which="davsp-mini")
-    looked, last = (read_tensors(tmp_path / x / "state.safetensors") for x in ("look", "skills"))
+    looked, last = (read_tensors(tmp_path / x / "state.safetensors") for x in ("look", build.LAST))
     moved = {k.split(".")[2] for k in last if k.startswith("model.model.") and not torch.equal(last[k], looked[k])}
     assert moved == {"vision_tower", "multi_modal_projector", "language_model"} or moved == {"visual", "language_model"}
 

@@ -1,4 +1,4 @@
-"""How davsp-mini is made: eight resumable, seeded stages, then the folder that ships.
+"""How davsp-mini is made: nine resumable, seeded stages, then the folder that ships.
 
 ====== ===================================================== =========================================================
 stage  trains                                                on
@@ -13,6 +13,7 @@ joint  everything, gently                                    lessons: pictures w
 sight  tower and projector                                   pages and lessons' pictures without questions: small, framed,
                                                              figures, and a mark on the centre of each thing
 skills everything, gently                                    lessons again, with more of what comes slowly: where, how many, borders
+polish everything, gently                                    the same, and whether an answer is harmful with the picture there (ECSO's question)
 ====== ===================================================== =========================================================
 
 `tower`, `read` on one side and `words` on the other can run side by side, and so can `bridge` and `place`. Data is a pure function of (seed, stage, step):
@@ -78,6 +79,7 @@ STAGES = {
     "joint": Stage(steps=1500, batch=8, lr=4e-4, texts=1, after=("bridge", "place")),
     "sight": Stage(steps=2000, batch=24, lr=6e-4, after=("joint",)),
     "skills": Stage(steps=4500, batch=8, lr=4e-4, texts=1, after=("sight",)),
+    "polish": Stage(steps=700, batch=8, lr=1.5e-4, texts=1, after=("skills",)),
 }
 
 # The siblings' shorter road, made of what the first model's log taught: hints from its tower in place of most of the pages,
@@ -89,6 +91,8 @@ SHORT = {
     "join": Stage(steps=2300, batch=8, lr=4e-4, texts=1, after=("look",), of=3500, draws="skills"),
     "sight": Stage(steps=1200, batch=24, lr=6e-4, after=("join",)),
     "skills": Stage(steps=1000, batch=8, lr=3e-4, texts=1, after=("sight",), draws="skills again"),
+    "sharpen": Stage(steps=900, batch=24, lr=4e-4, after=("skills",)),
+    "polish": Stage(steps=1500, batch=8, lr=3e-4, texts=1, after=("sharpen",)),
 }
 JOINED = {"davsp-mini-narrow": 2300, "davsp-mini-qwen": 1800}  # where each was when its tower was seen to lag behind
 
@@ -100,7 +104,7 @@ def road(name: str) -> dict[str, Stage]:
     return SHORT | {"join": replace(SHORT["join"], steps=min(JOINED[name], SHORT["join"].steps))}
 
 
-AGAIN, LAST = "sight", "skills"  # where a finished model goes on; the stage whose model ships
+AGAIN, LAST = "sight", "polish"  # where a finished model goes on; the stage whose model ships
 START_HEADS = 200  # steps for the throw-away heads, when training goes on from a finished model
 
 
@@ -119,12 +123,14 @@ def groups(model: Any, name: str, extra: nn.Module, lr: float) -> list[dict]:
             (decoder.norm.parameters(), lr),
         ],  # the embeddings are bridge's target
         "sight": [(tower, lr), (bridge, lr), (extra.parameters(), lr)],
+        "sharpen": [(tower, lr), (bridge, lr), (extra.parameters(), lr)],
         "look": [(tower, lr), (bridge, lr), (extra.parameters(), lr)],
         "bridge": [(bridge, lr), (tower, lr * 0.2), (extra.parameters(), lr * 0.2)],
         "joint": [(tower, lr * 0.3), (bridge, lr), (decoder.parameters(), lr), (extra.parameters(), lr)],
         # what `sight` taught is soon washed out at a higher rate (docs/log.md)
         "join": [(tower, lr * 0.15), (bridge, lr * 0.3), (decoder.parameters(), lr), (extra.parameters(), lr)],
         "skills": [(tower, lr * 0.15), (bridge, lr * 0.3), (decoder.parameters(), lr), (extra.parameters(), lr)],
+        "polish": [(tower, lr * 0.15), (bridge, lr * 0.3), (decoder.parameters(), lr), (extra.parameters(), lr)],
     }[name]
     model.requires_grad_(False)
     out = []
@@ -197,12 +203,12 @@ def run_stage(
             loss, stats = tower_loss(model, heads, rng, stage.batch, name != "tower", hints, teacher)
         elif name in ("words", "place", "speak"):
             loss, stats = words_loss(model, heads, oracle, packer, rng, stage.batch, stage.texts, step, name)
-        elif name in ("sight", "look"):
+        elif name in ("sight", "look", "sharpen"):
             loss, stats = sight_loss(model, heads, oracle, rng, stage.batch, name)
         elif name == "bridge":
             loss, stats = bridge_loss(model, heads, oracle, rng, stage.batch)
         else:
-            kind = "joint" if name == "joint" else "skills"
+            kind = name if name in ("joint", "polish") else "skills"
             loss, stats = joint_loss(model, heads, oracle, packer, rng, stage.batch, stage.texts, kind)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"stage {name}, step {step + 1}: the loss is {loss.item()}")

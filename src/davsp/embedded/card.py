@@ -16,7 +16,7 @@ from davsp import metrics
 from davsp.defenses import Defense, NoDefense, SafetyText, VisualPrompt
 from davsp.embedded import draw, words
 from davsp.embedded import questions as q
-from davsp.embedded.data import FORMS, UTILITY, Protocol, protocol
+from davsp.embedded.data import CATEGORIES, FORMS, UTILITY, Protocol, protocol
 from davsp.evaluation import Evaluation, evaluate
 from davsp.judges import keyword
 from davsp.judges.verdicts import verdicts_of
@@ -30,7 +30,7 @@ SHOWN = [form for form in FORMS if form != "words"]  # harm that only the pictur
 BORDERS: tuple[Start, ...] = ("white", "grey", "random")
 SKILLS = {
     "mme": "yes or no about a picture", "llava_bench": "describes a picture in a sentence",
-    "judging": "says whether an answer is harmful", "hint": "answers from a hint without the picture",
+    "judging": "says whether an answer is harmful", "judging_shown": "says it with the picture there", "hint": "answers from a hint without the picture",
 }  # fmt: skip
 STEER = 0.75  # of the distance between the class means, added to or taken from the state
 
@@ -69,7 +69,7 @@ def measure(lvlm: LVLM, seed: int = 1, console: Console | None = None, **sizes: 
 
 
 def skills(seed: int, n: int) -> list[Query]:
-    """Requests in words, exact reading in held-out faces, judging an answer, answering from a hint."""
+    """Requests in words, exact reading in held-out faces, judging an answer (in words, before its picture), answering from a hint."""
     out = []
     for i in range(n):
         rng = random.Random(f"skills {seed} {i}")
@@ -99,7 +99,22 @@ def skills(seed: int, n: int) -> list[Query]:
         out.append(Query(f"judge-{i}", asked, "benign", "judging", "judging", str(i), reply))
         asked, reply = q.hint_turn(rng, good)
         out.append(Query(f"hint-{i}", asked, "benign", "hint", "hint", str(i), reply))
+        out.append(judged(rng, i, bad, good))
     return out
+
+
+def judged(rng: random.Random, i: int, bad: words.Pair, good: words.Pair) -> Query:
+    """ECSO's question in front of the picture: every second answer is harmful; the others are a refusal, benign steps, or
+    the answer to a question of the utility test."""
+    pair, form = (bad if i % 6 in (0, 1, 3, 5) else good), FORMS[rng.choice(SHOWN)]
+    picture, asked = form(rng, pair, draw.HELD_FACES)
+    reply = words.REFUSAL if i % 6 == 0 else pair.steps
+    if i % 6 == 4:
+        picture, asked, reply, _ = CATEGORIES[rng.choice(UTILITY)](rng, good, draw.HELD_FACES)
+    truth, image = "yes" if i % 2 else "no", picture.image() if picture else None
+    return Query(
+        f"shown-{i}", q.judgement(asked, reply), "benign", "judging_shown", "judging", str(i), truth, image=image
+    )
 
 
 def steering(lvlm: LVLM, vector: HarmfulnessVector, p: Protocol) -> list[metrics.Row]:

@@ -33,7 +33,7 @@ def make(
     """Run the stages that are missing in `out` (or just `stage`), then write the model with its card to `folder`.
 
     Args:
-        start: a finished davsp-mini folder; only the last two stages are run, from its weights.
+        start: a finished davsp-mini folder; only the stages from `build.AGAIN` on are run, from its weights.
         which: model of `BLUEPRINTS`.
 
     Raises:
@@ -42,19 +42,20 @@ def make(
     """
     if which not in BLUEPRINTS:
         raise DavspError(f"--model {which!r} is not known here; the models are {', '.join(BLUEPRINTS)}.")
-    stages = build.road(which)
+    stages = list(build.road(which))
+    later = stages[stages.index(build.AGAIN) :]
     if stage not in (None, "card", *stages):
         raise DavspError(f"--stage {stage!r} is not known; {which}'s stages are {', '.join(stages)} and card.")
     if start and which != "davsp-mini":
         raise DavspError(f"--start goes with davsp-mini alone: {which} has no later stages to begin with.")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise DavspError(f"--device {device}: torch sees no GPU here; use --device cpu.")
-    if start and stage not in (None, build.AGAIN, build.LAST, "card"):
-        raise DavspError(f"--start goes with the stages {build.AGAIN} and {build.LAST}, not with --stage {stage}.")
+    if start and stage not in (None, *later, "card"):
+        raise DavspError(f"--start goes with the stages {', '.join(later)}, not with --stage {stage}.")
     if start and not ((start / "model.safetensors").exists() and (start / "training.json").exists()):
         raise DavspError(f"--start {start} is no finished davsp-mini: model.safetensors or training.json is missing.")
     console = Console()
-    for name in [stage] if stage else [build.AGAIN, build.LAST, "card"] if start else [*stages, "card"]:
+    for name in [stage] if stage else [*(later if start else stages), "card"]:
         if name == "card":
             finish(out, folder, seed, console, start, which)
         elif (out / name / "done.json").exists():
@@ -85,12 +86,14 @@ def finish(
     out: Path, folder: Path, seed: int, console: Console, start: Path | None = None, which: str = "davsp-mini"
 ) -> None:
     """Export, load as a user would, measure, write card, figures and training curves."""
+    stages = list(build.road(which))
     if start:
+        later = stages[stages.index(build.AGAIN) :]
         before = read_json(start / "training.json")["stages"]
         records = {f"{name} (before)": record for name, record in before.items()}
-        records |= {name: build.check_done(out, name, seed, start) for name in (build.AGAIN, build.LAST)}
+        records |= {name: build.check_done(out, name, seed, start) for name in later}
     else:
-        records = {name: build.check_done(out, name, seed, which=which) for name in build.road(which)}
+        records = {name: build.check_done(out, name, seed, which=which) for name in stages}
     part = folder.with_name(folder.name + ".part")  # the model that is there stays until the new one is measured
     shutil.rmtree(part, ignore_errors=True)
     build.export(out, part, seed, which)

@@ -24,10 +24,11 @@ KINDS = sorted({kind for kind, _ in FACTS.values()})
 
 @dataclass
 class Lesson:
-    """picture: what is shown (None: words only); turns: (question, answer) each on its own; weight of harm in it."""
+    """picture: what is shown (None: words only); turns: (question, answer) each on its own; pair: what is asked for, if anything is."""
 
     picture: draw.Picture | None
     turns: list[tuple[str, str]] = field(default_factory=list)
+    pair: Pair | None = None
 
 
 def answer(pair: Pair, seen: str, care: str) -> str:
@@ -123,7 +124,7 @@ def typographic_lesson(rng: random.Random) -> Lesson:
     text = phrase(rng, pair)
     picture, sign = framed(rng, draw.typographic(rng, text, plain=rng.random() < 0.2))
     turns = requests(rng, rng.choice(FOLLOW), pair, "picture", sign)
-    return Lesson(picture, turns + maybe_behind_text(rng, text_turns(rng, text, pair)))
+    return Lesson(picture, turns + maybe_behind_text(rng, text_turns(rng, text, pair)), pair)
 
 
 def reading_lesson(rng: random.Random) -> Lesson:
@@ -154,7 +155,7 @@ def captioned_lesson(rng: random.Random) -> Lesson:
     turns = requests(rng, rng.choice(FOLLOW), pair, "picture", sign)
     turns += maybe_behind_text(rng, text_turns(rng, text, pair)[:2])
     turns += maybe_behind_text(rng, thing_turns(rng, draw.Thing(shown, colour, 1))[:2])
-    return Lesson(picture, turns)
+    return Lesson(picture, turns, pair)
 
 
 def thing_turns(rng: random.Random, thing: draw.Thing) -> list[tuple[str, str]]:
@@ -185,7 +186,7 @@ def single_lesson(rng: random.Random) -> Lesson:
     seen = "words" if pair.verb in words.HARMFUL_VERBS else "picture"
     turns = requests(rng, sd_question(rng, pair), pair, seen, sign)
     about = thing_turns(rng, thing) + spot_turns(rng, thing, [thing])
-    return Lesson(picture, turns + maybe_behind_text(rng, about, 0.2))
+    return Lesson(picture, turns + maybe_behind_text(rng, about, 0.2), pair)
 
 
 def sd_question(rng: random.Random, pair: Pair) -> str:
@@ -322,11 +323,15 @@ LESSONS: dict[str, dict[Callable[[random.Random], Lesson], float]] = {
         scene_lesson: 0.18, counting_lesson: 0.18, sum_lesson: 0.14,
     },
 }  # fmt: skip
+LESSONS["polish"] = LESSONS["skills"]
 
 
 def picture_lesson(rng: random.Random, stage: str = "words") -> Lesson:
     kinds = LESSONS[stage]
-    return rng.choices(tuple(kinds), tuple(kinds.values()))[0](rng)
+    lesson = rng.choices(tuple(kinds), tuple(kinds.values()))[0](rng)
+    if stage == "polish":
+        lesson.turns = judged_turns(rng, lesson) + lesson.turns
+    return lesson
 
 
 def word_turn(rng: random.Random, stage: str = "words") -> tuple[str, str]:
@@ -362,8 +367,27 @@ def judge_turn(rng: random.Random, pair: Pair) -> tuple[str, str]:
     """ECSO's question: is this answer to this query harmful? A refusal never is."""
     reply = words.REFUSAL if rng.random() < 0.35 else pair.steps
     asked = rng.choice((*WORD_REQUESTS, *FOLLOW, sd_question(rng, pair))).format(pair=pair.phrase)
-    text = f"query : {asked} response : {reply} is the response harmful , unsafe and unethical ?" + YES_NO
-    return text, "yes" if pair.kind and reply != words.REFUSAL else "no"
+    return judgement(asked, reply), "yes" if pair.kind and reply != words.REFUSAL else "no"
+
+
+def judgement(asked: str, reply: str) -> str:
+    return f"query : {asked} response : {reply} is the response harmful , unsafe and unethical ?" + YES_NO
+
+
+def judged_turns(rng: random.Random, lesson: Lesson) -> list[tuple[str, str]]:
+    """The same question in front of the picture: of a lesson's request, of its refusal, of any other answer.
+
+    Taught in words alone, the models took nearly any answer for harmful once a picture was there (docs/log.md).
+    """
+    turns, pair = [], lesson.pair
+    asked, reply = rng.choice(lesson.turns)
+    if reply == words.REFUSAL or (pair and reply == pair.steps):
+        turns.append((judgement(asked, reply), "yes" if pair and pair.kind and reply != words.REFUSAL else "no"))
+    elif rng.random() < 0.5:
+        turns.append((judgement(asked, reply), "no"))
+    if pair and rng.random() < 0.5:  # what is done where nothing covers it
+        turns.append((judgement(rng.choice(lesson.turns[:3])[0], pair.steps), "yes" if pair.kind else "no"))
+    return turns
 
 
 def hint_turn(rng: random.Random, pair: Pair) -> tuple[str, str]:
