@@ -135,3 +135,13 @@ def test_it_moves_davsp_mini_both_ways() -> None:
         }.items()
     }
     assert refusals["down"] < refusals["none"] < min(refusals["up"], refusals["plus"]), refusals
+
+
+def test_the_projection_of_a_response_is_that_of_the_moved_state(lvlm: LVLM, vector: HarmfulnessVector) -> None:
+    asked = queries("malicious", 3)
+    before = [r.projection for r in NoDefense().respond(lvlm, asked, vector)]
+    moved = [r.projection for r in Intervention(vector, times=0.5).respond(lvlm, asked, vector)]
+    assert moved == pytest.approx([s + vector.half_gap() for s in before])  # half of the distance between the means
+    assert [r.projection for r in Intervention(vector, to=3.0).respond(lvlm, asked, vector)] == [3.0] * 3
+    other = replace(vector, layer=1) if vector.layer != 1 else replace(vector, layer=2)
+    assert [r.projection for r in Intervention(vector, to=3.0).respond(lvlm, asked, other)] == [None] * 3

@@ -170,8 +170,14 @@ def test_a_whole_run_writes_every_table_in_four_formats(made):
     assert set(found.tables["transfer"]) == {"none", "adashield-s", "davsp", "davsp-from-other"}
     assert set(found.tables["ecso"]) == set(tables.TABLES["ecso"].rows)
     assert set(found.tables["ablation"]) == set(tables.TABLES["ablation"].rows)
+    assert {f.stem for f in (out / "plots").iterdir()} == {"rsr-utility", "projections", "confusions"}
     page = (out / "tables.html").read_text()
-    assert page.count("<h2>Table") == 6 and "<svg" in page and "http" not in page.replace("http://www.w3.org", "")
+    assert (
+        page.count("<svg") == 3
+        and page.count("<h2>Table") == 6
+        and "<svg" in page
+        and "http" not in page.replace("http://www.w3.org", "")
+    )
     rows = json.loads((out / "rows.json").read_text())["rows"]
     pooled = {r["defense"]: r for r in rows if (r["benchmark"], r["metric"]) == ("pictures", "rsr")}
     assert set(pooled) >= {"none", "davsp", "vector-added"} and all(r["n"] == 16 for r in pooled.values())

@@ -15,6 +15,8 @@ from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
+import torch
+
 from davsp.defenses.base import Defense
 from davsp.defenses.none import NoDefense
 from davsp.errors import DavspError
@@ -74,11 +76,28 @@ class Intervention(Defense):
     def prepare(self, queries: Sequence[Query]) -> list[Query]:
         return self.inner.prepare(queries)
 
-    def respond(self, lvlm: LVLM, *args: Any, **options: Any) -> list[Response]:
-        """As `inner`, by the steered model."""
+    def respond(
+        self,
+        lvlm: LVLM,
+        queries: Sequence[Query],
+        vector: HarmfulnessVector | None = None,
+        *args: Any,
+        **options: Any,
+    ) -> list[Response]:
+        """As `inner`, by the steered model; a response's projection is that of the moved state."""
         self.check(lvlm)
-        answered = self.inner.respond(lvlm.steered(self.steer()), *args, **options)
-        return [replace(r, defense=self.name) for r in answered]
+        answered = self.inner.respond(lvlm.steered(self.steer()), queries, vector, *args, **options)
+        return [replace(r, defense=self.name, projection=self._moved(r.projection, vector)) for r in answered]
+
+    def _moved(self, projection: float | None, vector: HarmfulnessVector | None) -> float | None:
+        """Where the intervention puts a projection that was read before it; None on a vector that is not the one moved along."""
+        if projection is None or vector is None or vector.layer != self.vector.layer:
+            return None
+        if not torch.equal(vector.direction(), self.vector.direction()):
+            return None
+        if self.times is None:
+            return self.to
+        return projection + self.times * 2 * self.vector.half_gap()
 
     def describe(self) -> dict[str, Any]:
         steer = self.steer()

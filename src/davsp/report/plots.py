@@ -19,13 +19,21 @@ COLOURS = {
     "random-border": "#2a9d8f",
     "additive": "#b0509f",
     "davsp": "#2f6fde",
+    "adashield-s": "#c8860d",
+    "adashield-a": "#8c5a2b",
+    "pat": "#5b8c3e",
+    "uniguard": "#b0509f",
+    "esiii": "#a04455",
 }
-MARKERS = {"none": "o", "safety-text": "s", "random-border": "^", "additive": "D", "davsp": "*"}
+MARKERS = {
+    "none": "o", "safety-text": "s", "random-border": "^", "additive": "D", "davsp": "*", "adashield-s": "s",
+    "adashield-a": "P", "pat": "v", "uniguard": "D", "esiii": "X",
+}  # fmt: skip
 MALICIOUS, BENIGN = "#d4552b", "#3d9ac9"
 INK, LINE = "#010203", "#030201"  # stand-ins that the page's own colours replace
 _SPARE = ("#8c6d46", "#5b8c3e", "#a04455", "#4b5fa8")
 
-_STYLE: Any = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 9,
     "text.color": INK,
@@ -64,7 +72,7 @@ def histograms(
     """Projections by label before and after, on one axis, with the margins (mu_plus, mu_minus) drawn."""
     everything = [s for found in (before, after) for values in found.values() for s in values] + list(margins)
     bins = np.linspace(min(everything), max(everything), 33)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6, 4.2), layout="constrained")
         for ax, found, title in zip(figure.subplots(2, 1, sharex=True), (before, after), titles, strict=True):
             for name, shade in (("benign", BENIGN), ("malicious", MALICIOUS)):
@@ -82,13 +90,13 @@ def histograms(
         handles, names = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside upper left", ncols=2, handlelength=1.2)
         figure.axes[1].set_xlabel("projection on the harmfulness vector")
-        return _svg(figure, "histograms")
+        return svg(figure, "histograms")
 
 
 def sweep(layers: Sequence[Mapping[str, Any]], chosen: int) -> str:
     """Held-out AUROC of every layer, the chosen one marked."""
     x, y = [entry["layer"] for entry in layers], [entry["auroc"] for entry in layers]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6, 2.6), layout="constrained")
         ax = figure.subplots()
         ax.plot(x, y, color=colour("davsp"), marker="o", markersize=4)
@@ -109,7 +117,7 @@ def sweep(layers: Sequence[Mapping[str, Any]], chosen: int) -> str:
         ax.set_ylabel("AUROC, held out")
         ax.set_ylim(min(0.45, *y) if len(y) > 1 else 0.45, 1.03)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        return _svg(figure, "sweep")
+        return svg(figure, "sweep")
 
 
 def curves(
@@ -126,7 +134,7 @@ def curves(
         The SVG, or None if no record has any of the fields.
     """
     drawn = False
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6, 2.6), layout="constrained")
         ax = figure.subplots()
         for name, records in runs.items():
@@ -144,12 +152,12 @@ def curves(
         ax.set_ylabel(panel)
         ax.margins(x=0.01)
         figure.legend(loc="outside upper left", ncols=2 if len(ax.lines) <= 2 else 1, handlelength=1.6)
-        return _svg(figure, re.sub(r"\W+", "-", panel))
+        return svg(figure, re.sub(r"\W+", "-", panel))
 
 
 def lines(records: Sequence[Mapping[str, Any]], axis: str) -> str:
     """RSR, utility and over-refusal over the values of one setting, with 95 % intervals; values in their order, evenly apart."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6, 2.9), layout="constrained")
         ax = figure.subplots()
         kinds = {
@@ -172,7 +180,7 @@ def lines(records: Sequence[Mapping[str, Any]], axis: str) -> str:
         ax.set_ylabel("%")
         ax.set_ylim(-3, 103)
         figure.legend(loc="outside upper left", ncols=3, handlelength=1.4)
-        return _svg(figure, re.sub(r"\W+", "-", axis))
+        return svg(figure, re.sub(r"\W+", "-", axis))
 
 
 def scatter(
@@ -183,7 +191,7 @@ def scatter(
     Args:
         utility: benchmark, split and metric of the other axis.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6, 2.9 * len(attacks)), layout="constrained")
         panels = np.atleast_1d(figure.subplots(len(attacks), 1, sharex=True))
         for ax, (benchmark, title) in zip(panels, attacks.items(), strict=True):
@@ -200,7 +208,7 @@ def scatter(
         panels[-1].set_xlabel("utility, %")
         handles, names = panels[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=2, handlelength=1.2)
-        return _svg(figure, "scatter")
+        return svg(figure, "scatter")
 
 
 def _point(ax: Axes, defense: str, x: Mapping[str, Any] | None, y: Mapping[str, Any] | None) -> None:
@@ -226,7 +234,14 @@ def _smooth(y: np.ndarray) -> np.ndarray:
     return np.array([y[max(0, i - half) : i + half + 1].mean() for i in range(len(y))])
 
 
-def _svg(figure: Figure, name: str) -> str:
+def standalone(text: str) -> str:
+    """A plot as a file of its own: on white, with ink that no page has to lend."""
+    text = text.replace("currentColor", "#1d2126").replace("var(--line)", "#dcdcd6").replace(' aria-hidden="true"', "")
+    text = text.replace("<svg ", '<svg style="background:#fff" ', 1)
+    return text + "\n"
+
+
+def svg(figure: Figure, name: str) -> str:
     """The figure as an <svg> element with ids of its own, the page's ink and the page's font."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):

@@ -24,14 +24,14 @@ from davsp.judges.graders import Grader
 from davsp.judges.verdicts import judge_name
 from davsp.lvlm import LVLM, fingerprint, model_name
 from davsp.query import Query
-from davsp.report import plots
-from davsp.report.cells import find
+from davsp.report import panels, plots
+from davsp.report.cells import DEFENSES, find
 from davsp.reproduce import write
 from davsp.reproduce.claims import PICTURES, Claim, claims
 from davsp.reproduce.methods import METHODS, Kit, lacking, transferred
-from davsp.reproduce.tables import FROM, MM_VET, POOLED, RSR, TABLES, Cell, base, cells, paper_model
+from davsp.reproduce.tables import FROM, MM_VET, POOLED, RSR, TABLES, Cell, base, cells, paper_model, title
 from davsp.reproduce.tables import METHODS as table_methods
-from davsp.settings import TrainSettings
+from davsp.settings import TrainSettings, resolve
 
 if TYPE_CHECKING:
     from davsp.adashield.defender import Defender
@@ -129,7 +129,7 @@ def reproduce(
         defenses={name: d.describe() for name, d in defenses.items()},
     )  # fmt: skip
     write_json(out / "manifest.json", facts)
-    made = _write(names, rows, lvlm, out, [*_notes(data, judge, names), INFERRED], without)
+    made = _write(names, rows, kit, found, [*_notes(data, judge, names), INFERRED], without)
     stages.line("tables", ", ".join(made.tables), time.perf_counter() - began)
     return made
 
@@ -174,12 +174,12 @@ def pooled(test: Sequence[Query], found: Evaluation, model: str, seed: int = 0) 
 def _write(
     names: Sequence[str],
     rows: list[dict[str, Any]],
-    lvlm: LVLM,
-    out: Path,
+    kit: Kit,
+    found: Evaluation,
     notes: Sequence[str],
     without: Mapping[str, str],
 ) -> Reproduction:
-    model, family = model_name(lvlm), lvlm.model.config.model_type
+    out, model, family = kit.stages.out, model_name(kit.lvlm), kit.lvlm.model.config.model_type
     made, theirs = {}, {}
     for name in names:
         table, theirs[name] = TABLES[name], paper_model(name, model, family)
@@ -192,18 +192,64 @@ def _write(
         write_text(out / f"{name}.md", write.markdown(table, made[name], model, theirs[name], own))
         write_text(out / f"{name}.csv", write.tidy(table, made[name], model, theirs[name]))
         write_text(out / f"{name}.tex", write.latex(table, made[name], model, theirs[name]))
-    found = claims(rows)
-    write_text(out / "claims.md", write.claims_markdown(found, model))
+    said = claims(rows)
+    write_text(out / "claims.md", write.claims_markdown(said, model))
     write_json(out / "rows.json", metrics.metrics_file(rows))
+    drawn = _plots(rows, kit, found)
+    for name, (_, plot) in drawn.items():
+        write_text(out / "plots" / f"{name}.svg", plots.standalone(plot))
+    shown = {n: (TABLES[n], made[n]) for n in names}
+    write.page(out / "tables.html", model, theirs, shown, said, dict(drawn.values()), notes)
+    return Reproduction(rows, made, said)
+
+
+def _plots(rows: list[dict[str, Any]], kit: Kit, found: Evaluation) -> dict[str, tuple[str, str]]:
+    """Name of the file -> caption and SVG."""
     drawn = {}
     names_of = {r["benchmark"] for r in rows}
     places = [(b, *rest) for name, *rest in MM_VET.places for b in names_of if base(b) == name]
     if used := next((place for place in places if find(rows, "none", *place)), None):
         compared = [row for row in rows if row["defense"] in table_methods]
         plot = plots.scatter(compared, {PICTURES: "all pictures"}, used)
-        drawn["RSR on all malicious pictures against utility, with 95 % intervals"] = plot
-    write.page(out / "tables.html", model, theirs, {n: (TABLES[n], made[n]) for n in names}, found, drawn, notes)
-    return Reproduction(rows, made, found)
+        drawn["rsr-utility"] = "RSR on all malicious pictures against utility, with 95 % intervals", plot
+    titles = {name: title(table, name) for table in TABLES.values() for name in table.rows}
+    titles |= {name: f"from {name.removeprefix(FROM)}" for name in found.responses if name.startswith(FROM)}
+    titles = {name: text for name, text in titles.items() if name not in DEFENSES}  # those have names of their own
+    _, _, *margins = resolve(kit.settings, kit.lvlm, kit.vector)
+    if seen := projected(kit.data.test, found):
+        drawn["projections"] = (
+            "Where each method puts the test's queries on the vector: as the call saw them that gave the answer",
+            panels.projections(seen, titles, (margins[0], margins[1])),
+        )
+    drawn["confusions"] = (
+        "Malicious queries by verdict (safe: withheld), benign ones by what was said; shares of those scored, and counts",
+        panels.confusions(confused(kit.data.test, found), titles),
+    )
+    return drawn
+
+
+def projected(test: Sequence[Query], found: Evaluation) -> dict[str, dict[str, list[float]]]:
+    """Defense -> label -> projections of the defended inputs; defenses without any are left out."""
+    label = {q.id: q.label for q in test}
+    seen: dict[str, dict[str, list[float]]] = {}
+    for name, answers in found.responses.items():
+        for answer in answers:
+            if answer.projection is not None:
+                seen.setdefault(name, {}).setdefault(label[answer.query_id], []).append(answer.projection)
+    return seen
+
+
+def confused(test: Sequence[Query], found: Evaluation) -> dict[str, dict[str, tuple[int, int, int]]]:
+    """Defense -> label -> counts of (withheld, answered, unscored)."""
+    kinds = {"rsr": "malicious", "over_refusal": "benign"}
+    made: dict[str, dict[str, tuple[int, int, int]]] = {}
+    for name, answers in found.responses.items():
+        values: dict[str, list[float | None]] = {"malicious": [], "benign": []}
+        for o in metrics.outcomes(test, answers, found.verdicts[name]):
+            if o.metric in kinds:
+                values[kinds[o.metric]].append(o.value)
+        made[name] = {k: (v.count(1.0), v.count(0.0), v.count(None)) for k, v in values.items()}
+    return made
 
 
 def _notes(data: "Protocol", judge: Judge, names: Sequence[str]) -> list[str]:

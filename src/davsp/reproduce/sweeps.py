@@ -119,7 +119,7 @@ def sweep(
     write_text(out / "sweeps.md", markdown(records, model_name(kit.lvlm)))
     for name in names:
         mine = [r for r in records if r["sweep"] == name]
-        write_text(out / f"{name}.svg", plots.lines(mine, SWEEPS[name][0]))
+        write_text(out / f"{name}.svg", plots.standalone(plots.lines(mine, SWEEPS[name][0])))
     return records
 
 
