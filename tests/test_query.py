@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -67,6 +68,13 @@ def test_pictures_are_opened_upright_on_white(tmp_path):
     seen = [Query("1", "?", "benign", "b", image=i).picture().getpixel((0, 0)) for i in (clear, half, palette)]
     assert seen == [(255, 255, 255), (127, 127, 127), (255, 255, 255)]
     assert Query("1", "?", "benign", "b").picture() is None
+
+
+def test_16_bit_grey_keeps_its_levels(tmp_path):
+    levels = np.arange(0, 65536, 257, dtype=np.uint16)
+    Image.fromarray(levels.reshape(16, 16)).save(tmp_path / "x.png")
+    picture = Query("1", "?", "benign", "b", image=tmp_path / "x.png").picture()
+    assert np.asarray(picture)[..., 0].ravel().tolist() == list(range(256))
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no picture", b"\x89PNG\r\n\x1a\n1234"])

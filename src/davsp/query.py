@@ -148,8 +148,10 @@ def unpacked(image: Image.Image) -> Image.Image:
 
 
 def flatten(image: Image.Image) -> Image.Image:
-    """RGB, upright by its EXIF, with transparency laid on white."""
+    """RGB, upright by its EXIF, with transparency laid on white, 16-bit grey in 8 bit (Pillow would clip it to white)."""
     image = ImageOps.exif_transpose(image)
+    if image.mode == "I;16":
+        image = image.point(lambda level: level * (1 / 257) + 0.5).convert("L")
     if image.mode == "RGB":
         return image.copy()
     if "A" in image.getbands() or "transparency" in image.info:

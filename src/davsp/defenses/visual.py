@@ -20,6 +20,7 @@ class VisualPrompt(Defense):
 
     def __init__(self, prompt: Prompt, name: str = "davsp") -> None:
         self.prompt, self.name = prompt.quantised(), name
+        self.paint = self.prompt.painter()
 
     def check(self, lvlm: LVLM) -> None:
         """Raises DavspError if the prompt is for another canvas: the LVLM would crop or stretch it in silence."""
@@ -30,7 +31,7 @@ class VisualPrompt(Defense):
 
     def _prepared(self, query: Query) -> Query:
         picture = query.picture()
-        canvas = None if picture is None else self.prompt.image(picture)
+        canvas = None if picture is None else self.paint(picture)
         return replace(query, image=canvas, question=self.prompt.question(query.question))
 
     def describe(self) -> dict[str, Any]:

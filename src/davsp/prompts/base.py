@@ -110,6 +110,10 @@ class Prompt:
         canvas = self.apply(self.resize([picture]).to(self.delta.device))[0]
         return Image.fromarray(to_bytes(canvas))
 
+    def painter(self) -> Callable[[Image.Image], Image.Image]:
+        """`image` for a prompt that does not change any more: same pixels, with what is the same for all pictures made once."""
+        return self.image
+
     def with_delta(self: P, delta: Float[Tensor, "3 s s"]) -> P:
         """The same prompt with another delta; it may carry a gradient, and its config may be changed freely."""
         other = copy(self)

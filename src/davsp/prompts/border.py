@@ -1,6 +1,7 @@
 """The visual safety prompt: a trainable border around the untouched picture."""
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,26 @@ class VisualSafetyPrompt(Prompt):
 
         White padding is the published rule; one resize by Pillow replaces its two.
         """
-        p, inside = self.padding, self.canvas - 2 * self.padding
+        p = self.padding
         interior = torch.zeros(len(images), 3, self.canvas, self.canvas)
         for row, image in enumerate(images):
-            square = pad_to_square(image.convert("RGB"))
-            interior[row, :, p:-p, p:-p] = from_picture(square.resize((inside, inside), Image.Resampling.BICUBIC))
+            interior[row, :, p:-p, p:-p] = from_picture(self._inside(image))
         return interior
+
+    def painter(self) -> Callable[[Image.Image], Image.Image]:
+        """`image` without torch: the 8-bit border is made once, and each picture is pasted into a copy of it."""
+        frame, corner = self.border(), (self.padding, self.padding)
+
+        def paint(picture: Image.Image) -> Image.Image:
+            canvas = frame.copy()
+            canvas.paste(self._inside(picture), corner)
+            return canvas
+
+        return paint
+
+    def _inside(self, image: Image.Image) -> Image.Image:
+        inside = self.canvas - 2 * self.padding
+        return pad_to_square(image.convert("RGB")).resize((inside, inside), Image.Resampling.BICUBIC)
 
     def apply(self, interior: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b 3 s s"]:
         """T: border from delta, inside from `interior`, bit for bit."""
