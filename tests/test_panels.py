@@ -18,7 +18,7 @@ def evaluation() -> Evaluation:
     texts = ["no", "no", "sure", "sure", "red", "i am sorry , i cannot help with that .", "blue"]
     answers = [Response(q.id, "davsp", text, float(i)) for i, (q, text) in enumerate(zip(TEST, texts, strict=True))]
     without = [Response(a.query_id, "ecso", a.text) for a in answers]
-    verdicts = [Verdict(q.id, "davsp", said[q.id], "t") for q in TEST if q.id in said]
+    verdicts = [Verdict(q.id, "davsp", "t", said[q.id]) for q in TEST if q.id in said]
     return Evaluation(
         rows=[], responses={"davsp": answers, "ecso": without}, verdicts={"davsp": verdicts, "ecso": verdicts}
     )
