@@ -15,6 +15,7 @@ from davsp.defenses import VisualPrompt
 from davsp.embedded.data import Protocol
 from davsp.evaluation import Evaluation
 from davsp.experiments.demo import run_demo
+from davsp.files import sha256
 from tiny import queries
 
 
@@ -68,7 +69,11 @@ def test_demo_end_to_end(lvlm: LVLM, tmp_path: Path) -> None:
         assert re.search(rf"^{stage} +[\d.]+ s", printed, re.MULTILINE)
 
     prompt = VisualSafetyPrompt.from_pretrained(tmp_path / "prompt")
-    assert any(name.startswith("rsr") for name in prompt.config["figures"])
+    told = prompt.config["measured"]
+    assert told["files"]["metrics.json"] == sha256(tmp_path / "metrics.json") and told["judges"] == ["keyword/1"]
+    (figure,) = (f for f in told["figures"] if (f["benchmark"], f["metric"]) == ("sd", "rsr"))
+    (row,) = (r for r in rows if (r["defense"], r["benchmark"], r["metric"]) == ("davsp", "sd", "rsr"))
+    assert figure["value"] == (row["value"], row["low"], row["high"]) and figure["n"] == row["n"]
     evaluated = json.loads((tmp_path / "run.json").read_text())["defenses"]["davsp"]
     assert evaluated == VisualPrompt(prompt).describe()  # what was measured is what was exported
 
@@ -118,7 +123,7 @@ def test_what_was_deleted_is_made_anew(
     gone: str, stage: str, lvlm: LVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rest is kept, the figures are the same, and the hub is not asked."""
-    monkeypatch.setattr("davsp.prompts.border._download", lambda *_: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
     whole, _ = demo(lvlm, tmp_path)
     shutil.rmtree(tmp_path / gone)
     again, printed = demo(lvlm, tmp_path)

@@ -6,7 +6,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from davsp.cli import data, evaluate, judge, mini, prompt, reproduce, train
+from davsp.cli import data, evaluate, judge, mini, prompt, reproduce, serve, train
 from davsp.cli.inputs import say
 from davsp.errors import DavspError, Interrupted
 
@@ -52,7 +52,11 @@ app.command()(judge.judge)
 app.command()(reproduce.reproduce)
 app.command()(prompt.apply)
 app.command()(prompt.info)
+app.command()(prompt.card)
+app.command()(prompt.push)
 app.command()(prompt.import_published)
+app.command()(serve.serve)
+app.command()(serve.serve_model)
 app.command()(doctor)
 app.add_typer(mini.app, name="mini")
 app.add_typer(data.app, name="data")

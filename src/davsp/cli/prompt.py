@@ -1,10 +1,11 @@
 """`davsp apply`, `davsp info` and `davsp import-published`: what one does with a finished prompt."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from davsp.cli.inputs import say
 from davsp.cli.options import Out
 from davsp.errors import DavspError
 
@@ -39,14 +40,14 @@ def info(
         Path, typer.Argument(help="Folder or hub id of a prompt, or folder of a pool or of PAT's tokens.")
     ],
 ) -> None:
-    """What a prompt is: model, sizes, layer, margins, text, data hashes, figures. Checks the files against each other."""
+    """What a prompt is: model, sizes, layer, margins, text, data hashes, figures. Checks the files' hashes and each against the others."""
     from rich.console import Console
     from rich.table import Table
 
     from davsp.adashield.pool import CONFIG as POOL
     from davsp.adashield.pool import Pool
     from davsp.defenses.pat import CONFIG, PAT
-    from davsp.prompts import load_prompt
+    from davsp.prompts import load_prompt, saved_files
 
     if (prompt / POOL).exists():
         pool = Pool.load(prompt)
@@ -59,18 +60,74 @@ def info(
     loaded = load_prompt(prompt)
     table = Table(show_header=False, box=None)
     for name, value in loaded.config.items():
+        if name == "measured":
+            continue
         if isinstance(value, dict):
             for inner, v in value.items():
                 table.add_row(f"{name}.{inner}", f"{v:.4g}" if isinstance(v, float) else str(v))
         else:
             table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
     Console().print(table)
+    if told := loaded.config.get("measured"):
+        _print_measured(told)
     agree = {
         "border": "configuration, tensor and picture are of one prompt, every value in [0, 1]",
         "additive": "configuration and tensor are of one prompt, every value within eps",
         "exact": "configuration and tensor are of one prompt, every value finite; it is no picture",
     }
+    for name, state in saved_files(prompt):
+        print(f"{name}: {state}")
     print(f"files agree: {agree[loaded.kind]}")
+
+
+def _print_measured(told: dict[str, Any]) -> None:
+    """The table that the card has."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from davsp.prompts.measured import shown
+
+    at = f" at {told['revision']}" if told["revision"] else ""
+    judges = ", ".join(told["judges"]) or "their words"
+    table = Table(title=f"measured on {told['model']}{at}, {told['queries']} queries, judged by {judges}")
+    for heading in ("benchmark", "figure", "n", "no defense", "this prompt", "difference"):
+        table.add_column(heading, justify="left" if heading in ("benchmark", "figure") else "right")
+    for row in told["figures"]:
+        values = shown(row["without"]), shown(row["value"]), shown(row["difference"], sign=True)
+        table.add_row(row["benchmark"], row["metric"], str(row["n"]), *values)
+    Console().print(table)
+    for name, digest in told["files"].items():
+        print(f"of the run, {name}: SHA-256 {digest}")
+
+
+def card(
+    prompt: Annotated[Path, typer.Argument(help="Folder of a border.")],
+    run: Annotated[Path, typer.Option(help="Folder of a finished davsp eval or davsp demo with this prompt in it.")],
+) -> None:
+    """Put the figures of a run that measured a border on its card and into its configuration."""
+    from davsp.prompts import VisualSafetyPrompt
+
+    if not prompt.is_dir():
+        raise DavspError(f"there is no folder {prompt}; give that of a border.")
+    measured = VisualSafetyPrompt.from_pretrained(prompt).measured(run)
+    measured.save_pretrained(prompt)
+    print(f"{prompt / 'README.md'}: {len(measured.config['measured']['figures'])} figures of {run}")
+
+
+def push(
+    prompt: Annotated[Path, typer.Argument(help="Folder of a border.")],
+    repo: Annotated[str, typer.Argument(help="USER/NAME on the hub; made if it is not there.")],
+    license: Annotated[str | None, typer.Option(help="To publish it under, such as apache-2.0.")] = None,
+    branch: Annotated[str | None, typer.Option(help="To put it on; made if it is not there. Left out: main.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+) -> None:
+    """Publish a border on the Hugging Face hub, with its card; the key is the one of `hf auth login`, or HF_TOKEN."""
+    from davsp.prompts import VisualSafetyPrompt
+
+    loaded = VisualSafetyPrompt.from_pretrained(prompt)
+    if "measured" not in loaded.config:
+        say(f"note: no run has measured it, and its card will say so; davsp card {prompt} --run RUN mends that.")
+    print(loaded.push_to_hub(repo, license=license, revision=branch, private=private or None))
 
 
 def import_published(

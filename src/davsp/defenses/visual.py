@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from hashlib import sha256
 from typing import Any
 
 from davsp.defenses.base import Defense
@@ -35,13 +34,12 @@ class VisualPrompt(Defense):
         return replace(query, image=canvas, question=self.prompt.question(query.question))
 
     def describe(self) -> dict[str, Any]:
-        pixels = self.prompt.delta.detach().cpu().contiguous().numpy().tobytes()
         padding = getattr(self.prompt, "padding", None)
         told = {
             "kind": self.prompt.kind,
             "text": self.prompt.text,
             "padding": padding,
-            "delta": sha256(pixels).hexdigest(),
+            "delta": self.prompt.pixels_sha256(),
         }
         placed = {"separator": self.prompt.separator, "suffix": self.prompt.suffix}
         return told if placed == {"separator": " ", "suffix": ""} else told | placed  # else as in folders from before

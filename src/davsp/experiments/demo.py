@@ -21,7 +21,6 @@ from davsp.experiments.stages import Stages, fitted_vector, records, trained_pro
 from davsp.files import manifest, write_json
 from davsp.lvlm import LVLM
 from davsp.prompts import AdditiveNoise, Prompt, VisualSafetyPrompt
-from davsp.report.cells import find
 from davsp.report.html import write_report
 from davsp.report.terminal import print_table
 from davsp.training import TrainSettings
@@ -126,7 +125,6 @@ def run_demo(
     stages.seconds["evaluate"] = round(sum(r.seconds for answers in found.responses.values() for r in answers), 2)
 
     start = time.perf_counter()
-    _put_figures_on_card(out / "prompt", found, protocol)
     facts = manifest(
         model=model_name(lvlm),
         revision=lvlm.revision,
@@ -143,6 +141,7 @@ def run_demo(
     }
     facts["test"] = {"queries": len(protocol.test), "sha256": queries_hash(protocol.test)}
     write_json(out / "manifest.json", facts)
+    VisualSafetyPrompt.from_pretrained(out / "prompt").measured(out).save_pretrained(out / "prompt")
     page = report.build(
         model_name(lvlm),
         protocol.test,
@@ -159,29 +158,6 @@ def run_demo(
     stages.line("report", str(out / "report.html"), time.perf_counter() - start)
     print_table(console, found.rows, f"{model_name(lvlm)}, {time.perf_counter() - began:.0f} s in all")
     return found
-
-
-def _put_figures_on_card(folder: Path, found: Evaluation, data: "Protocol") -> None:
-    """Save the prompt once more, the same pixels, with what it was measured to do."""
-    prompt = VisualSafetyPrompt.from_pretrained(folder)
-    wanted = [
-        r
-        for r in found.rows
-        if r["defense"] == "davsp" and r["split"] == "total" and r["metric"] in _ON_CARD and r["n"]
-    ]
-    figures = {}
-    for row in wanted:
-        before = find(found.rows, "none", row["benchmark"], "total", row["metric"])
-        was = f" (no defense {before['value']:.3f})" if before and before["value"] is not None else ""
-        figures[f"{row['metric']} {row['benchmark']}"] = (
-            f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]{was}"
-        )
-    prompt.config["figures"] = prompt.config.get("figures", {}) | figures
-    prompt.config["data"] = prompt.config.get("data", {}) | {"test": queries_hash(data.test)}
-    prompt.save_pretrained(folder)
-
-
-_ON_CARD = ("rsr", "accuracy", "over_refusal")
 
 
 def _margins(prompt: Prompt, vector: HarmfulnessVector) -> tuple[float, float]:

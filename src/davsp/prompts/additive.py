@@ -15,10 +15,12 @@ from davsp.prompts.base import (
     Prompt,
     PromptConfig,
     Start,
+    check_files,
     check_range,
     from_picture,
     read_config,
     read_delta,
+    sealed,
     start_values,
 )
 
@@ -82,8 +84,8 @@ class AdditiveNoise(Prompt):
 
         check_range(self.delta, -self.eps - 1e-6, self.eps + 1e-6, "this prompt")
         config = NoiseConfig.model_validate(self.config | {"safety_text": self.text}).model_dump()
-        tensors = {"delta": self.quantised().delta.cpu().contiguous()}
-        write_all(folder, {TENSORS: save(tensors), CONFIG: to_json(config).encode()})
+        contents = {TENSORS: save({"delta": self.quantised().delta.cpu().contiguous()})}
+        write_all(folder, contents | {CONFIG: to_json(sealed(config, contents)).encode()})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "AdditiveNoise":
@@ -97,7 +99,8 @@ class AdditiveNoise(Prompt):
         delta = read_delta(folder / TENSORS, config.canvas)
         half_level = 0.5 / 255 + 1e-6  # rounding to 8 bit may step over eps by that much
         check_range(delta, -config.eps - half_level, config.eps + half_level, str(folder / TENSORS))
-        return cls(delta, config.eps, config.safety_text, config.model_dump())
+        check_files(folder, config.files)
+        return cls(delta, config.eps, config.safety_text, config.model_dump(exclude={"files"}))
 
 
 def fill(picture: Image.Image, size: int) -> Image.Image:

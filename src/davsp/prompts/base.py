@@ -1,6 +1,6 @@
 """What border and noise share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -14,7 +14,8 @@ from torch import Tensor
 
 import davsp
 from davsp.errors import DavspError
-from davsp.files import read_json, read_tensors
+from davsp.files import read_bytes, read_json, read_tensors, sha256_bytes
+from davsp.prompts.measured import Measurement
 
 Config = TypeVar("Config", bound="PromptConfig")
 Start = Literal["grey", "random", "white"]
@@ -24,8 +25,9 @@ P = TypeVar("P", bound="Prompt")
 class PromptConfig(BaseModel):
     """The fields that every saved prompt has; a file with other fields is refused.
 
-    `separator` stands between the safety text and the question; `suffix` follows the question as it is. Both are left out of
-    the file where they are " " and "", so that it is as it was before there was a choice.
+    `separator` stands between the safety text and the question; `suffix` follows the question as it is. `license` is the
+    author's, an identifier as the hub knows it; `measured` is what a run gave (`davsp card`); `files` is the SHA-256 of each file beside
+    this one. Whatever says nothing is left out of the file, so that it is as it was before there was a choice.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -42,10 +44,13 @@ class PromptConfig(BaseModel):
     figures: dict[str, Any] = {}
     data: dict[str, Any] = {}
     davsp_version: str = davsp.__version__
+    license: str | None = None
+    measured: Measurement | None = None
+    files: dict[str, str] = {}
 
     @model_serializer(mode="wrap")
     def _told(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        usual = {"separator": " ", "suffix": ""}
+        usual = {"separator": " ", "suffix": "", "license": None, "measured": None, "files": {}}
         return {name: value for name, value in dump(self).items() if name not in usual or value != usual[name]}
 
 
@@ -125,11 +130,16 @@ class Prompt:
         other = self.with_delta(self.delta)
         other.text = text
         other.config |= {"safety_text": text, "separator": separator, "suffix": suffix}
+        other.config.pop("measured", None)
         return other
 
     def quantised(self: P) -> P:
         """The prompt with delta in 8-bit levels, k/255: what a picture file can hold."""
         return self.with_delta(torch.round(self.delta.detach() * 255) / 255)
+
+    def pixels_sha256(self) -> str:
+        """What tells this prompt's 8-bit pixels from another's: SHA-256 of the float32 tensor as it is saved."""
+        return sha256_bytes(self.quantised().delta.cpu().contiguous().numpy().tobytes())
 
     def check(self, lvlm: Any) -> None:
         """Raises DavspError unless the LVLM sees this prompt's canvas as it is, without resampling it."""
@@ -166,9 +176,37 @@ def read_delta(path: Path, canvas: int) -> Float[Tensor, "3 s s"]:
 def check_range(delta: Float[Tensor, "3 s s"], low: float, high: float, place: str) -> None:
     """Raises DavspError if a value is NaN or outside [low, high]."""
     if not bool(((delta >= low) & (delta <= high)).all()):  # false for NaN as well
+        at = tuple((~((delta >= low) & (delta <= high))).nonzero()[0].tolist())
         raise DavspError(
-            f"{place}: delta holds NaN or values outside [{low:g}, {high:g}]; train or save the prompt anew"
+            f"{place}: delta holds NaN or values outside [{low:g}, {high:g}], the first one {float(delta[at]):g} at "
+            f"{list(at)}; train or save the prompt anew"
         )
+
+
+def sealed(config: dict[str, Any], contents: Mapping[str, bytes]) -> dict[str, Any]:
+    """The configuration with the SHA-256 of each file that is written beside it."""
+    return config | {"files": {name: sha256_bytes(data) for name, data in contents.items()}}
+
+
+def check_files(folder: Path, files: Mapping[str, str], free: Container[str] = ()) -> None:
+    """Compare files with the hashes in a configuration; none is there in folders of older versions.
+
+    Args:
+        folder: of the prompt.
+        files: name -> SHA-256.
+        free: files that may be changed by hand: the card.
+
+    Raises:
+        DavspError: a file is missing or another one, or a name is that of no file in the folder.
+    """
+    for name, wanted in files.items():
+        if Path(name).name != name:
+            raise DavspError(f"{folder}: field 'files' names {name!r}, which is no file of this folder; save anew")
+        if name not in free and sha256_bytes(read_bytes(folder / name)) != wanted:
+            raise DavspError(
+                f"{folder / name} is not the file that was saved: its SHA-256 is not that of field 'files.{name}'; "
+                "restore it, or save the prompt anew"
+            )
 
 
 def to_bytes(canvas: Float[Tensor, "3 h w"]) -> np.ndarray:

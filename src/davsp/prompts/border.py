@@ -1,7 +1,7 @@
 """The visual safety prompt: a trainable border around the untouched picture."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from davsp.errors import DavspError
@@ -17,13 +18,17 @@ from davsp.prompts.base import (
     Prompt,
     PromptConfig,
     Start,
+    check_files,
     check_range,
     from_picture,
     read_config,
     read_delta,
+    sealed,
     start_values,
     to_bytes,
 )
+from davsp.prompts.hub import fetch
+from davsp.prompts.measured import measurement, shown
 
 CONFIG, TENSORS, PICTURE, CARD = "vsp_config.json", "vsp.safetensors", "vsp.png", "README.md"
 
@@ -139,52 +144,93 @@ class VisualSafetyPrompt(Prompt):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `vsp_config.json`, `vsp.safetensors`, `vsp.png` and the card; all or nothing.
 
-        What is saved is the 8-bit border (float32 k/255), so that tensor and picture are the same prompt.
+        What is saved is the 8-bit border (float32 k/255), so that tensor and picture are the same prompt. The picture's PNG
+        text says how wide the border is and which text goes with it: it alone is enough to defend (docs/prompt.md).
 
         Raises:
             DavspError: delta is not in [0, 1], or the folder can't be written.
         """
+        write_all(folder, self._contents())
+
+    def _contents(self, source: str = "this folder or repository") -> dict[str, bytes]:
+        """The files; the configuration last, as it seals the others by their hashes."""
         from safetensors.torch import save
 
         check_range(self.delta, 0, 1, "this prompt")
         at_rest = self.quantised()
-        config = BorderConfig.model_validate(self.config | {"safety_text": self.text}).model_dump()
-        buffer = io.BytesIO()
-        at_rest.border().save(buffer, format="PNG")
-        contents = {
-            TENSORS: save({"delta": at_rest.delta.cpu().contiguous()}),
-            PICTURE: buffer.getvalue(),
-            CARD: card(config).encode(),
-            CONFIG: to_json(config).encode(),
-        }
-        write_all(folder, contents)
+        made = BorderConfig.model_validate(self.config | {"safety_text": self.text})
+        if made.measured and made.measured.pixels != self.pixels_sha256():
+            made.measured = None  # figures of the prompt that this one was trained from
+        config = made.model_dump()
+        buffer, told = io.BytesIO(), PngInfo()
+        for name, value in self._told().items():
+            told.add_itxt(name, value)
+        at_rest.border().save(buffer, format="PNG", pnginfo=told)
+        contents = {TENSORS: save({"delta": at_rest.delta.cpu().contiguous()}), PICTURE: buffer.getvalue()}
+        contents[CARD] = card(sealed(config, contents), source).encode()
+        return contents | {CONFIG: to_json(sealed(config, contents)).encode()}
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload the folder to the hub; `options` go to `upload_folder`. Returns the commit's address."""
-        from tempfile import TemporaryDirectory
+    def _told(self) -> dict[str, str]:
+        """What the picture says of itself, so that it can do without the other files."""
+        texts = {"safety_text": self.text, "separator": self.separator, "suffix": self.suffix}
+        return {"padding": str(self.padding), **texts}
 
-        from huggingface_hub import HfApi
+    def measured(self, run: str | Path) -> "VisualSafetyPrompt":
+        """The same prompt whose configuration and card carry the figures of a run that measured it.
 
-        api = HfApi(token=options.pop("token", None))
-        api.create_repo(repo_id, private=options.pop("private", None), exist_ok=True)
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
+        Raises:
+            DavspError: the run is not finished, or measured another prompt.
+        """
+        told = measurement(run, self.pixels_sha256(), self.text)
+        other = self.with_delta(self.delta)
+        other.config["measured"] = told.model_dump()
+        return other
+
+    def push_to_hub(self, repo_id: str, *, license: str | None = None, token: str | None = None, **options: Any) -> str:
+        """Upload the four files to the hub.
+
+        Args:
+            repo_id: USER/NAME; made if it is not there.
+            license: under which the border is given to others, as the hub knows it ("apache-2.0"); None: that of the
+                configuration.
+            token: None: the one that `hf auth login` left.
+            options: private, revision (a branch; made if it is not there), commit_message.
+
+        Returns:
+            The commit's address. Its hash is what to give as `revision` when loading.
+
+        Raises:
+            DavspError: no licence was named, or the hub refused; nothing was uploaded then.
+        """
+        from davsp.prompts.hub import push
+
+        if (license := license or self.config.get("license")) is None:
+            raise DavspError("the prompt names no licence to publish it under: give license='apache-2.0' or another")
+        named = self.with_delta(self.delta)
+        named.config["license"] = license
+        return push(repo_id, named._contents(repo_id), token, **options)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, revision: str | None = None) -> "VisualSafetyPrompt":
         """Load a prompt from a folder or from the hub.
 
+        Args:
+            source: a folder, or a hub id, behind which "@" and a revision may stand.
+            revision: hub branch, tag or commit. With HF_HUB_OFFLINE=1 what an earlier load left in the cache is used.
+
         Raises:
             DavspError: a file is missing or broken; an unknown field; a tensor of another shape, with NaN or outside
-                [0, 1]; a picture that is not the tensor's.
+                [0, 1]; a picture that is not the tensor's; a file that is not the one that was saved.
         """
-        folder = Path(source) if Path(source).is_dir() else _download(str(source), revision)
+        folder = fetch(source, revision, [CONFIG, TENSORS, PICTURE, CARD])
         config = read_config(folder / CONFIG, BorderConfig)
         delta = read_delta(folder / TENSORS, config.canvas)
         check_range(delta, 0, 1, str(folder / TENSORS))
-        prompt = cls(delta, config.padding, config.safety_text, config.model_dump())
+        prompt = cls(delta, config.padding, config.safety_text, config.model_dump(exclude={"files"}))
+        if config.measured and config.measured.pixels != prompt.pixels_sha256():
+            raise DavspError(f"{folder / CONFIG}: field 'measured.pixels' is of another border; remove 'measured'")
         prompt._check_picture(folder / PICTURE)
+        check_files(folder, config.files, free=[CARD])  # last: what is wrong inside a file says more than its hash
         return prompt
 
     def _check_picture(self, path: Path) -> None:
@@ -195,6 +241,13 @@ class VisualSafetyPrompt(Prompt):
             raise DavspError(f"{path} is {picture.width}x{picture.height}, not {self.canvas}x{self.canvas}; save anew")
         if not torch.equal(from_picture(picture) * self.mask, self.delta):
             raise DavspError(f"{path} shows another border than {path.with_name(TENSORS)}; save the prompt anew")
+        with Image.open(path) as file:
+            said: Mapping[str, str] = getattr(file, "text", {})
+        other = next((name for name, value in self._told().items() if said.get(name, value) != value), None)
+        if other is not None:
+            raise DavspError(
+                f"{path}: its text '{other}' is not that of {path.with_name(CONFIG)}; save the prompt anew"
+            )
 
 
 def border_mask(canvas: int, padding: int) -> Float[Tensor, "1 s s"]:
@@ -214,22 +267,9 @@ def pad_to_square(picture: Image.Image) -> Image.Image:
     return square
 
 
-def card(config: dict[str, Any]) -> str:
-    """The README of a saved prompt, from its configuration."""
+def card(config: dict[str, Any], source: str = "this folder or repository") -> str:
+    """The README of a saved prompt, from its configuration; `source` is where the reader is to load it from."""
     template = (Path(__file__).parent / "card.md.j2").read_text(encoding="utf-8")
-    return (
-        Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-        .from_string(template)
-        .render(config)
-    )
-
-
-def _download(repo_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=[CONFIG, TENSORS, PICTURE, CARD]))
-    except Exception as error:  # the hub client raises many kinds: bad name, not found, no network, no access
-        raise DavspError(
-            f"no prompt at {repo_id}: it is neither a folder nor reachable on the hub ({error})"
-        ) from error
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters["shown"] = shown
+    return environment.from_string(template).render(config, source=source)

@@ -1,11 +1,15 @@
 """Reading a prompt of any kind."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from davsp.errors import DavspError
+from davsp.files import read_json, sha256
 from davsp.prompts import additive, border, published
 from davsp.prompts.additive import AdditiveNoise
 from davsp.prompts.border import VisualSafetyPrompt
+from davsp.prompts.hub import fetch
 from davsp.prompts.published import ExactBorder
 
 
@@ -24,3 +28,20 @@ def load_prompt(source: str | Path) -> VisualSafetyPrompt | AdditiveNoise:
     if (folder / published.TENSORS).exists():
         return ExactBorder.from_pretrained(folder)
     return VisualSafetyPrompt.from_pretrained(source)
+
+
+def saved_files(source: str | Path) -> Iterator[tuple[str, str]]:
+    """The files of a prompt that `load_prompt` took, each with its SHA-256 and whether it is as it was saved.
+
+    The card may have been changed by hand; any other change `load_prompt` refuses. Folders from before hashes were kept have none.
+    """
+    folder = fetch(source, None, [border.CONFIG])
+    config = next(folder / name for name in (border.CONFIG, additive.CONFIG) if (folder / name).exists())
+    files: dict[str, Any] = read_json(config).get("files", {})
+    for name, wanted in files.items():
+        found = sha256(folder / name) if (folder / name).exists() else None
+        yield (
+            name,
+            f"SHA-256 {found}, {'as saved' if found == wanted else 'changed since it was saved'}" if found else "gone",
+        )
+    yield config.name, f"SHA-256 {sha256(config)}{'' if files else '; it keeps no hashes of the others: save anew'}"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from davsp.errors import DavspError
 from davsp.files import read_bytes, sha256, to_json, write_all
-from davsp.prompts.base import read_config, read_delta
+from davsp.prompts.base import check_files, read_config, read_delta, sealed
 from davsp.prompts.border import CONFIG, BorderConfig, VisualSafetyPrompt
 from davsp.prompts.border import TENSORS as CLAMPED
 
@@ -153,8 +153,8 @@ class ExactBorder(VisualSafetyPrompt):
 
         _check_finite(self.delta, "this prompt")
         config = BorderConfig.model_validate(self.config | {"safety_text": self.text}).model_dump()
-        delta = self.delta.detach().cpu().float().contiguous()
-        write_all(folder, {TENSORS: save({"delta": delta}), CONFIG: to_json(config).encode()})
+        contents = {TENSORS: save({"delta": self.delta.detach().cpu().float().contiguous()})}
+        write_all(folder, contents | {CONFIG: to_json(sealed(config, contents)).encode()})
 
     @classmethod
     def from_pretrained(cls, source: str | Path, revision: str | None = None) -> "ExactBorder":
@@ -167,7 +167,8 @@ class ExactBorder(VisualSafetyPrompt):
         config = read_config(folder / CONFIG, BorderConfig)
         delta = read_delta(folder / TENSORS, config.canvas)
         _check_finite(delta, str(folder / TENSORS))
-        return cls(delta, config.padding, config.safety_text, config.model_dump())
+        check_files(folder, config.files)
+        return cls(delta, config.padding, config.safety_text, config.model_dump(exclude={"files"}))
 
 
 def _read(path: Path) -> Float[Tensor, "3 s s"]:

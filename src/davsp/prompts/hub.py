@@ -1,0 +1,66 @@
+"""Prompts on the hub: there and back."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from davsp.errors import DavspError
+
+
+def fetch(source: str | Path, revision: str | None, files: Sequence[str]) -> Path:
+    """The folder of a prompt: as given, or in the hub client's cache.
+
+    Args:
+        source: a folder, or USER/NAME or USER/NAME@REVISION of the hub.
+        revision: hub branch, tag or commit.
+        files: to be fetched; nothing else is.
+
+    Raises:
+        DavspError: a revision of a folder, two revisions, or a hub id that cannot be had (offline: that is not in the cache).
+    """
+    if Path(source).is_dir():
+        if revision is not None:
+            raise DavspError(f"revision {revision!r} is for the hub, and {source} is a folder; leave it out")
+        return Path(source)
+    repo_id, _, behind = str(source).partition("@")
+    if behind and revision not in (None, behind):
+        raise DavspError(f"{source} and revision {revision!r} name two revisions; leave one out")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo_id, revision=revision or behind or None, allow_patterns=list(files)))
+    except Exception as error:  # the hub client raises many kinds: bad name, not found, no network, no access
+        raise DavspError(
+            f"no prompt at {source}: it is neither a folder nor reachable on the hub ({_first_line(error)})"
+        ) from error
+
+
+def push(
+    repo_id: str, contents: Mapping[str, bytes], token: str | None = None, private: bool | None = None,
+    revision: str | None = None, commit_message: str = "Visual safety prompt",
+) -> str:  # fmt: skip
+    """Put files into a repository in one commit; the repository and the branch are made if they are not there.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        DavspError: the hub cannot be reached, or refuses; none of the files is there then.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api: Any = HfApi(token=token)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=data) for name, data in contents.items()]
+        return str(api.create_commit(repo_id, operations, commit_message=commit_message, revision=revision).commit_url)
+    except Exception as error:  # as above
+        raise DavspError(
+            f"{repo_id} cannot be pushed to the hub ({_first_line(error)}); see `hf auth login`"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
