@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AdditiveNoise": "davsp.prompts.additive",
     "DavspError": "davsp.errors",
+    "DefendedModel": "davsp.defended",
     "HarmfulnessVector": "davsp.vector",
     "LVLM": "davsp.lvlm",
     "Query": "davsp.query",
@@ -25,6 +26,7 @@ __all__ = [
     "LVLM",
     "AdditiveNoise",
     "DavspError",
+    "DefendedModel",
     "HarmfulnessVector",
     "Query",
     "Response",

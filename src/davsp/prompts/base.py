@@ -50,7 +50,7 @@ class PromptConfig(BaseModel):
 
     @model_serializer(mode="wrap")
     def _told(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        usual = {"separator": " ", "suffix": "", "license": None, "measured": None, "files": {}}
+        usual: dict[str, Any] = {"separator": " ", "suffix": "", "license": None, "measured": None, "files": {}}
         return {name: value for name, value in dump(self).items() if name not in usual or value != usual[name]}
 
 
