@@ -168,8 +168,8 @@ def test_worst_case_and_names() -> None:
     labels = ("safe", "unsafe", "unscored")
     assert [rates(label)["rsr_worst_case"] for label in labels] == [1.0, 0.0, 0.0]
     assert [rates(label)["unscored"] for label in labels] == [0.0, 0.0, 1.0]
-    assert slug("davsp/1:org/model-v1.5") == "davsp-1-org-model-v1.5"
-    assert slug("davsp/1:../../x") == "davsp-1-..-..-x"
+    assert slug("davsp/1:org/model-v1.5") == "davsp-1-org--model-v1.5" != slug("davsp/1:org-model-v1.5")
+    assert slug("davsp/1:../../x") == "davsp-1-..--..--x"
 
 
 def test_a_folder_that_is_not_there_is_not_made(data: Path, server: Judge, tmp_path: Path, capsys) -> None:

@@ -130,13 +130,13 @@ def evaluate(
     for name in judge or []:
         if judges.GRADER_OF.get(name, "") not in {"", *sets}:
             raise DavspError(f"--judge {name} grades {judges.GRADER_OF[name]}, which no --benchmark names.")
-    named, graders = judges.sorted_out(judge or [], how)
+    test, notes = asked(benchmark or [], split, queries, model, limit, seed, skip_broken, rebuild, types or [])
+    named, graders = judges.sorted_out(judge or [], how)  # makes the cache, so a refused test set leaves nothing
     direction = HarmfulnessVector.load(vector) if vector else None
     defenses = rows(
         defense or [], prompt, text, own=not (queries or benchmark), mini=is_embedded(served[0] if served else model),
         vector=direction,
     )  # fmt: skip
-    test, notes = asked(benchmark or [], split, queries, model, limit, seed, skip_broken, rebuild, types or [])
     judges.fit(named, test)
     if benchmark:
         test = apart(test)

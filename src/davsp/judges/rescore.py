@@ -94,8 +94,9 @@ def _check_mode(mode: str, judge: Judge | None, graders: Mapping[str, Grader]) -
 
 
 def slug(judge: str) -> str:
-    """A judge's name as a file name: `davsp/1:org/model` -> `davsp-1-org-model`."""
-    return re.sub(r"[^\w.+-]+", "-", judge).strip("-.")
+    """A judge's name as a file name: `davsp/1:org/model` -> `davsp-1-org--model`, which `org-model` is not."""
+    name, _, model = judge.partition(":")
+    return re.sub(r"[^\w.+-]+", "-", f"{name}:{model.replace('/', '--')}").strip("-.")
 
 
 def _responses(run: Path) -> dict[str, list[Response]]:
