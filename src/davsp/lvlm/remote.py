@@ -112,7 +112,7 @@ class RemoteLVLM(LVLM):
         def body(key: str, unread: int) -> dict[str, Any]:
             return bodies[key]
 
-        self.client.ask("chat/completions", {key: partial(body, key) for key in bodies}, _read, keep)
+        self.client.ask("chat/completions", {key: partial(body, key) for key in bodies}, read_answer, keep)
         return [answers[key] for key in bodies]
 
     def states(self, *_: Any, **__: Any) -> NoReturn:
@@ -147,7 +147,7 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _read(body: Any) -> Answer | Failure:
+def read_answer(body: Any) -> Answer | Failure:
     """The answer in a reply: ended by the model, or cut at the length that was asked for."""
     try:
         choice = body["choices"][0]

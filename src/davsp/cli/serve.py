@@ -1,0 +1,138 @@
+"""`davsp serve` and `davsp serve-model`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from davsp.cli.defenses import GRAMMAR, rows
+from davsp.cli.inputs import is_embedded, load_lvlm, say
+from davsp.cli.options import Canvas, Device, Dtype, Model, Quantization, Revision
+from davsp.errors import DavspError
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+    from davsp.defenses import Defense
+
+Host = Annotated[str, typer.Option(help="Address to listen at; another than this machine's own needs --token-env.")]
+TokenEnv = Annotated[
+    str | None, typer.Option(help="Environment variable with the token that clients must bring; left out: none.")
+]
+MaxPixels = Annotated[
+    int | None, typer.Option(help="Pixels of the smallest square that holds a picture; left out: 36 million.")
+]
+
+
+def serve(
+    upstream: Annotated[str, typer.Option(help="The OpenAI-compatible server that answers, http://HOST:PORT/v1.")],
+    prompt: Annotated[Path | None, typer.Option(help="Folder or hub id of a prompt; or --defense.")] = None,
+    defense: Annotated[str | None, typer.Option(help=f"Another defense, as of davsp eval: {GRAMMAR}")] = None,
+    text: Annotated[str | None, typer.Option(help="Text of --defense safety-text.")] = None,
+    canvas: Annotated[
+        int | None, typer.Option(help="Side in pixels at which its model sees a picture without resampling.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model as the upstream calls it; left out: the first it lists.")
+    ] = None,
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at.")] = 8100,
+    token_env: TokenEnv = None,
+    api_key_env: Annotated[
+        str | None,
+        typer.Option(help="Environment variable with the upstream's key; left out: the client's own is passed on."),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="HOST or HOST:PORT from which pictures are fetched by https; repeatable.")
+    ] = None,
+    image_free: Annotated[
+        str, typer.Option(help="A request without a picture: defend (the text alone) or pass (as it is).")
+    ] = "defend",
+    plain_names: Annotated[
+        bool,
+        typer.Option("--plain-names", help="Take the upstream's own model names, without the defense's hash, too."),
+    ] = False,
+    probe: Annotated[bool, typer.Option(help="Look at the upstream first, with a picture of noise.")] = True,
+    max_body: Annotated[int | None, typer.Option(help="Bytes of a request; left out: 32 MiB.")] = None,
+    max_images: Annotated[int | None, typer.Option(help="Pictures of a request; left out: 8.")] = None,
+    max_picture_bytes: Annotated[int | None, typer.Option(help="Bytes of a picture; left out: 16 MiB.")] = None,
+    max_pixels: MaxPixels = None,
+    concurrency: Annotated[int | None, typer.Option(help="Requests under way at once; left out: 128.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Pictures defended at once; left out: one a core.")] = None,
+    upstream_timeout: Annotated[float | None, typer.Option(help="Longest silence of the upstream in seconds.")] = None,
+) -> None:
+    """Put a defense before a server: an OpenAI-compatible proxy that defends every picture and question (docs/serve.md)."""
+    _needs_extra()
+    import asyncio
+
+    from davsp.lvlm.remote import RemoteLVLM
+    from davsp.serve.app import Proxy
+    from davsp.serve.probe import probe as look
+    from davsp.serve.settings import ServeSettings
+
+    settings = ServeSettings.of(
+        upstream=upstream, canvas=canvas, host=host, port=port, token_env=token_env, api_key_env=api_key_env,
+        allow_hosts=tuple(allow_host or ()), image_free=image_free, plain_names=plain_names, max_body=max_body,
+        max_images=max_images, max_picture_bytes=max_picture_bytes, max_pixels=max_pixels, concurrency=concurrency,
+        threads=threads, upstream_timeout=upstream_timeout,
+    )  # fmt: skip
+    chosen = _defense(prompt, defense, text, model)
+    chosen.check(RemoteLVLM(model or "the upstream's model", upstream, api_key_env, canvas=canvas))
+    proxy = Proxy(chosen, settings)
+    for line in asyncio.run(look(settings, model)) if probe else ():
+        say(line)
+    say(f"{chosen.name}, {proxy.hash[:12]}: models are called NAME{proxy.suffix}")
+    _run(proxy.app, host, port)
+
+
+def serve_model(
+    model: Model = None,
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
+    token_env: TokenEnv = None,
+    max_pixels: MaxPixels = None,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    quantization: Quantization = None,
+    canvas: Canvas = None,
+) -> None:
+    """Serve a model by OpenAI's protocol, one question at a time: to try davsp serve and davsp eval --engine openai on."""
+    _needs_extra()
+    from davsp.lvlm import model_name
+    from davsp.serve.model import model_app
+    from davsp.serve.settings import ServeSettings
+
+    settings = ServeSettings.of(upstream="", host=host, port=port, token_env=token_env, max_pixels=max_pixels)
+    lvlm = load_lvlm(model, revision, device, dtype, quantization, canvas)
+    name = model_name(lvlm)
+    say(f"serving {name}, whose canvas is {lvlm.canvas}x{lvlm.canvas} pixels")
+    _run(model_app(lvlm, name, settings), host, port)
+
+
+def _defense(prompt: Path | None, spec: str | None, text: str | None, model: str | None) -> "Defense":
+    """The one defense that the options name."""
+    from davsp.defenses import NoDefense, load_defense
+
+    if (prompt is None) == (spec is None):
+        raise DavspError("give either --prompt or --defense: the one defense that is put before the upstream.")
+    mini = model is not None and is_embedded(model)
+    found = load_defense(prompt) if prompt else next(iter(rows([spec or ""], None, text, own=mini, mini=mini).values()))
+    if isinstance(found, NoDefense):
+        raise DavspError("--defense none would send everything on undefended; ask the upstream itself.")
+    return found
+
+
+def _needs_extra() -> None:
+    from importlib.util import find_spec
+
+    if missing := [name for name in ("starlette", "uvicorn", "prometheus_client") if find_spec(name) is None]:
+        raise DavspError(f"{missing[0]} is not installed: pip install 'davsp[serve]'.")
+
+
+def _run(app: "Starlette", host: str, port: int) -> None:
+    """Until Ctrl-C. No access log, as a query string could hold a text."""
+    import uvicorn
+
+    say(f"listening at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
+    uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False, server_header=False, lifespan="on")

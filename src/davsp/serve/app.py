@@ -1,0 +1,255 @@
+"""The proxy itself: who may ask, what is read, defended and sent on, and how it ends."""
+
+import asyncio
+import json
+import logging
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from hashlib import sha256
+from typing import Any
+
+import httpx2
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from davsp.defenses import Defense
+from davsp.errors import DavspError
+from davsp.files import to_json
+from davsp.serve import calls, errors, messages
+from davsp.serve.errors import Refusal, bad
+from davsp.serve.fetch import Fetcher
+from davsp.serve.guard import admit, read_json
+from davsp.serve.metrics import Metrics
+from davsp.serve.pictures import decode, from_data_url, to_data_url
+from davsp.serve.replies import reply
+from davsp.serve.settings import ServeSettings
+from davsp.serve.upstream import Upstream
+
+HASH = "x-davsp-prompt"
+GONE = 499  # the client hung up; as nginx counts it
+log = logging.getLogger("davsp.serve")
+
+
+def defense_hash(defense: Defense) -> str:
+    """sha256 of all that decides what the model is shown: pixels, texts, and how they are put together."""
+    return sha256(to_json(defense.describe()).encode()).hexdigest()
+
+
+class Proxy:
+    """One defense before one upstream.
+
+    Attributes:
+        app: for an ASGI server.
+        suffix: what the names of the upstream's models carry, so that no cache mixes two defenses.
+    """
+
+    def __init__(
+        self,
+        defense: Defense,
+        settings: ServeSettings,
+        transport: httpx2.AsyncBaseTransport | None = None,
+        fetcher: Fetcher | None = None,
+    ) -> None:
+        self.defense, self.settings = defense, settings
+        self.hash = defense_hash(defense)
+        self.suffix = f"+davsp-{self.hash[:12]}"
+        self.once = calls.asks_once(defense)
+        self.token = settings.token
+        self.metrics, self.under_way = Metrics(), 0
+        self.upstream = Upstream(settings, transport)
+        self.fetch = fetcher or Fetcher(settings.allow_hosts, settings.max_picture_bytes, settings.fetch_timeout)
+        self.painters = ThreadPoolExecutor(settings.threads, "davsp-defense")
+        self.callers = ThreadPoolExecutor(settings.concurrency, "davsp-calls")
+        routes = [
+            Route("/v1/chat/completions", _Endpoint(self.chat), methods=["POST"]),
+            Route("/v1/models", self._route(self._models)),
+            Route("/v1/models/{name:path}", self._route(self._models)),
+            Route("/metrics", self._route(self._page)),
+            Route("/health", lambda request: JSONResponse({"status": "ok"})),
+        ]
+        self.app = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers={404: _missing, 405: _missing})
+
+    @asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        yield
+        await self.upstream.http.aclose()
+        await self.fetch.http.aclose()
+        self.painters.shutdown(wait=False, cancel_futures=True)
+        self.callers.shutdown(wait=False, cancel_futures=True)
+
+    # -- a chat request --------------------------------------------------------------------------------------------
+
+    async def chat(self, scope: Any, receive: Any, send: Any) -> None:
+        """`POST /v1/chat/completions`, from its head to the last byte of the reply."""
+        request, status = Request(scope, receive), str(GONE)
+        self.metrics.under_way.inc()
+        self.under_way += 1
+        try:
+            response = await self._shaped(request, self._answer)
+            status = str(response.status_code)
+            await response(scope, receive, send)
+        except ClientDisconnect:
+            pass
+        finally:
+            self.under_way -= 1
+            self.metrics.under_way.dec()
+            self.metrics.requests.labels(status).inc()
+
+    async def _answer(self, request: Request) -> Response:
+        if self.under_way > self.settings.concurrency:
+            raise Refusal(429, "the proxy is busy; ask again.", "busy")
+        body = await read_json(request, self.settings)
+        return await _unless_gone(request, self._answered(request, body))
+
+    async def _answered(self, request: Request, body: Any) -> Response:
+        start = time.perf_counter()
+        asked = messages.check(body)
+        messages.refuse_markdown(body)
+        body["model"] = self._plain(body.get("model"))
+        urls = messages.picture_urls(asked)
+        if len(urls) > self.settings.max_images:
+            raise bad(f"messages holds {len(urls)} pictures, at most {self.settings.max_images}.", "too_many_pictures")
+        files = await asyncio.gather(*map(self._file, urls))
+        idle = not urls and self.settings.image_free == "pass"
+        if not self.once and not idle:
+            return await self._called(request, body, files)
+        sent = await self._in_thread(self.painters, self._sent, body, files, idle)
+        self.metrics.pictures.inc(len(urls))
+        self.metrics.defense.observe(time.perf_counter() - start)
+        start = time.perf_counter()
+        response = await self.upstream.forward(request, sent)
+        self.metrics.upstream.observe(time.perf_counter() - start)
+        return response
+
+    async def _file(self, url: str) -> bytes:
+        if url[:5].lower() == "data:":
+            return from_data_url(url, self.settings.max_picture_bytes)
+        return await self.fetch(url)
+
+    def _sent(self, body: dict[str, Any], files: list[bytes], idle: bool) -> bytes:
+        """The defended body; runs in a thread, where Pillow and zlib leave the interpreter free."""
+        pictures = [decode(file, self.settings) for file in files]
+        found = body["messages"] if idle else messages.defended(self.defense, body["messages"], pictures, to_data_url)
+        try:
+            return json.dumps(body | {"messages": found}, allow_nan=False).encode()
+        except ValueError as error:
+            raise bad("the body holds a number that JSON has no word for.") from error
+
+    async def _called(self, request: Request, body: dict[str, Any], files: list[bytes]) -> Response:
+        """The answer of a defense that asks more than once."""
+        before, question = calls.split(body)
+        longest = calls.longest(body, self.settings.max_new_tokens)
+        picture = (await self._in_thread(self.painters, decode, files[0], self.settings)) if files else None
+
+        async def post(sent: dict[str, Any]) -> tuple[int, Any]:
+            status, found, _ = await self.upstream.asked("POST", "/chat/completions", request.headers, sent)
+            return status, found
+
+        lvlm = calls.Asked(body, before, self.settings.upstream, self.settings.canvas, post)
+        try:
+            said = await self._in_thread(self.callers, calls.answer, self.defense, lvlm, question, picture, longest)
+        finally:
+            lvlm.stopped = True  # whoever hung up is not asked for again
+        self.metrics.pictures.inc(len(files))
+        return reply(said, body | {"model": body["model"] + self.suffix})
+
+    async def _in_thread(self, pool: ThreadPoolExecutor, work: Callable[..., Any], *given: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(pool, work, *given)
+
+    def _plain(self, name: Any) -> str:
+        """The upstream's own name of a model."""
+        if not isinstance(name, str) or not name:
+            raise bad("model must be a text.", param="model")
+        plain = name.removesuffix(self.suffix)
+        if plain != name or (self.settings.plain_names and not re.search(r"\+davsp-[0-9a-f]{12}$", name)):
+            return plain
+        mend = re.sub(r"\+davsp-[0-9a-f]{12}$", "", name) + self.suffix
+        raise Refusal(
+            404, f"model {name!r} is not served; under this defense it is {mend!r}.", "model_not_found", "model"
+        )
+
+    # -- the rest --------------------------------------------------------------------------------------------------
+
+    async def _models(self, request: Request) -> Response:
+        status, found, _ = await self.upstream.asked("GET", "/models", request.headers)
+        if status != 200 or not isinstance(found, dict) or not isinstance(found.get("data"), list):
+            raise Refusal(502, f"the upstream answered {status} without a list of models.", "upstream_error")
+        known = [model for model in found["data"] if isinstance(model, dict) and isinstance(model.get("id"), str)]
+        listed = [model | {"id": model["id"] + self.suffix} for model in known]
+        name = request.path_params.get("name")
+        if name is None:
+            return JSONResponse(found | {"data": listed})
+        for model in listed:
+            if model["id"] == name:
+                return JSONResponse(model)
+        raise Refusal(404, f"model {name!r} is not served.", "model_not_found", "model")
+
+    async def _page(self, request: Request) -> Response:
+        return Response(self.metrics.page(), media_type="text/plain; version=0.0.4")
+
+    def _route(self, handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            return await self._shaped(request, handler)
+
+        return endpoint
+
+    async def _shaped(self, request: Request, handler: Callable[[Request], Awaitable[Response]]) -> Response:
+        """The handler's response, or why there is none; with the hash in its head."""
+        try:
+            admit(request, self.token, self.settings.loopback)
+            found = await handler(request)
+        except (Refusal, DavspError) as error:
+            refusal = error if isinstance(error, Refusal) else Refusal(500, str(error), "defense")
+            self.metrics.refused.labels(refusal.code).inc()
+            found = errors.response(refusal)
+        except (ClientDisconnect, asyncio.CancelledError):
+            raise
+        except Exception as error:  # its message could hold what the client sent, so the log gets its place alone
+            last = error.__traceback__
+            while last and last.tb_next:
+                last = last.tb_next
+            where = f"{last.tb_frame.f_code.co_filename}:{last.tb_lineno}" if last else "?"
+            log.error("%s at %s", type(error).__name__, where)
+            self.metrics.refused.labels("internal").inc()
+            found = errors.response(Refusal(500, "the proxy failed; nothing more was sent on.", "internal"))
+        found.headers[HASH] = self.hash
+        return found
+
+
+class _Endpoint:
+    """An ASGI app to Starlette, which would take a method for a function of a request."""
+
+    def __init__(self, app: Callable[[Any, Any, Any], Awaitable[None]]) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.app(scope, receive, send)
+
+
+async def _unless_gone(request: Request, work: Any) -> Response:
+    """The work's result; when the client hangs up, the work is stopped, and with it the request to the upstream."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        watch.cancel()
+        task.cancel()
+        await asyncio.gather(watch, task, return_exceptions=True)
+
+
+async def _missing(request: Request, error: Exception) -> Response:
+    said = f"{request.method} {request.url.path} is not served: it would reach the model undefended."
+    return errors.response(Refusal(getattr(error, "status_code", 404), said, "not_served"))

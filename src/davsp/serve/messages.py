@@ -1,0 +1,171 @@
+"""The defense at a conversation: every picture of every message, and the text of every question.
+
+Each message of the user is defended as a query of its own, so it looks the same in every turn, and servers can keep what they
+computed of it. Only roles, parts and fields that are known to hold no other picture pass.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from davsp.defenses import Defense
+from davsp.query import Query
+from davsp.serve.errors import Refusal, bad
+
+Send = Callable[[Image.Image], str]
+ROLES = ("assistant", "developer", "function", "system", "tool", "user")
+PARTS = {"text": {"type", "text"}, "refusal": {"type", "refusal"}, "image_url": {"type", "image_url"}}
+FIELDS = {  # of a message, as OpenAI and the servers in docs/serve.md know them; others could hold a picture (Ollama's `images`)
+    "role", "content", "name", "refusal", "tool_calls", "tool_call_id", "function_call", "reasoning", "reasoning_content",
+    "annotations", "audio",
+}  # fmt: skip
+REFUSED = {  # of a request: each could change how the server reads the pictures or the question, or hold a picture
+    "chat_template", "mm_processor_kwargs", "media_io_kwargs", "multi_modal_data", "images", "image_data", "image_url",
+    "prompt", "prompt_embeds", "continue_final_message", "add_generation_prompt",
+}  # fmt: skip
+_MARKDOWN = re.compile(r"!\[\]\(\s*(data:|https?:)", re.IGNORECASE)  # TGI takes a picture from the text by it
+
+
+def check(body: Any) -> list[dict[str, Any]]:
+    """The messages of a request.
+
+    Raises:
+        Refusal: a field, role or part that is not known to leave pictures alone, or no question of a user.
+    """
+    if not isinstance(body, dict):
+        raise bad("the body must be a JSON object.")
+    for field in REFUSED & body.keys():
+        raise bad(f"{field} would change what the model sees of picture or question; leave it out.", "field", field)
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise bad("messages must be a list of objects.", param="messages")
+    for at, message in enumerate(messages):
+        _check_message(message, f"messages[{at}]")
+    if not any(message["role"] == "user" for message in messages):
+        raise bad("messages holds none of role user, so there is nothing to defend.", param="messages")
+    return messages
+
+
+def _check_message(message: dict[str, Any], where: str) -> None:
+    if message.get("role") not in ROLES:
+        raise bad(f"{where}.role must be one of {', '.join(ROLES)}.", param=f"{where}.role")
+    if unknown := message.keys() - FIELDS:
+        raise bad(f"{where} has an unknown field {min(unknown)!r}; leave it out.", "field", where)
+    content = message.get("content")
+    if isinstance(content, str) or (content is None and message["role"] != "user"):
+        return
+    if not isinstance(content, list):
+        raise bad(f"{where}.content must be a text or a list of parts.", param=f"{where}.content")
+    for number, part in enumerate(content):
+        _check_part(part, f"{where}.content[{number}]")
+
+
+def _check_part(part: Any, where: str) -> None:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(kind, str) or kind not in PARTS:
+        raise bad(f"{where} must be of type text or image_url; no other can be defended.", "part", where)
+    if unknown := part.keys() - PARTS[kind]:
+        raise bad(f"{where} has an unknown field {min(unknown)!r}; leave it out.", "field", where)
+    value = part.get(kind)
+    if kind == "image_url":
+        if not isinstance(value, dict) or not isinstance(value.get("url"), str) or value.keys() - {"url", "detail"}:
+            raise bad(f"{where}.image_url must hold a url, and at most a detail besides.", "image_url", where)
+    elif not isinstance(value, str):
+        raise bad(f"{where}.{kind} must be a text.", param=where)
+
+
+def picture_urls(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of all messages, in their order."""
+    return [
+        part["image_url"]["url"]
+        for message in messages
+        if isinstance(message.get("content"), list)
+        for part in message["content"]
+        if part["type"] == "image_url"
+    ]
+
+
+def refuse_markdown(value: Any) -> None:
+    """Raises Refusal if a text anywhere in it holds a picture as markdown, which TGI would fetch or decode, undefended."""
+    if isinstance(value, str):
+        if "![](" in value and _MARKDOWN.search(value):
+            raise bad("a text holds a picture as ![](…); send it as image_url.", "markdown_picture")
+    elif isinstance(value, dict):
+        for inner in value.values():
+            refuse_markdown(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            refuse_markdown(inner)
+
+
+def defended(
+    defense: Defense,
+    messages: Sequence[Mapping[str, Any]],
+    pictures: Sequence[Image.Image],
+    send: Send,
+    text: bool = True,
+) -> list[dict[str, Any]]:
+    """The messages as the model is to see them; the given ones are left as they are.
+
+    Args:
+        defense: one that only changes the input.
+        messages: checked.
+        pictures: those of `picture_urls`, read.
+        send: a finished picture -> its address in the message.
+        text: whether the questions of users get the defense's text.
+
+    Raises:
+        Refusal: 500 if the defense takes a picture away; 400 if it wants another text for each picture of one message.
+        DavspError: the defense can't be applied.
+    """
+    left = iter(pictures)
+    return [_message(defense, message, left, send, text) for message in messages]
+
+
+def _message(
+    defense: Defense, message: Mapping[str, Any], left: Iterator[Image.Image], send: Send, text: bool
+) -> dict[str, Any]:
+    content = message.get("content")
+    asks = text and message["role"] == "user"
+    if isinstance(content, str):
+        return {**message, "content": _prepared(defense, content, [])[0]} if asks else dict(message)
+    parts = [dict(part) for part in content or []]
+    shown = [part for part in parts if part["type"] == "image_url"]
+    said = [part for part in parts if part["type"] == "text"]
+    if not shown and not asks:
+        return dict(message)
+    question = "\n".join(part["text"] for part in said)  # as servers join them
+    prepared, images = _prepared(defense, question, [next(left) for _ in shown])
+    for part, image in zip(shown, images, strict=True):
+        part["image_url"] = {**part["image_url"], "url": send(image)}
+    if asks and said:
+        _place(said, question, prepared)
+    elif asks and prepared:
+        parts.append({"type": "text", "text": prepared})
+    return {**message, "content": parts}
+
+
+def _prepared(defense: Defense, question: str, pictures: list[Image.Image]) -> tuple[str, list[Image.Image]]:
+    shown: Sequence[Image.Image | None] = pictures or [None]
+    queries = [Query("", question, "benign", "", image=picture) for picture in shown]
+    prepared = defense.prepare(queries)
+    if len({query.question for query in prepared}) != 1:
+        raise bad(f"{defense.name} puts another text at each picture; send one picture a message.", "several_pictures")
+    images = [image for query in prepared if isinstance(image := query.image, Image.Image)]
+    if len(images) != len(pictures):
+        raise Refusal(500, f"{defense.name} left a picture out, so nothing was sent on.", "defense")
+    return prepared[0].question, images
+
+
+def _place(parts: list[dict[str, Any]], question: str, prepared: str) -> None:
+    """Put what the defense wrote before and after the question at the first and the last of its parts, which may lie between pictures."""
+    if len(parts) == 1:
+        parts[0]["text"] = prepared
+        return
+    before, found, after = prepared.partition(question)
+    if not found:
+        raise bad("the defense changes the question itself; send one text a message.", "several_texts")
+    parts[0]["text"] = before + parts[0]["text"]
+    parts[-1]["text"] += after

@@ -1,0 +1,106 @@
+"""`davsp serve-model`: one loaded model behind OpenAI's protocol, to try the proxy on. One question at a time, greedily.
+
+It answers exactly as `davsp eval` does here, and takes no more than that: one user message, at most one picture.
+"""
+
+import asyncio
+import json
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from typing import Any
+
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from davsp.errors import DavspError
+from davsp.lvlm import LVLM
+from davsp.prompts.base import to_bytes
+from davsp.serve import calls, errors, messages
+from davsp.serve.errors import Refusal, bad
+from davsp.serve.guard import admit, read_json
+from davsp.serve.pictures import decode, from_data_url
+from davsp.serve.replies import Said, reply
+from davsp.serve.settings import ServeSettings
+
+PIXELS = "x-davsp-pixels"
+"""Header of every reply to a picture: sha256 of the 8-bit RGB pixels that the model saw, after the server's own resizing."""
+FIELDS = calls.FIELDS | {"repetition_penalty"}
+
+
+def model_app(lvlm: LVLM, name: str, settings: ServeSettings) -> Starlette:
+    """An ASGI app that serves the model under a name. Of the settings, limits, token and host count."""
+    thread, token = ThreadPoolExecutor(1), settings.token
+
+    async def chat(request: Request) -> Response:
+        body = await read_json(request, settings)
+        question, file = _asked(body, name, settings)
+        longest = calls.longest(body, 48)
+        said, seen = await asyncio.get_running_loop().run_in_executor(
+            thread, _answer, lvlm, question, file, longest, settings
+        )
+        response = reply(said, body)
+        if seen:
+            response.headers[PIXELS] = seen
+        return response
+
+    async def models(request: Request) -> Response:
+        return JSONResponse(
+            {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "davsp"}]}
+        )
+
+    def shaped(handler: Any) -> Any:
+        async def endpoint(request: Request) -> Response:
+            try:
+                admit(request, token, settings.loopback)
+                return await handler(request)
+            except Refusal as refusal:
+                return errors.response(refusal)
+            except DavspError as error:
+                return errors.response(bad(str(error)))
+
+        return endpoint
+
+    routes = [
+        Route("/v1/chat/completions", shaped(chat), methods=["POST"]),
+        Route("/v1/models", shaped(models)),
+        Route("/health", lambda request: JSONResponse({"status": "ok"})),
+    ]
+    return Starlette(routes=routes)
+
+
+def _asked(body: Any, name: str, settings: ServeSettings) -> tuple[str, bytes | None]:
+    asked = messages.check(body)
+    if body.get("model") != name:
+        raise Refusal(404, f"model {body.get('model')!r} is not served; it is {name!r}.", "model_not_found", "model")
+    for field in sorted(body.keys() - FIELDS):
+        raise bad(f"{field} is not known to this server; leave it out.", "field", field)
+    for field, known in (calls.GREEDY | {"top_p": (1,), "repetition_penalty": (1,)}).items():
+        if body.get(field) is not None and body[field] not in known:
+            raise bad(f"{field} must be {known[0]} or left out: answers are greedy.", "field", field)
+    if len(asked) != 1:
+        raise bad("messages must hold one message of role user and no other.", param="messages")
+    urls, content = messages.picture_urls(asked), asked[0]["content"]
+    if len(urls) > 1:
+        raise bad("the model takes one picture.", "several_pictures", "messages")
+    texts = [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
+    return "\n".join(texts), from_data_url(urls[0], settings.max_picture_bytes) if urls else None
+
+
+def _answer(
+    lvlm: LVLM, question: str, file: bytes | None, longest: int, settings: ServeSettings
+) -> tuple[Said, str | None]:
+    canvas = None if file is None else lvlm.preprocess([decode(file, settings)])
+    (found,) = lvlm.ask(canvas, [question], longest)
+    tokens = len(lvlm.tokenizer(found.text, add_special_tokens=False)["input_ids"])
+    given = found.prompt_tokens or 0
+    usage = {"prompt_tokens": given, "completion_tokens": tokens, "total_tokens": given + tokens}
+    seen = None if canvas is None else pixels_hash(Image.fromarray(to_bytes(canvas[0])))
+    return Said(found.text, "length" if tokens >= longest else "stop", usage), seen
+
+
+def pixels_hash(picture: Image.Image) -> str:
+    """sha256 of a picture's RGB pixels and size."""
+    return sha256(json.dumps(picture.size).encode() + picture.convert("RGB").tobytes()).hexdigest()

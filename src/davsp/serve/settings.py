@@ -1,0 +1,94 @@
+"""The proxy's settings."""
+
+import ipaddress
+import os
+from typing import Any, Literal
+
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from davsp import keys
+from davsp.errors import DavspError
+
+MIB = 2**20
+
+
+class ServeSettings(BaseModel):
+    """What `davsp serve` is told; an unknown field is refused.
+
+    Attributes:
+        upstream: the server's address, up to and with `/v1`.
+        canvas: side in pixels at which the upstream's model sees a picture without resampling; visual prompts need it.
+        api_key_env: environment variable with the upstream's key.
+        token_env: environment variable with the token that clients must bring.
+        allow_hosts: HOST or HOST:PORT from which pictures may be fetched, by https; none by default.
+        image_free: a request without any picture: `defend` puts the defense's text at its questions, `pass` leaves it alone.
+        plain_names: take the upstream's own model names besides those that carry the defense's hash.
+        max_body: bytes of a request.
+        max_images: pictures of a request, over all messages.
+        max_picture_bytes: of one picture as a file.
+        max_pixels: of the smallest square that holds the picture, as that is what a border pads it to.
+        max_aspect: longer side over shorter one.
+        concurrency: requests under way; one more gets a 429.
+        threads: pictures that are decoded and defended at a time.
+        body_timeout, fetch_timeout, connect_timeout, upstream_timeout: seconds; the last one is the longest silence.
+        max_new_tokens: of defenses that ask more than once, where the client says nothing.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    upstream: str
+    canvas: int | None = Field(None, ge=1)
+    host: str = "127.0.0.1"
+    port: int = Field(8100, ge=0, le=65535)
+    api_key_env: str | None = None
+    token_env: str | None = None
+    allow_hosts: tuple[str, ...] = ()
+    image_free: Literal["defend", "pass"] = "defend"
+    plain_names: bool = False
+    max_body: int = Field(32 * MIB, ge=1)
+    max_images: int = Field(8, ge=0)
+    max_picture_bytes: int = Field(16 * MIB, ge=1)
+    max_pixels: int = Field(36_000_000, ge=1, le=Image.MAX_IMAGE_PIXELS or 0)
+    max_aspect: float = Field(50, ge=1)
+    concurrency: int = Field(128, ge=1)
+    threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
+    body_timeout: float = Field(30, gt=0)
+    fetch_timeout: float = Field(10, gt=0)
+    connect_timeout: float = Field(10, gt=0)
+    upstream_timeout: float = Field(600, gt=0)
+    max_new_tokens: int = Field(1024, ge=1)
+
+    @classmethod
+    def of(cls, **values: Any) -> "ServeSettings":
+        """The settings; those that are None are left at their defaults.
+
+        Raises:
+            DavspError: a value is wrong; a key or token is missing; an address beyond loopback without a token.
+        """
+        try:
+            made = cls(**{name: value for name, value in values.items() if value is not None})
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"])).replace("_", "-")
+            raise DavspError(f"--{name}: {first['msg'].lower()}; correct it.") from error
+        keys.read(made.api_key_env, "upstream")
+        if made.token is None and not made.loopback:
+            raise DavspError(
+                f"--host {made.host} can be reached from elsewhere; give --token-env, the environment variable with the "
+                "token that clients must bring, or stay at 127.0.0.1."
+            )
+        return made
+
+    @property
+    def token(self) -> str | None:
+        """What clients must bring; None: nothing."""
+        return keys.read(self.token_env, "proxy")
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine reaches `host`."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"

@@ -1,0 +1,123 @@
+"""The server behind: what goes to it, and what comes back as its own bytes."""
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import httpx2
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from davsp import keys
+from davsp.serve.errors import Refusal, body
+from davsp.serve.settings import ServeSettings
+
+HOP = {  # of one connection, or of a body that is no longer the same
+    "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
+    "transfer-encoding", "upgrade", "host", "content-length", "expect", "accept-encoding", "authorization", "cookie", "set-cookie",
+}  # fmt: skip
+
+
+class Upstream:
+    """One server that speaks OpenAI's protocol.
+
+    Raises:
+        DavspError: the environment variable of its key is empty.
+    """
+
+    def __init__(self, settings: ServeSettings, transport: httpx2.AsyncBaseTransport | None = None) -> None:
+        self.url = settings.upstream.rstrip("/")
+        self.key = keys.read(settings.api_key_env, "upstream")
+        self.own_token = settings.token is not None
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=settings.concurrency)
+        timeout = httpx2.Timeout(settings.upstream_timeout, connect=settings.connect_timeout)
+        self.http = httpx2.AsyncClient(limits=limits, timeout=timeout, transport=transport, follow_redirects=False)
+
+    async def forward(self, request: Request, sent: bytes) -> Response:
+        """The upstream's reply to a chat request: its status and bytes; a stream as it comes.
+
+        Raises:
+            Refusal: 502 or 504 if there is no reply, or none that is JSON or a stream of events.
+        """
+        reply = await self._send("POST", "/chat/completions", self._headers(request.headers), sent)
+        kind = reply.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if reply.status_code == 200 and kind == "text/event-stream":
+            return _Stream(reply)
+        return Response(await _whole(reply), reply.status_code, _kept(reply.headers))
+
+    async def asked(
+        self, method: str, path: str, headers: Mapping[str, str], sent: Any = None
+    ) -> tuple[int, Any, httpx2.Headers]:
+        """Status, JSON and headers of a request of the proxy's own.
+
+        Raises:
+            Refusal: as `forward`.
+        """
+        content = None if sent is None else json.dumps(sent).encode()
+        reply = await self._send(method, path, self._headers(headers), content)
+        return reply.status_code, json.loads(await _whole(reply)), reply.headers
+
+    async def _send(self, method: str, path: str, headers: dict[str, str], content: bytes | None) -> httpx2.Response:
+        request = self.http.build_request(method, self.url + path, headers=headers, content=content)
+        try:
+            return await self.http.send(request, stream=True)
+        except httpx2.TimeoutException as error:
+            raise Refusal(504, "the upstream did not answer in time.", "upstream_timeout") from error
+        except (httpx2.HTTPError, OSError) as error:
+            raise Refusal(502, "the upstream cannot be reached.", "upstream_unreachable") from error
+
+    def _headers(self, given: Mapping[str, str]) -> dict[str, str]:
+        """The client's, but for those of its connection; its key only if the proxy has none and wants none."""
+        dropped = HOP | {name.strip().lower() for name in given.get("connection", "").split(",")}
+        headers = {name: value for name, value in given.items() if name.lower() not in dropped}
+        headers |= {"content-type": "application/json", "accept-encoding": "identity"}  # bytes that can be handed on
+        if self.key:
+            headers["authorization"] = f"Bearer {self.key}"
+        elif not self.own_token and "authorization" in given:
+            headers["authorization"] = given["authorization"]
+        return headers
+
+
+async def _whole(reply: httpx2.Response) -> bytes:
+    """All bytes of a reply that must be JSON."""
+    try:
+        data = b"".join([chunk async for chunk in reply.aiter_raw()])
+        json.loads(data)
+    except httpx2.TimeoutException as error:
+        raise Refusal(504, "the upstream stopped in the middle of its reply.", "upstream_timeout") from error
+    except httpx2.HTTPError as error:
+        raise Refusal(502, "the upstream broke off its reply.", "upstream_broken") from error
+    except (ValueError, RecursionError) as error:
+        status = reply.status_code if reply.status_code >= 400 else 502
+        raise Refusal(status, f"the upstream answered {reply.status_code} without JSON.", "upstream_no_json") from error
+    finally:
+        await reply.aclose()
+    return data
+
+
+class _Stream(StreamingResponse):
+    """A stream of events as it comes; the upstream's end is closed however ours ends, so that it stops computing."""
+
+    def __init__(self, reply: httpx2.Response) -> None:
+        super().__init__(_events(reply), 200, _kept(reply.headers))
+        self.reply = reply
+
+    async def __call__(self, *asgi: Any) -> None:
+        try:
+            await super().__call__(*asgi)
+        finally:
+            await self.reply.aclose()
+
+
+async def _events(reply: httpx2.Response) -> AsyncIterator[bytes]:
+    """A stream's bytes; where it breaks off, an error in its place, and no [DONE]."""
+    try:
+        async for chunk in reply.aiter_raw():
+            yield chunk
+    except (httpx2.HTTPError, OSError):
+        broken = Refusal(502, "the upstream broke off its stream.", "upstream_broken")
+        yield f"\n\ndata: {json.dumps(body(broken))}\n\n".encode()
+
+
+def _kept(headers: httpx2.Headers) -> dict[str, str]:
+    return {name: value for name, value in headers.items() if name.lower() not in HOP | {"server", "date"}}
