@@ -72,7 +72,7 @@ def test_judge_a_run(judge: str, folder: Path, data: Path, server: Judge, capsys
     assert davsp(*command) == 0
     shown = capsys.readouterr().out
     assert {path: path.read_bytes() for path in before} == before
-    name = f"{judge}-1-org-m"
+    name = f"{judge}-1-org--m"
     verdicts = read_jsonl(folder / f"verdicts-{name}.jsonl", Verdict)
     assert [v.label for v in verdicts if v.defense == "davsp"] == ["unsafe", "safe"] * 4
     assert all(v.judge == f"{judge}/1:org/m" and v.raw == v.label and len(v.prompt) == 16 for v in verdicts)
