@@ -1,6 +1,7 @@
 """The command line as a user meets it: help, the road from data to a defended picture, and one sentence for every mistake."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,12 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from davsp import HarmfulnessVector, cli
+from davsp import HarmfulnessVector, VisualSafetyPrompt, cli, evaluate
 from davsp.cli.inputs import is_mini
 from davsp.dataset import load_queries, save_queries
+from davsp.defenses import NoDefense, VisualPrompt
 from davsp.embedded.words import vocabulary
 from davsp.errors import DavspError
+from davsp.files import sha256
 from davsp.prompts import load_prompt
 from davsp.query import open_picture
 from test_published import published
@@ -208,6 +212,110 @@ def test_a_failing_import_is_explained_or_left_to_be_seen(error, monkeypatch, ca
     monkeypatch.setattr(sys, "argv", ["davsp", "demo"])
     with pytest.raises(error, match="nms"):
         cli.main()
+
+
+def _nan(folder: Path, value: float = float("nan")) -> None:
+    delta = load_file(folder / "vsp.safetensors")["delta"]
+    delta[1, 0, 2] = value
+    save_file({"delta": delta}, folder / "vsp.safetensors")
+
+
+def _config(folder: Path, **fields: object) -> None:
+    config = json.loads((folder / "vsp_config.json").read_text())
+    (folder / "vsp_config.json").write_text(json.dumps(config | fields))
+
+
+def _cut(folder: Path, name: str) -> None:
+    (folder / name).write_bytes((folder / name).read_bytes()[:-20])
+
+
+def _swapped(folder: Path) -> None:
+    VisualSafetyPrompt.create(24, 5, "random", seed=9).save_pretrained(folder / "other")
+    (folder / "vsp.png").write_bytes((folder / "other" / "vsp.png").read_bytes())
+
+
+def _packed_anew(folder: Path) -> None:
+    with Image.open(folder / "vsp.png") as image:
+        image.load()
+        image.save(folder / "vsp.png", compress_level=0)
+
+
+SPOILT = {
+    "NaN": (_nan, r"vsp\.safetensors: delta holds NaN or values outside \[0, 1\], the first one nan at \[1, 0, 2\]"),
+    "1.5": (lambda f: _nan(f, 1.5), r"vsp\.safetensors: delta holds .* the first one 1\.5 at \[1, 0, 2\]"),
+    "shape": (lambda f: _config(f, canvas=25), r"vsp\.safetensors must hold one float tensor 'delta' of shape \(3, 25"),
+    "unknown key": (lambda f: _config(f, colour="red"), r"vsp_config\.json: field 'colour'"),
+    "unknown key within": (lambda f: _config(f, measured={"rsr": 1}), r"vsp_config\.json: field 'measured\."),
+    "truncated tensor": (lambda f: _cut(f, "vsp.safetensors"), r"vsp\.safetensors is not a safetensors file"),
+    "truncated picture": (lambda f: _cut(f, "vsp.png"), r"cannot open image .*vsp\.png|vsp\.png is not the file"),
+    "swapped picture": (_swapped, r"vsp\.png shows another border than .*vsp\.safetensors"),
+    "picture packed anew": (_packed_anew, r"vsp\.png is not the file that was saved: .*'files\.vsp\.png'"),
+    "padding": (lambda f: _config(f, padding=6), r"vsp\.png shows another border|its text 'padding' is not that of"),
+    "text": (
+        lambda f: _config(f, safety_text="x"),
+        r"vsp\.png: its text 'safety_text' is not that of .*vsp_config\.json",
+    ),
+    "a name that leads out": (lambda f: _config(f, files={"../x": "0"}), r"field 'files' names '\.\./x'"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_a_spoilt_prompt_is_one_sentence_and_exit_2(case: str, tmp_path: Path, capsys):
+    change, says = SPOILT[case]
+    VisualSafetyPrompt.create(24, 5, "random", text="be safe").save_pretrained(tmp_path / "p")
+    assert run("info", tmp_path / "p") == 0 and capsys.readouterr().out.count("as saved") == 3
+    change(tmp_path / "p")
+    assert run("info", tmp_path / "p") == 2
+    said = capsys.readouterr().err
+    assert re.search(says, said) and said.startswith("davsp: ") and len(said.splitlines()) == 1
+
+
+def test_info_says_when_a_card_was_edited_and_when_there_are_no_hashes(tmp_path: Path, capsys):
+    VisualSafetyPrompt.create(24, 5, "random").save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("mine")
+    assert run("info", tmp_path) == 0
+    assert re.search(r"README\.md: SHA-256 \w{64}, changed since", capsys.readouterr().out)
+    _config(tmp_path, files={})
+    assert run("info", tmp_path) == 0 and "keeps no hashes" in capsys.readouterr().out
+
+
+def test_a_runs_figures_get_on_the_card(lvlm, tmp_path: Path, capsys):
+    prompt = VisualSafetyPrompt.create(56, 9, "random", text="please be safe")
+    prompt.save_pretrained(tmp_path / "p")
+    test = [*queries("malicious", 4), *queries("benign", 4)]
+    defenses = {"none": NoDefense(), "mine": VisualPrompt(prompt)}
+    found = evaluate(
+        lvlm, defenses, test, tmp_path / "run", manifest={"revision": "abc", "time": "now"}, max_new_tokens=4
+    )
+    assert run("card", tmp_path / "p", "--run", tmp_path / "run") == 0
+    card, out = (tmp_path / "p" / "README.md").read_text(), capsys.readouterr().out
+    rate = next(r for r in found.rows if (r["defense"], r["metric"]) == ("mine", "rsr"))
+    assert "| test | rsr | 4 |" in card and f"{rate['value']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]" in card
+    assert "8 queries, judged by keyword/1, now" in card and "at abc" in card and "figures of" in out
+    for name in ("manifest.json", "run.json", "responses.jsonl", "verdicts.jsonl", "metrics.json"):
+        assert f"| {name} | `{sha256(tmp_path / 'run' / name)}` |" in card
+    for heading in ("Intended use", "Limits", "Licence", "Measured"):
+        assert f"## {heading}" in card
+    assert run("info", tmp_path / "p") == 0 and "judged by keyword/1" in capsys.readouterr().out
+    loaded = VisualSafetyPrompt.from_pretrained(tmp_path / "p")
+    trained_on = loaded.with_delta(1 - loaded.delta)
+    trained_on.save_pretrained(tmp_path / "q")  # the figures are not of these pixels
+    assert "measured" not in VisualSafetyPrompt.from_pretrained(tmp_path / "q").config
+    assert "measured" not in loaded.with_texts("another").config
+    assert run("card", tmp_path / "q", "--run", tmp_path / "run") == 2
+    assert "names no defense with this prompt's pixels and text" in capsys.readouterr().err
+    measured = json.loads((tmp_path / "p" / "vsp_config.json").read_text())["measured"]
+    _config(tmp_path / "p", measured=measured | {"pixels": "0"})
+    assert (
+        run("info", tmp_path / "p") == 2 and "field 'measured.pixels' is of another border" in capsys.readouterr().err
+    )
+    for arguments, says in (
+        (["card", tmp_path / "none", "--run", tmp_path], "there is no folder"),
+        (["card", tmp_path / "q", "--run", tmp_path], "run.json"),
+        (["push", tmp_path / "q", "me/vsp"], "names no licence"),
+        (["push", tmp_path / "q", "me/vsp", "--license", "mit"], "cannot be pushed to the hub"),
+    ):
+        assert run(*arguments) == 2 and says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["demo"], ["info", "x"], ["mini", "data"]])

@@ -1,0 +1,110 @@
+"""A prompt goes to the hub and comes back, at every revision, and offline from the cache.
+
+The client reads its address and its mode when it is imported, so each side is a process of its own.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from davsp import DavspError, VisualSafetyPrompt
+from davsp.prompts.hub import fetch
+from hub_server import TOKEN, hub
+
+
+def davsp(code: str, home: Path, url: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code that a user could run, with a cache and a hub of its own."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    own = {"HF_HOME": str(home), "HF_ENDPOINT": url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=kept | own | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=home.parent,
+    )
+
+
+PUSH = """
+from davsp import DavspError, VisualSafetyPrompt
+one = VisualSafetyPrompt.from_pretrained("first")
+print(one.push_to_hub("user/vsp", license="apache-2.0"))
+two = VisualSafetyPrompt.from_pretrained("second")
+print(two.push_to_hub("user/vsp", license="apache-2.0"))
+print(two.push_to_hub("user/vsp", license="mit", revision="next", commit_message="on a branch"))
+try:
+    one.push_to_hub("user/vsp", license="mit", token="wrong")
+except DavspError as error:
+    print(error)
+"""
+PULL = """
+from davsp import DavspError, VisualSafetyPrompt
+from davsp.defenses import load_defense
+show = lambda p: print(p.config["license"], p.pixels_sha256())
+show(VisualSafetyPrompt.from_pretrained("user/vsp"))
+show(VisualSafetyPrompt.from_pretrained("user/vsp", revision={first!r}))
+show(load_defense("user/vsp@{first}").prompt)
+show(VisualSafetyPrompt.from_pretrained("user/vsp@next"))
+for source, revision in (("user/vsp", "never"), ("user/none", None)):
+    try:
+        VisualSafetyPrompt.from_pretrained(source, revision)
+    except DavspError as error:
+        print(error)
+"""
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> list[VisualSafetyPrompt]:
+    """Two borders, in folders."""
+    made = [VisualSafetyPrompt.create(24, 5, "random", seed=seed, text="be safe") for seed in (0, 1)]
+    for name, prompt in zip(("first", "second"), made, strict=True):
+        prompt.save_pretrained(tmp_path / name)
+    return made
+
+
+def test_there_and_back_and_offline(two: list[VisualSafetyPrompt], tmp_path: Path):
+    home = tmp_path / "home"
+    with hub() as server:
+        pushed = davsp(PUSH, home, server.url, HF_TOKEN=TOKEN)
+        assert pushed.returncode == 0, pushed.stderr
+        commits = re.findall(r"/user/vsp/commit/(\w{40})", pushed.stdout)
+        assert len(set(commits)) == 3
+        assert pushed.stdout.splitlines()[3].startswith("user/vsp cannot be pushed to the hub (")
+        files = server.repos["user/vsp"]["commits"][commits[1]]
+        assert sorted(files) == ["README.md", "vsp.png", "vsp.safetensors", "vsp_config.json"]
+        card = files["README.md"].decode()
+        head = yaml.safe_load(card.split("---")[1])
+        assert (
+            head["license"] == "apache-2.0"
+            and 'from_pretrained("user/vsp")' in card
+            and "![the border](vsp.png)" in card
+        )
+        pull = PULL.format(first=commits[0])
+        online = davsp(pull, home, server.url)
+        assert online.returncode == 0, online.stderr
+        lines = online.stdout.splitlines()
+        pixels = [prompt.pixels_sha256() for prompt in two]
+        wanted = [f"apache-2.0 {pixels[1]}", *2 * [f"apache-2.0 {pixels[0]}"], f"mit {pixels[1]}"]
+        assert lines[:4] == wanted and len(lines) == 6
+        assert all("neither a folder nor reachable on the hub" in line for line in lines[4:])
+    offline = davsp(pull, home, server.url, HF_HUB_OFFLINE="1")  # and the server is no more
+    assert offline.returncode == 0, offline.stderr
+    assert offline.stdout.splitlines()[:4] == wanted
+
+
+def test_what_names_no_revision_or_two(two: list[VisualSafetyPrompt], tmp_path: Path):
+    with pytest.raises(DavspError, match=r"revision 'main' is for the hub, and .*first is a folder"):
+        VisualSafetyPrompt.from_pretrained(tmp_path / "first", revision="main")
+    with pytest.raises(DavspError, match="user/vsp@a and revision 'b' name two revisions"):
+        fetch("user/vsp@a", "b", [])
+
+
+def test_no_licence_no_push(two: list[VisualSafetyPrompt]):
+    with pytest.raises(DavspError, match="names no licence to publish it under"):
+        two[0].push_to_hub("user/vsp")
