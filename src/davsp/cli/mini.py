@@ -27,7 +27,8 @@ def train(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: Seed = 0,
     start: Annotated[
-        Path | None, typer.Option(help="A finished davsp-mini: only the stages from sight on are run, from its weights.")
+        Path | None,
+        typer.Option(help="A finished davsp-mini: only the stages from sight on are run, from its weights."),
     ] = None,
 ) -> None:
     """Train davsp-mini or a sibling from nothing, in resumable stages, measure it and write its card."""

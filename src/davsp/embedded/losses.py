@@ -16,7 +16,7 @@ from davsp.embedded.questions import Lesson, framed, picture_lesson, sum_turn, w
 
 PATCHES = (draw.SIDE // draw.PATCH) ** 2  # of a picture of the usual size
 ROOM = 200  # tokens of questions and answers behind one picture; rows of one length waste nothing on padding
-SUMS = {"joint": 16, "skills": 4, "polish": 4}  # of sums in words a row: cheap, and the picture's sums are learnt from them
+SUMS = {"joint": 16, "skills": 4, "polish": 4}  # in words, a row: cheap, and the picture's sums are learnt from them
 
 
 def tower_loss(
