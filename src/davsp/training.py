@@ -39,7 +39,8 @@ def train(
 
     Args:
         prompt: where to start; left as it is.
-        malicious, benign: training queries, each with a picture; `reference` is a benign query's wanted answer.
+        malicious: training queries, each with a picture.
+        benign: the same; `reference` is the wanted answer.
         vector: the harmfulness vector of this model.
         resume: go on from the checkpoint in `out`, if there is one; False starts anew.
         progress: show a bar with loss and the mean projections of both classes.

@@ -29,7 +29,8 @@ class HarmfulnessVector:
 
     Attributes:
         vectors: (L, D) unit vectors; row i belongs to layer i + 1, L = num_layers - 1.
-        malicious, benign: (N, L) and (M, L) projections of the fitting set.
+        malicious: (N, L) projections of the fitting set.
+        benign: (M, L), the same.
         layer: the layer in use.
         mu_plus, mu_minus: margins at `layer`, in the units of the hidden state.
         auroc: layer -> AUROC; of the fitting set after `fit`, of held-out queries after `sweep`.
