@@ -104,8 +104,8 @@ async def _addresses(host: str, port: int) -> list[str]:
 def _entry(host: str) -> tuple[str, int]:
     try:
         url = httpx2.URL(f"https://{host}")
-    except (httpx2.InvalidURL, UnicodeError) as error:
-        raise DavspError(f"--allow-host {host!r} is no host; give one as pictures.example.org.") from error
-    if not url.host or url.userinfo or url.path not in ("", "/") or url.query or "*" in url.host:
-        raise DavspError(f"--allow-host {host!r} is no host; give one as pictures.example.org.")
-    return url.raw_host.decode(), url.port or 443
+        if url.host and not set(host) & set("*%/@?# "):
+            return url.raw_host.decode(), url.port or 443
+    except (httpx2.InvalidURL, UnicodeError):
+        pass
+    raise DavspError(f"--allow-host {host!r} is no host; give one as pictures.example.org, or with a port.")

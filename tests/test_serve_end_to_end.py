@@ -1,0 +1,138 @@
+"""The commands themselves: the `openai` client → davsp serve → davsp serve-model, and the answers of `davsp eval`."""
+
+import asyncio
+import io
+from collections.abc import Iterator
+from contextlib import redirect_stderr
+from typing import Any
+
+import openai
+import pytest
+
+from davsp import LVLM, Query, VisualSafetyPrompt, embedded
+from davsp.defenses import ECSO, Defense, NoDefense, VisualPrompt
+from davsp.embedded.ecso import TEMPLATES
+from davsp.serve.app import HASH, Proxy, defense_hash
+from davsp.serve.probe import probe
+from davsp.serve.settings import ServeSettings
+from proxy import data_url, image_part, listening, text_part, user
+from test_cli import run
+
+TOKENS = 12
+PROTOCOL = embedded.protocol(0)
+
+
+@pytest.fixture(scope="module")
+def mini() -> LVLM:
+    return embedded.load(device_map="cpu")
+
+
+@pytest.fixture(scope="module")
+def prompt(mini: LVLM) -> VisualSafetyPrompt:
+    return VisualSafetyPrompt.create(mini.canvas, embedded.PADDING, "random", text=embedded.SAFETY_TEXT).quantised()
+
+
+def asked() -> list[Query]:
+    return [*PROTOCOL.test[::40], Query("w", "what colour is the car ?", "benign", "utility")]
+
+
+def message(query: Query) -> dict[str, Any]:
+    image = query.picture()
+    return user(query.question) if image is None else user(image_part(data_url(image)), text_part(query.question))
+
+
+def started(*arguments: str) -> Any:
+    """The app that `davsp ARGUMENTS` would run."""
+    apps: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("davsp.cli.serve._run", lambda app, host, port: apps.append(app))
+        assert run(*arguments) == 0
+    return apps[0]
+
+
+@pytest.fixture(scope="module")
+def served(prompt: VisualSafetyPrompt, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, str]]:
+    """Addresses of model and proxy, and what the proxy said."""
+    folder = tmp_path_factory.mktemp("served")
+    prompt.save_pretrained(folder / "prompt")
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(io.StringIO()) as said:
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        patch.setenv("PROXY_TOKEN", "secret-1")
+        with listening(started("serve-model")) as model:
+            options = ("--prompt", str(folder / "prompt"), "--canvas", str(prompt.canvas), "--token-env", "PROXY_TOKEN")
+            proxy = started("serve", "--upstream", model, *options)
+            with listening(proxy) as url:
+                yield model, url, said.getvalue()
+
+
+def offline(mini: LVLM, defense: Defense) -> list[str]:
+    return [response.text for response in defense.respond(mini, asked(), max_new_tokens=TOKENS)]
+
+
+def options(model: str, query: Query) -> dict[str, Any]:
+    return {"model": model, "messages": [message(query)], "max_tokens": TOKENS, "temperature": 0}
+
+
+def test_openai_client_gets_the_answers_of_eval(served, mini, prompt):
+    _, url, said = served
+    want = offline(mini, VisualPrompt(prompt))
+    assert len(set(want)) > 2 and want != offline(mini, NoDefense())
+    with openai.OpenAI(base_url=url, api_key="secret-1") as client:
+        (model,) = (found.id for found in client.models.list())
+        assert model == f"davsp-mini+davsp-{defense_hash(VisualPrompt(prompt))[:12]}"
+        found = [client.chat.completions.with_raw_response.create(**options(model, query)) for query in asked()]
+        assert [one.parse().choices[0].message.content for one in found] == want
+        assert {one.headers[HASH] for one in found} == {defense_hash(VisualPrompt(prompt))}
+        stream = client.chat.completions.create(**options(model, asked()[0]), stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == want[0]
+        with pytest.raises(openai.NotFoundError, match=r"under this defense it is .davsp-mini\+davsp-"):
+            client.chat.completions.create(**options("davsp-mini", asked()[0]))
+        with pytest.raises(openai.BadRequestError, match="takes one picture"):  # the upstream's own words
+            client.chat.completions.create(model=model, messages=[user(*message(asked()[0])["content"] * 2)])
+    with (
+        openai.OpenAI(base_url=url, api_key="secret-2", max_retries=0) as wrong,
+        pytest.raises(openai.AuthenticationError),
+    ):
+        wrong.models.list()
+    assert (
+        f"canvas of {mini.canvas}x{mini.canvas} pixels as it is sent, to the pixel" in said
+        and model.split("+")[1] in said
+    )
+    assert not any(query.question in said for query in asked())
+
+
+def test_async_client(served, mini, prompt):
+    _, url, _ = served
+    model = f"davsp-mini+davsp-{defense_hash(VisualPrompt(prompt))[:12]}"
+
+    async def ask() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=url, api_key="secret-1") as client:
+            found = await asyncio.gather(*(client.chat.completions.create(**options(model, q)) for q in asked()[-3:]))
+            stream = await client.chat.completions.create(
+                **options(model, asked()[0]), stream=True, stream_options={"include_usage": True}
+            )
+            chunks = [chunk async for chunk in stream]
+            assert chunks[-1].usage.prompt_tokens > 144
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+            return [*(one.choices[0].message.content for one in found), text]
+
+    want = offline(mini, VisualPrompt(prompt))
+    assert asyncio.run(ask()) == [*want[-3:], want[0]]
+
+
+def test_ecso_and_adaptive_give_the_answers_of_eval(served, mini, prompt):
+    davsp, calls = VisualPrompt(prompt), set()
+    for defense in (ECSO(davsp, templates=TEMPLATES), ECSO(instead=davsp, templates=TEMPLATES)):
+        proxy = Proxy(defense, ServeSettings.of(upstream=served[0], canvas=mini.canvas))
+        with listening(proxy.app) as url, openai.OpenAI(base_url=url, api_key="any") as client:
+            found = [client.chat.completions.create(**options("davsp-mini" + proxy.suffix, q)) for q in asked()]
+        responses = defense.respond(mini, asked(), max_new_tokens=TOKENS)
+        assert [one.choices[0].message.content for one in found] == [response.text for response in responses]
+        calls |= {response.calls for response in responses}
+        assert [one.usage.prompt_tokens for one in found] == [response.prompt_tokens for response in responses]
+    assert len(calls) > 1  # so something was judged harmful, and something not
+
+
+def test_probe_finds_a_model_that_resamples(served):
+    with pytest.raises(Exception, match="resamples a canvas of 112x112"):
+        asyncio.run(probe(ServeSettings.of(upstream=served[0], canvas=112), None))
