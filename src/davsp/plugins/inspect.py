@@ -1,0 +1,182 @@
+"""Inspect (`pip install 'davsp[inspect]'`): a local LVLM behind its defense as a model, the six benchmarks as tasks.
+
+    inspect eval davsp/figstep --model davsp/davsp-mini -M defense=out/demo/prompt
+
+Inspect finds both by the entry point of this package.
+"""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio
+from inspect_ai.model import (
+    ChatCompletionChoice,
+    ChatMessage,
+    ChatMessageAssistant,
+    ContentImage,
+    ContentText,
+    GenerateConfig,
+    ModelAPI,
+    ModelOutput,
+    ModelUsage,
+    modelapi,
+)
+from PIL import Image
+
+from davsp.errors import DavspError
+from davsp.files import sha256_bytes, to_json
+from davsp.plugins.inspect_tasks import figstep, llava_bench, mm_safetybench, mm_vet, mme, vlguard
+from davsp.query import Query, Response, flatten, open_picture
+
+__all__ = ["DavspAPI", "figstep", "llava_bench", "mm_safetybench", "mm_vet", "mme", "vlguard"]
+
+MAX_NEW_TOKENS = 256
+GREEDY = {"temperature": (None, 0, 0.0), "num_choices": (None, 1), "top_k": (None, 1)}
+UNKNOWN = (
+    "stop_seqs", "best_of", "frequency_penalty", "presence_penalty", "logit_bias", "logprobs", "response_schema",
+    "system_message",
+)  # fmt: skip
+
+
+@dataclass(eq=False)  # two of the same question are two
+class _Asked:
+    query: Query
+    longest: int
+    said: Response | None = None
+
+
+@modelapi(name="davsp")
+class DavspAPI(ModelAPI):
+    """`davsp/MODEL`: folder or hub id of an LVLM, or one of those that ship. Answers are greedy; what waits is answered together.
+
+    Args:
+        model_name: MODEL.
+        base_url: not taken: the model runs here.
+        api_key: not looked at.
+        config: of Inspect.
+        defense: folder or hub id of a prompt; "none" for none. There is no default, so that nothing runs undefended unsaid.
+        batch_size: questions a forward, at most.
+        options: revision, device_map, dtype, quantization, canvas of the model.
+
+    Raises:
+        DavspError: no defense was named, or model and defense cannot be had or do not go together.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        config: GenerateConfig | None = None,
+        defense: str | None = None,
+        batch_size: int = 8,
+        **options: Any,
+    ) -> None:
+        from davsp.defended import DefendedModel
+
+        if base_url is not None:
+            raise DavspError("davsp runs the model here and takes no model-base-url; leave it out.")
+        if defense is None:
+            raise DavspError("davsp/MODEL needs its defense: -M defense=FOLDER, or -M defense=none to measure without.")
+        self.defended = DefendedModel.from_pretrained(model_name, str(defense), **options)
+        self.defense_sha256 = sha256_bytes(to_json(self.defended.defense.describe()).encode())
+        # Inspect's cache knows a model by its name and address: with the hash in it, another defense gets no old answers.
+        super().__init__(model_name, f"davsp:{self.defense_sha256}", None, [], config or GenerateConfig())
+        self.turn, self.batch_size = anyio.Lock(), batch_size
+        self.waiting: list[_Asked] = []
+
+    def max_connections(self) -> int:
+        """A batch is under way, another waits."""
+        return 2 * self.batch_size
+
+    async def generate(
+        self, input: list[ChatMessage], tools: list[Any], tool_choice: Any, config: GenerateConfig
+    ) -> ModelOutput:
+        """The greedy answer to one question with at most one picture.
+
+        Raises:
+            DavspError: tools, sampling, another conversation than that, or a picture that can't be read.
+        """
+        _check(tools, config)
+        longest = config.max_tokens or MAX_NEW_TOKENS
+        said = await self._said(_Asked(question(input), longest))
+        written = len(self.defended.lvlm.tokenizer(said.text, add_special_tokens=False)["input_ids"])
+        read = said.prompt_tokens or 0
+        message = ChatMessageAssistant(content=said.text, model=self.model_name, source="generate")
+        return ModelOutput(
+            model=self.model_name,
+            choices=[ChatCompletionChoice(message=message, stop_reason="max_tokens" if written >= longest else "stop")],
+            usage=ModelUsage(input_tokens=read, output_tokens=written, total_tokens=read + written),
+            time=said.seconds,
+            metadata={"defense": said.defense, "defense_sha256": self.defense_sha256, "calls": said.calls},
+        )
+
+    async def _said(self, mine: "_Asked") -> Response:
+        """Whoever's turn it is answers for those that wait behind, too."""
+        self.waiting.append(mine)
+        try:
+            async with self.turn:
+                if mine.said is None:
+                    alike = [one for one in self.waiting if one.longest == mine.longest and one is not mine]
+                    batch = [mine, *[one for one in alike if one.said is None][: self.batch_size - 1]]
+                    for one, said in zip(batch, await anyio.to_thread.run_sync(self._answer, batch), strict=True):
+                        one.said = said
+        finally:
+            self.waiting.remove(mine)
+        assert mine.said is not None
+        return mine.said
+
+    def _answer(self, batch: "Sequence[_Asked]") -> list[Response]:
+        queries, longest = [one.query for one in batch], batch[0].longest
+        return self.defended.defense.respond(
+            self.defended.lvlm, queries, batch_size=self.batch_size, max_new_tokens=longest
+        )
+
+
+def _check(tools: Sequence[Any], config: GenerateConfig) -> None:
+    if tools:
+        raise DavspError("davsp's models take no tools; leave them out.")
+    for name, taken in GREEDY.items():
+        if getattr(config, name) not in taken:
+            raise DavspError(f"{name} must be {taken[1]} or left out: davsp's answers are greedy.")
+    if given := [name for name in UNKNOWN if getattr(config, name, None)]:
+        raise DavspError(f"davsp's models know no {given[0]}; leave it out.")
+
+
+def question(messages: Sequence[ChatMessage]) -> Query:
+    """The one question of a conversation, with its picture.
+
+    Raises:
+        DavspError: anything else: a defense is defined for one question with at most one picture.
+    """
+    if [message.role for message in messages] != ["user"]:
+        roles = ", ".join(message.role for message in messages)
+        raise DavspError(f"davsp's models take one message of role user, not {roles or 'none'}.")
+    content = messages[0].content
+    parts = [ContentText(text=content)] if isinstance(content, str) else content
+    if other := next((part for part in parts if not isinstance(part, ContentText | ContentImage)), None):
+        raise DavspError(f"davsp's models take texts and pictures; nothing defends a part of type {other.type}.")
+    shown = [part.image for part in parts if isinstance(part, ContentImage)]
+    if len(shown) > 1:
+        raise DavspError(f"davsp's models take one picture a question, not {len(shown)}.")
+    text = "\n".join(part.text for part in parts if isinstance(part, ContentText))
+    return Query("", text, "benign", "", image=_picture(shown[0]) if shown else None)
+
+
+def _picture(image: str) -> Image.Image:
+    """A picture file, or one in a data URL, as `davsp eval` reads it."""
+    if image.startswith(("http:", "https:")):
+        raise DavspError("davsp fetches no pictures; give a file or a data URL.")
+    if not image.startswith("data:"):
+        return open_picture(Path(image))
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(image.partition(",")[2], validate=True))) as picture:
+            return flatten(picture)
+    except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
+        raise DavspError(
+            "the picture in the data URL cannot be read; give a whole PNG, JPEG or WebP in base64."
+        ) from error

@@ -1,0 +1,116 @@
+"""LiteLLM (`pip install 'davsp[litellm]'`): the defense as a guardrail of a proxy that is already there.
+
+    guardrails:                                  # config.yaml of the LiteLLM proxy
+      - guardrail_name: davsp
+        litellm_params:
+          guardrail: davsp.plugins.litellm.DavspGuardrail
+          mode: pre_call
+          default_on: true
+          prompt: out/demo/prompt                # folder or hub id
+          canvas: 336                            # at which the model sees pictures without resampling
+
+What it takes and refuses is what `davsp serve` does: the same code reads the request. A request that it cannot defend is an error, and
+nothing of it goes on. Outside the proxy `litellm.callbacks = [DavspGuardrail(...)]` defends `litellm.acompletion`; LiteLLM calls no hook
+that may change a request in `litellm.completion`, so don't use that one.
+"""
+
+import asyncio
+from typing import Any
+
+from litellm.exceptions import BadRequestError
+from litellm.integrations.custom_guardrail import CustomGuardrail
+from litellm.types.guardrails import GuardrailEventHooks
+
+from davsp.defenses import load_defense
+from davsp.errors import DavspError
+from davsp.serve import messages
+from davsp.serve.calls import asks_once
+from davsp.serve.errors import Refusal
+from davsp.serve.pictures import decode, from_data_url, to_data_url
+from davsp.serve.settings import ServeSettings
+
+CHATS = {"completion", "acompletion"}  # LiteLLM's names of chat completions, the one kind whose messages are known
+SILENT = {
+    "embedding",
+    "aembedding",
+    "moderation",
+    "amoderation",
+    "rerank",
+    "arerank",
+}  # kinds that get no answer in words
+
+
+class DavspGuardrail(CustomGuardrail):
+    """Puts a prompt's border around every picture of a chat request, and its text at every question, before the model is called.
+
+    Args:
+        prompt: folder or hub id of what only changes the input (a border, noise, a text); USER/NAME@REVISION names a revision.
+        canvas: side in pixels at which the model sees pictures without resampling.
+        max_images, max_picture_bytes, max_pixels, max_aspect: as in `davsp serve`.
+        options: of LiteLLM's guardrails; the event is pre_call, and it is on by default.
+
+    Raises:
+        DavspError: a defense that wraps the call, a canvas that is not the prompt's, or limits that are none.
+    """
+
+    def __init__(self, prompt: str, canvas: int, **options: Any) -> None:
+        limits = {name: options.pop(name) for name in _LIMITS if options.get(name) is not None}
+        self.settings = ServeSettings.of(
+            upstream="http://127.0.0.1/v1", canvas=canvas, **limits
+        )  # the upstream is LiteLLM's
+        self.defense = load_defense(prompt)
+        if not asks_once(self.defense):
+            raise DavspError(
+                f"{self.defense.name} asks the model more than once, which no guardrail can; use davsp serve."
+            )
+        if (made := getattr(getattr(self.defense, "prompt", None), "canvas", canvas)) != canvas:
+            raise DavspError(
+                f"the prompt's canvas is {made}x{made} pixels and the model takes {canvas}x{canvas}; use another."
+            )
+        given = {"guardrail_name": "davsp", "default_on": True, "event_hook": GuardrailEventHooks.pre_call}
+        super().__init__(supported_event_hooks=[GuardrailEventHooks.pre_call], **given | options)
+
+    async def async_pre_call_hook(
+        self, user_api_key_dict: Any, cache: Any, data: dict[str, Any], call_type: str
+    ) -> dict[str, Any]:
+        """The request as the model is to see it; LiteLLM's proxy calls this before it picks a deployment.
+
+        Raises:
+            BadRequestError: whatever cannot be defended: another kind of call that gets an answer, parts that are no text or
+                picture, a picture that is not in the request itself or cannot be read, ...
+        """
+        if call_type in SILENT:
+            return data
+        try:
+            if call_type not in CHATS:
+                raise DavspError(
+                    f"a call of type {call_type} is not known, so it cannot be defended; use chat completions."
+                )
+            return data | {"messages": await asyncio.to_thread(self._defended, data)}
+        except (DavspError, Refusal) as error:
+            said = error.message if isinstance(error, Refusal) else f"{error}"
+            raise BadRequestError(f"davsp: {said}", model=str(data.get("model")), llm_provider="davsp") from error
+
+    async def async_pre_call_deployment_hook(self, kwargs: dict[str, Any], call_type: Any) -> dict[str, Any]:
+        """What the proxy's hook has not seen: calls of the SDK. LiteLLM's own version passes those that name no guardrail.
+
+        Raises:
+            BadRequestError: as `async_pre_call_hook`.
+        """
+        named = self.guardrail_name in (kwargs.get("guardrails") or [])
+        if self._pre_call_hook_already_ran(kwargs) or not (self.default_on or named):
+            return kwargs
+        return await self.async_pre_call_hook(None, None, kwargs, getattr(call_type, "value", f"{call_type}"))
+
+    def _defended(self, data: dict[str, Any]) -> list[dict[str, Any]]:
+        asked = messages.check(data)
+        messages.refuse_markdown(asked)
+        urls = messages.picture_urls(asked)
+        if len(urls) > self.settings.max_images:
+            raise DavspError(f"messages hold {len(urls)} pictures, at most {self.settings.max_images}.")
+        files = [from_data_url(url, self.settings.max_picture_bytes) for url in urls]
+        pictures = [decode(file, self.settings) for file in files]
+        return messages.defended(self.defense, asked, pictures, to_data_url)
+
+
+_LIMITS = ("max_images", "max_picture_bytes", "max_pixels", "max_aspect")
