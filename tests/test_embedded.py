@@ -343,7 +343,9 @@ def test_the_last_stage_can_start_from_a_finished_model(short, tmp_path: Path, m
 
     make.make(tmp_path / "out", tmp_path / "model", start=start)
     stages = read_json(tmp_path / "model" / "training.json")["stages"]
-    assert stages["joint (before)"] == before and stages[build.LAST]["start"] == build.sha256(start / "model.safetensors")
+    assert stages["joint (before)"] == before and stages[build.LAST]["start"] == build.sha256(
+        start / "model.safetensors"
+    )
     assert "davsp mini train --start" in (tmp_path / "model" / "README.md").read_text()
     near, got = (build.read_tensors(f / "model.safetensors") for f in (start, tmp_path / "model"))
     assert 0 < max((got[k] - near[k]).abs().max() for k in got) < 0.02, "it does not go on from the start's weights"
