@@ -264,6 +264,14 @@ def test_sweeps_train_what_they_say_and_nothing_else_differs(made, monkeypatch):
     with pytest.raises(DavspError, match="choose padding, layer"):
         sweep(["size"], kit, out / "sweeps")
 
+    monkeypatch.setattr("davsp.reproduce.sweeps.LAMBDAS", (0.0, 1.0))
+    both = sweep(["lam"], kit, out / "sweeps", console=Console(quiet=True))
+    assert {(r["sweep"], r["value"]) for r in both} == {
+        ("lam", "0"),
+        ("lam", "1"),
+        *((r["sweep"], r["value"]) for r in records),
+    }
+
 
 def test_the_published_road_from_folders_to_tables(tmp_path: Path, monkeypatch, capsys):
     """Undefended runs, the split drawn from them, then tables: on the embedded counterparts, in the real layouts."""

@@ -15,7 +15,7 @@ from davsp.defenses import Defense, NoDefense, VisualPrompt
 from davsp.errors import DavspError
 from davsp.evaluation import evaluate
 from davsp.experiments.stages import Stages, trained_prompt
-from davsp.files import write_json, write_text
+from davsp.files import read_json, write_json, write_text
 from davsp.judges import Judge, keyword
 from davsp.judges.graders import Grader
 from davsp.lvlm import model_name
@@ -84,7 +84,7 @@ def sweep(
     seed: int = 0,
     console: Console | None = None,
 ) -> list[dict[str, Any]]:
-    """Train and evaluate every value of the named sweeps; `out/sweeps.md`, `.json` and a plot each.
+    """Train and evaluate every value of the named sweeps; `out/sweeps.md`, `.json` and a plot each, with those made there before.
 
     Returns:
         A record a value: sweep, value, RSR over all malicious pictures, utility and over-refusal, each with its interval.
@@ -98,6 +98,9 @@ def sweep(
 
     console = console or Console()
     stages = Stages(out, console)
+    written = out / "sweeps.json"
+    before = {r["sweep"] for r in read_json(written)["records"]} if written.exists() else set()
+    names = [name for name in SWEEPS if name in before or name in names]  # those of an earlier command stay
     defenses: dict[str, Defense] = {"none": NoDefense()}
     for name in names:
         for value, changed in SWEEPS[name][1](kit).items():
@@ -115,7 +118,7 @@ def sweep(
     )  # fmt: skip
     rows = [*found.rows, *pooled(kit.data.test, found, model_name(kit.lvlm), seed)]
     records = [_record(rows, row) for row in defenses]
-    write_json(out / "sweeps.json", {"schema": metrics.SCHEMA, "records": records})
+    write_json(written, {"schema": metrics.SCHEMA, "records": records})
     write_text(out / "sweeps.md", markdown(records, model_name(kit.lvlm)))
     for name in names:
         mine = [r for r in records if r["sweep"] == name]
