@@ -49,7 +49,7 @@ class DefendedModel:
             lvlm = LVLM.from_pretrained(model, **options)
         return cls(lvlm, NoDefense() if str(defense) == "none" else load_defense(defense))
 
-    @overload
+    @overload  # type: ignore[overload-overlap]  # a str is a sequence of str, too
     def generate(self, images: Picture | None, text: str, max_new_tokens: int = ..., batch_size: int = ...) -> str: ...
     @overload
     def generate(

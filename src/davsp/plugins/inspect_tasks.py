@@ -75,7 +75,7 @@ def _task(name: str) -> Callable[..., Task]:
     Raises:
         DavspError: no such set there, or no such judge.
     """
-    return task(made, name=name)
+    return task(name=name)(made)
 
 
 mm_safetybench, figstep, vlguard = _task("mm_safetybench"), _task("figstep"), _task("vlguard")

@@ -67,7 +67,11 @@ class DavspGuardrail(CustomGuardrail):
             raise DavspError(
                 f"the prompt's canvas is {made}x{made} pixels and the model takes {canvas}x{canvas}; use another."
             )
-        given = {"guardrail_name": "davsp", "default_on": True, "event_hook": GuardrailEventHooks.pre_call}
+        given: dict[str, Any] = {
+            "guardrail_name": "davsp",
+            "default_on": True,
+            "event_hook": GuardrailEventHooks.pre_call,
+        }
         super().__init__(supported_event_hooks=[GuardrailEventHooks.pre_call], **given | options)
 
     async def async_pre_call_hook(

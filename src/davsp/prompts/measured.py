@@ -107,8 +107,8 @@ def measurement(run: str | Path, pixels: str, text: str) -> Measurement:
 def _figures(rows: Sequence[Mapping[str, Any]], defense: str) -> list[Figure]:
     at = {(row["defense"], row["benchmark"], row["metric"]): row for row in rows}
 
-    def of(*key: str) -> tuple[float, float | None, float | None] | None:
-        row = at.get(key)  # type: ignore[call-overload]
+    def of(*key: Any) -> tuple[float, float | None, float | None] | None:
+        row = at.get(key)  # type: ignore[arg-type]
         return None if row is None or row["value"] is None else (row["value"], row["low"], row["high"])
 
     found = []
