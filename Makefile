@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format docs clean
+.PHONY: demo test lint format docs app-deps clean
 
 demo: .venv/installed  ## train a visual safety prompt on the embedded model and show that it works
 	$(BIN)/davsp demo --out out/demo
@@ -22,6 +22,9 @@ format: .venv/installed
 docs: .venv/installed  ## the documentation as a site in out/site; warnings are errors
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+app-deps: .venv/installed  ## Gradio and Playwright, for davsp app and its test in a browser
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-app.lock
 
 clean:  ## everything that can be made again
 	rm -rf .venv out
