@@ -194,20 +194,25 @@ def main(
                     for picture in (False, True):
                         row = compare((up, port), process, latency, picture, clients * (6 if number else 1), clients)
                         found["many_clients"] += [row] * (number > 0)
-            found["memory"] = memory(port, process, requests, clients)
-    found["figures"] = figures(found)
-    print(json.dumps(found["figures"], indent=1))
-    if out:
-        write_json(out, found)
+            found["figures"] = figures(found)
+            for found["memory"] in memory(port, process, requests, clients):
+                if out:
+                    write_json(out, found)  # what there is, should it be stopped
+    print(json.dumps([*found["figures"], found["memory"]], indent=1))
 
 
-def memory(port: int, process: psutil.Process, count: int, clients: int) -> dict[str, Any]:
-    """Resident MB of the proxy after each tenth of the requests, all with a picture."""
+def memory(port: int, process: psutil.Process, count: int, clients: int) -> Iterator[dict[str, Any]]:
+    """Resident MB of the proxy after each twentieth of the requests, all with a picture."""
     content, resident = request(port, 0.0, True), []
-    for _ in range(10):
-        asyncio.run(ask(port, content, count // 10, clients))
+    for done in range(1, 21):
+        asyncio.run(ask(port, content, count // 20, clients))
         resident.append(process.memory_info().rss / 2**20)
-    return {"requests": count, "resident_mb": resident, "growth_after_first_tenth_mb": resident[-1] - resident[0]}
+        yield {
+            "requests": done * (count // 20),
+            "every": count // 20,
+            "resident_mb": resident,
+            "growth_mb": resident[-1] - resident[0],
+        }
 
 
 def figures(found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -228,7 +233,7 @@ def figures(found: dict[str, Any]) -> list[dict[str, Any]]:
             dict(zip(("clients", "latency_s", "picture"), key, strict=True))
             | {n: round(median(r[n] for r in mine), 3) for n in names}
         )
-    return [*table, {"memory": found["memory"]}]
+    return table
 
 
 if __name__ == "__main__":

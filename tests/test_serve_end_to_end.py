@@ -33,7 +33,7 @@ def prompt(mini: LVLM) -> VisualSafetyPrompt:
 
 
 def asked() -> list[Query]:
-    return [*PROTOCOL.test[::40], Query("w", "what colour is the car ?", "benign", "utility")]
+    return [*PROTOCOL.test[::55], Query("w", "what colour is the car ?", "benign", "utility")]
 
 
 def message(query: Query) -> dict[str, Any]:
@@ -136,3 +136,29 @@ def test_ecso_and_adaptive_give_the_answers_of_eval(served, mini, prompt):
 def test_probe_finds_a_model_that_resamples(served):
     with pytest.raises(Exception, match="resamples a canvas of 112x112"):
         asyncio.run(probe(ServeSettings.of(upstream=served[0], canvas=112), None))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "give either --prompt or --defense"),
+        (["--prompt", "PROMPT", "--defense", "ecso"], "give either --prompt or --defense"),
+        (["--defense", "none"], "undefended"),
+        (["--defense", "davsp"], "is not known"),
+        (["--prompt", "PROMPT"], "--canvas"),
+        (["--prompt", "PROMPT", "--canvas", "336"], "use a prompt made for this model"),
+        (["--defense", "ecso-adaptive+PROMPT", "--canvas", "336"], "use a prompt made for this model"),
+        (["--defense", "ecso", "--host", "0.0.0.0"], "--token-env"),
+        (["--defense", "ecso", "--allow-host", "*.org"], "--allow-host"),
+        (["--defense", "ecso", "--image-free", "drop"], "--image-free"),
+        (["--defense", "ecso", "--upstream", "ftp://x"], "is no address"),
+        (["--defense", "ecso", "--upstream", "http://u:p@x/v1"], "holds a password"),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("davsp.cli.serve._run", lambda *_: pytest.fail("it runs"))
+    VisualSafetyPrompt.create(56, 8, "random").save_pretrained(tmp_path)
+    given = [argument.replace("PROMPT", str(tmp_path)) for argument in arguments]
+    assert run("serve", "--upstream", "http://127.0.0.1:9/v1", "--no-probe", *given) == 2
+    said = capsys.readouterr().err
+    assert says in said and "Traceback" not in said
