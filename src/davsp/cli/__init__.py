@@ -6,7 +6,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from davsp.cli import data, evaluate, judge, mini, prompt, reproduce, serve, train
+from davsp.cli import data, evaluate, judge, mini, prompt, reproduce, serve, train, web
 from davsp.cli.inputs import say
 from davsp.errors import DavspError, Interrupted
 
@@ -57,6 +57,7 @@ app.command()(prompt.push)
 app.command()(prompt.import_published)
 app.command()(serve.serve)
 app.command()(serve.serve_model)
+app.command()(web.app)
 app.command()(doctor)
 app.add_typer(mini.app, name="mini")
 app.add_typer(data.app, name="data")

@@ -1,0 +1,122 @@
+"""One query, answered twice: as it comes, and behind a defense. Knows nothing of the page."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from PIL import Image
+
+from davsp.defenses import Defense, NoDefense
+from davsp.errors import DavspError
+from davsp.judges import withheld
+from davsp.lvlm import LVLM, model_name
+from davsp.prompts import VisualSafetyPrompt
+from davsp.prompts.base import from_picture, to_bytes
+from davsp.query import Query
+from davsp.vector import HarmfulnessVector
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one of the two gave.
+
+    Attributes:
+        canvas: the 8-bit picture as the model sees it.
+        question: as the model is asked, safety text included.
+        answer: greedy.
+        withheld: the answer refuses, or holds no words.
+        curve: projection of the last input token at layers 1, 2, ...; () without a vector.
+        seconds: wall time of the answer.
+        calls: how often the model was asked.
+        prompt_tokens: of all calls together, those of pictures included.
+        image_tokens: how many of these stand for a picture.
+    """
+
+    canvas: Image.Image
+    question: str
+    answer: str
+    withheld: bool
+    curve: tuple[float, ...]
+    seconds: float
+    calls: int
+    prompt_tokens: int
+    image_tokens: int
+
+
+class Comparison:
+    """A model, one defense, and a vector to see by what the defense moves.
+
+    Args:
+        lvlm: the frozen model, in this process.
+        defense: what the second answer stands behind.
+        vector: of the model; None: no projections.
+        max_new_tokens: an answer is cut there.
+
+    Raises:
+        DavspError: defense or vector is of another model.
+    """
+
+    def __init__(
+        self, lvlm: LVLM, defense: Defense, vector: HarmfulnessVector | None = None, max_new_tokens: int = 48
+    ) -> None:
+        defense.check(lvlm)
+        if vector is not None:
+            vector.check(lvlm)
+        self.lvlm, self.defense, self.vector, self.max_new_tokens = lvlm, defense, vector, max_new_tokens
+        self.model = Path(model_name(lvlm)).name  # a folder's path is nobody's business
+
+    def ask(self, picture: Image.Image, question: str) -> tuple[Side, Side]:
+        """The query undefended and defended.
+
+        Raises:
+            DavspError: there is no question, or the defense can't be applied.
+        """
+        if not question.strip():
+            raise DavspError("There is no question yet: type one, or choose an example.")
+        query = Query("asked", question.strip(), "benign", "app", image=picture)  # the label is not looked at
+        return self._side(NoDefense(), query), self._side(self.defense, query)
+
+    def _side(self, defense: Defense, query: Query) -> Side:
+        (seen,) = defense.prepare([query])
+        shown = seen.picture()
+        assert shown is not None
+        canvas = self.lvlm.preprocess([shown])
+        (said,) = defense.respond(self.lvlm, [query], max_new_tokens=self.max_new_tokens)
+        curve: tuple[float, ...] = ()
+        if self.vector is not None:
+            layers = range(1, self.lvlm.num_layers)
+            states = self.lvlm.states(canvas, [seen.question], layers)[0].cpu()  # (L, D)
+            curve = tuple(float(self.vector.project(states[layer - 1], layer)) for layer in layers)
+        return Side(
+            Image.fromarray(to_bytes(canvas[0])), seen.question, said.text, withheld(said.text), curve, said.seconds,
+            said.calls or 0, said.prompt_tokens or 0, said.image_tokens or 0,
+        )  # fmt: skip
+
+
+def at_hand(model: str) -> Path | None:
+    """The folder with the border and the vector that ship for a model by its bare name; None if there are none."""
+    folder = Path(str(files("davsp.app"))) / "prompts" / Path(model).name
+    return folder if Path(model).name == model and (folder / "vsp.png").exists() else None
+
+
+def border_of(path: Path) -> VisualSafetyPrompt:
+    """The prompt that a `vsp.png` alone holds: the border in its pixels, width and texts in its PNG text.
+
+    Raises:
+        DavspError: it is no such picture.
+    """
+    try:
+        with Image.open(io.BytesIO(path.read_bytes())) as picture:
+            told = {name: str(value) for name, value in picture.info.items()}
+            border = VisualSafetyPrompt(from_picture(picture), int(told["padding"]))
+    except (OSError, KeyError, ValueError) as error:
+        raise DavspError(f"{path} is not the picture of a prompt ({error}); make it again with runs/app.sh") from error
+    return border.with_texts(told["safety_text"], told["separator"], told["suffix"])
+
+
+def margins_by_layer(vector: HarmfulnessVector) -> Sequence[tuple[float, float]]:
+    """(mu_plus, mu_minus) of every layer; at the layer in use those that the vector holds."""
+    layers = range(1, len(vector.vectors) + 1)
+    return [(vector.mu_plus, vector.mu_minus) if n == vector.layer else vector.margins(n) for n in layers]

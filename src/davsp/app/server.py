@@ -1,0 +1,129 @@
+"""Serving the page: on loopback unless there is a password, without files, without a request to anywhere else."""
+
+import hmac
+import ipaddress
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from davsp.errors import DavspError
+
+MAX_BODY = 24 * 2**20  # bytes of a request: a picture of 16 MiB in base64, and some words
+LOCAL = {"localhost", "127.0.0.1", "[::1]"}
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; frame-ancestors 'none'; form-action 'self'"
+)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check(host: str, token: str | None) -> None:
+    """Raises DavspError where others could reach the page without a password."""
+    if token is None and not is_loopback(host):
+        raise DavspError(
+            f"--host {host} can be reached from elsewhere; give --token-env, the environment variable with the password, "
+            "or stay at 127.0.0.1."
+        )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        DavspError: the port is taken or the address is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise DavspError(
+            f"cannot listen at {host}, port {port} ({why}); choose another with --port or --host."
+        ) from error
+
+
+def serve(page: Callable[[], Any], sock: socket.socket, token: str | None, ready: Callable[[], None]) -> None:
+    """Serve until Ctrl-C.
+
+    Args:
+        page: makes the Blocks; called when Gradio may be imported.
+        sock: of `listen`.
+        token: the password; None: none, and only requests for this machine by its own names are answered.
+        ready: called before the first request is taken.
+    """
+    with tempfile.TemporaryDirectory(prefix="davsp-app-") as folder:  # stays empty; Gradio asks for one
+        os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}  # read when it is imported
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else the folder would be left behind
+        import gradio as gr
+        import uvicorn
+        from fastapi import FastAPI
+
+        from davsp.app.page import CSS, THEME
+
+        app = gr.mount_gradio_app(
+            FastAPI(docs_url=None, redoc_url=None, openapi_url=None), page(), "/", theme=THEME, css=CSS, footer_links=[],
+            run_history=False, ssr_mode=False, show_error=False, pwa=False,
+            auth=None if token is None else lambda _, password: hmac.compare_digest(password.encode(), token.encode()),
+            auth_message="Any name will do; the password is the one that was given to davsp app.",
+        )  # fmt: skip
+        ready()
+        config = uvicorn.Config(
+            Guard(app, loopback_only=token is None), log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2
+        )  # fmt: skip
+        uvicorn.Server(config).run(sockets=[sock])
+
+
+class Guard:
+    """Before Gradio: no uploads to disk, no huge bodies, no other site's page asking by another name; and a policy for the browser.
+
+    A web page can have a browser on this machine ask a name of the page's own that leads to 127.0.0.1; its Host gives it away.
+    """
+
+    def __init__(self, app: Any, loopback_only: bool) -> None:
+        self.app, self.loopback_only = app, loopback_only
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        if refusal := self._refusal(scope, headers):
+            await send({"type": "http.response.start", "status": refusal, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+            return
+
+        async def sent(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                told = {
+                    "content-security-policy": POLICY,
+                    "referrer-policy": "no-referrer",
+                    "x-content-type-options": "nosniff",
+                }
+                message = message | {
+                    "headers": [*message["headers"], *((k.encode(), v.encode()) for k, v in told.items())]
+                }
+            await send(message)
+
+        await self.app(scope, receive, sent)
+
+    def _refusal(self, scope: Any, headers: dict[str, str]) -> int | None:
+        host = headers.get("host", "")
+        if self.loopback_only and host not in LOCAL and host.rpartition(":")[0] not in LOCAL:
+            return 403
+        if scope["method"] != "POST":
+            return None
+        if scope["path"].rstrip("/").endswith("/upload"):  # Gradio would keep the file
+            return 404
+        length = headers.get("content-length", "")  # without one, nobody knows how much will come
+        return None if length.isdecimal() and int(length) <= MAX_BODY else 413
