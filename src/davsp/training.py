@@ -161,5 +161,9 @@ class Run(Loop):
 
     def finish(self, state: State) -> Prompt:
         prompt = super().finish(state)
+        prompt.config["data"] |= {
+            "train_malicious_queries": len(self.malicious.questions),
+            "train_benign_queries": len(self.benign.questions),
+        }
         prompt.config |= {"layer": self.layer, "mu_plus": self.mu_plus, "mu_minus": self.mu_minus}
         return prompt
