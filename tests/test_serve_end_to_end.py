@@ -4,6 +4,7 @@ import asyncio
 import io
 from collections.abc import Iterator
 from contextlib import redirect_stderr
+from dataclasses import replace
 from typing import Any
 
 import openai
@@ -33,7 +34,7 @@ def prompt(mini: LVLM) -> VisualSafetyPrompt:
 
 
 def asked() -> list[Query]:
-    return [*PROTOCOL.test[::55], Query("w", "what colour is the car ?", "benign", "utility")]
+    return [*PROTOCOL.test[::80], Query("w", "what colour is the car ?", "benign", "utility")]
 
 
 def message(query: Query) -> dict[str, Any]:
@@ -122,7 +123,12 @@ def test_async_client(served, mini, prompt):
 
 def test_ecso_and_adaptive_give_the_answers_of_eval(served, mini, prompt):
     davsp, calls = VisualPrompt(prompt), set()
-    for defense in (ECSO(davsp, templates=TEMPLATES), ECSO(instead=davsp, templates=TEMPLATES)):
+    doubtful = replace(TEMPLATES, harm="{query}")  # answered by neither yes nor no, which counts as harmful
+    for defense in (
+        ECSO(davsp, templates=TEMPLATES),
+        ECSO(davsp, templates=doubtful),
+        ECSO(instead=davsp, templates=doubtful),
+    ):
         proxy = Proxy(defense, ServeSettings.of(upstream=served[0], canvas=mini.canvas))
         with listening(proxy.app) as url, openai.OpenAI(base_url=url, api_key="any") as client:
             found = [client.chat.completions.create(**options("davsp-mini" + proxy.suffix, q)) for q in asked()]
@@ -130,7 +136,7 @@ def test_ecso_and_adaptive_give_the_answers_of_eval(served, mini, prompt):
         assert [one.choices[0].message.content for one in found] == [response.text for response in responses]
         calls |= {response.calls for response in responses}
         assert [one.usage.prompt_tokens for one in found] == [response.prompt_tokens for response in responses]
-    assert len(calls) > 1  # so something was judged harmful, and something not
+    assert {2, 3, 4} <= calls  # let pass, answered again, answered from a caption
 
 
 def test_probe_finds_a_model_that_resamples(served):
