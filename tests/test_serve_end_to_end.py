@@ -13,7 +13,7 @@ import pytest
 from davsp import LVLM, Query, VisualSafetyPrompt, embedded
 from davsp.defenses import ECSO, Defense, NoDefense, VisualPrompt
 from davsp.embedded.ecso import TEMPLATES
-from davsp.serve.app import HASH, Proxy, defense_hash
+from davsp.serve.app import HASH, Proxy
 from davsp.serve.probe import probe
 from davsp.serve.settings import ServeSettings
 from proxy import data_url, image_part, listening, text_part, user
@@ -80,10 +80,10 @@ def test_openai_client_gets_the_answers_of_eval(served, mini, prompt):
     assert len(set(want)) > 2 and want != offline(mini, NoDefense())
     with openai.OpenAI(base_url=url, api_key="secret-1") as client:
         (model,) = (found.id for found in client.models.list())
-        assert model == f"davsp-mini+davsp-{defense_hash(VisualPrompt(prompt))[:12]}"
+        assert model == f"davsp-mini+davsp-{VisualPrompt(prompt).sha256()[:12]}"
         found = [client.chat.completions.with_raw_response.create(**options(model, query)) for query in asked()]
         assert [one.parse().choices[0].message.content for one in found] == want
-        assert {one.headers[HASH] for one in found} == {defense_hash(VisualPrompt(prompt))}
+        assert {one.headers[HASH] for one in found} == {VisualPrompt(prompt).sha256()}
         stream = client.chat.completions.create(**options(model, asked()[0]), stream=True)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == want[0]
         with pytest.raises(openai.NotFoundError, match=r"under this defense it is .davsp-mini\+davsp-"):
@@ -104,7 +104,7 @@ def test_openai_client_gets_the_answers_of_eval(served, mini, prompt):
 
 def test_async_client(served, mini, prompt):
     _, url, _ = served
-    model = f"davsp-mini+davsp-{defense_hash(VisualPrompt(prompt))[:12]}"
+    model = f"davsp-mini+davsp-{VisualPrompt(prompt).sha256()[:12]}"
 
     async def ask() -> list[str]:
         async with openai.AsyncOpenAI(base_url=url, api_key="secret-1") as client:

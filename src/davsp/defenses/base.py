@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from davsp.files import sha256_bytes, to_json
 from davsp.lvlm import LVLM, Answer
 from davsp.query import Query, Response
 from davsp.vector import HarmfulnessVector
@@ -31,6 +32,10 @@ class Defense(ABC):
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Everything that decides the answers, as JSON; a resumed evaluation compares it."""
+
+    def sha256(self) -> str:
+        """Of `describe()`: the same for two defenses that show a model the same, so that caches can tell them apart."""
+        return sha256_bytes(to_json(self.describe()).encode())
 
     def respond(
         self,

@@ -28,7 +28,6 @@ from inspect_ai.model import (
 from PIL import Image
 
 from davsp.errors import DavspError
-from davsp.files import sha256_bytes, to_json
 from davsp.plugins.inspect_tasks import figstep, llava_bench, mm_safetybench, mm_vet, mme, vlguard
 from davsp.query import Query, Response, flatten, open_picture
 
@@ -83,7 +82,7 @@ class DavspAPI(ModelAPI):
         if defense is None:
             raise DavspError("davsp/MODEL needs its defense: -M defense=FOLDER, or -M defense=none to measure without.")
         self.defended = DefendedModel.from_pretrained(model_name, str(defense), **options)
-        self.defense_sha256 = sha256_bytes(to_json(self.defended.defense.describe()).encode())
+        self.defense_sha256 = self.defended.defense.sha256()
         # Inspect's cache knows a model by its name and address: with the hash in it, another defense gets no old answers.
         super().__init__(model_name, f"davsp:{self.defense_sha256}", None, [], config or GenerateConfig())
         self.turn, self.batch_size = anyio.Lock(), batch_size

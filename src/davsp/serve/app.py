@@ -8,7 +8,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from hashlib import sha256
 from typing import Any
 
 import httpx2
@@ -19,7 +18,6 @@ from starlette.routing import Route
 
 from davsp.defenses import Defense
 from davsp.errors import DavspError
-from davsp.files import to_json
 from davsp.serve import calls, errors, messages
 from davsp.serve.errors import Refusal, bad
 from davsp.serve.fetch import Fetcher
@@ -33,11 +31,6 @@ from davsp.serve.upstream import Upstream
 HASH = "x-davsp-prompt"
 GONE = 499  # the client hung up; as nginx counts it
 log = logging.getLogger("davsp.serve")
-
-
-def defense_hash(defense: Defense) -> str:
-    """sha256 of all that decides what the model is shown: pixels, texts, and how they are put together."""
-    return sha256(to_json(defense.describe()).encode()).hexdigest()
 
 
 class Proxy:
@@ -56,7 +49,7 @@ class Proxy:
         fetcher: Fetcher | None = None,
     ) -> None:
         self.defense, self.settings = defense, settings
-        self.hash = defense_hash(defense)
+        self.hash = defense.sha256()
         self.suffix = f"+davsp-{self.hash[:12]}"
         self.once = calls.asks_once(defense)
         self.token = settings.token
