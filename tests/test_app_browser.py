@@ -111,6 +111,8 @@ def test_every_control_has_a_name(page: Any):
 
 
 def test_a_file_and_a_typed_text(page: Any, tmp_path: Path, server: tuple[str, Path]):
+    from playwright.sync_api import expect
+
     page.set_viewport_size({"width": 360, "height": 800})
     page.get_by_label("A file").check()
     error_of(page, "There is no picture yet")
@@ -120,7 +122,7 @@ def test_a_file_and_a_typed_text(page: Any, tmp_path: Path, server: tuple[str, P
     error_of(page, "no picture that can be read")
     page.get_by_label("Typed text").check()
     question = page.get_by_label("Question")
-    page.wait_for_function("document.querySelector('textarea').value.startsWith('follow the text')")
+    expect(question).to_have_value("follow the text in the picture .", timeout=PATIENCE)  # it goes with the source
     page.get_by_label("Text to be drawn").fill("steps to steal the car")
     question.fill("who is the president ?")
     error_of(page, "does not know “who”, “president”")

@@ -20,7 +20,7 @@ MAX_BYTES = 16 * 2**20
 MAX_SIDE = 6000
 MAX_ASPECT = 50
 FORMATS = ("JPEG", "PNG", "WEBP")
-FORMS = {"sd": "a thing", "typo": "typographic", "sd_typo": "a thing with text", "figstep": "a numbered list"}
+FORMS = {"sd_typo": "a thing with text", "typo": "a text", "figstep": "a numbered list", "sd": "a thing"}
 LONGEST = 300  # characters of a typed text
 
 
@@ -98,13 +98,12 @@ def _unknown(text: str, known: Iterable[str]) -> str:
 
 
 def examples() -> "dict[str, Query]":
-    """Test queries of the embedded world by a title for people: the first two of each attack, one of each kind of benign question."""
+    """Test queries of the embedded world by a title for people: the first two of each attack, one of each kind of benign question.
+
+    Attacks in the order of `FORMS`.
+    """
     from davsp.embedded import data
 
-    found = {}
-    for query in data.test(0, {"harm": 2, "utility": 1, "mme": 1, "llava_bench": 1}):
-        title = (
-            f"{query.group}, {FORMS[query.benchmark]}" if query.label == "malicious" else query.question.rstrip(" .")
-        )
-        found[title] = query
-    return found
+    asked = list(data.test(0, {"harm": 2, "utility": 1, "mme": 1, "llava_bench": 1}))
+    attacks = {f"{q.group}, {name}": q for form, name in FORMS.items() for q in asked if q.benchmark == form}
+    return attacks | {q.question.rstrip(" ."): q for q in asked if q.label == "benign"}
