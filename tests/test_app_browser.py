@@ -32,18 +32,18 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
     """The address of a running `davsp app`, and the folder where its temporary files would be; none is left when it has ended."""
     folder = tmp_path_factory.mktemp("temporary")
     command = [sys.executable, "-m", "davsp.cli", "app", "--port", "0"]
-    running = subprocess.Popen(
+    with subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
-    )
-    assert running.stderr is not None
-    said = ""
-    while not (found := re.search(r"open (http://\S+/) in", said)):
-        line = running.stderr.readline()
-        assert line, said  # it has ended
-        said += line
-    yield found[1], folder
-    running.send_signal(signal.SIGTERM)
-    running.communicate(timeout=60)
+    ) as running:
+        assert running.stderr is not None
+        said = ""
+        while not (found := re.search(r"open (http://\S+/) in", said)):
+            line = running.stderr.readline()
+            assert line, said  # it has ended
+            said += line
+        yield found[1], folder
+        running.send_signal(signal.SIGTERM)
+        running.communicate(timeout=60)
     assert not list(folder.glob("davsp-app-*"))
 
 

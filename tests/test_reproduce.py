@@ -12,8 +12,11 @@ from rich.console import Console
 from davsp import cli, embedded
 from davsp.embedded.ecso import TEMPLATES
 from davsp.errors import DavspError
+from davsp.evaluation import Evaluation
 from davsp.experiments.demo import SETTINGS
+from davsp.experiments.stages import Stages
 from davsp.prompts import VisualSafetyPrompt
+from davsp.query import Response, Verdict
 from davsp.reproduce import baselines, claims, run, tables, write
 from davsp.reproduce.plan import dry
 
@@ -318,13 +321,12 @@ def test_what_other_models_lack_is_left_out_and_said(made):
     assert set(without) == {"uniguard", "adashield-a"} and lacking(kit) == {}
     assert set(lacking(replace(kit, own=False, corpus=["x"]))) == {"adashield-a"}
     rows = [row("none", "sd", "rsr", 0.5), row("none", "utility", "accuracy", 0.9)]
-    run._write(
-        ["resistance"],
-        rows,
-        kit.lvlm,
-        out / "short",
-        [],
-        without | dict.fromkeys(("pat", "esiii", "davsp", "adashield-s"), "x"),
-    )
+    missing = without | dict.fromkeys(("pat", "esiii", "davsp", "adashield-s"), "x")
+    answers = [Response(q.id, "none", "no") for q in kit.data.test]
+    verdicts = [Verdict(q.id, "none", "t", "safe") for q in kit.data.test if q.label == "malicious"]
+    found = Evaluation({"none": answers}, {"none": verdicts}, rows)
+    short = replace(kit, stages=Stages(out / "short", Console(quiet=True)))
+    run._write(["resistance"], rows, short, found, [], missing)
+    assert not (out / "short" / "plots" / "projections.svg").exists()  # no answer has a projection
     text = (out / "short" / "resistance.md").read_text()
     assert "AdaShield-A, as no defender was given (--defender)" in text and "UniGuard, as no corpus was given" in text
