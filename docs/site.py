@@ -29,7 +29,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "reference/cli.md": command_line(),
         "reference/api.md": API + "\n\n".join(f"::: {name}" for name in public()),
     }
-    waiting = [(f.src_uri, f.content_string) for f in files.documentation_pages()] + [("index.md", str(made["index.md"]))]
+    waiting = [(f.src_uri, f.content_string) for f in files.documentation_pages()] + [
+        ("index.md", str(made["index.md"]))
+    ]
     while waiting:
         page, text = waiting.pop()
         for found in LINK.finditer(text):
