@@ -171,6 +171,8 @@ def test_a_whole_run_writes_every_table_in_four_formats(made):
     for name in tables.TABLES:
         assert all((out / f"{name}.{kind}").exists() for kind in ("md", "csv", "tex"))
     assert set(found.tables["transfer"]) == {"none", "adashield-s", "davsp", "davsp-from-other"}
+    papers = {name: [c.paper for c in row] for name, row in found.tables["transfer"].items()}
+    assert set(papers["davsp"]) == {None} and None not in papers["davsp-from-other"]  # the paper's are transferred
     assert set(found.tables["ecso"]) == set(tables.TABLES["ecso"].rows)
     assert set(found.tables["ablation"]) == set(tables.TABLES["ablation"].rows)
     assert {f.stem for f in (out / "plots").iterdir()} == {"rsr-utility", "projections", "confusions"}
