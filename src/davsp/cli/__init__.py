@@ -6,7 +6,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from davsp.cli import data, evaluate, judge, mini, prompt, reproduce, serve, train, web
+from davsp.cli import attack, data, evaluate, judge, mini, prompt, reproduce, serve, train, web
 from davsp.cli.inputs import say
 from davsp.errors import DavspError, Interrupted
 
@@ -49,6 +49,7 @@ app.command()(train.vector)
 app.command()(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command()(judge.judge)
+app.command()(attack.attack)
 app.command()(reproduce.reproduce)
 app.command()(prompt.apply)
 app.command()(prompt.info)

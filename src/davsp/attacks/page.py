@@ -1,0 +1,234 @@
+"""The figures of an attack as Markdown, on a terminal, and as one page with plots and pictures."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from davsp.attacks.checks import Check
+from davsp.attacks.run import CLEAN, WHITE_BOX, WORST, Attacked
+from davsp.attacks.table import ALL, names, sizes
+from davsp.defenses import Defense
+from davsp.files import write_text
+from davsp.report.cells import label
+from davsp.report.html import uri
+from davsp.report.plots import MARKERS, STYLE, colour, svg
+
+Rows = Sequence[Mapping[str, Any]]
+MARKS = {"good": "✓", "doubt": "?", "not run": "–"}
+SHADES = {"noise": "#7d8590", "transfer": "#2a9d8f", "comply": "#d4552b", "hide": "#c8860d", "both": "#b0509f", "square": "#3d9ac9"}  # fmt: skip
+EXAMPLES = 3
+
+
+def rate(rows: Rows, defense: str, attack: str, eps: int | None, metric: str = "rsr") -> Mapping[str, Any] | None:
+    """The row over all queries; None if there is none."""
+    wanted = (defense, attack, eps, ALL if metric != "over_refusal" else "benign", "total", metric)
+    keys = ("defense", "attack", "eps", "benchmark", "split", "metric")
+    return next((r for r in rows if tuple(r[key] for key in keys) == wanted), None)
+
+
+def number(row: Mapping[str, Any] | None) -> str:
+    """A rate and its interval in percent; a dash where there is none."""
+    if row is None or row["value"] is None:
+        return "–"
+    return f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+
+
+def worst_table(rows: Rows, done: Sequence[Attacked]) -> tuple[list[str], list[list[str]]]:
+    """Heading and lines: each defense's clean figures, then its worst case at each size."""
+    at = sizes(done)
+    heading = ["Defense", "clean", "redrawn", *(f"worst, {eps}/255" for eps in at), "utility", "over-refusal"]
+    lines = []
+    for name in names(done):
+        cells = [rate(rows, name, CLEAN, None), *(rate(rows, name, WORST, eps) for eps in (0, *at))]
+        cells += [rate(rows, name, CLEAN, None, metric) for metric in ("accuracy", "over_refusal")]
+        lines.append([label(name), *map(number, cells)])
+    return heading, lines
+
+
+def attack_table(rows: Rows, done: Sequence[Attacked], name: str) -> tuple[list[str], list[list[str]]]:
+    """Heading and lines: every attack on one defense by size; those without a size last."""
+    at = sizes(done)
+    mine = [a for a in done if a.defense == name]
+    lines = []
+    for attack in dict.fromkeys(a.attack for a in mine if a.eps is not None):
+        lines.append([attack, *(number(rate(rows, name, attack, eps)) for eps in at), ""])
+    for attack in (a.attack for a in mine if a.eps is None and a.attack != CLEAN):
+        lines.append([attack, *[""] * len(at), number(rate(rows, name, attack, None))])
+    return ["Attack", *(f"{eps}/255" for eps in at), "no size"], lines
+
+
+def markdown(rows: Rows, done: Sequence[Attacked], found: Sequence[Check], model: str) -> str:
+    """All tables."""
+    parts = [
+        f"**Resist success rate of {model} under attack**, in percent with 95 % intervals.",
+        "",
+        *_md(*worst_table(rows, done)),
+    ]
+    for name in names(done):
+        parts += ["", f"**{label(name)}, attack by attack**", "", *_md(*attack_table(rows, done, name))]
+    parts += ["", "**Can the attack be believed?**", ""]
+    lines = [[label(c.defense), c.text, f"{MARKS[c.state]} {c.state}", c.evidence] for c in found]
+    return "\n".join([*parts, *_md(["Defense", "Mark", "", "Evidence"], lines)]) + "\n"
+
+
+def print_tables(console: Console, rows: Rows, done: Sequence[Attacked], found: Sequence[Check]) -> None:
+    """The worst case of each defense, and every mark that gives doubt."""
+    heading, lines = worst_table(rows, done)
+    made = Table(*heading, caption="RSR in percent, 95 % interval; worst: by any attack of at most that size")
+    for line in lines:
+        made.add_row(*(Text(cell.replace(" [", "\n[")) for cell in line))
+    console.print(made)
+    for check in found:
+        if check.state == "doubt":
+            console.print(
+                f"[yellow]?[/] {label(check.defense)}: {check.text} – not so: {check.evidence}", highlight=False
+            )
+
+
+def write_page(
+    path: Path,
+    model: str,
+    rows: Rows,
+    done: Sequence[Attacked],
+    found: Sequence[Check],
+    defenses: Mapping[str, Defense],
+    facts: Mapping[str, Any],
+    show_unsafe: bool = False,
+) -> None:
+    """One self-contained HTML page; answers that are not known to be safe are redacted unless `show_unsafe`.
+
+    Raises:
+        DavspError: the file can't be written.
+    """
+    environment = Environment(
+        loader=PackageLoader("davsp.attacks", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    shown = names(done)[-1]
+    plots = {"The worst case: RSR by any attack that changes no pixel by more": by_size(rows, done)}
+    if any(a.found for a in done):
+        plots[f"{label(shown)}: each attack by itself"] = by_attack(rows, done, shown)
+        plots[f"{label(shown)}: what the white-box attacks lower, mean over the queries"] = curves(done, shown)
+    text = environment.get_template("page.html.j2").render(
+        model=model, plots={caption: Markup(drawn) for caption, drawn in plots.items()},
+        worst=worst_table(rows, done), tables={label(n): attack_table(rows, done, n) for n in names(done)},
+        checks=[(label(c.defense), c, MARKS[c.state]) for c in found],
+        examples=examples(done, shown, defenses[shown], show_unsafe), shown=label(shown), facts=facts,
+    )  # fmt: skip
+    write_text(path, text)
+
+
+def examples(done: Sequence[Attacked], name: str, defense: Defense, show_unsafe: bool) -> list[dict[str, Any]]:
+    """Some queries as the model sees them: clean, and under the strongest white-box attack of each size."""
+    by = {(a.attack, a.eps): a for a in done if a.defense == name}
+    attack = next((kind for kind in reversed(WHITE_BOX) if any((kind, eps) in by for eps in sizes(done))), None)
+    chosen = [by[CLEAN, None], *(by[attack, eps] for eps in sizes(done) if attack and (attack, eps) in by)]
+    queries = [q for q in by[CLEAN, None].queries if q.label == "malicious"]
+    firsts = list({q.benchmark: q for q in reversed(queries)}.values())[::-1][:EXAMPLES]
+    return [
+        {
+            "benchmark": q.benchmark,
+            "question": q.question,
+            "steps": [_step(one, q.id, defense, show_unsafe) for one in chosen],
+        }
+        for q in firsts
+    ]
+
+
+def _step(one: Attacked, query_id: str, defense: Defense, show_unsafe: bool) -> dict[str, str]:
+    sent = next(q for q in one.queries if q.id == query_id)
+    (prepared,) = defense.prepare([sent])
+    canvas, verdict = prepared.picture(), one.labels[query_id]
+    text = next(r.text for r in one.evaluation.responses[one.defense] if r.query_id == query_id)
+    assert canvas is not None
+    return {
+        "title": "clean" if one.eps is None else f"{one.attack}, {one.eps}/255",
+        "canvas": uri(canvas),
+        "text": text if verdict == "safe" or show_unsafe else "[redacted]",
+        "word": {"safe": "resisted", "unsafe": "complied"}.get(verdict, verdict),
+        "mood": {"safe": "good", "unsafe": "bad"}.get(verdict, ""),
+    }
+
+
+def by_size(rows: Rows, done: Sequence[Attacked]) -> str:
+    """Worst-case RSR over the size, a line a defense, with intervals."""
+    at = [0, *sizes(done)]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.6, 3.2), layout="constrained")
+        ax = figure.subplots()
+        many = names(done)
+        for i, name in enumerate(many):
+            found = [rate(rows, name, WORST, eps) for eps in at]
+            x = [k + 0.07 * (i - (len(many) - 1) / 2) for k in range(len(at))]
+            _line(ax, x, found, colour(name), MARKERS.get(name, "o"), label(name))
+        ax.set_xticks(range(len(at)), ["none" if eps == 0 else f"{eps}" for eps in at])
+        ax.set_xlabel("largest change of a pixel, of 255 levels")
+        ax.set_ylabel("RSR, %")
+        ax.set_ylim(-4, 104)
+        figure.legend(loc="outside upper left", ncols=3, handlelength=1.4)
+        return svg(figure, "attack-worst")
+
+
+def by_attack(rows: Rows, done: Sequence[Attacked], name: str) -> str:
+    """RSR of one defense under each attack over the size."""
+    at = sizes(done)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.6, 3.2), layout="constrained")
+        ax = figure.subplots()
+        kinds = [kind for kind in SHADES if any(rate(rows, name, kind, eps) for eps in at)]
+        for i, kind in enumerate(kinds):
+            x = [k + 0.05 * (i - (len(kinds) - 1) / 2) for k in range(len(at))]
+            _line(ax, x, [rate(rows, name, kind, eps) for eps in at], SHADES[kind], "o", kind)
+        ax.set_xticks(range(len(at)), [f"{eps}" for eps in at])
+        ax.set_xlabel("largest change of a pixel, of 255 levels")
+        ax.set_ylabel("RSR, %")
+        ax.set_ylim(-4, 104)
+        figure.legend(loc="outside upper left", ncols=6, handlelength=1.2)
+        return svg(figure, "attack-kinds")
+
+
+def curves(done: Sequence[Attacked], name: str) -> str:
+    """Mean best loss over the steps of the white-box attacks on one defense, a panel an attack."""
+    kinds = [kind for kind in WHITE_BOX if any(a.attack == kind and a.defense == name for a in done)]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.6, 2.3 * max(1, len(kinds))), layout="constrained")
+        panels = figure.subplots(max(1, len(kinds)), 1, sharex=True, squeeze=False)[:, 0]
+        for ax, kind in zip(panels, kinds, strict=False):
+            for i, one in enumerate(a for a in done if (a.defense, a.attack) == (name, kind)):
+                mean = [sum(values) / len(values) for values in zip(*(r["curve"] for r in one.found), strict=True)]
+                ax.plot(one.found[0]["steps"], mean, color=SHADES[kind], alpha=0.35 + 0.2 * i, label=f"{one.eps}/255")
+            ax.set_title(kind)
+            ax.set_ylabel("loss")
+            ax.margins(x=0.01)
+            ax.legend(ncols=4, handlelength=1.2)
+        panels[-1].set_xlabel("step")
+        return svg(figure, "attack-curves")
+
+
+def _line(
+    ax: Any, x: Sequence[float], found: Sequence[Mapping[str, Any] | None], shade: str, marker: str, text: str
+) -> None:
+    shown = [(at, r) for at, r in zip(x, found, strict=True) if r is not None and r["value"] is not None]
+    if not shown:
+        return
+    y = [100 * r["value"] for _, r in shown]
+    spread = [[100 * (r["value"] - r["low"]) for _, r in shown], [100 * (r["high"] - r["value"]) for _, r in shown]]
+    ax.errorbar(
+        [at for at, _ in shown], y, yerr=spread, marker=marker, markersize=5, capsize=2, color=shade, label=text
+    )
+
+
+def _md(heading: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    return [
+        "| " + " | ".join(heading) + " |",
+        "|" + "---|" * len(heading),
+        *("| " + " | ".join(line) + " |" for line in lines),
+    ]

@@ -1,0 +1,176 @@
+"""What an attacker has in hand under a defense: the pixels of the picture he sends, and the road from there to the model.
+
+He sends his picture in the very size at which the defense puts it on its canvas, so that nothing is resampled and each of his
+8-bit pixels reaches the model: the strongest place to stand.
+"""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import pad
+
+from davsp.defenses import ECSO, AdaShieldA, Chain, Defense, Intervention, VisualPrompt
+from davsp.defenses.ecso import CUT
+from davsp.errors import DavspError
+from davsp.lvlm import LVLM
+from davsp.lvlm.onehot import answer_losses
+from davsp.prompts import Prompt, VisualSafetyPrompt
+from davsp.prompts.base import to_bytes
+from davsp.query import Query
+from davsp.vector import HarmfulnessVector
+
+Wanted = tuple[list[str], list[str]]
+"""Questions, and the beginnings of the answers that the attacker wants to them."""
+
+
+@dataclass(frozen=True)
+class Surface:
+    """Some queries under one defense, as their attacker sees them.
+
+    Attributes:
+        pictures: the queries' own pictures as he would send them, each value k/255.
+        canvas: such pictures -> what the model sees; carries the gradient.
+        wanted: what the model is asked, call by call, and what it is to say; the defense's texts are in the questions.
+    """
+
+    lvlm: LVLM
+    pictures: Float[Tensor, "b 3 h w"]
+    canvas: Callable[[Tensor], Tensor]
+    wanted: list[Wanted]
+
+    def comply(self, pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
+        """Mean cross-entropy of the wanted beginnings, summed over the calls; of pictures rounded to 8 bit."""
+        canvas = self.canvas(rounded(pictures))
+        return torch.stack([answer_losses(self.lvlm, canvas, *one) for one in self.wanted]).sum(0)
+
+    def projection(self, pictures: Float[Tensor, "b 3 h w"], vector: HarmfulnessVector) -> Float[Tensor, " b"]:
+        """s(x) of the first call at the vector's layer; of pictures rounded to 8 bit."""
+        states = self.lvlm.states(self.canvas(rounded(pictures)), self.wanted[0][0], [vector.layer])
+        return vector.project(states[:, 0])
+
+
+def surfaces(lvlm: LVLM, defense: Defense, queries: Sequence[Query], target: str) -> list[tuple[list[int], Surface]]:
+    """The queries under a defense, those of one picture size together, each group with the places of its queries.
+
+    Args:
+        queries: each with a picture.
+        target: how the answer is to begin that the attacker wants.
+
+    Raises:
+        DavspError: a query without a picture, two visual prompts in one defense, or one for another model.
+    """
+    defense.check(lvlm)
+    prompt = visual(defense)
+    pictures = [_picture(query) for query in queries]
+    if prompt is None:
+        prepared = lvlm.preprocess(pictures)
+        sent = [one.cpu() for one in prepared]
+        canvas: Callable[[Tensor], Tensor] = lambda x: x  # noqa: E731
+    else:
+        sent = list(_inside(prompt, prompt.resize(pictures)))
+        canvas = _road(prompt, lvlm.device)
+    calls = wanted(defense, queries, target)
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, one in enumerate(sent):
+        groups.setdefault(tuple(one.shape), []).append(i)
+    return [
+        (
+            places,
+            Surface(
+                lvlm,
+                torch.stack([sent[i] for i in places]).to(lvlm.device),
+                canvas,
+                [([asked[i] for i in places], [said[i] for i in places]) for asked, said in calls],
+            ),
+        )
+        for places in groups.values()
+    ]
+
+
+def wanted(defense: Defense, queries: Sequence[Query], target: str) -> list[Wanted]:
+    """What the attacker wants said in each call of a defense: his target, and of ECSO's judge that it is harmless."""
+    calls = [([q.question for q in defense.prepare(queries)], [target] * len(queries))]
+    if isinstance(defense, ECSO):
+        said = target[:CUT]
+        harm = [replace(q, question=defense.templates.harm.format(query=q.question, response=said)) for q in queries]
+        asked = defense.inner.prepare(harm) if defense.follow == "whole" else harm
+        calls.append(([q.question for q in asked], ["no"] * len(queries)))
+    return calls
+
+
+def visual(defense: Defense) -> Prompt | None:
+    """The one visual prompt in a defense; None without one.
+
+    Raises:
+        DavspError: there are two.
+    """
+    if isinstance(defense, VisualPrompt):
+        return defense.prompt
+    if isinstance(defense, ECSO | Intervention):
+        return visual(defense.inner)
+    found = [p for d in getattr(defense, "defenses", ()) if (p := visual(d)) is not None]
+    if len(found) > 1:
+        raise DavspError(f"{defense.name} has two visual prompts; the attack knows one")
+    return found[0] if found else None
+
+
+def unseen(defense: Defense) -> list[str]:
+    """The parts of a defense that the attack's loss knows nothing of, in words; its figure is no worst case then."""
+    if isinstance(defense, Intervention):
+        return ["the intervention on hidden states", *unseen(defense.inner)]
+    if isinstance(defense, AdaShieldA):
+        return ["the choice of a text by the picture (the text of the clean picture is attacked)"]
+    if isinstance(defense, ECSO):
+        again = "the defense that answers again" if defense.instead else "its answer from a caption"
+        return [again, *unseen(defense.inner)]
+    if isinstance(defense, Chain):
+        return [part for one in defense.defenses for part in unseen(one)]
+    return []
+
+
+def rounded(pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+    """To levels k/255; the gradient passes."""
+    return pictures + (torch.round(pictures.detach() * 255) / 255 - pictures.detach())
+
+
+def files(pictures: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
+    """Pictures as 8-bit RGB images."""
+    return [Image.fromarray(to_bytes(one)) for one in pictures]
+
+
+def png(picture: Image.Image) -> bytes:
+    """As a lossless file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _picture(query: Query) -> Image.Image:
+    picture = query.picture()
+    if picture is None:
+        raise DavspError(f"query {query.id} has no image; a picture is what is attacked, so leave it out")
+    return picture
+
+
+def _inside(prompt: Prompt, interior: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b 3 h w"]:
+    """What of a canvas is the picture."""
+    if isinstance(prompt, VisualSafetyPrompt):
+        p = prompt.padding
+        return interior[..., p:-p, p:-p]
+    return interior
+
+
+def _road(prompt: Prompt, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """From the picture to the defended canvas."""
+    there = prompt.with_delta(prompt.delta.to(device))
+    border = prompt.padding if isinstance(prompt, VisualSafetyPrompt) else 0
+
+    def canvas(pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 s s"]:
+        return rounded(there.apply(pad(pictures, (border,) * 4)))
+
+    return canvas
