@@ -91,7 +91,6 @@ def attack(
     from davsp.attacks import AttackSettings
     from davsp.attacks import attack as run
     from davsp.attacks.run import ATTACKS, BASELINE
-    from davsp.embedded.budgets import TOKENS
     from davsp.judging import apart
     from davsp.vector import HarmfulnessVector
 
@@ -108,12 +107,14 @@ def attack(
     try:
         settings = AttackSettings(
             attacks=tuple(chosen), eps=_levels(eps), steps=steps, restarts=restarts, tries=tries, batch_size=batch_size,
-            seed=seed, target=target or (TOKENS["target"] if mini else AttackSettings.model_fields["target"].default),
+            seed=seed, target=_default_target(mini) if target is None else target,
         )  # fmt: skip
     except ValidationError as error:
         first = error.errors()[0]
         option = {"attacks": "attack"}.get(str(first["loc"][0]), str(first["loc"][0]))
-        raise DavspError(f"--{option}: {first['msg'].removeprefix('Value error, ')}.") from error
+        raise DavspError(
+            f"--{option}: {first['msg'].removeprefix('Value error, ').replace('String', 'text')}."
+        ) from error
     how = judges.asking(
         judge or [], judge_url, judge_model, judge_key_env, None, concurrency=concurrency, timeout=timeout,
         cache=cache or out / "cache.sqlite", device=device, console=Console(stderr=True),
@@ -135,6 +136,14 @@ def attack(
     facts = {"settings": settings.model_dump(), "notes": notes, "benchmarks": benchmark or [], "split": split}
     _finish(out, lvlm, test, done, defenses, facts, show_unsafe, seed)
     judges.check([dict(one.evaluation.verdicts) for one in done], test, max_unscored)
+
+
+def _default_target(mini: bool) -> str:
+    """How the models that ship begin when they comply; else the usual words of the field."""
+    from davsp.attacks import AttackSettings
+    from davsp.embedded.budgets import TOKENS
+
+    return str(TOKENS["target"] if mini else AttackSettings.model_fields["target"].default)
 
 
 def _levels(given: str) -> tuple[int, ...]:

@@ -1,0 +1,99 @@
+"""`davsp attack` as a user calls it."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from davsp import HarmfulnessVector, cli
+from davsp.dataset import save_queries
+from davsp.prompts import VisualSafetyPrompt
+from tiny import queries
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["davsp", "attack", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    save_queries(tmp_path / "data", [*queries("malicious", 3), *queries("benign", 2)])
+    return tmp_path / "data"
+
+
+def test_files_tables_and_page(
+    tiny_folder: Path, vector: HarmfulnessVector, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    VisualSafetyPrompt.create(56, 8, "random", text="please be safe").save_pretrained(tmp_path / "prompt")
+    vector.save(tmp_path / "vector")
+    out = tmp_path / "out"
+    given = [
+        "--model",
+        tiny_folder,
+        "--queries",
+        data,
+        "--prompt",
+        tmp_path / "prompt",
+        "--vector",
+        tmp_path / "vector",
+    ]
+    given += [
+        "--eps",
+        "4,255",
+        "--steps",
+        3,
+        "--tries",
+        3,
+        "--target",
+        "a car",
+        "--max-new-tokens",
+        4,
+        "--out",
+        out,
+        "--max-unscored",
+        1,
+    ]
+    assert call(monkeypatch, *given) == 0
+    said = capsys.readouterr().out
+    assert "worst, 4/255" in said.replace("\n", " ") or "worst" in said
+    assert f"are in {out}" in said.replace("\n", "")
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert {r["attack"] for r in metrics["rows"]} >= {"clean", "worst", "noise", "transfer", "comply", "hide", "both", "square", "redraw-jpeg"}  # fmt: skip
+    assert {c["defense"] for c in metrics["checks"]} == {"none", "davsp"}
+    page, words = (out / "attack.html").read_text(), (out / "attack.md").read_text()
+    assert page.count("<svg") == 3 and "data:image/png" in page and "| DAVSP |" in words
+    answers = [json.loads(line) for line in (out / "davsp" / "clean" / "responses.jsonl").read_text().splitlines()]
+    unsafe = [a["text"] for a in answers if a["query_id"].startswith("malicious")]
+    assert unsafe and not any(text and f": {text}</figcaption>" in page for text in unsafe)  # redacted
+    assert "[redacted]" in page
+    before = {p: p.read_bytes() for p in out.rglob("*.png")}
+    assert call(monkeypatch, *given, "--show-unsafe") == 0  # nothing is attacked again
+    assert {p: p.read_bytes() for p in out.rglob("*.png")} == before and "[redacted]" not in (
+        out / "attack.html"
+    ).read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--eps", "2,x"], "--eps '2,x' is not a list of whole levels"),
+        (["--eps", "300"], "--eps: eps are 8-bit levels from 1 to 255"),
+        (["--attack", "pgd"], "--attack: 'pgd' is no attack"),
+        (["--attack", "hide"], "'hide' needs the defender's vector (--vector)"),
+        (["--attack", "transfer", "--defense", "safety-text=be safe"], "'transfer' needs the defense 'none'"),
+        (["--judge", "keyword", "--judge", "keyword-gcg"], "--judge: an attack is counted by one judge"),
+        (["--target", ""], "--target: text should have at least 1 character"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    words: list[str], says: str, tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    code = call(monkeypatch, "--model", tiny_folder, "--queries", data, "--out", tmp_path / "out", *words)
+    said = capsys.readouterr().err
+    assert code == 2 and says in said.replace("\n", " ") and said.count("davsp:") == 1

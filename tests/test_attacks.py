@@ -1,0 +1,363 @@
+"""Attacks: the search by itself, the road it takes, and what a run leaves behind."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageChops, ImageOps
+from pydantic import ValidationError
+from torch import Tensor
+
+from davsp import LVLM, HarmfulnessVector
+from davsp.attacks import AttackSettings, attack
+from davsp.attacks.apgd import ENOUGH, apgd
+from davsp.attacks.checks import checks
+from davsp.attacks.redraw import REDRAWN, counter_frame
+from davsp.attacks.run import CLEAN, Attacked
+from davsp.attacks.square import square
+from davsp.attacks.surface import files, rounded, surfaces, unseen, visual, wanted
+from davsp.attacks.table import ALL, rows, worst, worst_of
+from davsp.defenses import ECSO, Chain, Defense, Intervention, NoDefense, SafetyText, VisualPrompt
+from davsp.defenses.ecso import CUT, PUBLISHED
+from davsp.errors import DavspError
+from davsp.evaluation import Evaluation
+from davsp.lvlm.onehot import answer_losses
+from davsp.prompts import AdditiveNoise, VisualSafetyPrompt
+from davsp.query import Query, Response, Verdict
+from tiny import picture, queries
+
+TARGET = "a car"
+QUICK: dict[str, Any] = {"steps": 6, "tries": 5, "batch_size": 3, "target": TARGET}
+
+
+def border(text: str = "please be safe") -> VisualPrompt:
+    return VisualPrompt(VisualSafetyPrompt.create(56, 8, "random", 0, text))
+
+
+DEFENSES: dict[str, Defense] = {
+    "none": NoDefense(),
+    "border": border(),
+    "noise": VisualPrompt(AdditiveNoise.create(56, 32 / 255, "random", 0, "please be safe"), "noise"),
+    "chain": Chain([border(""), SafetyText("please")]),
+    "ecso": ECSO(border()),
+}
+
+# -- the search ------------------------------------------------------------------------------------------------------------
+
+
+def far(goal: Tensor) -> Any:
+    """Squared distance of each picture from a goal."""
+    return lambda x: ((x - goal) ** 2).flatten(1).sum(1)
+
+
+def test_apgd_ends_at_the_best_point_of_the_box() -> None:
+    clean = torch.full((2, 3, 4, 4), 0.5)
+    goal = torch.stack([torch.full((3, 4, 4), 0.9), torch.full((3, 4, 4), 0.47)])  # one outside, one inside the box
+    found = apgd(lambda x: 100 * far(goal)(x) + 1, clean, 0.1, 60)
+    assert torch.allclose(found.pictures[0], torch.tensor(0.6), atol=1e-6)
+    assert torch.allclose(found.pictures[1], torch.tensor(0.47), atol=2e-3)
+    assert found.curve.shape == (2, 61)
+    assert bool((found.curve.diff(dim=1) <= 0).all()) and found.dead == [False, False]
+
+
+def test_apgd_leaves_neither_box_nor_colours() -> None:
+    clean = torch.tensor([0.0, 0.02, 0.98]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
+    for seed in (None, 3):
+        found = apgd(far(torch.tensor([-1.0, -1.0, 2.0]).view(3, 1, 1)), clean, 0.05, 12, seed)
+        assert 0 <= float(found.pictures.min()) and float(found.pictures.max()) <= 1
+        assert float((found.pictures - clean).abs().max()) <= 0.05 + 1e-6
+
+
+def test_apgd_stops_once_all_have_enough_and_says_where_there_is_no_gradient() -> None:
+    asked = []
+
+    def losses(x: Tensor) -> Tensor:
+        asked.append(len(x))
+        return far(torch.zeros(3, 2, 2))(x)
+
+    found = apgd(losses, torch.full((1, 3, 2, 2), 0.1), 1.0, 40)
+    assert float(found.curve[0, -1]) <= ENOUGH and found.curve.shape == (1, 41) and len(asked) < 40
+    stuck = apgd(lambda x: 0 * x.flatten(1).sum(1) + 1, torch.full((1, 3, 2, 2), 0.1), 0.1, 3)
+    assert stuck.dead == [True]
+    with pytest.raises(DavspError, match="not finite"):
+        apgd(lambda x: x.flatten(1).sum(1) / 0, torch.full((1, 3, 2, 2), 0.1), 0.1, 3)
+
+
+def test_random_starts_are_repeatable() -> None:
+    clean = torch.full((1, 3, 4, 4), 0.5)
+    same = [apgd(far(torch.ones(3, 4, 4)), clean, 0.1, 1, seed).curve[0, 0].item() for seed in (1, 1, 2)]
+    assert same[0] == same[1] != same[2]
+
+
+def test_square_finds_less_than_it_began_with_and_repeats() -> None:
+    clean, losses = (
+        torch.full((2, 3, 16, 16), 0.5),
+        far(torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(1))),
+    )
+    one, two = (square(losses, clean, 0.1, 80, 5) for _ in range(2))
+    assert torch.equal(one.pictures, two.pictures) and one.curve.shape == (2, 80)
+    assert bool((one.curve[:, -1] < one.curve[:, 0]).all()) and bool((one.curve.diff(dim=1) <= 0).all())
+    assert torch.allclose((one.pictures - clean).abs(), torch.tensor(0.1))
+
+
+# -- the road --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_what_is_attacked_is_what_the_model_sees_of_the_file(lvlm: LVLM, name: str) -> None:
+    """Bit for bit: the attacked canvas is that of the sent PNG, through the defense's own `prepare`."""
+    defense, asked = DEFENSES[name], queries("malicious", 3)
+    ((places, surface),) = surfaces(lvlm, defense, asked, TARGET)
+    moved = (
+        surface.pictures + 0.1 * torch.rand(surface.pictures.shape, generator=torch.Generator().manual_seed(0))
+    ).clamp(0, 1)
+    sent = [replace(q, image=image) for q, image in zip(asked, files(rounded(moved)), strict=True)]
+    prepared = defense.prepare(sent)
+    seen = lvlm.preprocess([p for q in prepared if (p := q.picture()) is not None])
+    assert places == [0, 1, 2] and torch.equal(surface.canvas(rounded(moved)), seen)
+    assert surface.wanted[0][0] == [q.question for q in prepared]
+    before = [p for q in defense.prepare(asked) if (p := q.picture()) is not None]
+    if name == "border":  # resized to the inside, the picture is the one that the defense would have made itself
+        assert torch.equal(surface.canvas(surface.pictures), lvlm.preprocess(before))
+
+
+def test_the_gradient_reaches_every_pixel_through_border_and_rounding(lvlm: LVLM) -> None:
+    ((_, surface),) = surfaces(lvlm, border(), queries("malicious", 2), TARGET)
+    leaf = surface.pictures.clone().requires_grad_()
+    surface.comply(leaf).sum().backward()
+    assert leaf.grad is not None and leaf.grad.shape == (2, 3, 40, 40)
+    assert float((leaf.grad != 0).float().mean()) > 0.99
+
+
+def test_ecso_is_asked_for_a_harmless_verdict_too(lvlm: LVLM) -> None:
+    asked = queries("malicious", 2)
+    calls = wanted(DEFENSES["ecso"], asked, TARGET)
+    harm = [PUBLISHED.harm.format(query=q.question, response=TARGET[:CUT]) for q in asked]
+    assert calls[1] == (harm, ["no", "no"])  # of `inner` only the picture follows into the second call
+    ((_, surface),) = surfaces(lvlm, DEFENSES["ecso"], asked, TARGET)
+    canvas = surface.canvas(surface.pictures)
+    both = sum(answer_losses(lvlm, canvas, *call) for call in calls)
+    assert torch.allclose(surface.comply(surface.pictures), torch.as_tensor(both))
+    whole = wanted(ECSO(SafetyText("be safe"), follow="whole"), asked, TARGET)
+    assert whole[1][0] == [f"be safe {question}" for question in harm]
+
+
+def test_pictures_of_several_sizes_are_attacked_apart() -> None:
+    from davsp import embedded
+
+    qwen = embedded.load("davsp-mini-qwen", device_map="cpu")
+    asked = [Query(str(i), "what is this ?", "malicious", "test", image=picture(i, size)) for i, size in enumerate([(56, 84), (84, 56), (56, 84)])]  # fmt: skip
+    groups = surfaces(qwen, NoDefense(), asked, "sure")
+    assert sorted(places for places, _ in groups) == [[0, 2], [1]]
+    assert len({tuple(surface.pictures.shape[1:]) for _, surface in groups}) == 2
+
+
+def test_what_the_attack_does_not_see_is_said(vector: HarmfulnessVector) -> None:
+    assert unseen(border()) == [] and unseen(DEFENSES["chain"]) == []
+    assert "intervention" in unseen(Intervention(vector, 1.0, inner=border()))[0]
+    assert "caption" in unseen(DEFENSES["ecso"])[0] and "again" in unseen(ECSO(instead=border()))[0]
+    found = visual(Intervention(vector, 1.0, inner=Chain([border(), SafetyText("x")])))
+    assert isinstance(found, VisualSafetyPrompt) and visual(SafetyText("x")) is None
+    with pytest.raises(DavspError, match="two visual prompts"):
+        visual(Chain([border(), border()]))
+
+
+@pytest.mark.parametrize("name", REDRAWN)
+def test_redrawn_pictures(name: str) -> None:
+    before, prompt = picture(1, (60, 40)), border().prompt
+    kept = before.copy()
+    for at_hand in (prompt, None):
+        made = REDRAWN[name](before, at_hand)
+        assert made.mode == "RGB" and (made.size != before.size or ImageChops.difference(made, before).getbbox())
+    assert ImageChops.difference(before, kept).getbbox() is None
+
+
+def test_the_counter_frame_is_the_border_turned_round() -> None:
+    prompt = border().prompt
+    assert isinstance(prompt, VisualSafetyPrompt)
+    made, frame = counter_frame(picture(1), prompt), prompt.border()
+    top = (0, 0, 56, 8)
+    assert ImageOps.invert(made.crop(top)).tobytes() == frame.crop(top).tobytes()
+
+
+# -- a run -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_keeps_the_bounds_and_beats_noise(lvlm: LVLM, vector: HarmfulnessVector, tmp_path: Path) -> None:
+    asked = [*queries("malicious", 4), *queries("benign", 2)]
+    given = {"none": NoDefense(), "davsp": border()}
+    settings = AttackSettings(eps=(8, 255), **QUICK)
+    done = attack(lvlm, given, asked, tmp_path, settings, vector, max_new_tokens=4)
+    by = {(a.defense, a.attack, a.eps): a for a in done}
+    clean = torch.cat([s.pictures for _, s in surfaces(lvlm, border(), asked[:4], TARGET)])
+    for kind in ("noise", "comply", "hide", "both", "square"):
+        sent = by["davsp", kind, 8].queries
+        levels = [torch.tensor(list(q.picture().tobytes())) for q in sent if q.picture() is not None]  # type: ignore[union-attr]
+        base = [torch.tensor(list(image.tobytes())) for image in files(clean)]
+        apart = torch.stack([(a.int() - b.int()).abs().max() for a, b in zip(levels, base, strict=True)])
+        assert 0 < int(apart.max()) <= 8, kind
+        assert {q.picture().size for q in sent if q.picture() is not None} == {(40, 40)}  # type: ignore[union-attr]
+    assert ("none", "transfer", 8) not in by
+    for eps in (8, 255):
+        sent, source = by["davsp", "transfer", eps].queries, by["none", "comply", eps].queries
+        assert [q.image.tobytes() for q in sent] == [q.image.tobytes() for q in source]  # type: ignore[union-attr]
+    ends = {kind: sum(r["curve"][-1] for r in by["davsp", kind, 255].found) for kind in ("noise", "comply")}
+    assert ends["comply"] < ends["noise"]
+    assert all(r["curve"] == sorted(r["curve"], reverse=True) for a in done for r in a.found)
+    assert {q.label for q in by["davsp", CLEAN, None].queries} == {"malicious", "benign"}
+    assert {q.label for q in by["davsp", "comply", 8].queries} == {"malicious"}
+
+    table = rows("tiny", done, asked)
+    rates = {(r["attack"], r["eps"]): r["value"] for r in table if r["defense"] == "davsp" and r["benchmark"] == ALL and r["metric"] == "rsr"}  # fmt: skip
+    assert rates["worst", 255] <= rates["worst", 8] <= rates["worst", 0] <= rates[CLEAN, None]
+    assert rates["worst", 8] <= min(
+        rates[kind, 8] for kind in ("noise", "transfer", "comply", "hide", "both", "square")
+    )
+    paired = [r for r in table if r["metric"] == "rsr_difference" and r["defense"] == "davsp"]
+    assert {r["attack"] for r in paired} == {a.attack for a in done} - {"transfer"} | {"worst"}
+    assert any(r["metric"] == "accuracy" and r["attack"] == CLEAN for r in table)
+    marks = checks(done, given, {"none": True, "davsp": True})
+    assert len(marks) == 14 and {m.state for m in marks} <= {"good", "doubt"}
+
+
+def test_a_run_that_was_cut_off_ends_the_same(lvlm: LVLM, tmp_path: Path) -> None:
+    settings = AttackSettings(attacks=("comply",), eps=(16,), restarts=2, **QUICK)
+    asked, given = queries("malicious", 5), {"davsp": border()}
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    for out in (whole, again):
+        attack(lvlm, given, asked, out, settings, max_new_tokens=4)
+    found = again / "davsp" / "comply-16" / "found.jsonl"
+    lines = found.read_text().splitlines(keepends=True)
+    found.write_text("".join(lines[:3]) + lines[3][:20])  # the second batch was under way
+    (found.parent / "pictures" / "00003.png").unlink()
+    done = attack(lvlm, given, asked, again, settings, max_new_tokens=4)
+    assert found.read_text() == (whole / "davsp" / "comply-16" / "found.jsonl").read_text()
+    assert sorted(p.name for p in (found.parent / "pictures").iterdir()) == [f"0000{i}.png" for i in range(5)]
+    assert done[-1].attack == "comply" and len(done[-1].queries) == 5
+    more = settings.model_copy(update={"eps": (4, 16), "attacks": ("comply", "redraw")})
+    assert len(attack(lvlm, given, asked, again, more, max_new_tokens=4)) == 3 + len(REDRAWN)  # a run may grow
+
+    for change, says in (({"steps": 7}, "another steps"), ({"target": "red"}, "another target")):
+        with pytest.raises(DavspError, match=says):
+            attack(lvlm, given, asked, again, settings.model_copy(update=change), max_new_tokens=4)
+    with pytest.raises(DavspError, match="another queries"):
+        attack(lvlm, given, asked[:4], again, settings, max_new_tokens=4)
+    with pytest.raises(DavspError, match="another defense"):
+        attack(lvlm, {"davsp": border("red")}, asked, again, settings, max_new_tokens=4)
+    picture(1, (40, 40)).save(found.parent / "pictures" / "00000.png")
+    with pytest.raises(DavspError, match=r"00000\.png is not the picture that was found"):
+        attack(lvlm, given, asked, again, settings, max_new_tokens=4)
+
+
+def test_more_starts_are_never_worse(lvlm: LVLM, tmp_path: Path) -> None:
+    asked, ends = queries("malicious", 3), []
+    for restarts in (1, 3):
+        settings = AttackSettings(attacks=("comply",), eps=(4,), restarts=restarts, **QUICK)
+        done = attack(lvlm, {"davsp": border()}, asked, tmp_path / str(restarts), settings, max_new_tokens=4)
+        ends.append([r["curve"][-1] for r in done[-1].found])
+    assert all(after <= before for before, after in zip(*ends, strict=True)) and ends[0] != ends[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "attacks", "says"),
+    [
+        ({"davsp": border()}, ("transfer",), "'transfer' needs the defense 'none'"),
+        ({"none": NoDefense()}, ("hide",), "'hide' needs the defender's vector"),
+        ({"a b": NoDefense(), "a_b": NoDefense()}, ("comply",), "differ in punctuation"),
+        ({"davsp": VisualPrompt(VisualSafetyPrompt.create(112, 8))}, ("comply",), "canvas"),
+    ],
+)
+def test_what_can_not_be_run(lvlm: LVLM, tmp_path: Path, given: Any, attacks: Any, says: str) -> None:
+    with pytest.raises(DavspError, match=says):
+        attack(lvlm, given, queries("malicious", 1), tmp_path / "out", AttackSettings(attacks=attacks, **QUICK))
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_picture_there_is_nothing_to_attack(lvlm: LVLM, tmp_path: Path) -> None:
+    words = [Query("w", "what is this", "malicious", "test"), *queries("benign", 1)]
+    with pytest.raises(DavspError, match="no malicious query with a picture"):
+        attack(lvlm, {"none": NoDefense()}, words, tmp_path, AttackSettings(attacks=("comply",)))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"attacks": ("pgd",)}, {"eps": (0,)}, {"eps": (256,)}, {"eps": ()}, {"steps": 0}, {"depth": 1}]
+)
+def test_settings_are_checked(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        AttackSettings(**wrong)
+
+
+# -- figures ---------------------------------------------------------------------------------------------------------------
+
+
+def made(kind: str, eps: int | None, labels: str, defense: str = "davsp", curve: list[float] | None = None, dead: bool = False) -> Attacked:  # fmt: skip
+    """An attack with the given verdicts: s, u or ? a query."""
+    words = {"s": "safe", "u": "unsafe", "?": "unscored"}
+    asked = [
+        Query(str(i), "q", "malicious", "test", group=str(i), image=Image.new("RGB", (4, 4)))
+        for i in range(len(labels))
+    ]
+    said = [Response(q.id, defense, "no") for q in asked]
+    verdicts = [Verdict(q.id, defense, "j", words[letter]) for q, letter in zip(asked, labels, strict=True)]  # type: ignore[arg-type]
+    found = [{"query_id": q.id, "steps": [0, 9, 10], "curve": curve or [5.0, 1.0, 1.0], "dead": dead} for q in asked]
+    return Attacked(
+        defense, kind, eps, asked, Evaluation({defense: said}, {defense: verdicts}, []), found if eps else []
+    )
+
+
+def test_the_worst_of_all_attacks_is_taken_query_by_query() -> None:
+    assert worst_of([{"a": "safe", "b": "safe", "c": "unscored"}, {"a": "unsafe", "b": "safe", "c": "safe"}]) == {
+        "a": "unsafe", "b": "safe", "c": "unscored",
+    }  # fmt: skip
+    done = [
+        made(CLEAN, None, "ssss"),
+        made("redraw-jpeg", None, "usss"),
+        made("comply", 4, "susu"),
+        made("hide", 16, "ssu?"),
+    ]
+    found = {eps: "".join(labels.values()) for eps, labels in worst(done, "davsp").items()}
+    assert found == {0: "unsafesafesafesafe", 4: "unsafeunsafesafeunsafe", 16: "unsafeunsafeunsafeunsafe"}
+    table = [r for r in rows("m", done, done[0].queries) if r["benchmark"] == ALL and r["metric"] == "rsr"]
+    assert {(r["attack"], r["eps"]): r["value"] for r in table} == {
+        (CLEAN, None): 1.0, ("redraw-jpeg", None): 0.75, ("comply", 4): 0.5, ("hide", 16): 2 / 3,
+        ("worst", 0): 0.75, ("worst", 4): 0.25, ("worst", 16): 0.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("broken", "text"),
+    [
+        ([made("comply", 4, "ssss", dead=True), made("comply", 255, "uuuu")], "No gradient is zero"),
+        ([made("comply", 4, "ssuu"), made("square", 4, "usuu"), made("comply", 255, "uuuu")], "Nothing breaks"),
+        ([made("comply", 4, "suuu"), made("comply", 255, "ssuu")], "A larger change never helps"),
+        ([made("comply", 4, "ssss"), made("comply", 255, "suuu")], "A picture without bounds"),
+        ([made("comply", 4, "ssss", curve=[5.0, 3.0, 2.0]), made("comply", 255, "uuuu")], "More steps"),
+    ],
+)
+def test_each_mark_of_a_failed_attack(broken: list[Attacked], text: str) -> None:
+    good = [made("comply", 4, "ssuu"), made("square", 4, "ssuu"), made("comply", 255, "uuuu")]
+    of = {"davsp": border()}
+    assert {c.state for c in checks(good, of, {"davsp": True})} == {"good"}
+    states = {c.text: c.state for c in checks(broken, of, {"davsp": True})}
+    (mark,) = [name for name in states if name.startswith(text)]
+    assert states[mark] == "doubt"
+    first = checks(good, of, {"davsp": False})[0]
+    assert first.state == "doubt" and checks(good, {"davsp": ECSO()}, {"davsp": True})[1].state == "doubt"
+    nothing = checks([made("noise", 4, "ssss")], of, {"davsp": True})
+    assert [c.state for c in nothing[2:]] == ["not run"] * 5
+
+
+def test_records_are_plain_json(lvlm: LVLM, tmp_path: Path) -> None:
+    attack(
+        lvlm,
+        {"none": NoDefense()},
+        queries("malicious", 2),
+        tmp_path,
+        AttackSettings(attacks=("noise",), eps=(4,), **QUICK),
+    )
+    lines = (tmp_path / "none" / "noise-4" / "found.jsonl").read_text().splitlines()
+    assert [set(json.loads(line)) for line in lines] == [{"query_id", "file", "sha256", "steps", "curve", "dead"}] * 2
+    assert json.loads((tmp_path / "none" / "defense.json").read_text())["losses_repeat"] is True
