@@ -9,6 +9,7 @@ from matplotlib.ticker import MaxNLocator
 from davsp.report.plots import BENIGN, LINE, MALICIOUS, STYLE, colour, svg
 
 UNDEFENDED, DEFENDED = colour("none"), colour("davsp")
+WIDTH = 3.05  # inches; the page stretches it to 296 pixels and more, so the smallest letters have 11
 
 
 def axis(
@@ -26,7 +27,7 @@ def axis(
         malicious, benign: projections of the vector's own queries, drawn as ticks for comparison.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(3.9, 1.9), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 1.8), layout="constrained")
         ax = figure.subplots()
         for values, shade, y in ((malicious, MALICIOUS, 0.32), (benign, BENIGN, 0.0)):
             ax.plot(values, [y] * len(values), "|", color=shade, markersize=9, alpha=0.5)
@@ -53,7 +54,7 @@ def layers(
     x = range(1, len(undefended) + 1)
     plus, minus = zip(*margins, strict=True)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(3.9, 2.5), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 2.3), layout="constrained")
         ax = figure.subplots()
         ax.plot(x, plus, color=MALICIOUS, linestyle=(0, (4, 2)), linewidth=1.2, label="μ₊")
         ax.plot(x, minus, color=BENIGN, linestyle=(0, (4, 2)), linewidth=1.2, label="μ₋")

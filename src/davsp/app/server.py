@@ -75,13 +75,32 @@ def serve(page: Callable[[], Any], sock: socket.socket, token: str | None, ready
             FastAPI(docs_url=None, redoc_url=None, openapi_url=None), page(), "/", theme=THEME, css=CSS, footer_links=[],
             run_history=False, ssr_mode=False, show_error=False, pwa=False,
             auth=None if token is None else lambda _, password: hmac.compare_digest(password.encode(), token.encode()),
-            auth_message="Any name will do; the password is the one that was given to davsp app.",
+            auth_message="Type the password that was given to davsp app; the name may be left out.",
         )  # fmt: skip
+        name_is_optional(app)
         ready()
         config = uvicorn.Config(
             Guard(app, loopback_only=token is None), log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2
         )  # fmt: skip
         uvicorn.Server(config).run(sockets=[sock])
+
+
+def name_is_optional(app: Any) -> None:
+    """Let the password alone log in.
+
+    Gradio's page empties both fields after a wrong password. Whoever then types the password alone would get a 422, and the page would
+    go on to say that the credentials are incorrect.
+
+    Args:
+        app: what `mount_gradio_app` gave; Gradio's own app is its last route.
+    """
+    from fastapi import Form
+    from fastapi.security import OAuth2PasswordRequestForm
+
+    def login(username: str = Form(""), password: str = Form("")) -> OAuth2PasswordRequestForm:
+        return OAuth2PasswordRequestForm(username=username.strip() or "anyone", password=password)
+
+    app.routes[-1].app.dependency_overrides[OAuth2PasswordRequestForm] = login
 
 
 class Guard:
