@@ -63,7 +63,7 @@ def test_files_tables_and_page(
     assert "worst, 4/255" in said.replace("\n", " ") or "worst" in said
     assert f"are in {out}" in said.replace("\n", "")
     metrics = json.loads((out / "metrics.json").read_text())
-    assert {r["attack"] for r in metrics["rows"]} >= {"clean", "worst", "noise", "transfer", "comply", "hide", "both", "square", "redraw-jpeg"}  # fmt: skip
+    assert {r["attack"] for r in metrics["rows"]} >= {"clean", "worst", "transfer", "comply", "hide", "suffix", "joint"}  # fmt: skip
     assert {c["defense"] for c in metrics["checks"]} == {"none", "davsp"}
     page, words = (out / "attack.html").read_text(), (out / "attack.md").read_text()
     assert page.count("<svg") == 3 and "data:image/png" in page and "| DAVSP |" in words

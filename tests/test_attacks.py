@@ -18,6 +18,7 @@ from davsp.attacks.checks import checks
 from davsp.attacks.redraw import REDRAWN, counter_frame
 from davsp.attacks.run import CLEAN, Attacked
 from davsp.attacks.square import square
+from davsp.attacks.suffix import asked_with, search_suffix
 from davsp.attacks.surface import files, rounded, surfaces, unseen, visual, wanted
 from davsp.attacks.table import ALL, rows, worst, worst_of
 from davsp.defenses import ECSO, Chain, Defense, Intervention, NoDefense, SafetyText, VisualPrompt
@@ -30,7 +31,9 @@ from davsp.query import Query, Response, Verdict
 from tiny import picture, queries
 
 TARGET = "a car"
-QUICK: dict[str, Any] = {"steps": 6, "tries": 5, "batch_size": 3, "target": TARGET}
+QUICK: dict[str, Any] = {
+    "steps": 6, "tries": 5, "batch_size": 3, "target": TARGET, "words": 3, "word_steps": 4, "word_candidates": 6,
+}  # fmt: skip
 
 
 def border(text: str = "please be safe") -> VisualPrompt:
@@ -165,6 +168,23 @@ def test_what_the_attack_does_not_see_is_said(vector: HarmfulnessVector) -> None
         visual(Chain([border(), border()]))
 
 
+@pytest.mark.parametrize("name", ["none", "border", "ecso"])
+def test_words_after_the_question_make_the_answer_likelier(lvlm: LVLM, name: str) -> None:
+    defense, query = DEFENSES[name], queries("malicious", 1)[0]
+    given: Any = {"length": 3, "steps": 6, "candidates": 12, "batch_size": 5, "seed": 0}
+    steps: list[int] = []
+    found = search_suffix(lvlm, defense, query, TARGET, **given, seen=steps.append)
+    assert found.curve == sorted(found.curve, reverse=True) and found.curve[-1] < found.curve[0]
+    assert len(found.curve) == 7 and sum(steps) == 6
+    ((_, surface),) = surfaces(lvlm, defense, [asked_with(query, found.text)], TARGET)
+    assert found.curve[-1] == pytest.approx(float(surface.comply(surface.pictures)), abs=1e-5)  # as it will be asked
+    assert search_suffix(lvlm, defense, query, TARGET, **given) == found
+    with pytest.raises(DavspError, match="take fewer"):
+        nothing = VisualPrompt(VisualSafetyPrompt.create(56, 8))
+        nothing.prompt.question = lambda question: "what"  # type: ignore[method-assign]
+        search_suffix(lvlm, nothing, query, TARGET, **given)
+
+
 @pytest.mark.parametrize("name", REDRAWN)
 def test_redrawn_pictures(name: str) -> None:
     before, prompt = picture(1, (60, 40)), border().prompt
@@ -211,6 +231,10 @@ def test_a_run_keeps_the_bounds_and_beats_noise(lvlm: LVLM, vector: HarmfulnessV
     assert {q.label for q in by["davsp", "comply", 8].queries} == {"malicious"}
 
     table = rows("tiny", done, asked)
+    words = by["davsp", "suffix", None].queries
+    assert all(w.question.startswith(f"{q.question} ") for w, q in zip(words, asked[:4], strict=True))
+    assert [w.image for w in words] == [q.image for q in asked[:4]]
+    assert [q.question for q in by["davsp", "joint", 8].queries] == [w.question for w in words]
     rates = {(r["attack"], r["eps"]): r["value"] for r in table if r["defense"] == "davsp" and r["benchmark"] == ALL and r["metric"] == "rsr"}  # fmt: skip
     assert rates["worst", 255] <= rates["worst", 8] <= rates["worst", 0] <= rates[CLEAN, None]
     assert rates["worst", 8] <= min(
@@ -265,6 +289,7 @@ def test_more_starts_are_never_worse(lvlm: LVLM, tmp_path: Path) -> None:
     ("given", "attacks", "says"),
     [
         ({"davsp": border()}, ("transfer",), "'transfer' needs the defense 'none'"),
+        ({"none": NoDefense()}, ("joint",), "'joint' goes on from the words of 'suffix'"),
         ({"none": NoDefense()}, ("hide",), "'hide' needs the defender's vector"),
         ({"a b": NoDefense(), "a_b": NoDefense()}, ("comply",), "differ in punctuation"),
         ({"davsp": VisualPrompt(VisualSafetyPrompt.create(112, 8))}, ("comply",), "canvas"),

@@ -23,7 +23,7 @@ from davsp.report.plots import MARKERS, STYLE, colour, svg
 
 Rows = Sequence[Mapping[str, Any]]
 MARKS = {"good": "✓", "doubt": "?", "not run": "–"}
-SHADES = {"noise": "#7d8590", "transfer": "#2a9d8f", "comply": "#d4552b", "hide": "#c8860d", "both": "#b0509f", "square": "#3d9ac9"}  # fmt: skip
+SHADES = {"noise": "#7d8590", "transfer": "#2a9d8f", "comply": "#d4552b", "hide": "#c8860d", "both": "#b0509f", "joint": "#5b8c3e", "square": "#3d9ac9"}  # fmt: skip
 EXAMPLES = 3
 
 
@@ -44,7 +44,7 @@ def number(row: Mapping[str, Any] | None) -> str:
 def worst_table(rows: Rows, done: Sequence[Attacked]) -> tuple[list[str], list[list[str]]]:
     """Heading and lines: each defense's clean figures, then its worst case at each size."""
     at = sizes(done)
-    heading = ["Defense", "clean", "redrawn", *(f"worst, {eps}/255" for eps in at), "utility", "over-refusal"]
+    heading = ["Defense", "clean", "redrawn, reworded", *(f"worst, {eps}/255" for eps in at), "utility", "over-refusal"]
     lines = []
     for name in names(done):
         cells = [rate(rows, name, CLEAN, None), *(rate(rows, name, WORST, eps) for eps in (0, *at))]
@@ -75,8 +75,18 @@ def markdown(rows: Rows, done: Sequence[Attacked], found: Sequence[Check], model
     for name in names(done):
         parts += ["", f"**{label(name)}, attack by attack**", "", *_md(*attack_table(rows, done, name))]
     parts += ["", "**Can the attack be believed?**", ""]
-    lines = [[label(c.defense), c.text, f"{MARKS[c.state]} {c.state}", c.evidence] for c in found]
-    return "\n".join([*parts, *_md(["Defense", "Mark", "", "Evidence"], lines)]) + "\n"
+    return "\n".join([*parts, *_md(*check_table(done, found))]) + "\n"
+
+
+def check_table(done: Sequence[Attacked], found: Sequence[Check]) -> tuple[list[str], list[list[str]]]:
+    """Heading and lines: a mark a line, a defense a column; the evidence is said where there is doubt."""
+    of = {(c.text, c.defense): c for c in found}
+    lines = []
+    for text in dict.fromkeys(c.text for c in found):
+        cells = [of[text, name] for name in names(done)]
+        said = [f"{MARKS[c.state]} {c.state}" + (f": {c.evidence}" if c.state == "doubt" else "") for c in cells]
+        lines.append([text, *said])
+    return ["Mark", *map(label, names(done))], lines
 
 
 def print_tables(console: Console, rows: Rows, done: Sequence[Attacked], found: Sequence[Check]) -> None:
@@ -120,7 +130,7 @@ def write_page(
     text = environment.get_template("page.html.j2").render(
         model=model, plots={caption: Markup(drawn) for caption, drawn in plots.items()},
         worst=worst_table(rows, done), tables={label(n): attack_table(rows, done, n) for n in names(done)},
-        checks=[(label(c.defense), c, MARKS[c.state]) for c in found],
+        checks=check_table(done, found),
         examples=examples(done, shown, defenses[shown], show_unsafe), shown=label(shown), facts=facts,
     )  # fmt: skip
     write_text(path, text)
@@ -129,7 +139,7 @@ def write_page(
 def examples(done: Sequence[Attacked], name: str, defense: Defense, show_unsafe: bool) -> list[dict[str, Any]]:
     """Some queries as the model sees them: clean, and under the strongest white-box attack of each size."""
     by = {(a.attack, a.eps): a for a in done if a.defense == name}
-    attack = next((kind for kind in reversed(WHITE_BOX) if any((kind, eps) in by for eps in sizes(done))), None)
+    attack = next((kind for kind in WHITE_BOX if any((kind, eps) in by for eps in sizes(done))), None)
     chosen = [by[CLEAN, None], *(by[attack, eps] for eps in sizes(done) if attack and (attack, eps) in by)]
     queries = [q for q in by[CLEAN, None].queries if q.label == "malicious"]
     firsts = list({q.benchmark: q for q in reversed(queries)}.values())[::-1][:EXAMPLES]

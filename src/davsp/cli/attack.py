@@ -31,7 +31,7 @@ from davsp.cli.options import (
 from davsp.cli.testset import asked
 from davsp.errors import DavspError
 
-KINDS = "noise, transfer, comply, hide, both, square, redraw"
+KINDS = "noise, transfer, comply, hide, both, square, redraw, suffix, joint"
 
 
 def attack(
@@ -56,6 +56,9 @@ def attack(
     steps: Annotated[int, typer.Option(min=1, help="Gradients a picture and start.")] = 100,
     restarts: Annotated[int, typer.Option(min=1, help="Starts a picture: the clean one, then random ones.")] = 1,
     tries: Annotated[int, typer.Option(min=2, help="Losses a picture that square may ask for.")] = 500,
+    words: Annotated[int, typer.Option(min=1, help="Tokens that suffix puts after the question.")] = 10,
+    word_steps: Annotated[int, typer.Option(min=1, help="Changes of one token, of suffix.")] = 30,
+    word_candidates: Annotated[int, typer.Option(min=1, help="Changes tried for each.")] = 64,
     target: Annotated[
         str | None, typer.Option(help="How the answer begins that the attacker wants, in the model's words.")
     ] = None,
@@ -107,6 +110,7 @@ def attack(
     try:
         settings = AttackSettings(
             attacks=tuple(chosen), eps=_levels(eps), steps=steps, restarts=restarts, tries=tries, batch_size=batch_size,
+            words=words, word_steps=word_steps, word_candidates=word_candidates,
             seed=seed, target=_default_target(mini) if target is None else target,
         )  # fmt: skip
     except ValidationError as error:
