@@ -153,7 +153,7 @@ def flatten(image: Image.Image) -> Image.Image:
     if image.mode == "I;16":
         image = image.point(lambda level: level * (1 / 257) + 0.5).convert("L")
     if image.mode == "RGB":
-        return image.copy()
+        return image  # a copy already
     if "A" in image.getbands() or "transparency" in image.info:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, "white")

@@ -102,8 +102,15 @@ class VisualSafetyPrompt(Prompt):
         return paint
 
     def _inside(self, image: Image.Image) -> Image.Image:
-        inside = self.canvas - 2 * self.padding
-        return pad_to_square(image.convert("RGB")).resize((inside, inside), Image.Resampling.BICUBIC)
+        """The picture padded to a square and resized, at the cost of its own rows: Pillow resizes each row before it mixes
+        rows, and a white one stays white, so what is put above and below a wide picture need not go through the first step.
+        """
+        inside, picture = self.canvas - 2 * self.padding, image.convert("RGB")
+        width = side = max(picture.size)
+        if picture.height < side:
+            width = inside
+            picture = picture.resize((width, picture.height), Image.Resampling.BICUBIC)
+        return pad(picture, width, side).resize((inside, inside), Image.Resampling.BICUBIC)
 
     def apply(self, interior: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b 3 s s"]:
         """T: border from delta, inside from `interior`, bit for bit."""
@@ -260,11 +267,16 @@ def border_mask(canvas: int, padding: int) -> Float[Tensor, "1 s s"]:
 def pad_to_square(picture: Image.Image) -> Image.Image:
     """The picture in the middle of the smallest white square that holds it."""
     side = max(picture.size)
-    if picture.size == (side, side):
+    return pad(picture, side, side)
+
+
+def pad(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """The picture in the middle of a white one of at least its size."""
+    if picture.size == (width, height):
         return picture
-    square = Image.new("RGB", (side, side), "white")
-    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-    return square
+    white = Image.new("RGB", (width, height), "white")
+    white.paste(picture, ((width - picture.width) // 2, (height - picture.height) // 2))
+    return white
 
 
 def card(config: dict[str, Any], source: str = "this folder or repository") -> str:

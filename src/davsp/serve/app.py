@@ -4,13 +4,16 @@ import asyncio
 import json
 import logging
 import re
+import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from itertools import chain
 from typing import Any
 
 import httpx2
+from PIL import Image
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -127,11 +130,19 @@ class Proxy:
     def _sent(self, body: dict[str, Any], files: list[bytes], idle: bool) -> bytes:
         """The defended body; runs in a thread, where Pillow and zlib leave the interpreter free."""
         pictures = [decode(file, self.settings) for file in files]
-        found = body["messages"] if idle else messages.defended(self.defense, body["messages"], pictures, to_data_url)
+        place = secrets.token_hex()  # in a picture's stead; no client can know it
+        urls: list[bytes] = []
+
+        def send(picture: Image.Image) -> str:
+            urls.append(to_data_url(picture).encode())
+            return place
+
+        found = body["messages"] if idle else messages.defended(self.defense, body["messages"], pictures, send)
         try:
-            return json.dumps(body | {"messages": found}, allow_nan=False).encode()
+            text = json.dumps(body | {"messages": found}, allow_nan=False).encode()
         except ValueError as error:
             raise bad("the body holds a number that JSON has no word for.") from error
+        return _filled(text, place.encode(), urls)
 
     async def _called(self, request: Request, body: dict[str, Any], files: list[bytes]) -> Response:
         """The answer of a defense that asks more than once."""
@@ -241,6 +252,12 @@ async def _unless_gone(request: Request, work: Any) -> Response:
         watch.cancel()
         task.cancel()
         await asyncio.gather(watch, task, return_exceptions=True)
+
+
+def _filled(text: bytes, place: bytes, urls: list[bytes]) -> bytes:
+    """JSON with each picture in its place: the encoder, which looks at each letter, would take a tenth of a request's time."""
+    first, *rest = text.split(place)
+    return b"".join([first, *chain.from_iterable(zip(urls, rest, strict=True))])
 
 
 async def _missing(request: Request, error: Exception) -> Response:
