@@ -42,22 +42,17 @@ def test_files_tables_and_page(
         "--vector",
         tmp_path / "vector",
     ]
-    given += [
-        "--eps",
-        "4,255",
-        "--steps",
-        3,
-        "--tries",
-        3,
-        "--target",
-        "a car",
-        "--max-new-tokens",
-        4,
-        "--out",
-        out,
-        "--max-unscored",
-        1,
-    ]
+    given += ["--attack", "transfer,comply,hide,suffix,joint", "--target", "a car", "--out", out]
+    small = {
+        "eps": "4,255",
+        "steps": 3,
+        "words": 2,
+        "word-steps": 2,
+        "word-candidates": 4,
+        "max-new-tokens": 4,
+        "max-unscored": 1,
+    }
+    given += [str(word) for name, value in small.items() for word in (f"--{name}", value)]
     assert call(monkeypatch, *given) == 0
     said = capsys.readouterr().out
     assert "worst, 4/255" in said.replace("\n", " ") or "worst" in said

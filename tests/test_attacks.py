@@ -241,7 +241,7 @@ def test_a_run_keeps_the_bounds_and_beats_noise(lvlm: LVLM, vector: HarmfulnessV
         rates[kind, 8] for kind in ("noise", "transfer", "comply", "hide", "both", "square")
     )
     paired = [r for r in table if r["metric"] == "rsr_difference" and r["defense"] == "davsp"]
-    assert {r["attack"] for r in paired} == {a.attack for a in done} - {"transfer"} | {"worst"}
+    assert {r["attack"] for r in paired} == {a.attack for a in done} - {"transfer"} | {"worst", "any"}
     assert any(r["metric"] == "accuracy" and r["attack"] == CLEAN for r in table)
     marks = checks(done, given, {"none": True, "davsp": True})
     assert len(marks) == 14 and {m.state for m in marks} <= {"good", "doubt"}
@@ -348,7 +348,7 @@ def test_the_worst_of_all_attacks_is_taken_query_by_query() -> None:
     table = [r for r in rows("m", done, done[0].queries) if r["benchmark"] == ALL and r["metric"] == "rsr"]
     assert {(r["attack"], r["eps"]): r["value"] for r in table} == {
         (CLEAN, None): 1.0, ("redraw-jpeg", None): 0.75, ("comply", 4): 0.5, ("hide", 16): 2 / 3,
-        ("worst", 0): 0.75, ("worst", 4): 0.25, ("worst", 16): 0.0,
+        ("worst", 0): 0.75, ("worst", 4): 0.25, ("worst", 16): 0.0, ("any", None): 0.0,
     }  # fmt: skip
 
 

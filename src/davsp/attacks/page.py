@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from davsp.attacks.checks import Check
-from davsp.attacks.run import CLEAN, WHITE_BOX, WORST, Attacked
+from davsp.attacks.run import ANY, CLEAN, WHITE_BOX, WORST, Attacked
 from davsp.attacks.table import ALL, names, sizes
 from davsp.defenses import Defense
 from davsp.files import write_text
@@ -42,12 +42,22 @@ def number(row: Mapping[str, Any] | None) -> str:
 
 
 def worst_table(rows: Rows, done: Sequence[Attacked]) -> tuple[list[str], list[list[str]]]:
-    """Heading and lines: each defense's clean figures, then its worst case at each size."""
+    """Heading and lines: each defense's clean figures, its worst case over pictures at each size, under words, and over all attacks."""
     at = sizes(done)
-    heading = ["Defense", "clean", "redrawn, reworded", *(f"worst, {eps}/255" for eps in at), "utility", "over-refusal"]
+    heading = [
+        "Defense",
+        "clean",
+        "redrawn",
+        *(f"picture, {eps}/255" for eps in at),
+        "words",
+        "any",
+        "utility",
+        "over-refusal",
+    ]
     lines = []
     for name in names(done):
         cells = [rate(rows, name, CLEAN, None), *(rate(rows, name, WORST, eps) for eps in (0, *at))]
+        cells += [rate(rows, name, attack, None) for attack in ("suffix", ANY)]
         cells += [rate(rows, name, CLEAN, None, metric) for metric in ("accuracy", "over_refusal")]
         lines.append([label(name), *map(number, cells)])
     return heading, lines
@@ -92,7 +102,9 @@ def check_table(done: Sequence[Attacked], found: Sequence[Check]) -> tuple[list[
 def print_tables(console: Console, rows: Rows, done: Sequence[Attacked], found: Sequence[Check]) -> None:
     """The worst case of each defense, and every mark that gives doubt."""
     heading, lines = worst_table(rows, done)
-    made = Table(*heading, caption="RSR in percent, 95 % interval; worst: by any attack of at most that size")
+    made = Table(
+        *heading, caption="RSR in percent, 95 % interval; picture: the worst case over attacks of at most that size"
+    )
     for line in lines:
         made.add_row(*(Text(cell.replace(" [", "\n[")) for cell in line))
     console.print(made)
@@ -123,7 +135,7 @@ def write_page(
         lstrip_blocks=True,
     )  # fmt: skip
     shown = names(done)[-1]
-    plots = {"The worst case: RSR by any attack that changes no pixel by more": by_size(rows, done)}
+    plots = {"The worst case over all attacks on the picture that change no pixel by more": by_size(rows, done)}
     if any(a.found for a in done):
         plots[f"{label(shown)}: each attack by itself"] = by_attack(rows, done, shown)
         plots[f"{label(shown)}: what the white-box attacks lower, mean over the queries"] = curves(done, shown)

@@ -3,7 +3,7 @@
 out/attack.json                     what decides all pictures: model, queries, settings
 out/DEFENSE/defense.json            the defense, and whether its losses are the same each time
 out/DEFENSE/ATTACK-EPS/             pictures/ and found.jsonl grow a batch at a time; beside them the answers, as `davsp eval` leaves them
-out/metrics.json                    tidy rows with the fields attack and eps besides; `worst` is each query's worst case
+out/metrics.json                    tidy rows with the fields attack and eps besides (`davsp.attacks.table`)
 """
 
 import re
@@ -38,7 +38,8 @@ from davsp.vector import HarmfulnessVector
 
 WHITE_BOX = ("comply", "hide", "both", "joint")
 ATTACKS = ("noise", "transfer", "comply", "hide", "both", "square", "redraw", "suffix", "joint")
-CLEAN, WORST, BASELINE = "clean", "worst", "none"
+WORDED = ("suffix", "joint")  # they change the question
+CLEAN, WORST, ANY, BASELINE = "clean", "worst", "any", "none"
 RUN, DEFENSE = "attack.json", "defense.json"
 
 
