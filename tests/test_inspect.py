@@ -75,8 +75,12 @@ def test_each_benchmark_gives_davsps_own_figures(name: str, folder: Path, sets: 
         embedded.load(), {"davsp": defense}, queries, judge=keyword, graders=graders, max_new_tokens=24, baseline=""
     )
     (scores,) = log.results.scores
+    assert next(iter(scores.metrics)).endswith(
+        ("total rsr", "total score", "total score_official", "total relative_score")
+    )
+    assert name == "vlguard" or not next(iter(scores.metrics)).startswith(f"{queries[0].benchmark} ")
     assert {name: metric.value for name, metric in scores.metrics.items()} == pytest.approx(
-        figures_of(wanted.rows, queries)
+        figures_of(wanted.rows, name)
     )
     answers = {sample.id: sample.output.completion for sample in log.samples}
     assert answers == {response.query_id: response.text for response in wanted.responses["davsp"]}
@@ -85,17 +89,17 @@ def test_each_benchmark_gives_davsps_own_figures(name: str, folder: Path, sets: 
     assert values <= known or name in graders
     told = log.samples[0].output.metadata
     assert told["defense"] == "davsp" and log.samples[0].output.usage.input_tokens > 0
-    assert log.eval.model == "davsp/davsp-mini" and log.eval.model_args["defense"] == str(folder)
-    assert log.eval.dataset.name == queries[0].benchmark
+    assert log.eval.model == f"davsp/davsp-mini+davsp-{defense.sha256()[:12]}"
+    assert log.eval.model_args["defense"] == str(folder) and log.eval.dataset.name == f"{name}_embedded"
 
 
-def figures_of(rows: list[dict[str, Any]], queries: list[Query]) -> dict[str, float]:
+def figures_of(rows: list[dict[str, Any]], name: str) -> dict[str, float]:
     """As the log names them."""
-    found = {}
+    found, parts = {}, {row["benchmark"] for row in rows} - {"cost"}
     for row in rows:
         if row["benchmark"] == "cost" or row["value"] is None:
             continue
-        where = "" if row["benchmark"] == queries[0].benchmark else f"{row['benchmark']} "
+        where = "" if len(parts) == 1 or row["benchmark"] == f"{name}_embedded" else f"{row['benchmark']} "
         for end, column in (("", "value"), (" low", "low"), (" high", "high")):
             if row[column] is not None:
                 found[f"{where}{row['split']} {row['metric']}{end}"] = row[column]
@@ -132,6 +136,11 @@ def test_a_model_without_a_word_on_its_defense_is_refused(folder: Path):
         plugin.DavspAPI("davsp-mini", base_url="http://x", defense="none")
     undefended, defended = (plugin.DavspAPI("davsp-mini", defense=d) for d in ("none", str(folder)))
     assert undefended.base_url != defended.base_url  # of which Inspect's cache makes its keys
+    assert undefended.model_name == "davsp-mini+none"
+    again = plugin.DavspAPI(defended.model_name, defense=str(folder))  # as `inspect eval-retry` asks for it
+    assert again.model_name == defended.model_name != "davsp-mini"
+    with pytest.raises(DavspError, match=r"-M defense=none makes davsp-mini\+none, not davsp-mini\+davsp-"):
+        plugin.DavspAPI(defended.model_name, defense="none")
 
 
 def test_requests_that_wait_are_answered_together(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -7,6 +7,7 @@ Inspect finds both by the entry point of this package.
 
 import base64
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from inspect_ai.model import (
 )
 from PIL import Image
 
+from davsp.defenses import NoDefense
 from davsp.errors import DavspError
 from davsp.plugins.inspect_tasks import figstep, llava_bench, mm_safetybench, mm_vet, mme, vlguard
 from davsp.query import Query, Response, flatten, open_picture
@@ -34,6 +36,7 @@ from davsp.query import Query, Response, flatten, open_picture
 __all__ = ["DavspAPI", "figstep", "llava_bench", "mm_safetybench", "mm_vet", "mme", "vlguard"]
 
 MAX_NEW_TOKENS = 256
+DEFENSE = re.compile(r"\+(davsp-[0-9a-f]{12}|none)$")  # what a model's name in a log ends with
 GREEDY = {"temperature": (None, 0, 0.0), "num_choices": (None, 1), "top_k": (None, 1)}
 UNKNOWN = (
     "stop_seqs", "best_of", "frequency_penalty", "presence_penalty", "logit_bias", "logprobs", "response_schema",
@@ -52,8 +55,10 @@ class _Asked:
 class DavspAPI(ModelAPI):
     """`davsp/MODEL`: folder or hub id of an LVLM, or one of those that ship. Answers are greedy; what waits is answered together.
 
+    In logs the model is called `davsp/MODEL+davsp-HASH`, as by `davsp serve`, or `davsp/MODEL+none`.
+
     Args:
-        model_name: MODEL.
+        model_name: MODEL; also as in a log, so that Inspect can try one again: then the defense must be that one.
         base_url: not taken: the model runs here.
         api_key: not looked at.
         config: of Inspect.
@@ -81,10 +86,17 @@ class DavspAPI(ModelAPI):
             raise DavspError("davsp runs the model here and takes no model-base-url; leave it out.")
         if defense is None:
             raise DavspError("davsp/MODEL needs its defense: -M defense=FOLDER, or -M defense=none to measure without.")
-        self.defended = DefendedModel.from_pretrained(model_name, str(defense), **options)
+        bare = DEFENSE.sub("", model_name)
+        self.defended = DefendedModel.from_pretrained(bare, str(defense), **options)
         self.defense_sha256 = self.defended.defense.sha256()
+        none = isinstance(self.defended.defense, NoDefense)
+        name = f"{bare}+none" if none else f"{bare}+davsp-{self.defense_sha256[:12]}"
+        if model_name not in (bare, name):
+            raise DavspError(
+                f"-M defense={defense} makes {name}, not {model_name}; give that one's defense, or davsp/{bare}."
+            )
         # Inspect's cache knows a model by its name and address: with the hash in it, another defense gets no old answers.
-        super().__init__(model_name, f"davsp:{self.defense_sha256}", None, [], config or GenerateConfig())
+        super().__init__(name, f"davsp:{self.defense_sha256}", None, [], config or GenerateConfig())
         self.turn, self.batch_size = anyio.Lock(), batch_size
         self.waiting: list[_Asked] = []
 

@@ -52,8 +52,10 @@ def _task(name: str) -> Callable[..., Task]:
         max_new_tokens: int = 256,
     ) -> Task:
         queries = BENCHMARKS[name].load(_embedded(seed) / name if folder is None else Path(folder), split, limit, seed)
+        whole = name if folder else f"{name}_embedded"
+        alone = len({query.benchmark for query in queries}) == 1
         return Task(
-            dataset=MemoryDataset([_sample(query) for query in queries], name=queries[0].benchmark),
+            dataset=MemoryDataset([_sample(query) for query in queries], name=queries[0].benchmark if alone else whole),
             solver=generate(),
             scorer=davsp_scorer(name, judge, judge_model, judge_url, judge_key_env),
             epochs=Epochs(1, "mode"),  # the usual reducer, the mean, would make numbers of verdicts
@@ -126,7 +128,11 @@ def _query(told: dict[str, Any]) -> Query:
 
 @metric
 def figures(name: str) -> Metric:
-    """The set's own figures, `SPLIT METRIC` with its 95 % interval as `… low` and `… high`; a rate of nothing is left out."""
+    """The set's own figures, `SPLIT METRIC` with its 95 % interval as `… low` and `… high`; a rate of nothing is left out.
+
+    Where a set has several parts (MM-SafetyBench's forms, VLGuard's subsets), those of a part begin with its name. Totals come first, as
+    Inspect's list of logs shows the first figure alone.
+    """
 
     def measure(scores: list[SampleScore]) -> dict[str, float]:
         queries = [_query(dict(score.sample_metadata or {})) for score in scores]
@@ -138,9 +144,14 @@ def figures(name: str) -> Metric:
         said = [_record(told) for score in scores if (told := (score.score.metadata or {}).get("said")) is not None]
         judged = {} if name == "mme" else {"judge": said}
         found: dict[str, float] = {}
-        for row in BENCHMARKS[name].score(queries, answers, **judged).rows:
+        rows = BENCHMARKS[name].score(queries, answers, **judged).rows
+        alone = len({row["benchmark"] for row in rows}) == 1
+        parts = [
+            "" if alone or row["benchmark"] in (name, f"{name}_embedded") else f"{row['benchmark']} " for row in rows
+        ]
+        order = sorted(range(len(rows)), key=lambda i: (parts[i] != "", rows[i]["split"] != "total"))
+        for row, where in ((rows[i], parts[i]) for i in order):
             shown = {"": row["value"], " low": row["low"], " high": row["high"]}
-            where = "" if row["benchmark"] == queries[0].benchmark else f"{row['benchmark']} "
             found |= {f"{where}{row['split']} {row['metric']}{end}": v for end, v in shown.items() if v is not None}
         return found
 
