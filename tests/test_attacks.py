@@ -16,7 +16,8 @@ from davsp.attacks import AttackSettings, attack
 from davsp.attacks.apgd import ENOUGH, apgd
 from davsp.attacks.checks import checks
 from davsp.attacks.redraw import REDRAWN, counter_frame
-from davsp.attacks.run import CLEAN, Attacked
+from davsp.attacks.run import Attacked
+from davsp.attacks.settings import CLEAN
 from davsp.attacks.square import square
 from davsp.attacks.suffix import asked_with, search_suffix
 from davsp.attacks.surface import files, rounded, surfaces, unseen, visual, wanted
@@ -243,8 +244,8 @@ def test_a_run_keeps_the_bounds_and_beats_noise(lvlm: LVLM, vector: HarmfulnessV
     paired = [r for r in table if r["metric"] == "rsr_difference" and r["defense"] == "davsp"]
     assert {r["attack"] for r in paired} == {a.attack for a in done} - {"transfer"} | {"worst", "any"}
     assert any(r["metric"] == "accuracy" and r["attack"] == CLEAN for r in table)
-    marks = checks(done, given, {"none": True, "davsp": True})
-    assert len(marks) == 14 and {m.state for m in marks} <= {"good", "doubt"}
+    marks = checks(done, given, {name: (True, True) for name in given})
+    assert len(marks) == 16 and {m.state for m in marks} <= {"good", "doubt"}
 
 
 def test_a_run_that_was_cut_off_ends_the_same(lvlm: LVLM, tmp_path: Path) -> None:
@@ -365,14 +366,14 @@ def test_the_worst_of_all_attacks_is_taken_query_by_query() -> None:
 def test_each_mark_of_a_failed_attack(broken: list[Attacked], text: str) -> None:
     good = [made("comply", 4, "ssuu"), made("square", 4, "ssuu"), made("comply", 255, "uuuu")]
     of = {"davsp": border()}
-    assert {c.state for c in checks(good, of, {"davsp": True})} == {"good"}
-    states = {c.text: c.state for c in checks(broken, of, {"davsp": True})}
+    assert {c.state for c in checks(good, of, {"davsp": (True, True)})} == {"good"}
+    states = {c.text: c.state for c in checks(broken, of, {"davsp": (True, True)})}
     (mark,) = [name for name in states if name.startswith(text)]
     assert states[mark] == "doubt"
-    first = checks(good, of, {"davsp": False})[0]
-    assert first.state == "doubt" and checks(good, {"davsp": ECSO()}, {"davsp": True})[1].state == "doubt"
-    nothing = checks([made("noise", 4, "ssss")], of, {"davsp": True})
-    assert [c.state for c in nothing[2:]] == ["not run"] * 5
+    first = checks(good, of, {"davsp": (False, True)})[0]
+    assert first.state == "doubt" and checks(good, {"davsp": ECSO()}, {"davsp": (True, True)})[2].state == "doubt"
+    nothing = checks([made("noise", 4, "ssss")], of, {"davsp": (True, True)})
+    assert [c.state for c in nothing[3:]] == ["not run"] * 5
 
 
 def test_records_are_plain_json(lvlm: LVLM, tmp_path: Path) -> None:
@@ -385,4 +386,3 @@ def test_records_are_plain_json(lvlm: LVLM, tmp_path: Path) -> None:
     )
     lines = (tmp_path / "none" / "noise-4" / "found.jsonl").read_text().splitlines()
     assert [set(json.loads(line)) for line in lines] == [{"query_id", "file", "sha256", "steps", "curve", "dead"}] * 2
-    assert json.loads((tmp_path / "none" / "defense.json").read_text())["losses_repeat"] is True

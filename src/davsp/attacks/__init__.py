@@ -4,6 +4,7 @@ An attack makes queries out of queries; `davsp.evaluation` answers and judges th
 believes of a defense enters a figure: what counts is the answer to the 8-bit picture it ends with.
 """
 
-from davsp.attacks.run import AttackSettings, attack
+from davsp.attacks.run import attack
+from davsp.attacks.settings import AttackSettings
 
 __all__ = ["AttackSettings", "attack"]

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from davsp.attacks.apgd import Found
 from davsp.attacks.surface import files, png, rounded
 from davsp.errors import DavspError
@@ -18,39 +16,44 @@ FOUND = "found.jsonl"
 POINTS = 21  # of a loss curve that are kept
 
 
-def same(path: Path, wanted: dict[str, Any]) -> None:
-    """Write the record, or compare it with the one that is there.
+def same(path: Path, wanted: dict[str, Any], made: bool = False) -> None:
+    """Write the record of what a folder is made with, or compare it with the one that is there.
+
+    Args:
+        made: something that should have a record is there.
 
     Raises:
-        DavspError: the folder is of another run.
+        DavspError: the folder is of another run, or has no record.
     """
     wanted = json.loads(json.dumps(wanted))
-    if not path.exists():
+    if not path.exists() and not made:
         write_json(path, wanted)
         return
     there = read_json(path)
     if there != wanted:
         names = [n for n in wanted if not isinstance(there, dict) or there.get(n) != wanted[n]] or ["another field"]
         raise DavspError(
-            f"{path} is of an attack with another {names[0]}; give another folder, or delete {path.parent}"
+            f"{path.parent} was made with another {names[0]}; give another folder, or delete this one to attack anew"
         )
 
 
 def keep(
     folder: Path, queries: Sequence[Query], numbers: Sequence[int], best: Found, found: dict[str, dict[str, Any]]
 ) -> None:
-    """Write the pictures of a batch, then its records; both are on the disk when this returns."""
-    records = []
+    """Write the pictures of a batch, then its records; both are on the disk when this returns. Records that are there stay."""
+    new = []
     for query, number, picture, losses, dead in zip(
         queries, numbers, files(rounded(best.pictures)), best.curve.tolist(), best.dead, strict=True
     ):
         name = f"{number:05d}.png"
         write_bytes(folder / "pictures" / name, png(picture))
+        if query.id in found:  # of a batch that a kill cut in two; it is made again to the same bits
+            continue
         found[query.id] = {
             "query_id": query.id, "file": name, "sha256": sha256_bytes(picture.tobytes()), "dead": dead, **curve(losses),
         }  # fmt: skip
-        records.append(found[query.id])
-    append(folder / FOUND, records)
+        new.append(found[query.id])
+    append(folder / FOUND, new)
 
 
 def curve(losses: Sequence[float]) -> dict[str, list[Any]]:
@@ -75,8 +78,12 @@ def append(path: Path, records: Sequence[dict[str, Any]]) -> None:
         raise DavspError(f"{path} cannot be written ({error.strerror}); free some space and run again") from error
 
 
-def records(path: Path) -> dict[str, dict[str, Any]]:
-    """Query id -> record; a last line without an end, as a kill leaves it, is cut off the file."""
+def records(path: Path, field: str) -> dict[str, dict[str, Any]]:
+    """Query id -> record; a last line without an end, as a kill leaves it, is cut off the file.
+
+    Raises:
+        DavspError: a line is damaged: no JSON, or without `query_id`, `field`, `steps` or `curve`.
+    """
     if not path.exists():
         return {}
     data = read_bytes(path)
@@ -85,18 +92,22 @@ def records(path: Path) -> dict[str, dict[str, Any]]:
         write_bytes(path, whole)
     try:
         rows = [json.loads(line) for line in whole.splitlines()]
-        return {row["query_id"]: row for row in rows}
+        return {row["query_id"]: row for row in rows if row[field] and row["steps"] and row["curve"]}
     except (ValueError, TypeError, KeyError) as error:
         raise DavspError(f"{path} is damaged ({error}); delete {path.parent} to attack anew") from error
 
 
-def opened(path: Path, sha256: str) -> Image.Image:
-    """A picture that an attack made.
+def checked(folder: Path, record: dict[str, Any]) -> Path:
+    """The file of a picture that an attack made.
 
     Raises:
         DavspError: it is missing, or another one.
     """
-    picture = open_picture(path)
-    if sha256_bytes(picture.tobytes()) != sha256:
-        raise DavspError(f"{path} is not the picture that was found; delete {path.parent.parent} to attack anew")
-    return picture
+    path = folder / "pictures" / str(record["file"])
+    try:
+        found = sha256_bytes(open_picture(path).tobytes())
+    except DavspError:
+        found = ""
+    if found != record["sha256"]:
+        raise DavspError(f"{path} is not the picture that was found; delete {folder} to attack anew")
+    return path

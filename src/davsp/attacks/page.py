@@ -13,10 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from davsp.attacks.checks import Check
-from davsp.attacks.run import ANY, CLEAN, WHITE_BOX, WORST, Attacked
-from davsp.attacks.table import ALL, names, sizes
+from davsp.attacks.run import Attacked
+from davsp.attacks.settings import CLEAN, PICTURED
+from davsp.attacks.table import ALL, ANY, WORST, names, sizes
 from davsp.defenses import Defense
 from davsp.files import write_text
+from davsp.metrics import WORST as BOUND
 from davsp.report.cells import label
 from davsp.report.html import uri
 from davsp.report.plots import MARKERS, STYLE, colour, svg
@@ -56,8 +58,13 @@ def worst_table(rows: Rows, done: Sequence[Attacked]) -> tuple[list[str], list[l
     ]
     lines = []
     for name in names(done):
-        cells = [rate(rows, name, CLEAN, None), *(rate(rows, name, WORST, eps) for eps in (0, *at))]
-        cells += [rate(rows, name, attack, None) for attack in ("suffix", ANY)]
+        redrawn = any(a.defense == name and a.attack.startswith("redraw") for a in done)
+        cells = [rate(rows, name, CLEAN, None), rate(rows, name, WORST, 0, BOUND) if redrawn else None]
+        cells += [
+            *(rate(rows, name, WORST, eps, BOUND) for eps in at),
+            rate(rows, name, "suffix", None),
+            rate(rows, name, ANY, None, BOUND),
+        ]
         cells += [rate(rows, name, CLEAN, None, metric) for metric in ("accuracy", "over_refusal")]
         lines.append([label(name), *map(number, cells)])
     return heading, lines
@@ -149,9 +156,9 @@ def write_page(
 
 
 def examples(done: Sequence[Attacked], name: str, defense: Defense, show_unsafe: bool) -> list[dict[str, Any]]:
-    """Some queries as the model sees them: clean, and under the strongest white-box attack of each size."""
+    """Some queries as the model sees them: clean, and under a white-box attack of each size."""
     by = {(a.attack, a.eps): a for a in done if a.defense == name}
-    attack = next((kind for kind in WHITE_BOX if any((kind, eps) in by for eps in sizes(done))), None)
+    attack = next((kind for kind in PICTURED if any((kind, eps) in by for eps in sizes(done))), None)
     chosen = [by[CLEAN, None], *(by[attack, eps] for eps in sizes(done) if attack and (attack, eps) in by)]
     queries = [q for q in by[CLEAN, None].queries if q.label == "malicious"]
     firsts = list({q.benchmark: q for q in reversed(queries)}.values())[::-1][:EXAMPLES]
@@ -188,7 +195,7 @@ def by_size(rows: Rows, done: Sequence[Attacked]) -> str:
         ax = figure.subplots()
         many = names(done)
         for i, name in enumerate(many):
-            found = [rate(rows, name, WORST, eps) for eps in at]
+            found = [rate(rows, name, WORST, eps, BOUND) for eps in at]
             x = [k + 0.07 * (i - (len(many) - 1) / 2) for k in range(len(at))]
             _line(ax, x, found, colour(name), MARKERS.get(name, "o"), label(name))
         ax.set_xticks(range(len(at)), ["none" if eps == 0 else f"{eps}" for eps in at])
@@ -219,14 +226,21 @@ def by_attack(rows: Rows, done: Sequence[Attacked], name: str) -> str:
 
 def curves(done: Sequence[Attacked], name: str) -> str:
     """Mean best loss over the steps of the white-box attacks on one defense, a panel an attack."""
-    kinds = [kind for kind in WHITE_BOX if any(a.attack == kind and a.defense == name for a in done)]
+    kinds = [kind for kind in PICTURED if any(a.attack == kind and a.defense == name for a in done)]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 2.3 * max(1, len(kinds))), layout="constrained")
         panels = figure.subplots(max(1, len(kinds)), 1, sharex=True, squeeze=False)[:, 0]
         for ax, kind in zip(panels, kinds, strict=False):
-            for i, one in enumerate(a for a in done if (a.defense, a.attack) == (name, kind)):
+            tried = [a for a in done if (a.defense, a.attack) == (name, kind)]
+            for i, one in enumerate(tried):
                 mean = [sum(values) / len(values) for values in zip(*(r["curve"] for r in one.found), strict=True)]
-                ax.plot(one.found[0]["steps"], mean, color=SHADES[kind], alpha=0.35 + 0.2 * i, label=f"{one.eps}/255")
+                ax.plot(
+                    one.found[0]["steps"],
+                    mean,
+                    color=SHADES[kind],
+                    alpha=(i + 1.5) / (len(tried) + 0.5),
+                    label=f"{one.eps}/255",
+                )
             ax.set_title(kind)
             ax.set_ylabel("loss")
             ax.margins(x=0.01)

@@ -1,4 +1,4 @@
-"""Pictures drawn anew without any search, as somebody would who has only heard of the frame: each is one try."""
+"""Pictures drawn anew without any search, as somebody would who has seen the frame once: each is one try."""
 
 import io
 from collections.abc import Callable
@@ -10,9 +10,9 @@ from davsp.prompts import Prompt, VisualSafetyPrompt
 Redraw = Callable[[Image.Image, Prompt | None], Image.Image]
 
 
-def framed(picture: Image.Image, colour: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
-    """In the middle of a field of twice its sides."""
-    field = Image.new("RGB", (2 * picture.width, 2 * picture.height), colour)
+def framed(picture: Image.Image) -> Image.Image:
+    """In the middle of a white field of twice its sides."""
+    field = Image.new("RGB", (2 * picture.width, 2 * picture.height), "white")
     field.paste(picture, (picture.width // 2, picture.height // 2))
     return field
 
@@ -27,10 +27,10 @@ def counter_frame(picture: Image.Image, prompt: Prompt | None) -> Image.Image:
     return frame
 
 
-def jpeg(picture: Image.Image, quality: int = 20) -> Image.Image:
+def jpeg(picture: Image.Image) -> Image.Image:
     """As a small JPEG file leaves it."""
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=quality)
+    picture.save(buffer, "JPEG", quality=20)
     return Image.open(buffer).convert("RGB")
 
 

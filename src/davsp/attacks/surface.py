@@ -66,7 +66,7 @@ def surfaces(lvlm: LVLM, defense: Defense, queries: Sequence[Query], target: str
     """
     defense.check(lvlm)
     prompt = visual(defense)
-    pictures = [_picture(query) for query in queries]
+    pictures = [picture_of(query) for query in queries]
     if prompt is None:
         prepared = lvlm.preprocess(pictures)
         sent = [one.cpu() for one in prepared]
@@ -94,6 +94,12 @@ def surfaces(lvlm: LVLM, defense: Defense, queries: Sequence[Query], target: str
 
 def wanted(defense: Defense, queries: Sequence[Query], target: str) -> list[Wanted]:
     """What the attacker wants said in each call of a defense: his target, and of ECSO's judge that it is harmless."""
+    if isinstance(defense, Chain):
+        for one in defense.defenses[:-1]:
+            queries = one.prepare(queries)
+        return wanted(defense.defenses[-1], queries, target)
+    if isinstance(defense, Intervention):
+        return wanted(defense.inner, queries, target)
     calls = [([q.question for q in defense.prepare(queries)], [target] * len(queries))]
     if isinstance(defense, ECSO):
         said = target[:CUT]
@@ -130,7 +136,7 @@ def unseen(defense: Defense) -> list[str]:
         return [again, *unseen(defense.inner)]
     if isinstance(defense, Chain):
         return [part for one in defense.defenses for part in unseen(one)]
-    return []
+    return [] if type(defense).respond is Defense.respond else [f"what {defense.name} does with the call"]
 
 
 def rounded(pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
@@ -150,7 +156,12 @@ def png(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _picture(query: Query) -> Image.Image:
+def picture_of(query: Query) -> Image.Image:
+    """The picture of a query.
+
+    Raises:
+        DavspError: it has none.
+    """
     picture = query.picture()
     if picture is None:
         raise DavspError(f"query {query.id} has no image; a picture is what is attacked, so leave it out")

@@ -5,10 +5,12 @@ from dataclasses import replace
 from typing import Any
 
 from davsp import metrics
-from davsp.attacks.run import ANY, BASELINE, CLEAN, WORDED, WORST, Attacked
+from davsp.attacks.run import Attacked
+from davsp.attacks.settings import BASELINE, CLEAN, WORDED
 from davsp.metrics import Outcome
 from davsp.query import Query
 
+WORST, ANY = "worst", "any"  # of the attacks on pictures, and of all
 ALL = "all"
 """Benchmark of the rows over all malicious queries."""
 Labels = Mapping[str, str]
@@ -19,7 +21,7 @@ def rows(model: str, done: Sequence[Attacked], queries: Sequence[Query], seed: i
 
     Resist success rates of each attack, for each benchmark and for all; `worst` at an eps counts a query as broken if any attack on
     its picture of at most that eps broke it, redrawn and clean pictures included; at 0 these alone. `any` is the worst case over
-    all attacks, those on words included. Differences are paired with No Defense under the same attack. Utility and over-refusal
+    all attacks, those on words included; their `rsr_worst_case` counts what one attack left unscored, and none broke, as broken. Differences are paired with No Defense under the same attack. Utility and over-refusal
     stand in the rows of the clean pictures.
     """
     table: list[dict[str, Any]] = []

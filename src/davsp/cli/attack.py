@@ -93,7 +93,7 @@ def attack(
 
     from davsp.attacks import AttackSettings
     from davsp.attacks import attack as run
-    from davsp.attacks.run import ATTACKS, BASELINE
+    from davsp.attacks.settings import ATTACKS, BASELINE
     from davsp.judging import apart
     from davsp.vector import HarmfulnessVector
 
@@ -117,7 +117,7 @@ def attack(
         first = error.errors()[0]
         option = {"attacks": "attack"}.get(str(first["loc"][0]), str(first["loc"][0]))
         raise DavspError(
-            f"--{option}: {first['msg'].removeprefix('Value error, ').replace('String', 'text')}."
+            f"--{option}: {first['msg'].removeprefix('Value error, ').replace('String', 'text').replace('Input', 'input')}."
         ) from error
     how = judges.asking(
         judge or [], judge_url, judge_model, judge_key_env, None, concurrency=concurrency, timeout=timeout,
@@ -139,7 +139,17 @@ def attack(
     )  # fmt: skip
     facts = {"settings": settings.model_dump(), "notes": notes, "benchmarks": benchmark or [], "split": split}
     _finish(out, lvlm, test, done, defenses, facts, show_unsafe, seed)
-    judges.check([dict(one.evaluation.verdicts) for one in done], test, max_unscored)
+    said = [dict(one.evaluation.verdicts) for one in done]
+    judges.check([*said, *(_all(done, name) for name in defenses)], test, max_unscored)
+
+
+def _all(done: list[Any], name: str) -> dict[str, list[Any]]:
+    """The worst verdict on each query over all attacks: what single ones leave unscored adds up."""
+    from davsp.attacks.table import worst_of
+    from davsp.query import Verdict
+
+    found = worst_of([one.labels for one in done if one.defense == name])
+    return {name: [Verdict(i, name, "the worst of all attacks", label) for i, label in found.items()]}  # type: ignore[arg-type]
 
 
 def _default_target(mini: bool) -> str:
@@ -167,14 +177,15 @@ def _finish(
     from davsp import metrics
     from davsp.attacks import page
     from davsp.attacks.checks import checks
-    from davsp.attacks.run import DEFENSE, slug
+    from davsp.attacks.run import looked_at
     from davsp.attacks.table import rows
-    from davsp.files import manifest, read_json, write_json, write_text
+    from davsp.files import manifest, write_json, write_text
     from davsp.lvlm import fingerprint, model_name
 
     name = model_name(lvlm)
-    repeats = {one: read_json(out / slug(one) / DEFENSE)["losses_repeat"] for one in defenses}
-    found, table = checks(done, defenses, repeats), rows(name, done, test, seed)
+    asked = [q for q in test if q.label == "malicious" and q.image is not None]
+    looked = {one: looked_at(lvlm, d, asked, given["settings"]["target"]) for one, d in defenses.items()}
+    found, table = checks(done, defenses, looked), rows(name, done, test, seed)
     facts = manifest(model=name, revision=lvlm.revision, weights=fingerprint(lvlm), seed=seed, **given)
     described = {one: d.describe() for one, d in defenses.items()}
     write_json(out / "manifest.json", facts | {"defenses": described})
