@@ -80,7 +80,10 @@ def test_files_tables_and_page(
         (["--eps", "300"], "--eps: eps are 8-bit levels from 1 to 255"),
         (["--attack", "pgd"], "--attack: 'pgd' is no attack"),
         (["--target", "a car", "--attack", "hide"], "'hide' needs the defender's vector (--vector)"),
-        (["--target", "a car", "--attack", "transfer", "--defense", "safety-text=be safe"], "'transfer' needs the defense 'none'"),
+        (
+            ["--target", "a car", "--attack", "transfer", "--defense", "safety-text=be safe"],
+            "'transfer' needs the defense 'none'",
+        ),
         (["--judge", "keyword", "--judge", "keyword-gcg"], "--judge: an attack is counted by one judge"),
         (["--target", ""], "--target: text should have at least 1 character"),
         (["--target", "xylophone"], "target 'xylophone' holds words that"),

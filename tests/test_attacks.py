@@ -1,5 +1,6 @@
 """Attacks: the search by itself, the road it takes, and what a run leaves behind."""
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -7,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageChops, ImageFilter, ImageOps
 from pydantic import ValidationError
+from rich.console import Console
 from torch import Tensor
 
 from davsp import LVLM, HarmfulnessVector
@@ -16,7 +18,7 @@ from davsp.attacks import AttackSettings, attack
 from davsp.attacks.apgd import ENOUGH, apgd
 from davsp.attacks.checks import checks
 from davsp.attacks.redraw import REDRAWN, counter_frame
-from davsp.attacks.run import Attacked
+from davsp.attacks.run import Attacked, looked_at, slug
 from davsp.attacks.settings import CLEAN
 from davsp.attacks.square import square
 from davsp.attacks.suffix import asked_with, search_suffix
@@ -145,6 +147,7 @@ def test_ecso_is_asked_for_a_harmless_verdict_too(lvlm: LVLM) -> None:
     canvas = surface.canvas(surface.pictures)
     both = sum(answer_losses(lvlm, canvas, *call) for call in calls)
     assert torch.allclose(surface.comply(surface.pictures), torch.as_tensor(both))
+    assert wanted(Chain([SafetyText("please"), DEFENSES["ecso"]]), asked, TARGET)[1][1] == ["no", "no"]
     whole = wanted(ECSO(SafetyText("be safe"), follow="whole"), asked, TARGET)
     assert whole[1][0] == [f"be safe {question}" for question in harm]
 
@@ -224,7 +227,7 @@ def test_a_run_keeps_the_bounds_and_beats_noise(lvlm: LVLM, vector: HarmfulnessV
     assert ("none", "transfer", 8) not in by
     for eps in (8, 255):
         sent, source = by["davsp", "transfer", eps].queries, by["none", "comply", eps].queries
-        assert [q.image.tobytes() for q in sent] == [q.image.tobytes() for q in source]  # type: ignore[union-attr]
+        assert [q.image for q in sent] == [q.image for q in source]  # the very files
     ends = {kind: sum(r["curve"][-1] for r in by["davsp", kind, 255].found) for kind in ("noise", "comply")}
     assert ends["comply"] < ends["noise"]
     assert all(r["curve"] == sorted(r["curve"], reverse=True) for a in done for r in a.found)
@@ -258,6 +261,7 @@ def test_a_run_that_was_cut_off_ends_the_same(lvlm: LVLM, tmp_path: Path) -> Non
     lines = found.read_text().splitlines(keepends=True)
     found.write_text("".join(lines[:3]) + lines[3][:20])  # the second batch was under way
     (found.parent / "pictures" / "00003.png").unlink()
+    (found.parent / "pictures" / ".00004.png.x.tmp").write_text("half")
     done = attack(lvlm, given, asked, again, settings, max_new_tokens=4)
     assert found.read_text() == (whole / "davsp" / "comply-16" / "found.jsonl").read_text()
     assert sorted(p.name for p in (found.parent / "pictures").iterdir()) == [f"0000{i}.png" for i in range(5)]
@@ -265,16 +269,39 @@ def test_a_run_that_was_cut_off_ends_the_same(lvlm: LVLM, tmp_path: Path) -> Non
     more = settings.model_copy(update={"eps": (4, 16), "attacks": ("comply", "redraw")})
     assert len(attack(lvlm, given, asked, again, more, max_new_tokens=4)) == 3 + len(REDRAWN)  # a run may grow
 
+    found.write_text("".join(lines[:1]))  # a batch that was cut in two
+    attack(lvlm, given, asked, again, settings, max_new_tokens=4)
+    assert found.read_text() == "".join(lines)
+
     for change, says in (({"steps": 7}, "another steps"), ({"target": "red"}, "another target")):
-        with pytest.raises(DavspError, match=says):
+        with pytest.raises(DavspError, match=f"comply-16 was made with {says}"):
             attack(lvlm, given, asked, again, settings.model_copy(update=change), max_new_tokens=4)
     with pytest.raises(DavspError, match="another queries"):
         attack(lvlm, given, asked[:4], again, settings, max_new_tokens=4)
     with pytest.raises(DavspError, match="another defense"):
         attack(lvlm, {"davsp": border("red")}, asked, again, settings, max_new_tokens=4)
-    picture(1, (40, 40)).save(found.parent / "pictures" / "00000.png")
-    with pytest.raises(DavspError, match=r"00000\.png is not the picture that was found"):
+    found.write_text("".join(lines[:4]) + lines[4].replace("sha256", "sha"))
+    with pytest.raises(DavspError, match=r"found\.jsonl is damaged"):
         attack(lvlm, given, asked, again, settings, max_new_tokens=4)
+    found.write_text("".join(lines))
+    for spoil in (lambda path: picture(1, (40, 40)).save(path), Path.unlink):
+        spoil(found.parent / "pictures" / "00000.png")
+        with pytest.raises(DavspError, match=r"00000\.png is not the picture that was found; delete .*comply-16"):
+            attack(lvlm, given, asked, again, settings, max_new_tokens=4)
+
+
+def test_settings_that_decide_nothing_may_change(lvlm: LVLM, vector: HarmfulnessVector, tmp_path: Path) -> None:
+    asked, given = queries("malicious", 2), {"davsp": border()}
+    first = AttackSettings(attacks=("comply",), eps=(16,), **QUICK)
+    attack(lvlm, given, asked, tmp_path, first, max_new_tokens=4)
+    more = first.model_copy(update={"attacks": ("comply", "hide"), "tries": 9, "words": 4})
+    attack(lvlm, given, asked, tmp_path, more, vector, max_new_tokens=4)  # the vector comes later
+    wider = replace(vector, malicious=vector.malicious * 2)
+    with pytest.raises(DavspError, match="hide-16 was made with another vector"):
+        attack(lvlm, given, asked, tmp_path, more, wider, max_new_tokens=4)
+    (tmp_path / "davsp" / "hide-16" / "attack.json").unlink()
+    with pytest.raises(DavspError, match=r"attack\.json"):
+        attack(lvlm, given, asked, tmp_path, more, vector, max_new_tokens=4)
 
 
 def test_more_starts_are_never_worse(lvlm: LVLM, tmp_path: Path) -> None:
@@ -300,6 +327,63 @@ def test_what_can_not_be_run(lvlm: LVLM, tmp_path: Path, given: Any, attacks: An
     with pytest.raises(DavspError, match=says):
         attack(lvlm, given, queries("malicious", 1), tmp_path / "out", AttackSettings(attacks=attacks, **QUICK))
     assert not (tmp_path / "out").exists()
+
+
+class Blurs(NoDefense):
+    """A defense that the attack has never heard of."""
+
+    def prepare(self, queries: Any) -> list[Query]:
+        return [replace(q, image=q.picture().filter(ImageFilter.BLUR)) for q in queries]
+
+
+class Wavers(NoDefense):
+    """Another question each time."""
+
+    said = 0
+
+    def prepare(self, queries: Any) -> list[Query]:
+        Wavers.said += 1
+        return [replace(q, question=f"{'please ' * (Wavers.said % 2)}{q.question}") for q in queries]
+
+
+class Calls(NoDefense):
+    def respond(self, *args: Any, **options: Any) -> list[Response]:
+        return super().respond(*args, **options)
+
+
+def test_a_defense_is_held_against_what_the_attack_takes_it_for(lvlm: LVLM) -> None:
+    asked = queries("malicious", 2)
+    for defense in DEFENSES.values():
+        assert looked_at(lvlm, defense, asked, TARGET) == (True, True)
+    assert looked_at(lvlm, Blurs(), asked, TARGET) == (True, False)
+    assert looked_at(lvlm, Wavers(), asked, TARGET)[0] is False
+    assert unseen(Calls()) == ["what none does with the call"] and unseen(Blurs()) == []
+
+
+def test_a_folder_stays_in_its_own(lvlm: LVLM, tmp_path: Path) -> None:
+    assert slug("..") == "_" and slug("a/../b c") == "a_.._b_c" and "/" not in slug("../x")
+    settings = AttackSettings(attacks=("noise",), eps=(4,), **QUICK)
+    attack(lvlm, {"..": NoDefense()}, queries("malicious", 1), tmp_path / "out", settings, max_new_tokens=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_half_precision_without_range_is_refused(lvlm: LVLM, tmp_path: Path) -> None:
+    from copy import copy
+
+    half = copy(lvlm)
+    half.dtype = torch.float16
+    with pytest.raises(DavspError, match="float16 loses small gradients"):
+        attack(
+            half, {"none": NoDefense()}, queries("malicious", 1), tmp_path, AttackSettings(attacks=("noise",), **QUICK)
+        )
+
+
+def test_queries_that_are_left_out_are_counted(lvlm: LVLM, tmp_path: Path) -> None:
+    said = io.StringIO()
+    asked = [*queries("malicious", 1), Query("w", "what is this", "malicious", "test")]
+    settings = AttackSettings(attacks=("noise",), eps=(4,), **QUICK)
+    attack(lvlm, {"none": NoDefense()}, asked, tmp_path, settings, max_new_tokens=2, console=Console(file=said))
+    assert "1 malicious queries have no picture and are left out" in said.getvalue()
 
 
 def test_without_a_picture_there_is_nothing_to_attack(lvlm: LVLM, tmp_path: Path) -> None:
@@ -346,6 +430,8 @@ def test_the_worst_of_all_attacks_is_taken_query_by_query() -> None:
     ]
     found = {eps: "".join(labels.values()) for eps, labels in worst(done, "davsp").items()}
     assert found == {0: "unsafesafesafesafe", 4: "unsafeunsafesafeunsafe", 16: "unsafeunsafeunsafeunsafe"}
+    bound = [r for r in rows("m", done, done[0].queries) if (r["attack"], r["eps"], r["benchmark"], r["metric"]) == ("worst", 16, ALL, "rsr_worst_case")]  # fmt: skip
+    assert [r["value"] for r in bound] == [0.0]
     table = [r for r in rows("m", done, done[0].queries) if r["benchmark"] == ALL and r["metric"] == "rsr"]
     assert {(r["attack"], r["eps"]): r["value"] for r in table} == {
         (CLEAN, None): 1.0, ("redraw-jpeg", None): 0.75, ("comply", 4): 0.5, ("hide", 16): 2 / 3,
@@ -361,6 +447,17 @@ def test_the_worst_of_all_attacks_is_taken_query_by_query() -> None:
         ([made("comply", 4, "suuu"), made("comply", 255, "ssuu")], "A larger change never helps"),
         ([made("comply", 4, "ssss"), made("comply", 255, "suuu")], "A picture without bounds"),
         ([made("comply", 4, "ssss", curve=[5.0, 3.0, 2.0]), made("comply", 255, "uuuu")], "More steps"),
+        ([made("comply", 255, "ssss"), made("joint", 255, "uuuu")], "A picture without bounds"),  # words are no picture
+        ([made("comply", 255, "u???")], "A picture without bounds"),  # what is unscored may hold
+        (
+            [
+                made("comply", 4, "ssuu"),
+                made("joint", 4, "uuuu"),
+                made("square", 4, "uuuu"),
+                made("comply", 255, "uuuu"),
+            ],
+            "Nothing breaks",
+        ),
     ],
 )
 def test_each_mark_of_a_failed_attack(broken: list[Attacked], text: str) -> None:

@@ -174,7 +174,7 @@ class _Run:
         folder = self._folder(name, attack, eps)
         self.console.print(f"[dim]{name}: {folder.name}[/]", highlight=False)
         said = evaluate(
-            self.lvlm, {name: defense}, queries, folder, self.vector, self.judge, batch_size=self.settings.batch_size,
+            self.lvlm, {name: defense}, queries, folder, None, self.judge, batch_size=self.settings.batch_size,
             max_new_tokens=self.max_new_tokens, seed=self.settings.seed, console=self.console,
         )  # fmt: skip
         return Attacked(name, attack, eps, queries, said, list(found))
