@@ -21,6 +21,8 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.is_refused():
+            return
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.reply({"error": "Invalid credentials in Authorization header"}, 401)
         if self.path == "/api/repos/create":
@@ -71,6 +73,8 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         data = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.is_refused():
+            return
         oid = self.path.rsplit("/", 1)[1]
         assert hashlib.sha256(data).hexdigest() == oid
         self.server.lfs[oid] = data
@@ -105,6 +109,14 @@ class Hub(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def is_refused(self) -> bool:
+        """Whether this is the step at which the server is to fail; an error is sent then."""
+        self.server.steps.append(self.path.split("?")[0])
+        refused = bool(self.server.refused) and self.server.refused in self.path
+        if refused:
+            self.reply({"error": "not today"}, 403)
+        return refused
+
     def commit(self, repo_id: str, revision: str) -> str | None:
         """The commit that a revision names; an error is sent where there is none."""
         repo = self.server.repos.get(repo_id)
@@ -132,9 +144,12 @@ class Hub(BaseHTTPRequestHandler):
 
 @contextmanager
 def hub() -> Iterator[Any]:
-    """The running server; `url`, `repos` and the paths that were `asked` for are its attributes."""
+    """The running server; `url`, `repos`, the paths that were `asked` for and the `steps` of pushes are its attributes.
+
+    A step whose path holds `refused` is answered 403.
+    """
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.repos, server.lfs, server.asked = {}, {}, []
+    server.repos, server.lfs, server.asked, server.steps, server.refused = {}, {}, [], [], ""
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever)
     thread.start()

@@ -43,6 +43,13 @@ try:
 except DavspError as error:
     print(error)
 """
+PUSH_ONE = """
+from davsp import DavspError, VisualSafetyPrompt
+try:
+    print(VisualSafetyPrompt.from_pretrained({folder!r}).push_to_hub("user/vsp", license="mit"))
+except DavspError as error:
+    print(error)
+"""
 PULL = """
 from davsp import DavspError, VisualSafetyPrompt
 from davsp.defenses import load_defense
@@ -96,6 +103,28 @@ def test_there_and_back_and_offline(two: list[VisualSafetyPrompt], tmp_path: Pat
     offline = davsp(pull, home, server.url, HF_HUB_OFFLINE="1")  # and the server is no more
     assert offline.returncode == 0, offline.stderr
     assert offline.stdout.splitlines()[:4] == wanted
+
+
+@pytest.mark.parametrize("step", ["/lfs/", "/commit/main"])
+def test_a_push_that_fails_leaves_what_was_there(two: list[VisualSafetyPrompt], tmp_path: Path, step: str):
+    """All files come in one commit, the last step; whatever fails, the repository holds the old border whole, or nothing."""
+    home = tmp_path / "home"
+    with hub() as server:
+        server.refused = step
+        failed = davsp(PUSH_ONE.format(folder="first"), home, server.url, HF_TOKEN=TOKEN)
+        assert failed.stdout.startswith("user/vsp cannot be pushed to the hub ("), failed.stderr
+        repo = server.repos["user/vsp"]
+        assert not repo["commits"][repo["branches"]["main"]]
+        server.refused = ""
+        server.steps.clear()
+        done = davsp(PUSH_ONE.format(folder="first"), home, server.url, HF_TOKEN=TOKEN)
+        assert "/commit/" in done.stdout, done.stderr
+        assert server.steps[0] == "/api/repos/create" and server.steps[-1] == "/api/models/user/vsp/commit/main"
+        assert sum("/commit/" in path for path in server.steps) == 1
+        old = repo["branches"]["main"]
+        server.refused = step
+        assert "cannot be pushed" in davsp(PUSH_ONE.format(folder="second"), home, server.url, HF_TOKEN=TOKEN).stdout
+        assert repo["branches"]["main"] == old and len(repo["commits"][old]) == 4
 
 
 def test_what_names_no_revision_or_two(two: list[VisualSafetyPrompt], tmp_path: Path):
