@@ -1,7 +1,9 @@
 """`davsp serve` and `davsp serve-model`."""
 
+import gc
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,10 +13,16 @@ from davsp.cli.options import Canvas, Device, Dtype, Model, Quantization, Revisi
 from davsp.errors import DavspError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from socket import socket
+
     from starlette.applications import Starlette
 
     from davsp.defenses import Defense
+    from davsp.serve.settings import ServeSettings
 
+SERVER: Any = {"log_level": "warning", "access_log": False, "server_header": False, "lifespan": "on"}
+"""Of uvicorn. No access log, as a query string could hold a text."""
 Host = Annotated[str, typer.Option(help="Address to listen at; another than this machine's own needs --token-env.")]
 TokenEnv = Annotated[
     str | None, typer.Option(help="Environment variable with the token that clients must bring; left out: none.")
@@ -58,7 +66,12 @@ def serve(
     max_picture_bytes: Annotated[int | None, typer.Option(help="Bytes of a picture; left out: 16 MiB.")] = None,
     max_pixels: MaxPixels = None,
     concurrency: Annotated[int | None, typer.Option(help="Requests under way at once; left out: 128.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Pictures defended at once; left out: one a core.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes, each with its own --concurrency and --threads; left out: 1.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Pictures defended at once; left out: as many as cores, shared by the workers.")
+    ] = None,
     upstream_timeout: Annotated[float | None, typer.Option(help="Longest silence of the upstream in seconds.")] = None,
 ) -> None:
     """Put a defense before a server: an OpenAI-compatible proxy that defends every picture and question (docs/serve.md)."""
@@ -74,15 +87,38 @@ def serve(
         upstream=upstream, canvas=canvas, host=host, port=port, token_env=token_env, api_key_env=api_key_env,
         allow_hosts=tuple(allow_host or ()), image_free=image_free, plain_names=plain_names, max_body=max_body,
         max_images=max_images, max_picture_bytes=max_picture_bytes, max_pixels=max_pixels, concurrency=concurrency,
-        threads=threads, upstream_timeout=upstream_timeout,
+        workers=workers, threads=threads, upstream_timeout=upstream_timeout,
     )  # fmt: skip
-    chosen = _defense(prompt, defense, text, model)
+    load = partial(_defense, prompt, defense, text, model)
+    chosen = load()
     chosen.check(RemoteLVLM(model or "the upstream's model", upstream, api_key_env, canvas=canvas))
     proxy = Proxy(chosen, settings)
     for line in asyncio.run(look(settings, model)) if probe else ():
         say(line)
     say(f"{chosen.name}, {proxy.hash[:12]}: models are called NAME{proxy.suffix}")
-    _run(proxy.app, host, port)
+    if settings.workers == 1:
+        return _run(proxy.app, host, port)
+    from davsp.serve import workers as several
+
+    say(f"{settings.workers} workers listen at {_address(host, port)}")
+    several.run(partial(_work, load, proxy.hash, settings), settings.workers, host, port)
+
+
+def _work(load: "Callable[[], Defense]", expected: str, settings: "ServeSettings", listening: "socket") -> None:
+    """One of several workers, which loads the defense for itself.
+
+    Raises:
+        DavspError: it is another than the command looked at.
+    """
+    import uvicorn
+
+    from davsp.serve.app import Proxy
+
+    proxy = Proxy(load(), settings)
+    if proxy.hash != expected:
+        raise DavspError("the defense was changed on disk while the workers started; start davsp serve again.")
+    _leave_imports_alone()
+    uvicorn.Server(uvicorn.Config(proxy.app, **SERVER)).run([listening])
 
 
 def serve_model(
@@ -131,8 +167,19 @@ def _needs_extra() -> None:
 
 
 def _run(app: "Starlette", host: str, port: int) -> None:
-    """Until Ctrl-C. No access log, as a query string could hold a text."""
+    """Until Ctrl-C."""
     import uvicorn
 
-    say(f"listening at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
-    uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False, server_header=False, lifespan="on")
+    say(f"listening at {_address(host, port)}")
+    _leave_imports_alone()
+    uvicorn.run(app, host=host, port=port, **SERVER)
+
+
+def _leave_imports_alone() -> None:
+    """From now on the garbage collector passes by what torch and others loaded: one look at it all stalls every request by a quarter second."""
+    gc.collect()
+    gc.freeze()
+
+
+def _address(host: str, port: int) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"

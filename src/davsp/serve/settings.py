@@ -29,8 +29,9 @@ class ServeSettings(BaseModel):
         max_picture_bytes: of one picture as a file.
         max_pixels: of the smallest square that holds the picture, as that is what a border pads it to.
         max_aspect: longer side over shorter one.
-        concurrency: requests under way; one more gets a 429.
-        threads: pictures that are decoded and defended at a time.
+        workers: processes.
+        concurrency: requests under way in each worker; one more gets a 429.
+        threads: pictures that each worker decodes and defends at a time; by default one a core of all workers together.
         body_timeout, fetch_timeout, connect_timeout, upstream_timeout: seconds; the last one is the longest silence.
         max_new_tokens: of defenses that ask more than once, where the client says nothing.
     """
@@ -52,7 +53,8 @@ class ServeSettings(BaseModel):
     max_pixels: int = Field(36_000_000, ge=1, le=Image.MAX_IMAGE_PIXELS or 0)
     max_aspect: float = Field(50, ge=1)
     concurrency: int = Field(128, ge=1)
-    threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
+    workers: int = Field(1, ge=1)
+    threads: int = Field(default_factory=lambda given: max(1, (os.cpu_count() or 1) // given.get("workers", 1)), ge=1)
     body_timeout: float = Field(30, gt=0)
     fetch_timeout: float = Field(10, gt=0)
     connect_timeout: float = Field(10, gt=0)
