@@ -2,10 +2,16 @@
 
     python perf/proxy.py --out results/perf/proxy.json
 
-Three processes: stub, proxy (tied to one core where the system can), and this one, which asks. Each round asks the stub
-itself and through the proxy, and the figures are differences and ratios within a round. Requests are bytes made before,
-over kept connections of asyncio, so that asking costs little. A picture is a 640x480 JPEG of blurred noise and grain.
-CPU seconds of the proxy a request stand beside, as they hold on a busy machine, too.
+Stub, proxy, and this process, which asks, share the machine. With one client the proxy is tied to one core (where the system
+can) and has one thread for pictures; with many it has all cores and as many workers, or what --workers and --threads say.
+Each round asks the stub itself and through the proxy, and the figures are differences and ratios within a round, of what was
+answered in a stretch of time after a start that is not counted. Clients start one after the other over the stub's latency, so
+that they do not ask in step. Requests are bytes made before, over kept connections of asyncio, so that asking costs little. A
+picture is a 640x480 JPEG of blurred noise and grain.
+
+CPU milliseconds a request of all three stand beside, as they hold on a busy machine, too. From them follow, where there are
+many clients, the most requests a second that this machine's cores allow the proxy alone, and all three together, and how
+many cores the proxy alone takes for 90 % of what the stub did.
 """
 
 import asyncio
@@ -17,8 +23,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -33,6 +40,7 @@ from davsp import VisualSafetyPrompt
 from davsp.files import manifest, write_json
 
 TARGETS = {"added_p50_ms": 15.0, "throughput_ratio": 0.9, "memory_growth_mb": 10.0}
+WARM = 2.0  # seconds
 STUB = b'{"id":"1","object":"chat.completion","choices":[{"index":0,"message":{"role":"assistant","content":"ok"},"finish_reason":"stop"}]}'
 
 
@@ -56,16 +64,13 @@ async def stub(port: int) -> None:
     await server.serve_forever()
 
 
-def proxy(port: int, upstream: int, prompt: str, core: int | None) -> None:
-    """`davsp serve` on one core."""
+def proxy(core: int | None, options: list[str]) -> None:
+    """`davsp serve`, on one core if one is named."""
     if core is not None:
         os.sched_setaffinity(0, {core})
     from davsp import cli
 
-    sys.argv = [
-        "davsp", "serve", "--prompt", prompt, "--canvas", "336", "--upstream", f"http://127.0.0.1:{upstream}/v1", "--port", str(port),
-        "--no-probe", "--plain-names", "--threads", "1" if core is not None else str(os.cpu_count()),
-    ]  # fmt: skip
+    sys.argv = ["davsp", "serve", *options]
     cli.main()
 
 
@@ -90,12 +95,15 @@ def request(port: int, latency: float, picture: bool) -> bytes:
     return f"{head}X-Latency: {latency}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-async def ask(port: int, content: bytes, count: int, clients: int) -> tuple[list[float], float]:
-    """Seconds of each request, and of all of them together."""
-    taken: list[float] = []
-    left = iter(range(count))
+async def ask(
+    port: int, content: bytes, clients: int, left: Iterable[Any], apart: float = 0
+) -> list[tuple[float, float]]:
+    """When each reply came, and seconds that it took. The clients share what is `left` and start over `apart` seconds."""
+    taken: list[tuple[float, float]] = []
+    left = iter(left)
 
-    async def client() -> None:
+    async def client(number: int) -> None:
+        await asyncio.sleep(apart * number / clients)
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**20)
         for _ in left:
             start = time.perf_counter()
@@ -104,25 +112,53 @@ async def ask(port: int, content: bytes, count: int, clients: int) -> tuple[list
             await reader.readexactly(int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0]))
             if not head.startswith(b"HTTP/1.1 200"):
                 raise RuntimeError(head.decode())
-            taken.append(time.perf_counter() - start)
+            end = time.perf_counter()
+            taken.append((end, end - start))
         writer.close()
 
-    start = time.perf_counter()
-    await asyncio.gather(*(client() for _ in range(clients)))
-    return taken, time.perf_counter() - start
+    await asyncio.gather(*map(client, range(clients)))
+    return taken
+
+
+@dataclass
+class Served:
+    """A stub and a proxy before it."""
+
+    stub_port: int
+    port: int
+    stub: psutil.Process
+    proxy: psutil.Process
+
+    def workers(self) -> list[psutil.Process]:
+        return [self.proxy, *self.proxy.children()]
+
+    def cpu(self) -> dict[str, float]:
+        """Seconds that each has used, and this process, which asks."""
+        return {"proxy": sum(map(cpu, self.workers())), "stub": cpu(self.stub), "client": cpu(psutil.Process())}
 
 
 @contextmanager
-def processes(prompt: str, core: int | None) -> Iterator[tuple[int, int, psutil.Process]]:
-    """Ports of stub and proxy, and the proxy's process."""
-    ports = [free_port(), free_port()]
-    run = [sys.executable, __file__, "--serve"]
-    started = [subprocess.Popen([*run, f"stub {ports[0]}"])]
-    started.append(subprocess.Popen([*run, f"proxy {ports[1]} {ports[0]} {-1 if core is None else core} {prompt}"]))
+def processes(prompt: str, core: int | None, *options: str) -> Iterator[Served]:
+    """They run, warmed up."""
+    ports, run = [free_port(), free_port()], [sys.executable, __file__, "--serve"]
+    given = [
+        "--prompt",
+        prompt,
+        "--canvas",
+        "336",
+        "--upstream",
+        f"http://127.0.0.1:{ports[0]}/v1",
+        "--port",
+        str(ports[1]),
+    ]
+    told = json.dumps([core, [*given, "--no-probe", "--plain-names", *options]])
+    started = [subprocess.Popen([*run, one]) for one in (str(ports[0]), told)]
     try:
         for port in ports:
             wait(port)
-        yield ports[0], ports[1], psutil.Process(started[1].pid)
+        made = Served(*ports, *(psutil.Process(one.pid) for one in started))
+        asyncio.run(ask(made.port, request(made.port, 0, True), 64, range(256)))
+        yield made
     finally:
         for one in started:
             one.terminate()
@@ -150,63 +186,84 @@ def cpu(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
-def compare(
-    ports: tuple[int, int], process: psutil.Process, latency: float, picture: bool, count: int, clients: int
+async def stretch(
+    served: Served, through: bool, latency: float, picture: bool, seconds: float, clients: int
 ) -> dict[str, Any]:
+    """Latencies, requests a second and CPU milliseconds a request, over so many seconds after the start."""
+    port, start = served.port if through else served.stub_port, time.perf_counter() + WARM + latency
+    end = start + seconds
+
+    async def used() -> dict[str, float]:
+        await asyncio.sleep(start - time.perf_counter())
+        before = served.cpu()
+        await asyncio.sleep(end - time.perf_counter())
+        return {name: after - before[name] for name, after in served.cpu().items()}
+
+    until_end = iter(lambda: time.perf_counter() < end, False)
+    done, cpu = await asyncio.gather(ask(port, request(port, latency, picture), clients, until_end, latency), used())
+    taken = [took for at, took in done if start <= at < end]
+    each = {f"{name}_cpu_ms": total / len(taken) * 1e3 for name, total in cpu.items()}
+    return {"taken": taken, "a_second": len(taken) / seconds, **each}
+
+
+def compare(served: Served, latency: float, picture: bool, seconds: float, clients: int) -> dict[str, Any]:
     """One round: the stub itself, then through the proxy."""
-    direct, alone = asyncio.run(ask(ports[0], request(ports[0], latency, picture), count, clients))
-    before = cpu(process)
-    through, together = asyncio.run(ask(ports[1], request(ports[1], latency, picture), count, clients))
-    p50, p99 = ((np.quantile(through, q) - np.quantile(direct, q)) * 1e3 for q in (0.5, 0.99))
+    direct, through = (asyncio.run(stretch(served, way, latency, picture, seconds, clients)) for way in (False, True))
+    p50, p99 = ((np.quantile(through["taken"], q) - np.quantile(direct["taken"], q)) * 1e3 for q in (0.5, 0.99))
     return {
-        "latency_s": latency, "picture": picture, "clients": clients, "requests": count, "added_p50_ms": float(p50), "added_p99_ms": float(p99),
-        "direct_a_second": count / alone, "proxy_a_second": count / together, "throughput_ratio": alone / together,
-        "proxy_cpu_ms_a_request": (cpu(process) - before) / count * 1e3,
+        "latency_s": latency, "picture": picture, "clients": clients, "requests": len(through["taken"]),
+        "added_p50_ms": float(p50), "added_p99_ms": float(p99), "direct_a_second": direct["a_second"],
+        "proxy_a_second": through["a_second"], "throughput_ratio": through["a_second"] / direct["a_second"],
+        **{name: through[name] for name in ("proxy_cpu_ms", "stub_cpu_ms", "client_cpu_ms")},
     }  # fmt: skip
 
 
 def main(
     out: Annotated[Path | None, typer.Option(help="JSON to write.")] = None,
     rounds: int = 3,
-    latencies: Annotated[str, typer.Option(help="Of the stub with 64 clients, in seconds.")] = "0.1,0.5,1",
+    latencies: Annotated[str, typer.Option(help="Of the stub with many clients, in seconds.")] = "0.1,0.5,1",
+    seconds: Annotated[float, typer.Option(help="That each stretch is measured.")] = 10,
     requests: Annotated[int, typer.Option(help="For memory.")] = 10_000,
     clients: int = 64,
+    workers: Annotated[int | None, typer.Option(help="Of the proxy with many clients; left out: one a core.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of each worker; left out: the proxy's default.")] = None,
     beside: Annotated[str, typer.Option(help="What else ran.")] = "",
     serve: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Measure, print, and write."""
     if serve:
-        kind, *given = serve.split(" ", 4)
-        if kind == "stub":
-            asyncio.run(stub(int(given[0])))
-        return proxy(int(given[0]), int(given[1]), given[3], int(given[2]) if int(given[2]) >= 0 else None)
-    found: dict[str, Any] = {"manifest": manifest(rounds=rounds, beside=beside), "targets": TARGETS}
+        told = json.loads(serve)
+        return asyncio.run(stub(told)) if isinstance(told, int) else proxy(*told)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    options = ["--workers", str(workers or cores), *(["--threads", str(threads)] if threads else [])]
+    told = {"seconds": seconds, "cores": cores, "many_clients_options": options}
+    found: dict[str, Any] = {"manifest": manifest(rounds=rounds, beside=beside, **told), "targets": TARGETS}
     with TemporaryDirectory() as folder:
         VisualSafetyPrompt.create(336, 30, "random", text="please be safe").save_pretrained(folder)
-        core = min(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else None
-        with processes(folder, core) as (up, port, process):
-            found["one_client"], found["many_clients"] = [], []
-            for number in range(rounds + 1):  # the first warms up
-                for picture in (False, True):
-                    row = compare((up, port), process, 0.02, picture, 100 if number else 20, 1)
-                    found["one_client"] += [row] * (number > 0)
-                for latency in map(float, latencies.split(",")):
-                    for picture in (False, True):
-                        row = compare((up, port), process, latency, picture, clients * (6 if number else 1), clients)
-                        found["many_clients"] += [row] * (number > 0)
-            found["figures"] = figures(found)
-            for found["memory"] in memory(port, process, requests, clients):
+        one = min(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else None
+        with processes(folder, one, "--threads", "1") as served:
+            each = [(number, picture) for number in range(rounds) for picture in (False, True)]
+            found["one_client"] = [compare(served, 0.02, picture, seconds, 1) for _, picture in each]
+        with processes(folder, None, *options) as served:
+            found["many_clients"] = [
+                compare(served, float(latency), picture, seconds, clients)
+                for _ in range(rounds)
+                for latency in latencies.split(",")
+                for picture in (False, True)
+            ]
+            found["figures"] = figures(found, cores)
+            for found["memory"] in memory(served, requests, clients):
                 if out:
                     write_json(out, found)  # what there is, should it be stopped
     print(json.dumps([*found["figures"], found["memory"]], indent=1))
 
 
-def memory(port: int, process: psutil.Process, count: int, clients: int) -> Iterator[dict[str, Any]]:
-    """Resident MB of the proxy after each twentieth of the requests, all with a picture."""
-    content, resident = request(port, 0.0, True), []
+def memory(served: Served, count: int, clients: int) -> Iterator[dict[str, Any]]:
+    """Resident MB of the proxy, all workers together, after each twentieth of the requests, all with a picture."""
+    content, resident = request(served.port, 0.0, True), []
     for done in range(1, 21):
-        asyncio.run(ask(port, content, count // 20, clients))
-        resident.append(process.memory_info().rss / 2**20)
+        asyncio.run(ask(served.port, content, clients, range(count // 20)))
+        resident.append(sum(one.memory_info().rss for one in served.workers()) / 2**20)
         yield {
             "requests": done * (count // 20),
             "every": count // 20,
@@ -215,24 +272,21 @@ def memory(port: int, process: psutil.Process, count: int, clients: int) -> Iter
         }
 
 
-def figures(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Medians over the rounds, a row a setting."""
+def figures(found: dict[str, Any], cores: int) -> list[dict[str, Any]]:
+    """Medians over the rounds, a row a setting, and what CPU milliseconds bound."""
     table = []
     rows = found["one_client"] + found["many_clients"]
-    for key in dict.fromkeys((row["clients"], row["latency_s"], row["picture"]) for row in rows):
-        mine = [row for row in rows if (row["clients"], row["latency_s"], row["picture"]) == key]
-        names = (
-            "added_p50_ms",
-            "added_p99_ms",
-            "direct_a_second",
-            "proxy_a_second",
-            "throughput_ratio",
-            "proxy_cpu_ms_a_request",
-        )
-        table.append(
-            dict(zip(("clients", "latency_s", "picture"), key, strict=True))
-            | {n: round(median(r[n] for r in mine), 3) for n in names}
-        )
+    setting = ("clients", "latency_s", "picture")
+    for key in dict.fromkeys(tuple(row[name] for name in setting) for row in rows):
+        mine = [row for row in rows if tuple(row[name] for name in setting) == key]
+        made = {name: median(row[name] for row in mine) for name in mine[0] if name not in setting}
+        if key[0] > 1:  # with one, the proxy has one core
+            together = made["proxy_cpu_ms"] + made["stub_cpu_ms"] + made["client_cpu_ms"]
+            made["bound_proxy_alone_a_second"] = cores * 1e3 / made["proxy_cpu_ms"]
+            made["bound_all_three_a_second"] = cores * 1e3 / together
+            wanted = TARGETS["throughput_ratio"] * made["direct_a_second"]
+            made["cores_for_target"] = wanted * made["proxy_cpu_ms"] / 1e3
+        table.append(dict(zip(setting, key, strict=True)) | {name: round(value, 3) for name, value in made.items()})
     return table
 
 
