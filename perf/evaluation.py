@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.table import Table
 
 from davsp import LVLM, Query, Response, VisualSafetyPrompt, embedded, evaluate
-from davsp.dataset import load_queries
+from davsp.benchmarks.custom import load_queries
 from davsp.defenses import Defense, NoDefense, VisualPrompt
-from davsp.evaluation import planned
-from davsp.files import manifest, write_json
+from davsp.evaluation.evaluate import planned
 from davsp.lvlm import model_name
+from davsp.runtime.files import manifest, write_json
 
 TARGET = 4.0
 CONSOLE = Console(stderr=True)

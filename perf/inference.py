@@ -29,10 +29,10 @@ from rich.progress import track
 from rich.table import Table
 
 from davsp import LVLM, Query, VisualSafetyPrompt, embedded
-from davsp.dataset import load_queries
+from davsp.benchmarks.custom import load_queries
 from davsp.defenses import Defense, NoDefense, SafetyText, VisualPrompt
-from davsp.files import manifest, write_json
 from davsp.lvlm import model_name
+from davsp.runtime.files import manifest, write_json
 
 NONE, BORDER, TEXT, BOTH = "no defense", "border", "text", "border and text"
 TARGET = 1.02  # of the border alone

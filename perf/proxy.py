@@ -37,7 +37,7 @@ import typer
 from PIL import Image
 
 from davsp import VisualSafetyPrompt
-from davsp.files import manifest, write_json
+from davsp.runtime.files import manifest, write_json
 
 TARGETS = {"added_p50_ms": 15.0, "throughput_ratio": 0.9, "memory_growth_mb": 10.0}
 WARM = 2.0  # seconds

@@ -31,12 +31,12 @@ from rich.table import Table
 
 from davsp import LVLM, HarmfulnessVector, Query, TrainSettings, VisualSafetyPrompt, embedded, metrics
 from davsp.defenses import Defense, NoDefense, VisualPrompt
-from davsp.examples import Batch
 from davsp.experiments.demo import SETTINGS
-from davsp.files import manifest, write_json
 from davsp.judges import keyword
 from davsp.judges.verdicts import verdicts_of
-from davsp.training import Run
+from davsp.runtime.files import manifest, write_json
+from davsp.training.batches import Batch
+from davsp.training.borders import Run
 
 RSR, LOSS = 0.95, 0.03  # at least; at most
 MARGINS, LAM, SHARE, LR = (27.0, -2.0), 0.02, 0.05, 1 / 255

@@ -36,9 +36,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from davsp import LVLM, HarmfulnessVector, TrainSettings, VisualSafetyPrompt
-from davsp.examples import Batch, pixels
-from davsp.files import manifest, write_json
-from davsp.training import Run
+from davsp.runtime.files import manifest, write_json
+from davsp.training.batches import Batch, pixels
+from davsp.training.borders import Run
 
 MARGIN = 1e4  # beyond every projection: each row's hinge has a gradient
 LAM = 0.02

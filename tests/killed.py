@@ -23,11 +23,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 
 from davsp import LVLM, Query, cli
-from davsp import files as davsp_files
+from davsp.benchmarks.custom import save_queries
 from davsp.cli import evaluate as command
-from davsp.dataset import save_queries
-from davsp.judges import cache, chat, keyword_lists, rescore  # noqa: F401  # so that no fork imports them anew
+from davsp.judges import cache, chat, keyword_lists  # noqa: F401  # so that no fork imports them anew
 from davsp.report import html, terminal  # noqa: F401
+from davsp.runtime import files as davsp_files
 from tiny import queries, save_tiny
 
 BATCH = 3

@@ -19,15 +19,15 @@ from transformers import (
 )
 
 from davsp import LVLM, DavspError, Query
-from davsp.adashield import RefineSettings, make_pool, refine
-from davsp.adashield.defender import PHRASES, ChatDefender, PhraseDefender
-from davsp.adashield.features import ClipEncoder, OwnEncoder
-from davsp.adashield.pool import CONFIG, KEYS, Pool, PoolConfig, Row, keys_hash
-from davsp.adashield.wording import Proposal, read_proposal, spoken
-from davsp.client import Failure
-from davsp.defenses.adashield_a import AdaShieldA
+from davsp.defenses.adashield_a import RefineSettings, make_pool, refine
+from davsp.defenses.adashield_a.defender import PHRASES, ChatDefender, PhraseDefender
+from davsp.defenses.adashield_a.defense import AdaShieldA
+from davsp.defenses.adashield_a.features import ClipEncoder, OwnEncoder
+from davsp.defenses.adashield_a.pool import CONFIG, KEYS, Pool, PoolConfig, Row, keys_hash
+from davsp.defenses.adashield_a.wording import Proposal, read_proposal, spoken
 from davsp.embedded import words
 from davsp.query import Response
+from davsp.runtime.client import Failure
 from tiny import picture, queries
 
 GOOD, BAD = '{"improvement": "more", "prompt": "please be safe"}', '{"improvement": "no prompt"}'

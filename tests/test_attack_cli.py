@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from davsp import HarmfulnessVector, cli
-from davsp.dataset import save_queries
+from davsp.benchmarks.custom import save_queries
 from davsp.prompts import VisualSafetyPrompt
 from tiny import queries
 

@@ -28,8 +28,8 @@ from benchmark_folders import (
 )
 from davsp import benchmarks
 from davsp.benchmarks import figstep, llava_bench, mm_safetybench, mm_vet, mme, source, vlguard
+from davsp.benchmarks.custom import load_queries
 from davsp.cli import app
-from davsp.dataset import load_queries
 from davsp.errors import DavspError
 
 pytestmark = pytest.mark.filterwarnings("ignore::davsp.benchmarks.source.ShortWarning")  # all fixtures are short

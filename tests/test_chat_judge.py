@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from davsp import DavspError, Query, Response, Verdict
-from davsp.client import retry_after
 from davsp.errors import Interrupted
 from davsp.judges.base import check_unscored
 from davsp.judges.cache import Finding, VerdictCache
@@ -23,7 +22,8 @@ from davsp.judges.chat import ChatJudge
 from davsp.judges.guard import HARMBENCH, LLAMA_GUARD_3
 from davsp.judges.prompts import CHAT, DAVSP
 from davsp.judges.verdicts import judge_name, verdicts_of
-from davsp.limit import Limit
+from davsp.runtime.client import retry_after
+from davsp.runtime.limit import Limit
 from judge_server import Judge, faulty, items, judge_server, truth
 
 SECRET = "sk-a-secret-of-this-test"

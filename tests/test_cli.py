@@ -13,14 +13,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from davsp import HarmfulnessVector, VisualSafetyPrompt, cli, evaluate
+from davsp.benchmarks.custom import load_queries, save_queries
 from davsp.cli.inputs import is_mini
-from davsp.dataset import load_queries, save_queries
 from davsp.defenses import NoDefense, VisualPrompt
 from davsp.embedded.words import vocabulary
 from davsp.errors import DavspError
-from davsp.files import sha256
 from davsp.prompts import load_prompt
 from davsp.query import open_picture
+from davsp.runtime.files import sha256
 from test_published import published
 from tiny import queries
 

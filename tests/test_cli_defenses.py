@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from davsp import DavspError, HarmfulnessVector, VisualSafetyPrompt, embedded
+from davsp.benchmarks.custom import save_queries
 from davsp.cli.defenses import rows
-from davsp.dataset import save_queries
 from davsp.defenses import ECSO, Chain, Defense, Intervention, NoDefense, SafetyText, VisualPrompt, adashield_s
 from davsp.embedded.ecso import TEMPLATES
 from test_cli import run as davsp

@@ -12,7 +12,7 @@ from PIL import Image
 
 from davsp import LVLM, DavspError, HarmfulnessVector, Query, VisualSafetyPrompt
 from davsp.defenses import ECSO, Chain, Defense, NoDefense, SafetyText, VisualPrompt, adashield_s, load_defense
-from davsp.defenses.adashield import DAVSP, PUBLISHED
+from davsp.defenses.adashield_s import DAVSP, PUBLISHED
 from davsp.prompts import AdditiveNoise
 from tiny import picture, queries
 

@@ -15,7 +15,7 @@ from davsp.defenses import VisualPrompt
 from davsp.embedded.data import Protocol
 from davsp.evaluation import Evaluation
 from davsp.experiments.demo import run_demo
-from davsp.files import sha256
+from davsp.runtime.files import sha256
 from tiny import queries
 
 

@@ -290,8 +290,8 @@ def short(monkeypatch):
 
 
 def test_every_stage_runs_resumes_to_the_same_bits_and_exports(short, tmp_path: Path):
-    from davsp.files import read_tensors
     from davsp.lvlm import LVLM
+    from davsp.runtime.files import read_tensors
 
     for name in build.STAGES:
         records = list(build.run_stage(name, tmp_path / "whole"))
@@ -322,7 +322,7 @@ def test_a_stage_says_what_it_needs_and_refuses_another_runs_folder(short, tmp_p
 def test_the_last_stage_can_start_from_a_finished_model(short, tmp_path: Path, monkeypatch):
     """For who has the shipped weights but none of the stages: the lineage stays on the card, the weights go on."""
     from davsp.embedded import make
-    from davsp.files import read_json, write_json
+    from davsp.runtime.files import read_json, write_json
 
     monkeypatch.setattr(build, "START_HEADS", 2)
     bars = {"bars": [], "rows": [], "layers": []}
@@ -384,8 +384,8 @@ SIBLINGS = ["davsp-mini-narrow", "davsp-mini-qwen"]
 
 @pytest.mark.parametrize("which", SIBLINGS)
 def test_a_sibling_is_made_by_the_same_script_resumes_and_exports(short, tmp_path: Path, which):
-    from davsp.files import read_json, read_tensors
     from davsp.lvlm import LVLM
+    from davsp.runtime.files import read_json, read_tensors
 
     for name in build.road(which):
         records = list(build.run_stage(name, tmp_path, 3, which=which))

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from davsp import LVLM, DavspError, Query, Verdict
+from davsp.benchmarks.custom import save_queries
 from davsp.cli.judges import check
-from davsp.dataset import save_queries
 from davsp.embedded.benchmarks import write
-from davsp.judging import apart
+from davsp.evaluation.judging import apart
 from judge_server import judge_server
 from model_server import ModelServer, model_server
 from test_cli import run as davsp

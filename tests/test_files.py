@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from davsp import DavspError, files
+from davsp import DavspError
+from davsp.runtime import files
 
 
 def full(*args, **kwargs):
@@ -55,7 +56,7 @@ def test_several_files_are_staged_before_the_first_is_replaced(tmp_path, monkeyp
 
 
 def test_a_folder_is_one_process_s_until_it_dies(tmp_path):
-    hold = "import sys, time; from davsp.files import alone\nwith alone(sys.argv[1]):\n print('held', flush=True); time.sleep(60)"
+    hold = "import sys, time; from davsp.runtime.files import alone\nwith alone(sys.argv[1]):\n print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "run")], stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
         with pytest.raises(DavspError, match=r"another davsp is writing into .*run"), files.alone(tmp_path / "run"):

@@ -12,13 +12,13 @@ from davsp import DavspError, Query, Response
 from davsp.benchmarks import llava_bench, mm_vet
 from davsp.embedded.benchmarks import write
 from davsp.errors import Interrupted
-from davsp.files import write_json
 from davsp.judges.base import check_unscored
 from davsp.judges.cache import VerdictCache
 from davsp.judges.chat import ChatJudge
 from davsp.judges.graders import GRADERS, LLAVA_BENCH, MM_VET, exact, grades_of, overlap
 from davsp.judges.prompts import DAVSP
 from davsp.query import Grade, read_jsonl, write_jsonl
+from davsp.runtime.files import write_json
 from judge_server import Judge, faulty, judge_server
 from test_cli import run as davsp
 from test_rescore import write_run

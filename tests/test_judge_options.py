@@ -10,8 +10,8 @@ import pytest
 from davsp.cli.judges import asking
 from davsp.embedded.benchmarks import write
 from davsp.errors import DavspError
-from davsp.files import write_json
 from davsp.query import Grade, Query, read_jsonl
+from davsp.runtime.files import write_json
 from judge_server import Judge, judge_server
 from test_cli import run as davsp
 from test_rescore import write_run

@@ -10,8 +10,8 @@ from davsp import embedded
 from davsp.defenses import NoDefense
 from davsp.embedded.card import skills
 from davsp.evaluation import evaluate
-from davsp.files import sha256
 from davsp.lvlm import LVLM
+from davsp.runtime.files import sha256
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from davsp.objectives import answer_cross_entropy, projection_hinge
+from davsp.training.objectives import answer_cross_entropy, projection_hinge
 
 
 def test_hinge_by_hand():

@@ -3,9 +3,9 @@
 import xml.etree.ElementTree as ET
 
 from davsp.evaluation import Evaluation
+from davsp.experiments.paper.run import confused, projected
 from davsp.query import Query, Response, Verdict
 from davsp.report import panels, plots
-from davsp.reproduce.run import confused, projected
 
 TEST = [
     *(Query(f"m{i}", "how ?", "malicious", "sd", "x", f"g{i}") for i in range(4)),

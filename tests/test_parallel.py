@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from davsp import HarmfulnessVector, VisualSafetyPrompt, parallel
-from davsp.dataset import save_queries
+from davsp import HarmfulnessVector, VisualSafetyPrompt
+from davsp.benchmarks.custom import save_queries
 from davsp.errors import DavspError
-from davsp.examples import Batch
-from davsp.files import read_tensors
+from davsp.runtime import parallel
+from davsp.runtime.files import read_tensors
+from davsp.training.batches import Batch
 from tiny import queries
 
 STEPS = [

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from davsp import LVLM, DavspError, Query, embedded
-from davsp.defenses.pat import CONFIG, PAT, PUBLISHED
+from davsp.defenses.pat import PatSettings, train, train_pat
+from davsp.defenses.pat.defense import CONFIG, PAT, PUBLISHED
+from davsp.defenses.pat.search import Search, allowed_tokens
+from davsp.defenses.pat.train import FILE, first_sentence
 from davsp.lvlm.onehot import answer_losses
-from davsp.pat import PatSettings, train, train_pat
-from davsp.pat.search import Search, allowed_tokens
-from davsp.pat.train import FILE, first_sentence
 from tiny import SPECIAL, queries
 
 SETTINGS = PatSettings(

@@ -9,7 +9,7 @@ import torch
 
 from davsp import TrainSettings, VisualSafetyPrompt, embedded
 from davsp.defenses import NoDefense
-from davsp.training import Run
+from davsp.training.borders import Run
 from tiny import queries
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "perf"))

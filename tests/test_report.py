@@ -13,9 +13,9 @@ from rich.console import Console
 from davsp import Query, Response, VisualSafetyPrompt, metrics
 from davsp.defenses import Defense, NoDefense, VisualPrompt
 from davsp.evaluation import Evaluation
+from davsp.evaluation.judging import judge_own, judge_published, rows_of
 from davsp.judges import keyword
 from davsp.judges.verdicts import verdicts_of
-from davsp.judging import judge_own, judge_published, rows_of
 from davsp.report import Picture, Report, build
 from davsp.report.cells import Column, cell, number, p_value, points
 from davsp.report.html import headline, render, write_report

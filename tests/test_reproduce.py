@@ -14,11 +14,11 @@ from davsp.embedded.ecso import TEMPLATES
 from davsp.errors import DavspError
 from davsp.evaluation import Evaluation
 from davsp.experiments.demo import SETTINGS
+from davsp.experiments.paper import baselines, claims, run, tables, write
+from davsp.experiments.paper.plan import dry
 from davsp.experiments.stages import Stages
 from davsp.prompts import VisualSafetyPrompt
 from davsp.query import Response, Verdict
-from davsp.reproduce import baselines, claims, run, tables, write
-from davsp.reproduce.plan import dry
 
 SMALL = {"vector": 10, "sweep": 6, "train": 96, "harm": 4, "utility": 1, "mme": 2, "llava_bench": 2}
 
@@ -141,7 +141,7 @@ def test_a_border_on_another_canvas_keeps_its_colours_and_its_share(canvas, padd
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     small = pytest.MonkeyPatch()
-    small.setattr("davsp.reproduce.baselines.NOISE", {"steps": 2, "batch_size": 2})
+    small.setattr("davsp.experiments.paper.baselines.NOISE", {"steps": 2, "batch_size": 2})
     small.setitem(baselines.TOKENS, "steps", 1)
     small.setitem(baselines.TOKENS, "candidates", 2)
     small.setitem(baselines.TOKENS, "behaviours", 2)
@@ -243,7 +243,7 @@ def test_a_dry_run_counts_calls_and_loads_no_model(monkeypatch):
 
 def test_sweeps_train_what_they_say_and_nothing_else_differs(made, monkeypatch):
     """A border a value; the given setting reaches the training, all others are the table's."""
-    from davsp.reproduce.sweeps import SWEEPS, sweep
+    from davsp.experiments.paper.sweeps import SWEEPS, sweep
 
     out, _, _, kit = made
     seen = {}
@@ -269,7 +269,7 @@ def test_sweeps_train_what_they_say_and_nothing_else_differs(made, monkeypatch):
     with pytest.raises(DavspError, match="choose padding, layer"):
         sweep(["size"], kit, out / "sweeps")
 
-    monkeypatch.setattr("davsp.reproduce.sweeps.LAMBDAS", (0.0, 1.0))
+    monkeypatch.setattr("davsp.experiments.paper.sweeps.LAMBDAS", (0.0, 1.0))
     both = sweep(["lam"], kit, out / "sweeps", console=Console(quiet=True))
     assert {(r["sweep"], r["value"]) for r in both} == {
         ("lam", "0"),
@@ -316,7 +316,7 @@ def test_what_other_models_lack_is_left_out_and_said(made):
     """UniGuard's corpus and AdaShield-A's defender are the user's; without them the rows are not run, and the table says so."""
     from dataclasses import replace
 
-    from davsp.reproduce.methods import lacking
+    from davsp.experiments.paper.methods import lacking
 
     out, _, _, kit = made
     without = lacking(replace(kit, own=False))

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from davsp import DavspError, Query, Response, Verdict, embedded
-from davsp.dataset import load_queries, save_queries
-from davsp.files import write_json
+from davsp.benchmarks.custom import load_queries, save_queries
+from davsp.evaluation.rescore import rescore, slug
 from davsp.judges.keyword import keyword
 from davsp.judges.keyword_lists import GCG
-from davsp.judges.rescore import rescore, slug
 from davsp.metrics import rates
 from davsp.query import read_jsonl, write_jsonl
+from davsp.runtime.files import write_json
 from davsp.store import query_hash
 from judge_server import Judge, judge_server
 from test_cli import run as davsp

@@ -11,17 +11,17 @@ import torch
 
 from davsp import LVLM, AdditiveNoise, DavspError, VisualSafetyPrompt
 from davsp.defenses import VisualPrompt, load_defense
-from davsp.defenses.esiii import train_esiii
-from davsp.defenses.uniguard import FIXED, OPTIMISED, train_uniguard
+from davsp.defenses.esiii.train import train_esiii
+from davsp.defenses.uniguard.search import SearchSettings, _Search, search_text
+from davsp.defenses.uniguard.train import FIXED, OPTIMISED, train_uniguard
 from davsp.embedded import sentences as mini
 from davsp.embedded.words import vocabulary
 from davsp.errors import Interrupted
-from davsp.files import read_tensors
-from davsp.loop import Loop
 from davsp.lvlm.onehot import answer_losses
-from davsp.sentences import SentenceRun, blank, read_sentences, train_sentences
-from davsp.settings import SentenceSettings
-from davsp.textsearch import SearchSettings, _Search, search_text
+from davsp.runtime.files import read_tensors
+from davsp.training.loop import Loop
+from davsp.training.sentences import SentenceRun, blank, read_sentences, train_sentences
+from davsp.training.settings import SentenceSettings
 from test_cli import run as davsp_command
 from test_parallel import davsp
 from tiny import picture, queries
@@ -272,7 +272,7 @@ def test_from_a_corpus_to_figures(tiny_folder: Path, tmp_path: Path, capsys: pyt
     assert davsp_command("train", "--method", "esiii", *common, "--out", tmp_path / "e") == 0
     assert load_defense(tmp_path / "u").prompt.question("Q") == f"be safe Q\n{FIXED}"
     assert lines(tmp_path / "u" / "training")[0]["lr"] == 0.01 and load_defense(tmp_path / "e").prompt.eps == 0.1
-    from davsp.dataset import save_queries
+    from davsp.benchmarks.custom import save_queries
 
     save_queries(tmp_path / "test", [*queries("malicious", 2), *queries("benign", 2)])
     asked = ("--queries", tmp_path / "test", "--model", tiny_folder, "--max-new-tokens", 2, "--out", tmp_path / "eval")

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from davsp import LVLM, DavspError, cli
-from davsp.adashield import refine
-from davsp.adashield.defender import ChatDefender, PhraseDefender
-from davsp.adashield.features import OwnEncoder
-from davsp.adashield.pool import CONFIG as POOL
-from davsp.adashield.pool import Pool, PoolConfig, Row, keys_hash
+from davsp.benchmarks.custom import save_queries
 from davsp.cli import texts
 from davsp.cli.defenses import rows
-from davsp.dataset import save_queries
 from davsp.defenses import PAT, AdaShieldA
-from davsp.defenses.adashield import DAVSP
-from davsp.defenses.pat import CONFIG, PUBLISHED
+from davsp.defenses.adashield_a import refine
+from davsp.defenses.adashield_a.defender import ChatDefender, PhraseDefender
+from davsp.defenses.adashield_a.features import OwnEncoder
+from davsp.defenses.adashield_a.pool import CONFIG as POOL
+from davsp.defenses.adashield_a.pool import Pool, PoolConfig, Row, keys_hash
+from davsp.defenses.adashield_s import DAVSP
+from davsp.defenses.pat.defense import CONFIG, PUBLISHED
 from davsp.embedded import SAFETY_TEXT
 from tiny import queries
 
@@ -127,8 +127,8 @@ def test_a_pool_is_made_by_the_models_defender(
             PoolConfig(encoder={"kind": "own"}, defender=defender.describe(), keys=keys_hash(keys), rows=done), keys
         )
 
-    monkeypatch.setattr("davsp.adashield.make_pool", make)
-    monkeypatch.setattr("davsp.adashield.features.ClipEncoder", lambda name, **_: f"clip {name}")
+    monkeypatch.setattr("davsp.defenses.adashield_a.make_pool", make)
+    monkeypatch.setattr("davsp.defenses.adashield_a.features.ClipEncoder", lambda name, **_: f"clip {name}")
     monkeypatch.setattr(texts, "is_embedded", lambda model: own)
     server = {} if own else {"defender": "vicuna", "defender_url": "http://127.0.0.1:1/v1", "encoder": "my/clip"}
     asked = texts.Asked(None, None, ["beta=none", "rounds=2"], {}, **{  # type: ignore[arg-type]

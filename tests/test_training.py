@@ -16,10 +16,10 @@ import torch
 
 from davsp import LVLM, AdditiveNoise, DavspError, HarmfulnessVector, TrainSettings, VisualSafetyPrompt, train
 from davsp.errors import Interrupted
-from davsp.files import read_tensors, save_tensors
-from davsp.memory import advice, estimate_memory, recomputing
-from davsp.objectives import projection_hinge
-from davsp.training import Run
+from davsp.runtime.files import read_tensors, save_tensors
+from davsp.training.borders import Run
+from davsp.training.memory import advice, estimate_memory, recomputing
+from davsp.training.objectives import projection_hinge
 from tiny import picture, queries
 
 MALICIOUS, BENIGN = queries("malicious", 5), queries("benign", 6)
@@ -337,7 +337,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from davsp import LVLM, HarmfulnessVector, TrainSettings, VisualSafetyPrompt, train
-from davsp.training import Run
+from davsp.training.borders import Run
 from tiny import queries
 folder, vector, out = map(Path, sys.argv[1:4])
 advance = Run.advance

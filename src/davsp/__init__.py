@@ -16,7 +16,7 @@ _HOMES = {
     "LVLM": "davsp.lvlm",
     "Query": "davsp.query",
     "Response": "davsp.query",
-    "TrainSettings": "davsp.training",
+    "TrainSettings": "davsp.training.settings",
     "Verdict": "davsp.query",
     "VisualSafetyPrompt": "davsp.prompts.border",
     "evaluate": "davsp.evaluation",

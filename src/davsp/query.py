@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from PIL.ImageFile import ImageFile
 
 from davsp.errors import DavspError
-from davsp.files import read_bytes, sha256_bytes, write_text
+from davsp.runtime.files import read_bytes, sha256_bytes, write_text
 
 COST = ("calls", "prompt_tokens", "image_tokens")
 """The fields of a response that say what it took, but for time."""

@@ -17,10 +17,10 @@ from typing import Any
 from PIL import Image
 from rich.console import Console
 
-from davsp import parallel
 from davsp.errors import DavspError
-from davsp.files import read_bytes, read_json, sweep, to_json, write_all
 from davsp.query import Query, Response, json_line, unpacked, write_jsonl
+from davsp.runtime import parallel
+from davsp.runtime.files import read_bytes, read_json, sweep, to_json, write_all
 
 RUN, QUERIES, RESPONSES, MANIFEST = "run.json", "queries.json", "responses.jsonl", "manifest.json"
 FOLLOWS = ("verdicts*.jsonl", "grades*.jsonl", "metrics*.json", "agreement.json", "report.html")

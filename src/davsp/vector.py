@@ -11,9 +11,9 @@ from rich.progress import Progress
 from torch import Tensor
 
 from davsp.errors import DavspError
-from davsp.files import read_tensors_and_metadata, save_tensors, to_json, write_json
 from davsp.lvlm import LVLM, short_name
 from davsp.query import Query
+from davsp.runtime.files import read_tensors_and_metadata, save_tensors, to_json, write_json
 
 AS_GOOD = 0.01  # of AUROC: about the standard error of 0.99 from a hundred queries
 QUANTILES = (0.5, 0.75)  # of malicious projections for mu_plus, of benign ones for mu_minus

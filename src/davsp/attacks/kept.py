@@ -9,8 +9,8 @@ from typing import Any
 from davsp.attacks.apgd import Found
 from davsp.attacks.surface import files, png, rounded
 from davsp.errors import DavspError
-from davsp.files import read_bytes, read_json, sha256_bytes, write_bytes, write_json
 from davsp.query import Query, open_picture
+from davsp.runtime.files import read_bytes, read_json, sha256_bytes, write_bytes, write_json
 
 FOUND = "found.jsonl"
 POINTS = 21  # of a loss curve that are kept

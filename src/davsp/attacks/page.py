@@ -17,11 +17,11 @@ from davsp.attacks.run import Attacked
 from davsp.attacks.settings import CLEAN, PICTURED
 from davsp.attacks.table import ALL, ANY, WORST, names, sizes
 from davsp.defenses import Defense
-from davsp.files import write_text
 from davsp.metrics import WORST as BOUND
 from davsp.report.cells import label
 from davsp.report.html import uri
 from davsp.report.plots import MARKERS, STYLE, colour, svg
+from davsp.runtime.files import write_text
 
 Rows = Sequence[Mapping[str, Any]]
 MARKS = {"good": "✓", "doubt": "?", "not run": "–"}

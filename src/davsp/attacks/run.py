@@ -25,11 +25,11 @@ from davsp.attacks.surface import files, picture_of, surfaces, visual
 from davsp.defenses import Defense
 from davsp.errors import DavspError, Interrupted
 from davsp.evaluation import Evaluation, evaluate
-from davsp.files import alone, sweep
 from davsp.judges import Judge, keyword
 from davsp.lvlm import LVLM, fingerprint
-from davsp.progress import bar
 from davsp.query import Query
+from davsp.runtime.files import alone, sweep
+from davsp.runtime.progress import bar
 from davsp.store import queries_hash
 from davsp.vector import HarmfulnessVector
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from davsp.files import sha256_bytes
+from davsp.runtime.files import sha256_bytes
 from davsp.vector import HarmfulnessVector
 
 PICTURED = ("comply", "hide", "both")  # by the gradient to the picture

@@ -16,10 +16,10 @@ from torch import Tensor
 from davsp.attacks.apgd import ENOUGH
 from davsp.attacks.surface import Surface, surfaces, wanted
 from davsp.defenses import Defense
+from davsp.defenses.pat.search import allowed_tokens
 from davsp.errors import DavspError
 from davsp.lvlm import LVLM
 from davsp.lvlm.onehot import answer_losses, token_gradient, token_ids, token_span
-from davsp.pat.search import allowed_tokens
 from davsp.query import Query
 
 TOP = 64  # tokens a place that changes are drawn from

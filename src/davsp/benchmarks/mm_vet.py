@@ -16,10 +16,10 @@ from davsp.benchmarks import bootstrap, scoring, source, tables
 from davsp.benchmarks.scoring import Scores
 from davsp.benchmarks.source import Found, Item, Picture, Problems, Report
 from davsp.errors import DavspError
-from davsp.files import sha256_bytes
 from davsp.judges.graders import Grader, grades_of
 from davsp.metrics import Row
 from davsp.query import Grade, Query, Response
+from davsp.runtime.files import sha256_bytes
 
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 COUNTS = {"questions": 218, "math": 26}

@@ -17,9 +17,9 @@ from davsp.benchmarks import bootstrap, scoring, source, tables
 from davsp.benchmarks.scoring import Scores
 from davsp.benchmarks.source import Found, Item, Picture, Problems, Report
 from davsp.errors import DavspError
-from davsp.files import read_bytes
 from davsp.metrics import Row
 from davsp.query import Query, Response
+from davsp.runtime.files import read_bytes
 
 PICTURES = {
     "existence": 30,

@@ -9,11 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from davsp import benchmarks, files
+from davsp import benchmarks
 from davsp.benchmarks import mm_vet, splits
 from davsp.benchmarks.splits import Split
 from davsp.errors import DavspError
 from davsp.query import Query, Verdict, read_jsonl
+from davsp.runtime import files
 from davsp.store import hashes, query_hash, recorded
 
 DRAWN = ("vlguard", "mm_safetybench", "mm_vet")

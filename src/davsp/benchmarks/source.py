@@ -18,8 +18,8 @@ from typing import Any
 from PIL import Image
 
 from davsp.errors import DavspError
-from davsp.files import read_json
 from davsp.query import Query
+from davsp.runtime.files import read_json
 
 MAX_PIXELS = 89_478_485  # Pillow's own bound against decompression bombs
 MOVING = {"GIF", "PNG", "TIFF", "WEBP"}  # not MPO: phones write a JPEG and its preview so

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from davsp.errors import DavspError
-from davsp.files import read_json, sha256_bytes, write_json
 from davsp.judges import keyword
 from davsp.query import Query, Response, Verdict
+from davsp.runtime.files import read_json, sha256_bytes, write_json
 from davsp.store import query_hash
 
 SCHEMA = 2

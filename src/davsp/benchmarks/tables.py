@@ -12,7 +12,7 @@ from typing import Any
 
 from davsp.benchmarks.source import Problems, Row
 from davsp.errors import DavspError
-from davsp.files import read_bytes
+from davsp.runtime.files import read_bytes
 
 LONGEST_FIELD = 1 << 30  # of a TSV: a picture in base64 is a field
 

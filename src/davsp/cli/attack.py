@@ -94,7 +94,7 @@ def attack(
     from davsp.attacks import AttackSettings
     from davsp.attacks import attack as run
     from davsp.attacks.settings import ATTACKS, BASELINE
-    from davsp.judging import apart
+    from davsp.evaluation.judging import apart
     from davsp.vector import HarmfulnessVector
 
     mini = is_embedded(model)
@@ -179,8 +179,8 @@ def _finish(
     from davsp.attacks.checks import checks
     from davsp.attacks.run import looked_at
     from davsp.attacks.table import rows
-    from davsp.files import manifest, write_json, write_text
     from davsp.lvlm import fingerprint, model_name
+    from davsp.runtime.files import manifest, write_json, write_text
 
     name = model_name(lvlm)
     asked = [q for q in test if q.label == "malicious" and q.image is not None]

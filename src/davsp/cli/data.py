@@ -28,7 +28,7 @@ def check(
 
     from davsp.benchmarks import BENCHMARKS, check
     from davsp.benchmarks.source import MARK
-    from davsp.files import sha256_bytes
+    from davsp.runtime.files import sha256_bytes
 
     console = Console()
     reports = check(root)

@@ -127,8 +127,8 @@ def _single(spec: str, given: _Given) -> "Defense":
 
 def _published_pat(spec: str, given: _Given) -> "Defense":
     """One of PAT's published strings, behind AdaShield's text or alone."""
-    from davsp.defenses.adashield import DAVSP
-    from davsp.defenses.pat import PAT
+    from davsp.defenses.adashield_s import DAVSP
+    from davsp.defenses.pat.defense import PAT
     from davsp.embedded import SAFETY_TEXT
 
     _, preset, *alone = spec.split(":")

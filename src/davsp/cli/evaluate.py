@@ -114,9 +114,9 @@ def evaluate(
     """Answer a test set under each defense, judge the answers, and report rates with 95 % intervals, paired with No Defense."""
     from rich.console import Console
 
-    from davsp import keys, parallel
     from davsp.evaluation import evaluate
-    from davsp.judging import apart
+    from davsp.evaluation.judging import apart
+    from davsp.runtime import keys, parallel
     from davsp.vector import HarmfulnessVector
 
     served = _served(engine, base_url, api_model or model, (revision, device, dtype, quantization), num_processes)
@@ -197,8 +197,8 @@ def _facts(
     split: str, seed: int,
 ) -> dict[str, Any]:  # fmt: skip
     """What manifest.json says, but for the queries, which the store knows."""
-    from davsp.files import manifest
     from davsp.lvlm import fingerprint, model_name
+    from davsp.runtime.files import manifest
 
     return manifest(
         model=model_name(lvlm), revision=lvlm.revision, weights=fingerprint(lvlm), engine=engine, server=lvlm.server,
@@ -215,11 +215,11 @@ def _finish(
     from rich.console import Console
 
     from davsp import metrics, report
-    from davsp.files import read_json
-    from davsp.judges.rescore import rescore, slug
+    from davsp.evaluation.rescore import rescore, slug
     from davsp.judges.verdicts import judge_name
     from davsp.report.html import write_report
     from davsp.report.terminal import print_costs, print_scores, print_table
+    from davsp.runtime.files import read_json
     from davsp.store import MANIFEST
 
     said: list[dict[str, list[Any]]] = [dict(found.verdicts), dict(found.grades)]

@@ -28,8 +28,9 @@ def load_lvlm(
     """The model that --model names, one of those that ship by its bare name; left out: davsp-mini. One of several processes takes its own GPU."""
     import torch
 
-    from davsp import embedded, parallel
+    from davsp import embedded
     from davsp.lvlm import LVLM
+    from davsp.runtime import parallel
 
     device = device or parallel.device()
     if dtype not in (None, "float32", "bfloat16", "float16"):
@@ -50,7 +51,7 @@ def in_processes(count: int) -> None:
     """Run this very command as `count` processes and leave with their exit code; go on if this is one of them."""
     import typer
 
-    from davsp import parallel
+    from davsp.runtime import parallel
 
     if count == 1 or parallel.processes() > 1:
         return
@@ -85,7 +86,7 @@ def is_embedded(model: str | None) -> bool:
 def is_mini(folder: Path) -> bool:
     """Whether a folder holds a davsp-mini or a sibling: one of their canvases, a vocabulary as large as the embedded world's."""
     from davsp.embedded import words
-    from davsp.files import read_json
+    from davsp.runtime.files import read_json
 
     if not (folder / "config.json").is_file():
         return False
@@ -105,7 +106,7 @@ def compare_texts(vector: Any, text: str, who: str) -> None:
 
 def queries_at(path: Path | None, otherwise: "list[Query] | None", option: str) -> "list[Query]":
     """The queries that an option names; left out: `otherwise`, and without that DavspError."""
-    from davsp.dataset import load_queries
+    from davsp.benchmarks.custom import load_queries
 
     if path is not None:
         return load_queries(path)

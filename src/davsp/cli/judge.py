@@ -30,7 +30,7 @@ from davsp.errors import DavspError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from davsp.judges.rescore import Rescored
+    from davsp.evaluation.rescore import Rescored
 
 
 def judge(
@@ -63,9 +63,9 @@ def judge(
     """Score the answers of a finished run with another judge or grader, without generating again."""
     from rich.console import Console
 
-    from davsp.judges.rescore import rescore, slug
+    from davsp.evaluation.judging import apart
+    from davsp.evaluation.rescore import rescore, slug
     from davsp.judges.verdicts import judge_name
-    from davsp.judging import apart
     from davsp.store import RESPONSES
 
     if not (run / RESPONSES).exists():  # before a cache makes the folder

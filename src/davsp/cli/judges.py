@@ -72,7 +72,7 @@ def asking(
         DavspError: an option for a judge that is not named or asks no model, or twice for one; an empty variable; runs without
             the grader that has them; a judge named twice.
     """
-    from davsp import keys
+    from davsp.runtime import keys
 
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise DavspError(f"--judge names {twice} twice; a second model is asked by davsp judge.")
@@ -129,12 +129,12 @@ def named(name: str, asking: Asking) -> Any:
     """
     if name in (alone := _alone()):
         return alone[name]
-    from davsp.client import OPENAI
     from davsp.judges.cache import VerdictCache
     from davsp.judges.chat import ChatJudge
     from davsp.judges.graders import GRADERS
     from davsp.judges.guard import GUARDS, LocalGuard
     from davsp.judges.prompts import CHAT
+    from davsp.runtime.client import OPENAI
 
     url, model = asking.urls.get(name), asking.models.get(name)
     if name in GUARDS and url is None:

@@ -45,7 +45,7 @@ def data(out: Out = Path("out/data"), seed: Seed = 0) -> None:
     """Write the embedded protocol as folders of queries, in the form in which your own data is read."""
     from dataclasses import fields
 
-    from davsp.dataset import save_queries
+    from davsp.benchmarks.custom import save_queries
     from davsp.embedded.data import protocol
 
     drawn = protocol(seed)

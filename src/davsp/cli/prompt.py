@@ -20,9 +20,9 @@ def apply(
     """Put a prompt around a picture and write the finished canvas as a lossless PNG."""
     import io
 
-    from davsp.files import write_bytes
     from davsp.prompts import load_prompt
     from davsp.query import open_picture
+    from davsp.runtime.files import write_bytes
 
     if out.suffix.lower() != ".png":
         raise DavspError(f"--out {out} must end in .png: other formats would change the border's pixels.")
@@ -44,9 +44,9 @@ def info(
     from rich.console import Console
     from rich.table import Table
 
-    from davsp.adashield.pool import CONFIG as POOL
-    from davsp.adashield.pool import Pool
-    from davsp.defenses.pat import CONFIG, PAT
+    from davsp.defenses.adashield_a.pool import CONFIG as POOL
+    from davsp.defenses.adashield_a.pool import Pool
+    from davsp.defenses.pat.defense import CONFIG, PAT
     from davsp.prompts import load_prompt, saved_files
 
     if (prompt / POOL).exists():

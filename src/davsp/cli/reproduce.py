@@ -92,13 +92,13 @@ def reproduce(
 
     from davsp import embedded
     from davsp.experiments.demo import SETTINGS
-    from davsp.reproduce.plan import dry
-    from davsp.reproduce.run import make_kit
-    from davsp.reproduce.run import reproduce as run
-    from davsp.reproduce.sweeps import SWEEPS, sweep
-    from davsp.reproduce.tables import TABLES as known
-    from davsp.sentences import read_sentences
-    from davsp.settings import TrainSettings
+    from davsp.experiments.paper.plan import dry
+    from davsp.experiments.paper.run import make_kit
+    from davsp.experiments.paper.run import reproduce as run
+    from davsp.experiments.paper.sweeps import SWEEPS, sweep
+    from davsp.experiments.paper.tables import TABLES as known
+    from davsp.training.sentences import read_sentences
+    from davsp.training.settings import TrainSettings
 
     chosen = list(known) if "all" in names else [name for name in dict.fromkeys(names) if name in known]
     sweeps = list(SWEEPS) if "sweeps" in names else [x for x in SWEEPS if f"sweep-{x}" in names]
@@ -132,7 +132,7 @@ def reproduce(
     if len(named) > 1:
         raise DavspError("--judge names several judges; a table has one: score the run again with davsp judge.")
     judges.fit(named, data.test)
-    from davsp.defenses.adashield import DAVSP as TEXT
+    from davsp.defenses.adashield_s import DAVSP as TEXT
     from davsp.defenses.ecso import PUBLISHED
     from davsp.embedded.ecso import TEMPLATES
 
@@ -161,8 +161,8 @@ def reproduce(
 
 def _defender(model: str | None, url: str | None, key: str | None) -> Any:
     """AdaShield-A's defender behind a server; None without a model."""
-    from davsp.adashield.defender import ChatDefender
-    from davsp.client import OPENAI
+    from davsp.defenses.adashield_a.defender import ChatDefender
+    from davsp.runtime.client import OPENAI
 
     if model is None:
         return None
@@ -175,7 +175,7 @@ def _published(sets: list[str], split: str | None) -> "Protocol":
     from davsp.benchmarks.protocol import for_test
     from davsp.benchmarks.splits import SOURCES
     from davsp.embedded.data import Protocol
-    from davsp.judging import apart
+    from davsp.evaluation.judging import apart
 
     roots = folders(sets)
     if split is None or not sets:

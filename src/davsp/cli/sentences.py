@@ -47,15 +47,16 @@ def train(
     Raises:
         DavspError: no corpus for a model that is not one of ours; options that do not go together; else as the method.
     """
-    from davsp import parallel
     from davsp.cli.train import settings_of
-    from davsp.defenses import adashield, esiii, uniguard
+    from davsp.defenses import esiii, uniguard
+    from davsp.defenses.adashield_s import DAVSP
+    from davsp.defenses.uniguard.search import SearchSettings
     from davsp.embedded import sentences as embedded
     from davsp.embedded.budgets import NOISE
     from davsp.query import open_picture
-    from davsp.sentences import read_sentences
-    from davsp.settings import SentenceSettings
-    from davsp.textsearch import SearchSettings
+    from davsp.runtime import parallel
+    from davsp.training.sentences import read_sentences
+    from davsp.training.settings import SentenceSettings
 
     own, part = is_embedded(model), text_part or "none"
     if part not in TEXT_PARTS:
@@ -77,7 +78,7 @@ def train(
         SentenceSettings, likely | (NOISE if own else {}) | {k: v for k, v in given.items() if v is not None}
     )
     common: dict[str, Any] = {
-        "text": safety_text(text, True) if own or text is not None else adashield.DAVSP,
+        "text": safety_text(text, True) if own or text is not None else DAVSP,
         "eps": uniguard.EPS if eps is None else eps, "settings": settings, "resume": resume,
     }  # fmt: skip
     if method == "uniguard":

@@ -63,7 +63,7 @@ def asked(
         return noted(lambda: _load(roots, split, limit, seed, skip_broken, rebuild, types))
     if own is None:
         return _first(embedded_protocol(model, seed).test, limit), []
-    from davsp.dataset import load_queries
+    from davsp.benchmarks.custom import load_queries
 
     found, notes = noted(lambda: load_queries(own, skip_broken))
     return _first(found, limit), notes

@@ -69,9 +69,9 @@ def _pat(asked: Asked, load: Any, malicious: Any, benign: Any, out: Path, seed: 
 
     from davsp import embedded
     from davsp.cli.train import settings_of
-    from davsp.defenses.adashield import DAVSP
+    from davsp.defenses.adashield_s import DAVSP
+    from davsp.defenses.pat import PatSettings, train_pat
     from davsp.embedded.budgets import TOKENS
-    from davsp.pat import PatSettings, train_pat
 
     own = is_embedded(asked.model)
     base = {**TOKENS, "refusal": embedded.REFUSAL} if own else {}
@@ -87,11 +87,11 @@ def _adashield_a(asked: Asked, load: Any, malicious: Any, benign: Any, out: Path
     from rich.console import Console
 
     from davsp import embedded
-    from davsp.adashield import RefineSettings, make_pool
-    from davsp.adashield.defender import ChatDefender, Defender, PhraseDefender
-    from davsp.adashield.features import CLIP, ClipEncoder, OwnEncoder
     from davsp.cli.train import settings_of
-    from davsp.client import OPENAI
+    from davsp.defenses.adashield_a import RefineSettings, make_pool
+    from davsp.defenses.adashield_a.defender import ChatDefender, Defender, PhraseDefender
+    from davsp.defenses.adashield_a.features import CLIP, ClipEncoder, OwnEncoder
+    from davsp.runtime.client import OPENAI
 
     own = is_embedded(asked.model)
     if own and (asked.defender or asked.defender_url or asked.defender_key):

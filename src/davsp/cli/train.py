@@ -67,8 +67,8 @@ def vector(
     seed: Seed = 0,
 ) -> None:
     """Fit the harmfulness vector at every layer, sweep the layers on held-out queries, choose one and its margins."""
-    from davsp.files import write_bytes
-    from davsp.layerplot import layer_plot
+    from davsp.report.layerplot import layer_plot
+    from davsp.runtime.files import write_bytes
     from davsp.vector import HarmfulnessVector
 
     if (held_malicious is None) != (held_benign is None):
@@ -179,9 +179,10 @@ def train(
     seed: Seed = 0,
 ) -> None:
     """Train a visual safety prompt, or one of the paper's comparison, and save it as a folder."""
-    from davsp import embedded, parallel
+    from davsp import embedded
     from davsp.experiments.demo import SETTINGS
     from davsp.prompts import AdditiveNoise, VisualSafetyPrompt
+    from davsp.runtime import parallel
     from davsp.training import TrainSettings
     from davsp.training import train as run
     from davsp.vector import HarmfulnessVector

@@ -42,8 +42,8 @@ def app(
 
     if missing := [name for name in ("gradio", "uvicorn") if find_spec(name) is None]:
         raise DavspError(f"{missing[0]} is not installed: pip install 'davsp[app]'.")
-    from davsp import keys
     from davsp.app import server
+    from davsp.runtime import keys
 
     token = keys.read(token_env, "page")
     server.check(host, token)

@@ -7,9 +7,9 @@ from typing import Any
 
 from PIL import Image
 
-from davsp.files import sha256_bytes, to_json
 from davsp.lvlm import LVLM, Answer
 from davsp.query import Query, Response
+from davsp.runtime.files import sha256_bytes, to_json
 from davsp.vector import HarmfulnessVector
 
 

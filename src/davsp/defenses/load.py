@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from davsp.adashield import pool
-from davsp.defenses import pat
-from davsp.defenses.adashield_a import AdaShieldA
+from davsp.defenses.adashield_a import pool
+from davsp.defenses.adashield_a.defense import AdaShieldA
 from davsp.defenses.base import Defense
+from davsp.defenses.pat import defense as pat
 from davsp.defenses.visual import VisualPrompt
 from davsp.errors import DavspError
 from davsp.prompts import additive, border, load_prompt, published

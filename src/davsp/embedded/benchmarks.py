@@ -33,7 +33,7 @@ from davsp.embedded import questions as q
 from davsp.embedded.data import CATEGORIES, FORMS
 from davsp.embedded.words import Pair
 from davsp.errors import DavspError
-from davsp.files import write_json, write_text
+from davsp.runtime.files import write_json, write_text
 
 SIZES = {"mm_safetybench": 48, "figstep": 58, "vlguard": 48, "mm_vet": 96, "mme": 12, "llava_bench": 16}
 """Intents, statements, pictures of each kind and split, questions, pictures a subtask, pictures."""

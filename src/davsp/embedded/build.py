@@ -50,7 +50,7 @@ from davsp.embedded.architecture import (
 )
 from davsp.embedded.losses import Packer, bridge_loss, joint_loss, sight_loss, tower_loss, words_loss
 from davsp.errors import DavspError
-from davsp.files import read_json, read_tensors, read_tensors_and_metadata, save_tensors, sha256, write_json
+from davsp.runtime.files import read_json, read_tensors, read_tensors_and_metadata, save_tensors, sha256, write_json
 
 
 @dataclass(frozen=True)

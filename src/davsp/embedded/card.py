@@ -294,7 +294,7 @@ A closed vocabulary: a word it has not met is `<unk>`. English only. One picture
 
 
 def save_card(folder: Path, measured: dict[str, Any], making: dict[str, Any]) -> None:
-    from davsp.files import write_json, write_text
+    from davsp.runtime.files import write_json, write_text
 
     write_text(folder / "README.md", card(measured, making))
     rows = [r for r in measured["rows"]]

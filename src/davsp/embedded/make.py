@@ -12,7 +12,7 @@ from davsp.embedded import build, draw, load, words
 from davsp.embedded.architecture import BLUEPRINTS
 from davsp.embedded.card import measure, save_card
 from davsp.errors import DavspError, Interrupted
-from davsp.files import read_json, sha256, write_bytes, write_json
+from davsp.runtime.files import read_json, sha256, write_bytes, write_json
 
 HINTS = """
 Its tower was not learnt alone: in the stage `see` each of its blocks was also drawn towards the same block of davsp-mini's tower, through

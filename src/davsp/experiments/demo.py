@@ -13,17 +13,17 @@ from PIL import Image
 from rich.console import Console
 
 from davsp import report
-from davsp.checkpoint import METRICS
 from davsp.defenses import Defense, NoDefense, SafetyText, VisualPrompt
 from davsp.embedded.words import REFUSAL
-from davsp.evaluation import Evaluation, evaluate, fingerprint, model_name, queries_hash
+from davsp.evaluation.evaluate import Evaluation, evaluate, fingerprint, model_name, queries_hash
 from davsp.experiments.stages import Stages, fitted_vector, records, trained_prompt
-from davsp.files import manifest, write_json
 from davsp.lvlm import LVLM
 from davsp.prompts import AdditiveNoise, Prompt, VisualSafetyPrompt
 from davsp.report.html import write_report
 from davsp.report.terminal import print_table
+from davsp.runtime.files import manifest, write_json
 from davsp.training import TrainSettings
+from davsp.training.checkpoint import METRICS
 from davsp.vector import HarmfulnessVector
 
 if TYPE_CHECKING:

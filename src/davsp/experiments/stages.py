@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from rich.console import Console
 from rich.markup import escape
 
-from davsp.checkpoint import METRICS
 from davsp.errors import DavspError
-from davsp.evaluation import fingerprint, queries_hash
-from davsp.files import read_bytes, read_json, write_json
-from davsp.files import sha256 as file_hash
+from davsp.evaluation.evaluate import fingerprint, queries_hash
 from davsp.lvlm import LVLM
 from davsp.prompts.base import P, Prompt
+from davsp.runtime.files import read_bytes, read_json, write_json
+from davsp.runtime.files import sha256 as file_hash
 from davsp.training import TrainSettings, train
+from davsp.training.checkpoint import METRICS
 from davsp.vector import HarmfulnessVector
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from davsp.errors import DavspError, Interrupted
 from davsp.judges.cache import Finding, VerdictCache, cache_key
 from davsp.judges.keyword import Label, has_words
 from davsp.judges.prompts import Prompt
-from davsp.progress import bar as progress_bar
 from davsp.query import Grade, Query, Response, Verdict
+from davsp.runtime.progress import bar as progress_bar
 
 RAW_CHARACTERS = 1000
 

@@ -1,7 +1,7 @@
 """A judge behind any server that speaks OpenAI's protocol: hosted services, vLLM, SGLang, llama.cpp, Ollama.
 
 What is not a label is unscored, never guessed: errors, time-outs, cut or filtered replies, refusals and prose are
-asked for again a few times, with back-off (`davsp.client`), and then given up.
+asked for again a few times, with back-off (`davsp.runtime.client`), and then given up.
 """
 
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from typing import Any
 
 from rich.console import Console
 
-from davsp.client import OPENAI, Client, Failure
 from davsp.judges.base import Keep, PromptJudge, read_reply
 from davsp.judges.cache import Finding, VerdictCache
 from davsp.judges.prompts import Prompt
 from davsp.query import Query
+from davsp.runtime.client import OPENAI, Client, Failure
 
 
 class ChatJudge(PromptJudge):
@@ -23,7 +23,7 @@ class ChatJudge(PromptJudge):
     Args:
         prompt: one of `davsp.judges.prompts.CHAT` or `davsp.judges.guard.GUARDS`.
         model: as the server calls it.
-        base_url, api_key_env, concurrency, attempts, timeout, backoff: see `davsp.client.Client`.
+        base_url, api_key_env, concurrency, attempts, timeout, backoff: see `davsp.runtime.client.Client`.
         temperature, cache, console, runs: see `PromptJudge`.
 
     Raises:

@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.utils import cached_file
 
 from davsp.errors import DavspError
-from davsp.files import read_json
+from davsp.runtime.files import read_json
 
 
 def load_weights(

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from davsp.client import Client, Failure
 from davsp.errors import DavspError
 from davsp.lvlm.base import LVLM, Answer
 from davsp.lvlm.hooks import Steer
+from davsp.runtime.client import Client, Failure
 
 NO_STATES = "a server gives no hidden states; leave out the vector, or load the model here (--engine transformers)"
 

@@ -178,11 +178,11 @@ def davsp_scorer(name: str, judge: str, model: str | None, url: str | None, key_
 def _judge(name: str, model: str | None, url: str | None, key_env: str | None) -> Any:
     if name in OFFLINE:
         return OFFLINE[name]
-    from davsp.client import OPENAI
     from davsp.judges.chat import ChatJudge
     from davsp.judges.graders import GRADERS
     from davsp.judges.guard import GUARDS
     from davsp.judges.prompts import CHAT
+    from davsp.runtime.client import OPENAI
 
     prompts = CHAT | GUARDS | GRADERS
     if name not in prompts:

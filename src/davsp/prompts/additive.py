@@ -10,7 +10,6 @@ from pydantic import Field
 from torch import Tensor
 
 from davsp.errors import DavspError
-from davsp.files import to_json, write_all
 from davsp.prompts.base import (
     Prompt,
     PromptConfig,
@@ -23,6 +22,7 @@ from davsp.prompts.base import (
     sealed,
     start_values,
 )
+from davsp.runtime.files import to_json, write_all
 
 CONFIG, TENSORS = "noise_config.json", "noise.safetensors"
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import davsp
 from davsp.errors import DavspError
-from davsp.files import read_bytes, read_json, read_tensors, sha256_bytes
 from davsp.prompts.measured import Measurement
+from davsp.runtime.files import read_bytes, read_json, read_tensors, sha256_bytes
 
 Config = TypeVar("Config", bound="PromptConfig")
 Start = Literal["grey", "random", "white"]

@@ -13,7 +13,6 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from davsp.errors import DavspError
-from davsp.files import to_json, write_all
 from davsp.prompts.base import (
     Prompt,
     PromptConfig,
@@ -29,6 +28,7 @@ from davsp.prompts.base import (
 )
 from davsp.prompts.hub import fetch
 from davsp.prompts.measured import measurement, shown
+from davsp.runtime.files import to_json, write_all
 
 CONFIG, TENSORS, PICTURE, CARD = "vsp_config.json", "vsp.safetensors", "vsp.png", "README.md"
 

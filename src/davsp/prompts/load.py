@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from davsp.errors import DavspError
-from davsp.files import read_json, sha256
 from davsp.prompts import additive, border, published
 from davsp.prompts.additive import AdditiveNoise
 from davsp.prompts.border import VisualSafetyPrompt
 from davsp.prompts.hub import fetch
 from davsp.prompts.published import ExactBorder
+from davsp.runtime.files import read_json, sha256
 
 
 def load_prompt(source: str | Path) -> VisualSafetyPrompt | AdditiveNoise:

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from davsp.errors import DavspError
-from davsp.files import read_json, sha256
+from davsp.runtime.files import read_json, sha256
 
 RECORDS = (
     "manifest.json",

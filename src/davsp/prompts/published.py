@@ -17,10 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from davsp.errors import DavspError
-from davsp.files import read_bytes, sha256, to_json, write_all
 from davsp.prompts.base import check_files, read_config, read_delta, sealed
 from davsp.prompts.border import CONFIG, BorderConfig, VisualSafetyPrompt
 from davsp.prompts.border import TENSORS as CLAMPED
+from davsp.runtime.files import read_bytes, sha256, to_json, write_all
 
 TENSORS = "exact.safetensors"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -12,7 +12,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from davsp.files import write_text
 from davsp.judges import refused, withheld
 from davsp.metrics import correct
 from davsp.query import Query, Response, Verdict
@@ -36,6 +35,7 @@ from davsp.report.cells import (
     score_rows,
     utility_columns,
 )
+from davsp.runtime.files import write_text
 
 LARGEST = 448
 """Pictures are embedded at no more than this many pixels a side."""

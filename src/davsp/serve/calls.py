@@ -11,11 +11,11 @@ from typing import Any
 
 from PIL import Image
 
-from davsp.client import Failure
 from davsp.defenses import Chain, Defense
 from davsp.lvlm.base import Answer
 from davsp.lvlm.remote import RemoteLVLM, read_answer
 from davsp.query import Query
+from davsp.runtime.client import Failure
 from davsp.serve.errors import Refusal, bad
 from davsp.serve.replies import Said
 

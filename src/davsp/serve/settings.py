@@ -7,8 +7,8 @@ from typing import Any, Literal
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from davsp import keys
 from davsp.errors import DavspError
+from davsp.runtime import keys
 
 MIB = 2**20
 

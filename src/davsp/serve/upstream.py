@@ -8,7 +8,7 @@ import httpx2
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from davsp import keys
+from davsp.runtime import keys
 from davsp.serve.errors import Refusal, body
 from davsp.serve.settings import ServeSettings
 

@@ -1,0 +1,111 @@
+"""A user's own queries on disk: a folder with `queries.jsonl` and the pictures it names.
+
+A line is a JSON object with `id`, `question`, `label` ("malicious" or "benign") and, as wanted, `image` (a path
+relative to the file), `benchmark`, `category`, `group`, `reference`, `answers`.
+"""
+
+import io
+import json
+import warnings
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from davsp.benchmarks.source import SkippedWarning, fault
+from davsp.errors import DavspError
+from davsp.query import Query
+from davsp.runtime.files import read_bytes, write_bytes, write_text
+
+NAME = "queries.jsonl"
+FIELDS = {f.name for f in fields(Query)}
+
+
+def load_queries(path: str | Path, skip_broken: bool = False) -> list[Query]:
+    """Read a folder (its `queries.jsonl`) or a .jsonl file. Pictures stay on disk until they are used, but must be whole.
+
+    Args:
+        path: the folder or file.
+        skip_broken: leave out lines that are no query and pictures that are missing or broken, and warn, in place of raising.
+
+    Raises:
+        DavspError: nothing there, no lines, a line that is no query, an unknown field, an id twice, a picture that is missing,
+            truncated, animated, CMYK, of more than 8 bits, of one pixel or of too many.
+    """
+    path = Path(path)
+    file = path / NAME if path.is_dir() else path
+    if not file.exists():
+        raise DavspError(f"there are no queries at {file}; give a folder with {NAME} or a .jsonl file.")
+    try:
+        lines = read_bytes(file).decode().split("\n")  # not splitlines: a question may hold U+2028
+    except UnicodeDecodeError as error:
+        raise DavspError(f"{file} is not UTF-8 text; give a .jsonl file of queries.") from error
+    found: dict[str, Query] = {}
+    skipped = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            query = _query(file, number, line)
+            if query.id in found:
+                raise DavspError(f"{file}, line {number}: the id {query.id!r} is there twice; make the ids unique.")
+            found[query.id] = query
+        except DavspError as error:
+            if not skip_broken:
+                raise
+            skipped.append(str(error))
+    if skipped:
+        rest = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+        warnings.warn(f"{file}: skipped {len(skipped)}: {' '.join(skipped[:3])}{rest}", SkippedWarning, stacklevel=2)
+    if not found:
+        raise DavspError(f"{file} holds no query; add at least one line.")
+    return list(found.values())
+
+
+def _query(file: Path, number: int, line: str) -> Query:
+    where = f"{file}, line {number}"
+    try:
+        values: dict[str, Any] = json.loads(line)
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise DavspError(f"{where} holds half of a character ({error.reason}); write the text in UTF-8.") from error
+    except (ValueError, RecursionError) as error:
+        raise DavspError(f"{where} is not JSON ({error}); write one object a line.") from error
+    if not isinstance(values, dict):
+        raise DavspError(f"{where} is not a JSON object; write one query a line.")
+    if unknown := set(values) - FIELDS:
+        raise DavspError(
+            f"{where} has the unknown field {sorted(unknown)[0]!r}; a query has {', '.join(sorted(FIELDS))}."
+        )
+    if values.get("label") not in ("malicious", "benign"):
+        raise DavspError(f'{where}: label must be "malicious" or "benign", not {values.get("label")!r}.')
+    for name in FIELDS - {"image", "answers"}:
+        if name in values and not isinstance(values[name], str):
+            raise DavspError(f"{where}: {name} must be a text, not {values[name]!r}.")
+    if not values.get("id") or not values.get("question"):
+        raise DavspError(f"{where} lacks an id or a question; give both.")
+    image = values.pop("image", None)
+    if image is not None:
+        image = file.parent / str(image)
+        if not image.is_file():
+            raise DavspError(f"{where} names the image {image}, which is not there; mend the path.")
+        if why := fault(image):
+            raise DavspError(f"{where} names the image {image}, which {why}; mend it or take the line out.")
+    answers = values.pop("answers", [])
+    if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
+        raise DavspError(f"{where}: answers must be a list of texts, not {answers!r}.")
+    return Query(**{"benchmark": values["label"]} | values, image=image, answers=tuple(answers))
+
+
+def save_queries(folder: str | Path, queries: Iterable[Query]) -> None:
+    """Write queries as `load_queries` reads them, pictures as PNG beside them."""
+    folder, lines = Path(folder), []
+    for query in queries:
+        values = {f: getattr(query, f) for f in sorted(FIELDS) if getattr(query, f)}
+        if (picture := query.picture()) is not None:
+            buffer = io.BytesIO()
+            picture.save(buffer, "PNG")
+            values["image"] = f"images/{query.id}.png"
+            write_bytes(folder / values["image"], buffer.getvalue())
+        lines.append(json.dumps(values, ensure_ascii=False) + "\n")
+    write_text(folder / NAME, "".join(lines))

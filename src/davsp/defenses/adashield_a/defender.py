@@ -1,0 +1,111 @@
+"""Who writes AdaShield-A's prompts: a model behind a chat server, or for the embedded LVLM a small grammar."""
+
+from random import Random
+from typing import Any, Protocol, runtime_checkable
+
+from davsp.defenses.adashield_a.wording import Proposal, messages, read_proposal
+from davsp.embedded.words import PLAIN_TEXTS, SAFETY_TEXT, STRONG_TEXTS
+from davsp.errors import DavspError
+from davsp.runtime.client import OPENAI, Client, Failure
+
+PHRASES = (SAFETY_TEXT, *STRONG_TEXTS, *PLAIN_TEXTS)
+
+
+@runtime_checkable
+class Defender(Protocol):
+    """Writes a new prompt after one that failed."""
+
+    def describe(self) -> dict[str, Any]:
+        """All that decides what it writes, as JSON; no key."""
+        ...
+
+    def propose(self, scenario: str, prompt: str, output: str, seed: str) -> Proposal:
+        """A new prompt in place of `prompt`, under which the LVLM gave `output`; `seed` tells one try from another."""
+        ...
+
+
+class ChatDefender:
+    """A text model behind any server that speaks OpenAI's protocol; a local model is served by vLLM, llama.cpp or Ollama.
+
+    As published: temperature 1, top-p 0.9, at most 500 new tokens, up to five replies until one holds the JSON. The published
+    defender is vicuna-13b-v1.5. The LVLM's answers, which may be harmful, go to the server; pictures do not.
+
+    Args:
+        model: as the server calls it.
+        base_url: up to and with `/v1`.
+        api_key_env: the environment variable with the key; None sends none.
+        temperature, top_p, max_tokens: of a reply.
+        attempts: requests for one prompt at most, those that a server fails included.
+        timeout, backoff: see `davsp.runtime.client.Client`.
+
+    Raises:
+        DavspError: an address that is none or that holds a password; the variable is empty or no key.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str = OPENAI,
+        api_key_env: str | None = None,
+        *,
+        temperature: float = 1.0,
+        top_p: float = 0.9,
+        max_tokens: int = 500,
+        attempts: int = 5,
+        timeout: float = 120.0,
+        backoff: float = 1.0,
+    ) -> None:
+        self.client = Client(
+            "defender", base_url, api_key_env, model,
+            concurrency=1, attempts=attempts, timeout=timeout, backoff=backoff,
+        )  # fmt: skip
+        self.settings = {"model": model, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "chat", "server": self.client.where, **self.settings}
+
+    def propose(self, scenario: str, prompt: str, output: str, seed: str) -> Proposal:
+        """Ask the server.
+
+        Raises:
+            DavspError: no reply that can be read after all attempts; none is made up.
+        """
+        body = {**self.settings, "messages": messages(scenario, prompt, output)}
+        found: list[Proposal | Failure] = []
+        self.client.ask("chat/completions", {"": lambda unread: body}, _read, lambda _, one: found.append(one))
+        (one,) = found
+        if isinstance(one, Failure):
+            said = f": {one.raw[:200]}" if one.raw else ""
+            raise DavspError(
+                f"the defender gave no prompt after {self.client.attempts} attempts ({one.reason}{said}); the finished "
+                "queries are kept: mend or change the defender and run again"
+            )
+        return one
+
+
+class PhraseDefender:
+    """One or two of the texts that the embedded LVLM was trained on; no model writes anything here.
+
+    prompt = phrase | phrase phrase, where the two are different and phrase is one of the safety text, the strong
+    texts and the plain ones: 49 prompts, drawn by the seed. It does not read the LVLM's answer.
+    """
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "grammar", "phrases": list(PHRASES)}
+
+    def propose(self, scenario: str, prompt: str, output: str, seed: str) -> Proposal:
+        rng = Random(seed)
+        others = [(a, b) for a in PHRASES for b in ("", *PHRASES) if a != b and f"{a} {b}".strip() != prompt]
+        return Proposal("drawn from a grammar of phrases; no defender model", " ".join(rng.choice(others)).strip())
+
+
+def _read(body: Any) -> Proposal | Failure:
+    """The proposal in a reply's JSON."""
+    try:
+        choice = body["choices"][0]
+        text, end = choice["message"]["content"], choice.get("finish_reason")
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return Failure("the defender's server sent a reply without a choice")
+    if end == "content_filter":
+        return Failure("the defender's content filter cut its reply")
+    return read_proposal(text) if isinstance(text, str) else Failure("the defender's reply holds no text")

@@ -1,0 +1,227 @@
+"""Queries x defenses x judge -> responses, verdicts, and the tidy metrics with intervals.
+
+With an `out` folder every step is a file: `responses.jsonl` grows by one batch at a time, so a run that was killed goes
+on where it stopped and ends with the same answers (`davsp.store`); `verdicts.jsonl` follows from them; `metrics.json` from both.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from hashlib import sha256
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from davsp import metrics
+from davsp.defenses.base import Defense
+from davsp.errors import DavspError, Interrupted
+from davsp.evaluation.judging import Judged, judge_own, judge_published
+from davsp.judges import Judge, keyword
+from davsp.judges.graders import Grader
+from davsp.lvlm import LVLM, fingerprint, model_name
+from davsp.query import Grade, Query, Response, Verdict, write_jsonl
+from davsp.runtime import parallel
+from davsp.runtime.files import alone, write_json
+from davsp.runtime.progress import bar as progress_bar
+from davsp.store import RESPONSES, Answers, Store
+from davsp.store import queries_hash as queries_hash  # part of this module's interface
+from davsp.vector import HarmfulnessVector
+
+VERDICTS, GRADES, METRICS = "verdicts.jsonl", "grades.jsonl", "metrics.json"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Responses, verdicts and grades by defense, and the rows of metrics.json."""
+
+    responses: dict[str, list[Response]]
+    verdicts: dict[str, list[Verdict]]
+    rows: list[dict[str, Any]]
+    grades: dict[str, list[Grade]] = field(default_factory=dict)
+
+
+def evaluate(
+    lvlm: LVLM,
+    defenses: Mapping[str, Defense],
+    queries: Sequence[Query],
+    out: Path | None = None,
+    vector: HarmfulnessVector | None = None,
+    judge: Judge = keyword,
+    *,
+    graders: Mapping[str, Grader] | None = None,
+    batch_size: int = 32,
+    max_new_tokens: int = 48,
+    baseline: str = "none",
+    redo: bool = False,
+    seed: int = 0,
+    console: Console | None = None,
+    manifest: Mapping[str, Any] | None = None,
+) -> Evaluation:
+    """Answer all queries under each defense, judge the answers, and measure.
+
+    Args:
+        lvlm: the frozen model.
+        defenses: by the name they have in all files and tables.
+        queries: malicious and benign, ids unique.
+        out: folder of the run; None keeps everything in memory only.
+        vector: records the projection of each defended query with its response.
+        judge: of the answers to malicious queries.
+        graders: None for a user's own queries. For those of the published sets: set -> its grader, or {}; each set is
+            then scored as its authors do (`davsp.evaluation.judging`).
+        batch_size: queries a forward, and responses written at a time. Queries of like length share a batch.
+        max_new_tokens: the longest answer.
+        baseline: the defense that the paired differences start from; if it is not among `defenses`, there are none.
+        redo: what to do with responses of another model, defense or set of queries found in `out`: answer anew
+            and say why, or refuse.
+        seed: of the bootstrap.
+        console: where progress and notes go; None is silent.
+        manifest: for manifest.json, which is written as soon as `out` is known to be this run's.
+
+    Raises:
+        DavspError: no queries, an id twice, an unreadable picture, responses in `out` that belong to another
+            run and `redo` is False, or another process writes there.
+        Interrupted: Ctrl-C; what was answered is kept.
+
+    Of several processes only the first judges; the others return the responses alone.
+    """
+    _check(queries, defenses)
+    console = console or Console(quiet=True)
+    with nullcontext() if out is None or parallel.rank() > 0 else alone(out):
+        responses = _answers(
+            lvlm,
+            defenses,
+            queries,
+            out,
+            vector,
+            graders is not None,
+            batch_size,
+            max_new_tokens,
+            redo,
+            console,
+            manifest,
+        )
+        if parallel.rank() > 0:
+            return Evaluation(responses, {}, [])
+        name = model_name(lvlm)
+        if graders is None:
+            judged = judge_own(queries, responses, judge, name, baseline, seed)
+        else:
+            judged = judge_published(queries, responses, judge, graders, name, baseline, seed)
+        judged = replace(judged, rows=judged.rows + metrics.cost_rows(name, responses, baseline))
+        if out is not None:
+            _write(out, judged)
+    return Evaluation(responses, judged.verdicts, judged.rows, judged.grades)
+
+
+def _write(out: Path, judged: Judged) -> None:
+    """What follows from the answers; grades of an earlier command do not stay beside metrics that know nothing of them."""
+    write_jsonl(out / VERDICTS, chain.from_iterable(judged.verdicts.values()))
+    if any(judged.grades.values()):
+        write_jsonl(out / GRADES, chain.from_iterable(judged.grades.values()))
+    else:
+        (out / GRADES).unlink(missing_ok=True)
+    write_json(out / METRICS, metrics.metrics_file(judged.rows))
+
+
+def _answers(
+    lvlm: LVLM,
+    defenses: Mapping[str, Defense],
+    queries: Sequence[Query],
+    out: Path | None,
+    vector: HarmfulnessVector | None,
+    published: bool,
+    batch_size: int,
+    max_new_tokens: int,
+    redo: bool,
+    console: Console,
+    manifest: Mapping[str, Any] | None,
+) -> Answers:
+    """The answers under each defense in the order of the queries, kept in `out` while they come."""
+    plan = planned(queries)
+    settings = {
+        "model": fingerprint(lvlm),
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+        "vector": _vector_hash(vector),
+        "published": published,
+    }
+    described = {name: defense.describe() for name, defense in defenses.items()}
+    store = None if out is None else Store(out, settings, described, plan, queries, batch_size, manifest)
+    responses = {name: [] for name in defenses} if store is None else store.open(redo, console)
+    try:
+        for name, defense in defenses.items():
+            _answer(lvlm, name, defense, plan, responses[name], store, vector, batch_size, max_new_tokens, console)
+    except KeyboardInterrupt:
+        kept = (
+            f"the answers so far are in {out / RESPONSES}: give the same command again to go on"
+            if out
+            else "nothing was kept"
+        )
+        raise Interrupted(f"stopped; {kept}") from None
+    responses = _ordered(queries, responses)
+    if store is not None:
+        store.finish(responses)
+    return responses
+
+
+def planned(queries: Sequence[Query]) -> list[Query]:
+    """The order in which queries are answered: with a picture before those without, the longest question first.
+
+    So a batch has little padding, and what takes most memory comes at once. The same for every model and defense.
+    """
+    return sorted(queries, key=lambda q: (q.image is None, -len(q.question)))
+
+
+def _answer(
+    lvlm: LVLM,
+    name: str,
+    defense: Defense,
+    plan: Sequence[Query],
+    done: list[Response],
+    store: Store | None,
+    vector: HarmfulnessVector | None,
+    batch_size: int,
+    max_new_tokens: int,
+    console: Console,
+) -> None:
+    """Answer what is not done yet, a batch a process at a time, and add it to `done` and to the store."""
+    with progress_bar(console) as bar:
+        task = bar.add_task(name, total=len(plan), completed=len(done))
+        for at in range(len(done), len(plan), batch_size * parallel.processes()):
+            start = at + batch_size * parallel.rank()
+            batch = plan[start : start + batch_size]
+            answered = defense.respond(lvlm, batch, vector, batch_size, partial(bar.advance, task), max_new_tokens)
+            for share in parallel.gathered([replace(r, defense=name) for r in answered]):
+                if store is not None:
+                    store.append(share)
+                done += share
+            bar.update(task, completed=len(done))
+
+
+def _ordered(queries: Sequence[Query], responses: Mapping[str, Sequence[Response]]) -> dict[str, list[Response]]:
+    """The responses in the order of the queries."""
+    place = {q.id: i for i, q in enumerate(queries)}
+    return {name: sorted(found, key=lambda r: place[r.query_id]) for name, found in responses.items()}
+
+
+def _check(queries: Sequence[Query], defenses: Mapping[str, Defense]) -> None:
+    if not queries:
+        raise DavspError("evaluate got no queries; give at least one")
+    if not defenses:
+        raise DavspError('evaluate got no defense; give at least {"none": NoDefense()}')
+    seen: set[str] = set()
+    for q in queries:
+        if q.id in seen:
+            raise DavspError(f"the query id {q.id!r} is there twice; make the ids unique")
+        seen.add(q.id)
+
+
+def _vector_hash(vector: HarmfulnessVector | None) -> str | None:
+    if vector is None:
+        return None
+    return sha256(
+        f"{vector.layer}".encode() + vector.direction(vector.layer).float().cpu().numpy().tobytes()
+    ).hexdigest()

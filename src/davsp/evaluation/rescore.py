@@ -1,0 +1,155 @@
+"""A finished run judged again: its answers stay, verdicts and metrics of the judge are added beside the others.
+
+RUN/verdicts-<judge>.jsonl   the verdicts (of a grader: grades-<grader>.jsonl)
+RUN/metrics-<judge>.json     rates, unscored answers, the rates with all of these as unsafe, and a hash of the answers judged
+RUN/agreement.json           Krippendorff's α of all judges of the run, and where they differ
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from davsp import benchmarks, metrics
+from davsp.benchmarks import rsr, scoring
+from davsp.errors import DavspError
+from davsp.evaluation.evaluate import METRICS, VERDICTS
+from davsp.evaluation.judging import judge_own, judge_published
+from davsp.judges import Judge
+from davsp.judges.agreement import Agreement, agreement
+from davsp.judges.graders import Grader
+from davsp.judges.verdicts import judge_name
+from davsp.query import Grade, Query, Response, Verdict, read_jsonl, write_jsonl
+from davsp.runtime import files
+from davsp.store import QUERIES, RESPONSES, by_defense, query_hash, recorded
+
+_OWN = "give its own --queries, or --benchmark with --split, --type and --rebuild as davsp eval had them"
+
+
+@dataclass(frozen=True)
+class Rescored:
+    """What a judge or grader says of a run, the rows of the metrics file, agreement with the run's other judges."""
+
+    verdicts: dict[str, list[Verdict]]
+    rows: list[dict[str, Any]]
+    agreement: Agreement
+    grades: dict[str, list[Grade]]
+
+
+def rescore(
+    run: str | Path,
+    queries: Sequence[Query],
+    judge: Judge | None,
+    baseline: str = "none",
+    seed: int = 0,
+    graders: Mapping[str, Grader] | None = None,
+    mode: str = "sound",
+) -> Rescored:
+    """Judge or grade the answers in a run folder; nothing is generated and no file of the run is changed.
+
+    Args:
+        run: folder written by `davsp.evaluate`.
+        queries: those that the run answered, or more; the run knows their hashes.
+        judge: of the answers to malicious queries; None with `graders`.
+        baseline: the defense that differences start from, if the run has it.
+        seed: of the bootstrap.
+        graders: published set -> its grader, in place of the judge.
+        mode: a published scorer's quirks, by name, whose rows are added to the sound ones; see docs/benchmarks.md.
+
+    Raises:
+        DavspError: no such run, one that isn't finished, other queries, a mode that does not go with the judge, or the judge's
+            own.
+    """
+    run = Path(run)
+    _check_mode(mode, judge, graders or {})
+    responses = _responses(run)
+    record = recorded(run)
+    if record is None:
+        raise DavspError(f"{run} does not say which queries were asked (run.json); run davsp eval.")
+    asked, model = _asked(run, record, responses, queries), _model(run)
+    if record.get("published"):
+        found = judge_published(asked, responses, judge, graders or {}, model, baseline, seed, mode)
+    elif mode != "sound":
+        raise DavspError(f"{run} is of own queries; modes are of the published sets.")
+    elif judge is None:
+        raise DavspError(f"{run} is of own queries, which have no grader; give a judge, or a run over a published set.")
+    else:
+        found = judge_own(asked, responses, judge, model, baseline, seed)
+    name = judge_name(judge or next(iter((graders or {}).values())))
+    kinds = {"verdicts": found.verdicts} if judge is not None else {"grades": found.grades}
+    for kind, said in kinds.items():
+        write_jsonl(run / f"{kind}-{slug(name)}.jsonl", chain.from_iterable(said.values()))
+    of = {"judge": name, "answers": files.sha256(run / RESPONSES)}
+    files.write_json(run / f"metrics-{slug(name)}.json", metrics.metrics_file(found.rows) | of)
+    return Rescored(found.verdicts, found.rows, _compare(run), found.grades)
+
+
+def _check_mode(mode: str, judge: Judge | None, graders: Mapping[str, Grader]) -> None:
+    """Raise DavspError if a mode does not go with the judge or graders, before any of them is asked."""
+    if judge is not None:
+        rsr.check_mode(mode, judge_name(judge))
+    for name in graders:
+        scoring.known_mode(name, mode, benchmarks.BENCHMARKS[name].MODES)
+
+
+def slug(judge: str) -> str:
+    """A judge's name as a file name: `davsp/1:org/model` -> `davsp-1-org--model`, which `org-model` is not."""
+    name, _, model = judge.partition(":")
+    return re.sub(r"[^\w.+-]+", "-", f"{name}:{model.replace('/', '--')}").strip("-.")
+
+
+def _responses(run: Path) -> dict[str, list[Response]]:
+    if not (run / RESPONSES).exists():
+        raise DavspError(f"{run} holds no answers ({RESPONSES}); give the folder that `davsp eval --out` wrote.")
+    return by_defense(run / RESPONSES)
+
+
+def _asked(
+    run: Path, record: Mapping[str, Any], responses: dict[str, list[Response]], queries: Sequence[Query]
+) -> list[Query]:
+    """The queries of the run in its order, if they are the very same."""
+    hashes: dict[str, str] = files.read_json(run / QUERIES)
+    query_of = {q.id: q for q in queries}
+    for name in hashes:
+        if name not in query_of:
+            raise DavspError(f"{run} answers the query {name!r}, which is not among these; {_OWN}.")
+        if query_hash(query_of[name]) != hashes[name]:
+            raise DavspError(f"{run} answers another query {name!r} than the one given; {_OWN}.")
+    for defense in record["defenses"]:
+        if {r.query_id for r in responses.get(defense, [])} != set(hashes):
+            raise DavspError(f"{run} has not all answers under {defense!r}; finish the run first: davsp eval.")
+    return [query_of[name] for name in hashes]
+
+
+def _model(run: Path) -> str:
+    try:
+        return str(files.read_json(run / METRICS)["rows"][0]["model"])
+    except (KeyError, IndexError, TypeError) as error:
+        raise DavspError(f"{run / METRICS} names no model; run davsp eval again to finish the run.") from error
+
+
+def _compare(run: Path) -> Agreement:
+    """Compare all judges whose verdicts are of the answers as they are now, and write agreement.json."""
+    answers = files.sha256(run / RESPONSES)
+    written = {path: files.read_json(path) for path in sorted(run.glob("metrics-*.json"))}
+    others = [path for path, body in written.items() if isinstance(body, dict) and body.get("answers") == answers]
+    verdicts: dict[str, list[Verdict]] = {}
+    for path in [run / VERDICTS, *(run / f"verdicts-{p.stem.removeprefix('metrics-')}.jsonl" for p in others)]:
+        for verdict in read_jsonl(path, Verdict) if path.exists() else []:  # a grader has none
+            verdicts.setdefault(verdict.judge, []).append(verdict)
+    found = agreement(verdicts)
+    files.write_json(
+        run / "agreement.json",
+        {
+            "judges": list(verdicts),
+            "alpha": found.alpha,
+            "n": found.n,
+            "disagreements": [
+                {"defense": defense, "query_id": query_id, "labels": labels}
+                for (defense, query_id), labels in found.disagreements.items()
+            ],
+        },
+    )
+    return found

@@ -1,0 +1,271 @@
+"""`davsp reproduce`: the tables of the paper on one model, cell by cell, sharing what cells have in common.
+
+One folder a model. One vector, one undefended pass, one border: a second table finds them there. Everything goes on
+where it was stopped (`experiments.stages`, `store`).
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from davsp import metrics
+from davsp.defenses import Defense
+from davsp.defenses.ecso import Templates
+from davsp.errors import DavspError
+from davsp.evaluation import Evaluation, evaluate
+from davsp.experiments.paper import write
+from davsp.experiments.paper.claims import PICTURES, Claim, claims
+from davsp.experiments.paper.methods import METHODS, Kit, lacking, transferred
+from davsp.experiments.paper.tables import FROM, MM_VET, POOLED, RSR, TABLES, Cell, base, cells, paper_model, title
+from davsp.experiments.paper.tables import METHODS as table_methods
+from davsp.experiments.stages import Stages, fitted_vector
+from davsp.judges import Judge, keyword
+from davsp.judges.graders import Grader
+from davsp.judges.verdicts import judge_name
+from davsp.lvlm import LVLM, fingerprint, model_name
+from davsp.query import Query
+from davsp.report import panels, plots
+from davsp.report.cells import DEFENSES, find
+from davsp.runtime.files import manifest, read_json, write_json, write_text
+from davsp.training.settings import TrainSettings, resolve
+
+if TYPE_CHECKING:
+    from davsp.defenses.adashield_a.defender import Defender
+    from davsp.embedded.data import Protocol
+
+INFERRED = "what of each method is as published and what is inferred: docs/defenses.md"
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What came of it: the evaluation with the pooled rows, the tables' cells, and the claims."""
+
+    rows: list[dict[str, Any]]
+    tables: dict[str, dict[str, list[Cell]]]
+    claims: list[Claim]
+
+
+def make_kit(
+    lvlm: LVLM,
+    data: "Protocol",
+    out: Path,
+    *,
+    text: str,
+    settings: TrainSettings,
+    templates: Templates,
+    seed: int = 0,
+    padding: int | None = None,
+    eps: float = 32 / 255,
+    own: bool = True,
+    corpus: Sequence[str] = (),
+    defender: "Defender | None" = None,
+    borrowed: Mapping[str, Path] | None = None,
+    console: Console | None = None,
+) -> Kit:
+    """Fit the vector, or take it from `out`, and put together what all cells share.
+
+    Args:
+        data: who trains the vector and the prompts, and the test; embedded or of published sets.
+        text: of AdaShield-S, before the questions of every method but No Defense.
+        settings: of the prompts that are trained.
+        templates: ECSO's prompts.
+        padding, eps: of border and noise; None: a twelfth of the canvas.
+        own, corpus, defender: see `Kit`.
+        borrowed: name of another model -> folder of the border trained there, for "transfer".
+        console: where lines and bars go; None is the terminal.
+    """
+    stages = Stages(out, console or Console())
+    vector = fitted_vector(stages, lvlm, data, text)
+    return Kit(
+        lvlm, data, vector, text, settings.model_copy(update={"seed": seed}), stages, padding or round(lvlm.canvas / 12),
+        eps, templates, own, corpus, defender, borrowed or {},
+    )  # fmt: skip
+
+
+def reproduce(
+    names: Sequence[str],
+    kit: Kit,
+    *,
+    judge: Judge = keyword,
+    graders: Mapping[str, Grader] | None = None,
+    batch_size: int = 32,
+    max_new_tokens: int = 48,
+) -> Reproduction:
+    """Evaluate what the named tables need, and write them to the kit's folder.
+
+    Args:
+        names: of `TABLES`.
+        judge, graders: see `evaluate`; graders make the test one of published sets.
+
+    Raises:
+        DavspError: an unknown table, or what the steps raise.
+        Interrupted: Ctrl-C; the same call goes on.
+    """
+    if unknown := [name for name in names if name not in TABLES]:
+        raise DavspError(f"table {unknown[0]!r} is not known: choose {', '.join(TABLES)} or all")
+    began = time.perf_counter()
+    lvlm, data, stages, seed = kit.lvlm, kit.data, kit.stages, kit.settings.seed
+    out = stages.out
+    kit, names = _with_earlier(kit, names)  # answers of defenses that are not asked for again would be dropped
+    without = lacking(kit)
+    wanted = [name for name in needed(names) if name not in without]
+    defenses: dict[str, Defense] = {name: METHODS[name](kit) for name in wanted}
+    if "transfer" in names:
+        defenses |= transferred(kit)
+    start = time.perf_counter()
+    found = evaluate(
+        lvlm, defenses, data.test, out, kit.vector, judge, graders=graders, batch_size=batch_size,
+        max_new_tokens=max_new_tokens, redo=True, seed=seed, console=stages.console,
+    )  # fmt: skip
+    stages.line("evaluate", f"{len(defenses)} defenses, {len(data.test)} queries", time.perf_counter() - start)
+    rows = [*found.rows, *pooled(data.test, found, model_name(lvlm), seed)]
+    facts = manifest(
+        model=model_name(lvlm), revision=lvlm.revision, weights=fingerprint(lvlm), seed=seed, text=kit.text, padding=kit.padding,
+        eps=kit.eps, settings=kit.settings.model_dump(), judge=judge_name(judge), layer=kit.vector.layer, stages=stages.seconds,
+        defenses={name: d.describe() for name, d in defenses.items()},
+    )  # fmt: skip
+    write_json(out / "manifest.json", facts)
+    made = _write(names, rows, kit, found, [*_notes(data, judge, names), INFERRED], without)
+    stages.line("tables", ", ".join(made.tables), time.perf_counter() - began)
+    return made
+
+
+def _with_earlier(kit: Kit, names: Sequence[str]) -> tuple[Kit, list[str]]:
+    """The tables that were made in the folder before as well, with the borders that they borrowed."""
+    path = kit.stages.out / "tables.json"
+    before: dict[str, Any] = read_json(path) if path.exists() else {"tables": [], "borrowed": {}}
+    there = {name: Path(folder) for name, folder in before["borrowed"].items() if Path(folder).is_dir()}
+    borrowed = there | dict(kit.borrowed)
+    every = [name for name in TABLES if name in {*before["tables"], *names}]
+    write_json(path, {"tables": every, "borrowed": {name: str(folder) for name, folder in borrowed.items()}})
+    return replace(kit, borrowed=borrowed), every
+
+
+def needed(names: Sequence[str]) -> list[str]:
+    """The defenses that some tables need, each once; No Defense always, as all differences start from it."""
+    return list(dict.fromkeys(["none", *(d for name in names for d in TABLES[name].rows)]))
+
+
+def pooled(test: Sequence[Query], found: Evaluation, model: str, seed: int = 0) -> list[dict[str, Any]]:
+    """RSR over MM-SafetyBench's three picture types, and over these and FigStep, with the differences from No Defense."""
+    table: list[dict[str, Any]] = []
+    known = {base(row["benchmark"]) for row in found.rows}
+    pools = {PICTURES: [c.name for c in RSR]}
+    if POOLED.name not in known:
+        pools[POOLED.name] = [c.name for c in RSR[:3]]
+    malicious = [q for q in test if q.label == "malicious"]
+    for pool, members in pools.items():
+        each = {}
+        for name, answers in found.responses.items():
+            outcomes = metrics.outcomes(malicious, answers, found.verdicts[name])
+            each[name] = [
+                replace(o, benchmark=pool) for o in outcomes if base(o.benchmark) in members and o.metric != "unscored"
+            ]
+        none = each["none"]
+        for name, outcomes in each.items():
+            table += metrics.rows(model, name, outcomes, None if name == "none" else none, seed)
+    return table
+
+
+def _write(
+    names: Sequence[str],
+    rows: list[dict[str, Any]],
+    kit: Kit,
+    found: Evaluation,
+    notes: Sequence[str],
+    without: Mapping[str, str],
+) -> Reproduction:
+    out, model, family = kit.stages.out, model_name(kit.lvlm), kit.lvlm.model.config.model_type
+    made, theirs = {}, {}
+    for name in names:
+        table, theirs[name] = TABLES[name], paper_model(name, model, family)
+        made[name] = cells(table, rows, theirs[name])
+        missing = [d for d in table.rows if d not in made[name]]
+        own = [
+            *notes,
+            *([f"not run: {', '.join(f'{table.rows[d]}, as {without[d]}' for d in missing)}"] if missing else []),
+        ]
+        write_text(out / f"{name}.md", write.markdown(table, made[name], model, theirs[name], own))
+        write_text(out / f"{name}.csv", write.tidy(table, made[name], model, theirs[name]))
+        write_text(out / f"{name}.tex", write.latex(table, made[name], model, theirs[name]))
+    said = claims(rows)
+    write_text(out / "claims.md", write.claims_markdown(said, model))
+    write_json(out / "rows.json", metrics.metrics_file(rows))
+    drawn = _plots(rows, kit, found)
+    for name, (_, plot) in drawn.items():
+        write_text(out / "plots" / f"{name}.svg", plots.standalone(plot))
+    shown = {n: (TABLES[n], made[n]) for n in names}
+    write.page(out / "tables.html", model, theirs, shown, said, dict(drawn.values()), notes)
+    return Reproduction(rows, made, said)
+
+
+def _plots(rows: list[dict[str, Any]], kit: Kit, found: Evaluation) -> dict[str, tuple[str, str]]:
+    """Name of the file -> caption and SVG."""
+    drawn = {}
+    names_of = {r["benchmark"] for r in rows}
+    places = [(b, *rest) for name, *rest in MM_VET.places for b in names_of if base(b) == name]
+    if used := next((place for place in places if find(rows, "none", *place)), None):
+        compared = [row for row in rows if row["defense"] in table_methods]
+        plot = plots.scatter(compared, {PICTURES: "all pictures"}, used)
+        drawn["rsr-utility"] = "RSR on all malicious pictures against utility, with 95 % intervals", plot
+    titles = {name: title(table, name) for table in TABLES.values() for name in table.rows}
+    titles |= {name: f"from {name.removeprefix(FROM)}" for name in found.responses if name.startswith(FROM)}
+    titles = {name: text for name, text in titles.items() if name not in DEFENSES}  # those have names of their own
+    _, _, *margins = resolve(kit.settings, kit.lvlm, kit.vector)
+    if seen := projected(kit.data.test, found):
+        drawn["projections"] = (
+            "Where each method puts the test's queries on the vector: as the call saw them that gave the answer",
+            panels.projections(seen, titles, (margins[0], margins[1])),
+        )
+    drawn["confusions"] = (
+        "Malicious queries by verdict (safe: withheld), benign ones by what was said; shares of those scored, and counts",
+        panels.confusions(confused(kit.data.test, found), titles),
+    )
+    return drawn
+
+
+def projected(test: Sequence[Query], found: Evaluation) -> dict[str, dict[str, list[float]]]:
+    """Defense -> label -> projections of the defended inputs; defenses without any are left out."""
+    label = {q.id: q.label for q in test}
+    seen: dict[str, dict[str, list[float]]] = {}
+    for name, answers in found.responses.items():
+        for answer in answers:
+            if answer.projection is not None:
+                seen.setdefault(name, {}).setdefault(label[answer.query_id], []).append(answer.projection)
+    return seen
+
+
+def confused(test: Sequence[Query], found: Evaluation) -> dict[str, dict[str, tuple[int, int, int]]]:
+    """Defense -> label -> counts of (withheld, answered, unscored)."""
+    kinds = {"rsr": "malicious", "over_refusal": "benign"}
+    made: dict[str, dict[str, tuple[int, int, int]]] = {}
+    for name, answers in found.responses.items():
+        values: dict[str, list[float | None]] = {"malicious": [], "benign": []}
+        for o in metrics.outcomes(test, answers, found.verdicts[name]):
+            if o.metric in kinds:
+                values[kinds[o.metric]].append(o.value)
+        made[name] = {k: (v.count(1.0), v.count(0.0), v.count(None)) for k, v in values.items()}
+    return made
+
+
+def _notes(data: "Protocol", judge: Judge, names: Sequence[str]) -> list[str]:
+    harm = sum(q.label == "malicious" for q in data.test)
+    notes = [
+        f"test: {harm} malicious and {len(data.test) - harm} benign queries; RSR judged by {judge_name(judge)}",
+        f"trained on {len(data.train_malicious)} malicious and {len(data.train_benign)} benign queries",
+        "every method but No Defense and ECSO has the same safety text before the question",
+    ]
+    if other := sorted({q.benchmark for q in data.test if base(q.benchmark) != q.benchmark}):
+        notes.append(f"in place of the published sets: {', '.join(other)}")
+    if "ecso" in names:
+        notes.append(
+            "the paper heads Table 6's last column MM-Vet, but its values are those of LLaVA-Bench in Table 1: both are "
+            "given; its MME without defense is 1798 there and 1818 in Table 1"
+        )
+    if "transfer" in names:
+        notes.append(f"rows {FROM}…: the border of another model, resized, with nothing trained")
+    return notes

@@ -1,0 +1,1 @@
+"""What every room stands on and none is about: files, processes, progress bars, keys, HTTP, memory limits."""

@@ -1,0 +1,169 @@
+"""DAVSP's training: both classes in every batch, the hinge on their projections and the cross-entropy of answers."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from davsp.lvlm import LVLM
+from davsp.prompts.base import P, Prompt
+from davsp.query import Query
+from davsp.runtime.files import sha256_bytes
+from davsp.training.batches import Batch, pixels, prepare, reference
+from davsp.training.checkpoint import State
+from davsp.training.loop import Loop, complete, drawn
+from davsp.training.objectives import answer_cross_entropy, projection_hinge
+from davsp.training.settings import TrainSettings, resolve
+from davsp.vector import HarmfulnessVector, check_classes
+
+__all__ = ["Run", "TrainSettings", "train"]
+
+
+def train(
+    lvlm: LVLM,
+    prompt: P,
+    malicious: Sequence[Query],
+    benign: Sequence[Query],
+    vector: HarmfulnessVector,
+    settings: TrainSettings,
+    out: str | Path,
+    resume: bool = True,
+    progress: bool = True,
+    probe: Sequence[Query] | None = None,
+) -> P:
+    """Train a prompt; checkpoints and `metrics.jsonl` are in `out`.
+
+    Args:
+        prompt: where to start; left as it is.
+        malicious: training queries, each with a picture.
+        benign: the same; `reference` is the wanted answer.
+        vector: the harmfulness vector of this model.
+        resume: go on from the checkpoint in `out`, if there is one; False starts anew.
+        progress: show a bar with loss and the mean projections of both classes.
+        probe: held-out queries (those without a picture are left out); every `probe_every` steps `probe_rsr`, the share
+            of the malicious ones above mu_plus, and `probe_benign`, the share of the benign ones below mu_minus, are
+            logged.
+
+    Returns:
+        A new prompt with float32 delta, and the facts of its making in `config`; `save_pretrained` makes it 8-bit.
+
+    Raises:
+        DavspError: bad data or settings; a checkpoint of other settings; a full disk.
+        Interrupted: Ctrl-C; the state has been saved.
+    """
+    run = Run(lvlm, prompt, malicious, benign, vector, settings, Path(out), probe or [])
+    return cast(P, complete(run, resume, progress))
+
+
+class Run(Loop):
+    """A run of DAVSP."""
+
+    settings: TrainSettings
+
+    def __init__(
+        self,
+        lvlm: LVLM,
+        prompt: Prompt,
+        malicious: Sequence[Query],
+        benign: Sequence[Query],
+        vector: HarmfulnessVector,
+        settings: TrainSettings,
+        out: Path,
+        probe: Sequence[Query],
+    ):
+        check_classes(malicious, benign)
+        super().__init__(lvlm, prompt, settings)
+        self.vector = vector
+        self.settings, self.layer, self.mu_plus, self.mu_minus = resolve(settings, lvlm, vector)
+        self.weight_hinge, self.weight_answer = self.settings.weights
+        if self.settings.normalise:
+            self.weight_hinge /= vector.half_gap(self.layer)
+        answered = self.weight_answer > 0
+        self.malicious = prepare(prompt, malicious, lambda query: self.settings.refusal)
+        self.benign = prepare(prompt, benign, reference if answered else lambda query: "")
+        self.probes = {
+            label: prepare(prompt, chosen, lambda query: "")
+            for label in ("malicious", "benign")
+            if (chosen := [query for query in probe if query.label == label and query.image is not None])
+        }
+        data = {
+            "train_malicious": self.malicious.digest(),
+            "train_benign": self.benign.digest(),
+            "vector": sha256_bytes(vector.direction(self.layer).numpy().tobytes()),
+        }
+        self.checkpoint = self._known_by(out, data)
+
+    def _losses(self, delta: Tensor, part: Batch, whole: Batch) -> tuple[Float[Tensor, " b"], dict[str, Tensor]]:
+        """Projections of a part of the batch, and what it adds to the losses, which are means over the whole batch."""
+        canvas = self.prompt.with_delta(delta).apply(pixels(part.interiors, delta.device))
+        answers = part.answers if part.answered else None
+        output = self.lvlm.step(canvas, part.questions, self.layer, answers)
+        s = self.vector.project(output.state, self.layer)
+        hinge = projection_hinge(s, part.malicious.to(s.device), self.mu_plus, self.mu_minus)
+        losses = {"hinge": hinge * (len(part) / len(whole))}
+        loss = self.weight_hinge * losses["hinge"]
+        if output.answer_loss is not None:
+            answered = torch.tensor([answer is not None for answer in part.answers], device=s.device)
+            mean = answer_cross_entropy(output.answer_loss, answered)
+            losses["answer_loss"] = mean * (part.answered / whole.answered)
+            loss = loss + self.weight_answer * losses["answer_loss"]
+        return s, losses | {"loss": loss}
+
+    def _batch(self, step: int) -> Batch:
+        """Half malicious, half benign."""
+        bad, good = self._rows("malicious", step), self._rows("benign", step)
+        return Batch(
+            torch.cat([self.malicious.interiors[bad], self.benign.interiors[good]]),
+            [self.malicious.questions[i] for i in bad] + [self.benign.questions[i] for i in good],
+            torch.tensor([True] * len(bad) + [False] * len(good)),
+            self._answers(step, bad, good) if self.weight_answer > 0 else [None] * (len(bad) + len(good)),
+        )
+
+    def _rows(self, label: str, step: int) -> list[int]:
+        """Which examples of a class are in the batch: epoch after epoch, each in an order of its own."""
+        count = len(getattr(self, label).questions)
+        return drawn(f"{self.settings.seed} {label}", count, self.settings.batch_size // 2, step)
+
+    def _answers(self, step: int, bad: list[int], good: list[int]) -> list[str | None]:
+        """Every benign row carries its reference, a share of the malicious ones the refusal."""
+        settings, coin = self.settings, Random(f"{self.settings.seed} answers {step}")
+        share = 1.0 if settings.objective == "answer" else settings.malicious_answer_share
+        refusals = [settings.refusal if coin.random() < share else None for _ in bad]
+        return [*refusals, *(self.benign.answers[i] for i in good)]
+
+    @torch.no_grad()
+    def _probe(self, state: State) -> dict[str, Any]:
+        """Now and then the share of held-out queries on the right side of their margin; a cheap stand-in for RSR."""
+        if state.step % self.settings.probe_every and state.step < self.settings.steps:
+            return {}
+        prompt, size = self.prompt.with_delta(state.delta), self.settings.batch_size
+        shares: dict[str, Any] = {}
+        for label, examples in self.probes.items():
+            projections = []
+            for start in range(0, len(examples.questions), size):
+                canvas = prompt.apply(pixels(examples.interiors[start : start + size], state.delta.device))
+                output = self.lvlm.step(canvas, examples.questions[start : start + size], self.layer)
+                projections.append(self.vector.project(output.state, self.layer))
+            s = torch.cat(projections)
+            name, right = (
+                ("probe_rsr", s > self.mu_plus) if label == "malicious" else ("probe_benign", s < self.mu_minus)
+            )
+            shares[name] = float(right.float().mean())
+        return shares
+
+    def _asked(self) -> Iterator[tuple[list[str], list[str] | None]]:
+        for examples in (self.malicious, self.benign):
+            yield examples.questions, examples.answers if self.weight_answer > 0 else None
+
+    def finish(self, state: State) -> Prompt:
+        prompt = super().finish(state)
+        prompt.config["data"] |= {
+            "train_malicious_queries": len(self.malicious.questions),
+            "train_benign_queries": len(self.benign.questions),
+        }
+        prompt.config |= {"layer": self.layer, "mu_plus": self.mu_plus, "mu_minus": self.mu_minus}
+        return prompt

@@ -1,0 +1,230 @@
+"""The one loop: the step that every training takes, and how it goes on after a kill.
+
+The order of the data is a pure function of seed and step, so a checkpoint needs no cursor and no generator state,
+and a run that was killed goes on to the very same bits.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import lru_cache
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from davsp.errors import DavspError, Interrupted
+from davsp.lvlm import LVLM, fingerprint
+from davsp.prompts.base import Prompt
+from davsp.runtime import parallel
+from davsp.runtime.files import sha256_bytes
+from davsp.training.batches import Batch
+from davsp.training.checkpoint import Checkpoint, State
+from davsp.training.memory import advice, estimate_memory, recomputing
+from davsp.training.settings import SentenceSettings, TrainSettings
+
+Seen = tuple[Bool[Tensor, " _"], Float[Tensor, " _"]]  # which rows are malicious, and the projections of all
+
+
+def complete(run: "Loop", resume: bool, progress: bool) -> Prompt:
+    """Take all steps of a run, from its checkpoint on if there is one and `resume` holds.
+
+    Raises:
+        DavspError: a checkpoint of another run; a loss that is not finite; a full disk.
+        Interrupted: Ctrl-C; the state has been saved.
+    """
+    checkpoint, settings, device = run.checkpoint, run.settings, run.lvlm.device
+    state = checkpoint.restore(device) if resume else None
+    state = state or checkpoint.start(run.prompt.delta.detach().clone().to(device))
+    with _bar(progress) as bar:
+        if progress and device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            if note := run.memory_advice(free):
+                bar.console.print(note)
+        task = bar.add_task("training", total=settings.steps, completed=state.step, note="")
+        try:
+            while state.step < settings.steps:
+                state, metrics = run.advance(state)
+                bar.update(task, completed=state.step, note=_note(metrics))
+                if state.step % settings.checkpoint_every == 0 or state.step == settings.steps:
+                    checkpoint.save(state)
+        except KeyboardInterrupt:
+            checkpoint.save(state)
+            raise Interrupted(
+                f"stopped at step {state.step} of {settings.steps}; the state is in {checkpoint.out}: "
+                "give the same command again to go on"
+            ) from None
+    parallel.gathered(None)  # process 0 has written the last metrics
+    return run.finish(state)
+
+
+class Loop:
+    """One training run: what is fixed, and the step.
+
+    A kind of run says what a batch is (`_batch`) and what is lost on it (`_losses`), what was looked at meanwhile (`_probe`),
+    and by which data its checkpoint is known; it calls `_known_by` last.
+
+    Attributes:
+        layer: where a pass without an answer ends; its block is left alone by activation checkpointing.
+        checkpoint: the folder that the run is kept in.
+    """
+
+    layer: int
+    checkpoint: Checkpoint
+
+    def __init__(self, lvlm: LVLM, prompt: Prompt, settings: TrainSettings | SentenceSettings):
+        prompt.check(lvlm)
+        if settings.batch_size < parallel.processes():
+            raise DavspError(f"batch_size {settings.batch_size} is less than the {parallel.processes()} processes")
+        self.lvlm, self.prompt, self.settings = lvlm, prompt, settings
+
+    # -- what a kind of run says -----------------------------------------------------------------------------------
+
+    def _batch(self, step: int) -> Batch:
+        """The rows of a step."""
+        raise NotImplementedError
+
+    def _losses(self, delta: Tensor, part: Batch, whole: Batch) -> tuple[Float[Tensor, " b"] | None, dict[str, Tensor]]:
+        """Projections of a part of the batch, if any, and what it adds to the losses, which are means over the whole batch.
+
+        The one called "loss" is what is minimised.
+        """
+        raise NotImplementedError
+
+    def _probe(self, state: State) -> dict[str, Any]:
+        """What else goes into the metrics of a step."""
+        return {}
+
+    def _asked(self) -> Iterator[tuple[list[str], list[str] | None]]:
+        """All questions that a step may ask, and their answers if there are any: the longest decides about memory."""
+        raise NotImplementedError
+
+    # -- the step --------------------------------------------------------------------------------------------------
+
+    def advance(self, state: State) -> tuple[State, dict[str, Any]]:
+        """One step: draw a batch, one gradient, move delta, write the metrics."""
+        gradient, terms = self.gradient(state.delta, self._batch(state.step))
+        metrics: dict[str, Any] = {"step": state.step + 1, "lr": self._lr(state.step), **terms}
+        if not math.isfinite(metrics["loss"]):
+            raise DavspError(f"the loss is not finite at step {metrics['step']}: lower lr or lam, or use dtype float32")
+        after = self._move(state, gradient, metrics["lr"])
+        metrics |= self._probe(after)
+        self.checkpoint.log(metrics)
+        return after, metrics
+
+    def gradient(self, delta: Float[Tensor, "3 s s"], batch: Batch) -> tuple[Float[Tensor, "3 s s"], dict[str, float]]:
+        """The gradient of the loss at delta, and the losses (of DAVSP also the mean projection of each class).
+
+        Micro-batches are added up, and so are the shares of several processes (every process takes each n-th row); rows
+        without an answer are not computed beyond the layer.
+        """
+        settings, leaf = self.settings, delta.clone().requires_grad_()
+        gradient, terms = torch.zeros_like(delta), defaultdict[str, float](float)
+        seen: list[Seen] = []
+        saving = recomputing(self.lvlm.model, self.lvlm.layers[self.layer - 1])
+        with saving if settings.activation_checkpointing else nullcontext():
+            share = batch.share(parallel.rank(), parallel.processes())
+            for part in share.parts(settings.micro_batch or len(batch)):
+                s, losses = self._losses(leaf, part, batch)
+                gradient += torch.autograd.grad(losses["loss"], leaf)[0]
+                seen += [] if s is None else [(part.malicious, s.detach().cpu())]
+                for name, value in losses.items():
+                    terms[name] += value.item()
+        return parallel.total(gradient), _together(seen, dict(terms))
+
+    def _move(self, state: State, gradient: Tensor, lr: float) -> State:
+        """Sign step, or Adam with the usual constants; then back to what is allowed."""
+        step, first, second = state.step + 1, state.first, state.second
+        if self.settings.optimizer == "sign":
+            move = gradient.sign()
+        else:
+            first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+            move = first / (1 - 0.9**step) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+        return State(step, self.prompt.with_delta(state.delta - lr * move).project_().delta, first, second)
+
+    def _lr(self, step: int) -> float:
+        cosine = (1 + math.cos(math.pi * step / self.settings.steps)) / 2
+        return self.settings.lr * (cosine if self.settings.schedule == "cosine" else 1)
+
+    def memory_advice(self, free: int) -> str | None:
+        """A sentence if the activations of a step will crowd a device with `free` bytes."""
+        settings, longest, answered = self.settings, 0, False
+        for questions, answers in self._asked():
+            images = [self.lvlm.image_tokens(self.prompt.canvas, self.prompt.canvas)] * len(questions)
+            longest = max(longest, self.lvlm.encode(questions, images, answers).ids.shape[1])
+            answered |= answers is not None
+        row = estimate_memory(self.lvlm, 1, longest, self.layer, answered, settings.activation_checkpointing)
+        return advice(row, min(settings.micro_batch or settings.batch_size, settings.batch_size), free)
+
+    # -- before and after ------------------------------------------------------------------------------------------
+
+    def _known_by(self, out: Path, data: dict[str, str]) -> Checkpoint:
+        """The run's folder; a checkpoint in it is only good for all that the result depends on."""
+        start = self.prompt
+        placed = [] if (start.separator, start.suffix) == (" ", "") else [start.separator, start.suffix]
+        identity = {
+            **self.settings.model_dump(exclude={"checkpoint_every", "probe_every"}),
+            "model": [self.lvlm.model_id, self.lvlm.revision, str(self.lvlm.dtype)],
+            "weights": fingerprint(self.lvlm),  # a folder that is trained anew keeps its name
+            "prompt": [
+                start.kind,
+                start.text,
+                *placed,
+                *(getattr(start, name, None) for name in ("padding", "eps")),  # noise of every eps starts at zero
+                sha256_bytes(start.delta.detach().cpu().numpy().tobytes()),
+            ],
+            "data": data,
+        }
+        return Checkpoint(out, identity)
+
+    def finish(self, state: State) -> Prompt:
+        """The trained prompt with the facts of its making."""
+        prompt = self.prompt.with_delta(state.delta.cpu())
+        figures = {f"train_{name}": value for name, value in self.checkpoint.last().items()}
+        prompt.config |= {
+            "model_id": self.lvlm.model_id,
+            "revision": self.lvlm.revision,
+            "figures": prompt.config.get("figures", {}) | figures,
+            "data": prompt.config.get("data", {}) | self.checkpoint.identity["data"],
+        }
+        return prompt
+
+
+def drawn(key: str, count: int, size: int, step: int) -> list[int]:
+    """Which `size` of `count` rows are in the batch of a step: epoch after epoch, each in an order of its own."""
+    places = range(step * size, (step + 1) * size)
+    return [_order(f"{key} {place // count}", count)[place % count] for place in places]
+
+
+@lru_cache(maxsize=64)
+def _order(key: str, count: int) -> list[int]:
+    return Random(key).sample(range(count), count)
+
+
+def _together(seen: list[Seen], terms: dict[str, float]) -> dict[str, float]:
+    """The loss terms of all processes, and the mean projection of each class."""
+    shares: list[tuple[list[Seen], dict[str, float]]] = parallel.gathered((seen, terms))
+    names = dict.fromkeys(name for _, one in shares for name in one)
+    summed = {name: sum(one.get(name, 0.0) for _, one in shares) for name in names}
+    if pairs := [pair for found, _ in shares for pair in found]:
+        rows, s = torch.cat([malicious for malicious, _ in pairs]), torch.cat([one for _, one in pairs])
+        for label, chosen in (("malicious", rows), ("benign", ~rows)):
+            if chosen.any():
+                summed[f"projection_{label}"] = s[chosen].mean().item()
+    return summed
+
+
+def _bar(progress: bool) -> Progress:
+    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, TextColumn("{task.fields[note]}"), disable=not progress)
+
+
+def _note(metrics: dict[str, Any]) -> str:
+    classes = {label: metrics.get(f"projection_{label}") for label in ("malicious", "benign")}
+    parts = [f"loss {metrics['loss']:.3f}", *(f"{label} {s:+.2f}" for label, s in classes.items() if s is not None)]
+    return " · ".join(parts + [f"held out {metrics['probe_rsr']:.0%}" for _ in [0] if "probe_rsr" in metrics])
