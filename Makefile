@@ -10,10 +10,12 @@ demo: .venv/installed  ## train a visual safety prompt on the embedded model and
 test: .venv/installed  ## all tests
 	$(BIN)/python -m pytest
 
-lint: .venv/installed  ## style and types
+lint: .venv/installed  ## style, types and the order of the rooms
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[lint]'
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
