@@ -20,14 +20,15 @@ from transformers import (
 
 from davsp import LVLM, DavspError, Query
 from davsp.defenses.adashield_a import RefineSettings, make_pool, refine
-from davsp.defenses.adashield_a.defender import PHRASES, ChatDefender, PhraseDefender
+from davsp.defenses.adashield_a.defender import ChatDefender
 from davsp.defenses.adashield_a.defense import AdaShieldA
-from davsp.defenses.adashield_a.features import ClipEncoder, OwnEncoder
+from davsp.defenses.adashield_a.features import ClipEncoder, LVLMEncoder
 from davsp.defenses.adashield_a.pool import CONFIG, KEYS, Pool, PoolConfig, Row, keys_hash
 from davsp.defenses.adashield_a.wording import Proposal, read_proposal, spoken
 from davsp.embedded import words
+from davsp.embedded.phrases import PHRASES, PhraseDefender
 from davsp.query import Response
-from davsp.runtime.client import Failure
+from davsp.runtime.client import OPENAI, Failure
 from tiny import picture, queries
 
 GOOD, BAD = '{"improvement": "more", "prompt": "please be safe"}', '{"improvement": "no prompt"}'
@@ -95,7 +96,7 @@ def malicious(count: int, category: str = "theft") -> list[Query]:
 
 
 def run(lvlm: LVLM, who: Any, out: Path, data: list[Query], **changes: Any) -> Pool:
-    return make_pool(lvlm, data, who, OwnEncoder(lvlm), SETTINGS.model_copy(update=changes), out)
+    return make_pool(lvlm, data, who, LVLMEncoder(lvlm), SETTINGS.model_copy(update=changes), out)
 
 
 def test_a_prompt_that_works_on_both_validation_queries_is_kept(lvlm: LVLM, target: Any, tmp_path: Path) -> None:
@@ -189,23 +190,32 @@ def test_killed_it_goes_on_behind_the_last_finished_query(lvlm: LVLM, tmp_path: 
 
     asked, at = 0, 0
     with pytest.raises(DavspError, match="none of 4"):  # the tiny model never refuses
-        make_pool(lvlm, data, Slow(), OwnEncoder(lvlm), settings, tmp_path / "whole")
+        make_pool(lvlm, data, Slow(), LVLMEncoder(lvlm), settings, tmp_path / "whole")
     assert asked == 4
     asked, at = 0, 3
     child = os.fork()
     if child == 0:
         try:
-            make_pool(lvlm, data, Slow(), OwnEncoder(lvlm), settings, tmp_path / "killed")
+            make_pool(lvlm, data, Slow(), LVLMEncoder(lvlm), settings, tmp_path / "killed")
         finally:
             os._exit(1)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")[:2]
     asked, at = 0, 0
     with pytest.raises(DavspError, match="none of 4"):
-        make_pool(lvlm, data, Slow(), OwnEncoder(lvlm), settings, tmp_path / "killed")
+        make_pool(lvlm, data, Slow(), LVLMEncoder(lvlm), settings, tmp_path / "killed")
     assert asked == 2 and rows(tmp_path / "killed") == rows(tmp_path / "whole")
     with pytest.raises(DavspError, match=r"other settings \(rounds\)"):
-        make_pool(lvlm, data, Slow(), OwnEncoder(lvlm), settings.model_copy(update={"rounds": 2}), tmp_path / "killed")
+        make_pool(lvlm, data, Slow(), LVLMEncoder(lvlm), settings.model_copy(update={"rounds": 2}), tmp_path / "killed")
+
+
+def test_openai_and_its_key_are_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    openai, other = ChatDefender("writer").client, ChatDefender("writer", "http://127.0.0.1:1/v1").client
+    assert (openai.where, openai.api_key_env) == (OPENAI, "OPENAI_API_KEY")
+    assert (other.where, other.api_key_env) == ("http://127.0.0.1:1/v1", None)
+    monkeypatch.setenv("MINE", "sk-mine")
+    assert ChatDefender("writer", None, "MINE").client.api_key_env == "MINE"
 
 
 def test_replies_and_scenarios_are_read() -> None:
@@ -290,7 +300,7 @@ def test_pool_on_disk(tmp_path: Path) -> None:
 
 def test_own_features_find_the_query_itself(lvlm: LVLM, tmp_path: Path) -> None:
     data = [*queries("malicious", 4), Query("w", "what is this", "benign", "t")]
-    encoder = OwnEncoder(lvlm)
+    encoder = LVLMEncoder(lvlm)
     keys = encoder.encode(data)
     assert keys.shape == (5, 64) and torch.allclose(keys.norm(dim=1), torch.ones(5), atol=1e-5)
     assert (keys @ keys.T).argmax(1).tolist() == [0, 1, 2, 3, 4] and not keys[4, :32].any()

@@ -14,13 +14,14 @@ from davsp.cli import texts
 from davsp.cli.defenses import rows
 from davsp.defenses import PAT, AdaShieldA
 from davsp.defenses.adashield_a import refine
-from davsp.defenses.adashield_a.defender import ChatDefender, PhraseDefender
-from davsp.defenses.adashield_a.features import OwnEncoder
+from davsp.defenses.adashield_a.defender import ChatDefender
+from davsp.defenses.adashield_a.features import LVLMEncoder
 from davsp.defenses.adashield_a.pool import CONFIG as POOL
 from davsp.defenses.adashield_a.pool import Pool, PoolConfig, Row, keys_hash
 from davsp.defenses.adashield_s import DAVSP
 from davsp.defenses.pat.defense import CONFIG, PUBLISHED
 from davsp.embedded import SAFETY_TEXT
+from davsp.embedded.phrases import PhraseDefender
 from tiny import queries
 
 SETS = ("length=3", "attack_length=2", "start=please", "top_k=6", "behaviours=2", "target=yes")
@@ -138,7 +139,7 @@ def test_a_pool_is_made_by_the_models_defender(
     settings = used["settings"]
     assert (settings.beta, settings.rounds, settings.seed) == (None, 2, 5)
     if own:
-        assert isinstance(used["defender"], PhraseDefender) and isinstance(used["encoder"], OwnEncoder)
+        assert isinstance(used["defender"], PhraseDefender) and isinstance(used["encoder"], LVLMEncoder)
         assert (settings.start, settings.placement, settings.judge) == (SAFETY_TEXT, "prefix", "keyword")
     else:
         assert isinstance(used["defender"], ChatDefender) and used["encoder"] == "clip my/clip"

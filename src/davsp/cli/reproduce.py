@@ -162,12 +162,8 @@ def reproduce(
 def _defender(model: str | None, url: str | None, key: str | None) -> Any:
     """AdaShield-A's defender behind a server; None without a model."""
     from davsp.defenses.adashield_a.defender import ChatDefender
-    from davsp.runtime.client import OPENAI
 
-    if model is None:
-        return None
-    url = url or OPENAI
-    return ChatDefender(model, url, key or ("OPENAI_API_KEY" if url == OPENAI else None))
+    return None if model is None else ChatDefender(model, url, key)
 
 
 def _published(sets: list[str], split: str | None) -> "Protocol":

@@ -89,9 +89,9 @@ def _adashield_a(asked: Asked, load: Any, malicious: Any, benign: Any, out: Path
     from davsp import embedded
     from davsp.cli.train import settings_of
     from davsp.defenses.adashield_a import RefineSettings, make_pool
-    from davsp.defenses.adashield_a.defender import ChatDefender, Defender, PhraseDefender
-    from davsp.defenses.adashield_a.features import CLIP, ClipEncoder, OwnEncoder
-    from davsp.runtime.client import OPENAI
+    from davsp.defenses.adashield_a.defender import ChatDefender, Defender
+    from davsp.defenses.adashield_a.features import CLIP, ClipEncoder, LVLMEncoder
+    from davsp.embedded.phrases import PhraseDefender
 
     own = is_embedded(asked.model)
     if own and (asked.defender or asked.defender_url or asked.defender_key):
@@ -110,11 +110,9 @@ def _adashield_a(asked: Asked, load: Any, malicious: Any, benign: Any, out: Path
     settings = settings_of(RefineSettings, (mini if own else {}) | {"seed": seed} | _sets(asked.sets, RefineSettings))
     defender: Defender = PhraseDefender()
     if not own:
-        url = asked.defender_url or OPENAI
-        key = asked.defender_key or ("OPENAI_API_KEY" if url == OPENAI else None)
-        defender = ChatDefender(str(asked.defender), url, key)
+        defender = ChatDefender(str(asked.defender), asked.defender_url, asked.defender_key)
     lvlm = load()
-    encoder = OwnEncoder(lvlm) if own and not asked.encoder else ClipEncoder(asked.encoder or CLIP, device=lvlm.device)
+    encoder = LVLMEncoder(lvlm) if own and not asked.encoder else ClipEncoder(asked.encoder or CLIP, device=lvlm.device)
     pool = make_pool(lvlm, malicious, defender, encoder, settings, out / "training", resume, Console(stderr=True))
     pool.save(out)
     say(pool.summary())

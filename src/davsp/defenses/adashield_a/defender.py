@@ -1,14 +1,15 @@
-"""Who writes AdaShield-A's prompts: a model behind a chat server, or for the embedded LVLM a small grammar."""
+"""Who writes AdaShield-A's prompts: the interface, and a model behind a chat server.
 
-from random import Random
+For the models that ship a small grammar takes its place: `davsp.embedded.phrases`.
+"""
+
 from typing import Any, Protocol, runtime_checkable
 
 from davsp.defenses.adashield_a.wording import Proposal, messages, read_proposal
-from davsp.embedded.words import PLAIN_TEXTS, SAFETY_TEXT, STRONG_TEXTS
 from davsp.errors import DavspError
 from davsp.runtime.client import OPENAI, Client, Failure
 
-PHRASES = (SAFETY_TEXT, *STRONG_TEXTS, *PLAIN_TEXTS)
+OPENAI_KEY = "OPENAI_API_KEY"
 
 
 @runtime_checkable
@@ -32,8 +33,8 @@ class ChatDefender:
 
     Args:
         model: as the server calls it.
-        base_url: up to and with `/v1`.
-        api_key_env: the environment variable with the key; None sends none.
+        base_url: up to and with `/v1`; None: OpenAI's.
+        api_key_env: the environment variable with the key; None: OPENAI_API_KEY for OpenAI, no key for another server.
         temperature, top_p, max_tokens: of a reply.
         attempts: requests for one prompt at most, those that a server fails included.
         timeout, backoff: see `davsp.runtime.client.Client`.
@@ -45,7 +46,7 @@ class ChatDefender:
     def __init__(
         self,
         model: str,
-        base_url: str = OPENAI,
+        base_url: str | None = None,
         api_key_env: str | None = None,
         *,
         temperature: float = 1.0,
@@ -55,8 +56,10 @@ class ChatDefender:
         timeout: float = 120.0,
         backoff: float = 1.0,
     ) -> None:
+        url = base_url or OPENAI
+        key = api_key_env or (OPENAI_KEY if url == OPENAI else None)
         self.client = Client(
-            "defender", base_url, api_key_env, model,
+            "defender", url, key, model,
             concurrency=1, attempts=attempts, timeout=timeout, backoff=backoff,
         )  # fmt: skip
         self.settings = {"model": model, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
@@ -81,22 +84,6 @@ class ChatDefender:
                 "queries are kept: mend or change the defender and run again"
             )
         return one
-
-
-class PhraseDefender:
-    """One or two of the texts that the embedded LVLM was trained on; no model writes anything here.
-
-    prompt = phrase | phrase phrase, where the two are different and phrase is one of the safety text, the strong
-    texts and the plain ones: 49 prompts, drawn by the seed. It does not read the LVLM's answer.
-    """
-
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "grammar", "phrases": list(PHRASES)}
-
-    def propose(self, scenario: str, prompt: str, output: str, seed: str) -> Proposal:
-        rng = Random(seed)
-        others = [(a, b) for a in PHRASES for b in ("", *PHRASES) if a != b and f"{a} {b}".strip() != prompt]
-        return Proposal("drawn from a grammar of phrases; no defender model", " ".join(rng.choice(others)).strip())
 
 
 def _read(body: Any) -> Proposal | Failure:

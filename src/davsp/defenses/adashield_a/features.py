@@ -79,7 +79,7 @@ class ClipEncoder:
         return normalize(torch.cat([seen, words], 1).float(), dim=1).cpu()
 
 
-class OwnEncoder:
+class LVLMEncoder:
     """The LVLM's own features at the decoder's entrance: mean projected patch, and mean embedding of the question's words.
 
     Both halves are looked at from the middle of all ordinary words (the mean row of the embedding is taken off), as else all pictures and
@@ -141,7 +141,7 @@ def encoder_of(described: dict[str, Any], lvlm: LVLM) -> Encoder:
         return ClipEncoder(described["model"], described.get("revision"), device)
     if described.get("kind") != "own":
         raise DavspError(f"the pool's encoder {described.get('kind')!r} is not known; make the pool anew")
-    encoder = OwnEncoder(lvlm)
+    encoder = LVLMEncoder(lvlm)
     if encoder.describe() != described:
         raise DavspError(
             f"the pool's keys are features of {described.get('model')}, not of {model_name(lvlm)}; make a pool with this model"

@@ -84,9 +84,9 @@ def pat(kit: "Kit") -> Defense:
 def adashield_a(kit: "Kit") -> Defense:
     """A pool of refined prompts, one fetched for each query."""
     from davsp.defenses.adashield_a import RefineSettings, make_pool
-    from davsp.defenses.adashield_a.defender import PhraseDefender
     from davsp.defenses.adashield_a.defense import AdaShieldA
-    from davsp.defenses.adashield_a.features import ClipEncoder, OwnEncoder
+    from davsp.defenses.adashield_a.features import ClipEncoder, LVLMEncoder
+    from davsp.embedded.phrases import PhraseDefender
 
     small: dict[str, Any] = {
         "placement": "prefix", "separator": " ", "start": kit.text, "judge": "keyword", "max_new_tokens": 48,
@@ -95,7 +95,7 @@ def adashield_a(kit: "Kit") -> Defense:
     defender = kit.defender or PhraseDefender()
 
     def make(out: Path, resume: bool) -> None:
-        encoder = OwnEncoder(kit.lvlm) if kit.own else ClipEncoder(device=kit.lvlm.device)
+        encoder = LVLMEncoder(kit.lvlm) if kit.own else ClipEncoder(device=kit.lvlm.device)
         malicious = kit.data.train_malicious
         make_pool(kit.lvlm, malicious, defender, encoder, settings, out, resume, kit.stages.console).save(saved)
 
