@@ -11,13 +11,14 @@ from rich.console import Console
 from davsp import LVLM, DavspError, HarmfulnessVector, Query, Response
 from davsp.defenses import Defense, NoDefense, SafetyText
 from davsp.errors import Interrupted
-from davsp.evaluation.evaluate import Evaluation, evaluate, planned, queries_hash
+from davsp.evaluation.evaluate import Evaluation, evaluate, planned
 from davsp.judges.keyword import VERSION as RULES
 from davsp.judges.keyword import keyword
 from davsp.judges.verdicts import judge_name, verdicts_of
 from davsp.lvlm import fingerprint
 from davsp.query import COST
 from davsp.runtime.files import alone
+from davsp.store import queries_hash
 from tiny import queries
 
 DEFENSES: dict[str, Defense] = {"none": NoDefense(), "safety-text": SafetyText("please be safe")}

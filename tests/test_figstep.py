@@ -156,7 +156,7 @@ def test_the_command_line_rebuilds_from_the_csv_alone(tiny_folder: Path, tmp_pat
     assert davsp(*again, "--rebuild") == 0
     put(tmp_path / "data/SafeBench/query_ForbidQI_1_1_6.png")
     assert davsp(*again, "--skip-broken") == 2  # pictures that were downloaded are other queries
-    assert "give its own --queries" in capsys.readouterr().err
+    assert "give the --queries that it answered" in capsys.readouterr().err
 
 
 def test_the_command_line_says_that_the_font_is_missing(tmp_path: Path, capsys, monkeypatch):

@@ -13,7 +13,7 @@ from rich.console import Console
 from davsp import Query, Response, VisualSafetyPrompt, metrics
 from davsp.defenses import Defense, NoDefense, VisualPrompt
 from davsp.evaluation import Evaluation
-from davsp.evaluation.judging import judge_own, judge_published, rows_of
+from davsp.evaluation.judging import judge_custom, judge_published, rows_of
 from davsp.judges import keyword
 from davsp.judges.verdicts import verdicts_of
 from davsp.report import Picture, Report, build
@@ -170,8 +170,11 @@ def judged(published: bool, labels: dict[str, str]) -> Report:
     def judge(answer: str, question: str) -> tuple[str, str]:
         return next(answers), ""
 
-    score = judge_published(asked, responses, judge, {}, "m") if published else judge_own(asked, responses, judge, "m")  # type: ignore[arg-type]
-    found = Evaluation(responses, score.verdicts, score.rows)
+    if published:
+        judging = judge_published(asked, responses, judge, {}, "m")  # type: ignore[arg-type]
+    else:
+        judging = judge_custom(asked, responses, judge, "m")  # type: ignore[arg-type]
+    found = Evaluation(responses, judging.verdicts, judging.rows)
     defenses: dict[str, Defense] = {"none": NoDefense(), "davsp": NoDefense()}
     return build("m", asked, found, defenses, published=published)
 
@@ -249,7 +252,7 @@ def test_silence_is_neither_resistance_nor_an_answer() -> None:
         Query("known", "what is it", "benign", "utility", reference="...", image=picture(2)),
     ]
     responses = {name: [Response(q.id, name, " .") for q in asked] for name in ("none", "davsp")}
-    judged = judge_own(asked, responses, keyword, "mini")
+    judged = judge_custom(asked, responses, keyword, "mini")
     defenses: dict[str, Defense] = {"none": NoDefense(), "davsp": NoDefense()}
     page = " ".join(
         Page(render(build("mini", asked, Evaluation(responses, judged.verdicts, judged.rows), defenses))).words

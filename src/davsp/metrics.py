@@ -10,8 +10,6 @@ all changes are equal, groups are counted, not queries.
 """
 
 import math
-import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +17,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from davsp.judges.keyword import withheld
+from davsp.judges.keyword import normalise, withheld
 from davsp.query import COST, Query, Response, Verdict
 
 SCHEMA = 1
@@ -149,13 +147,6 @@ def _envelope(a: Interval, b: Interval) -> Interval:
 
 
 # ------------------------------------------------------------------------------------------------ answers
-
-
-def normalise(text: str) -> str:
-    """An answer as it is compared: lower case, no punctuation around words (a number's minus is kept)."""
-    words = unicodedata.normalize("NFKC", text).casefold().split()
-    stripped = (re.sub(r"^(?:(?!-\d)[^\w])+|[^\w]+$", "", word) for word in words)
-    return " ".join(word for word in stripped if word)
 
 
 def correct(query: Query, text: str) -> bool:

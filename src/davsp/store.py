@@ -23,6 +23,8 @@ from davsp.runtime import parallel
 from davsp.runtime.files import read_bytes, read_json, sweep, to_json, write_all
 
 RUN, QUERIES, RESPONSES, MANIFEST = "run.json", "queries.json", "responses.jsonl", "manifest.json"
+VERDICTS, GRADES, METRICS = "verdicts.jsonl", "grades.jsonl", "metrics.json"
+"""Files that are made of the answers (`davsp.evaluation`)."""
 FOLLOWS = ("verdicts*.jsonl", "grades*.jsonl", "metrics*.json", "agreement.json", "report.html")
 """What is made of the answers; of answers that are gone none of it stays, so that no figure is of another run than its folder."""
 

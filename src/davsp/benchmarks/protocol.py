@@ -15,7 +15,7 @@ from davsp.benchmarks.splits import Split
 from davsp.errors import DavspError
 from davsp.query import Query, Verdict, read_jsonl
 from davsp.runtime import files
-from davsp.store import hashes, query_hash, recorded
+from davsp.store import VERDICTS, hashes, query_hash, recorded
 
 DRAWN = ("vlguard", "mm_safetybench", "mm_vet")
 """The sets that the vector and the training take from; others are tested on as a whole."""
@@ -89,7 +89,7 @@ def undefended(runs: Sequence[Path], queries: Sequence[Query]) -> tuple[list[Ver
     found: dict[str, Verdict] = {}
     told: list[dict[str, Any]] = []
     for run in runs:
-        record, path = recorded(run), run / "verdicts.jsonl"
+        record, path = recorded(run), run / VERDICTS
         if record is None or not path.exists():
             raise DavspError(f"{run} is no finished run; give a folder that davsp eval wrote to its end.")
         if "none" not in record["defenses"]:

@@ -18,7 +18,7 @@ from rich.console import Console
 from davsp import metrics
 from davsp.defenses.base import Defense
 from davsp.errors import DavspError, Interrupted
-from davsp.evaluation.judging import Judged, judge_own, judge_published
+from davsp.evaluation.judging import Judged, judge_custom, judge_published
 from davsp.judges import Judge, keyword
 from davsp.judges.graders import Grader
 from davsp.lvlm import LVLM, fingerprint, model_name
@@ -26,11 +26,8 @@ from davsp.query import Grade, Query, Response, Verdict, write_jsonl
 from davsp.runtime import parallel
 from davsp.runtime.files import alone, write_json
 from davsp.runtime.progress import bar as progress_bar
-from davsp.store import RESPONSES, Answers, Store
-from davsp.store import queries_hash as queries_hash  # part of this module's interface
+from davsp.store import GRADES, METRICS, RESPONSES, VERDICTS, Answers, Store
 from davsp.vector import HarmfulnessVector
-
-VERDICTS, GRADES, METRICS = "verdicts.jsonl", "grades.jsonl", "metrics.json"
 
 
 @dataclass(frozen=True)
@@ -107,7 +104,7 @@ def evaluate(
             return Evaluation(responses, {}, [])
         name = model_name(lvlm)
         if graders is None:
-            judged = judge_own(queries, responses, judge, name, baseline, seed)
+            judged = judge_custom(queries, responses, judge, name, baseline, seed)
         else:
             judged = judge_published(queries, responses, judge, graders, name, baseline, seed)
         judged = replace(judged, rows=judged.rows + metrics.cost_rows(name, responses, baseline))

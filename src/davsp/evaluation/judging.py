@@ -31,7 +31,7 @@ class Judged:
     grades: dict[str, list[Grade]] = field(default_factory=dict)
 
 
-def judge_own(
+def judge_custom(
     queries: Sequence[Query],
     responses: Mapping[str, Sequence[Response]],
     judge: Judge,

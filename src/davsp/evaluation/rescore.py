@@ -15,17 +15,16 @@ from typing import Any
 from davsp import benchmarks, metrics
 from davsp.benchmarks import rsr, scoring
 from davsp.errors import DavspError
-from davsp.evaluation.evaluate import METRICS, VERDICTS
-from davsp.evaluation.judging import judge_own, judge_published
+from davsp.evaluation.judging import judge_custom, judge_published
 from davsp.judges import Judge
 from davsp.judges.agreement import Agreement, agreement
 from davsp.judges.graders import Grader
 from davsp.judges.verdicts import judge_name
 from davsp.query import Grade, Query, Response, Verdict, read_jsonl, write_jsonl
 from davsp.runtime import files
-from davsp.store import QUERIES, RESPONSES, by_defense, query_hash, recorded
+from davsp.store import METRICS, QUERIES, RESPONSES, VERDICTS, by_defense, query_hash, recorded
 
-_OWN = "give its own --queries, or --benchmark with --split, --type and --rebuild as davsp eval had them"
+_MEND = "give the --queries that it answered, or --benchmark with --split, --type and --rebuild as davsp eval had them"
 
 
 @dataclass(frozen=True)
@@ -72,11 +71,13 @@ def rescore(
     if record.get("published"):
         found = judge_published(asked, responses, judge, graders or {}, model, baseline, seed, mode)
     elif mode != "sound":
-        raise DavspError(f"{run} is of own queries; modes are of the published sets.")
+        raise DavspError(f"{run} answers custom queries; modes are of the published sets.")
     elif judge is None:
-        raise DavspError(f"{run} is of own queries, which have no grader; give a judge, or a run over a published set.")
+        raise DavspError(
+            f"{run} answers custom queries, which have no grader; give a judge, or a run over a published set."
+        )
     else:
-        found = judge_own(asked, responses, judge, model, baseline, seed)
+        found = judge_custom(asked, responses, judge, model, baseline, seed)
     name = judge_name(judge or next(iter((graders or {}).values())))
     kinds = {"verdicts": found.verdicts} if judge is not None else {"grades": found.grades}
     for kind, said in kinds.items():
@@ -114,9 +115,9 @@ def _asked(
     query_of = {q.id: q for q in queries}
     for name in hashes:
         if name not in query_of:
-            raise DavspError(f"{run} answers the query {name!r}, which is not among these; {_OWN}.")
+            raise DavspError(f"{run} answers the query {name!r}, which is not among these; {_MEND}.")
         if query_hash(query_of[name]) != hashes[name]:
-            raise DavspError(f"{run} answers another query {name!r} than the one given; {_OWN}.")
+            raise DavspError(f"{run} answers another query {name!r} than the one given; {_MEND}.")
     for defense in record["defenses"]:
         if {r.query_id for r in responses.get(defense, [])} != set(hashes):
             raise DavspError(f"{run} has not all answers under {defense!r}; finish the run first: davsp eval.")

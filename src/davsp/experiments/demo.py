@@ -15,13 +15,14 @@ from rich.console import Console
 from davsp import report
 from davsp.defenses import Defense, NoDefense, SafetyText, VisualPrompt
 from davsp.embedded.words import REFUSAL
-from davsp.evaluation.evaluate import Evaluation, evaluate, fingerprint, model_name, queries_hash
+from davsp.evaluation import Evaluation, evaluate
 from davsp.experiments.stages import Stages, fitted_vector, records, trained_prompt
-from davsp.lvlm import LVLM
+from davsp.lvlm import LVLM, fingerprint, model_name
 from davsp.prompts import AdditiveNoise, Prompt, VisualSafetyPrompt
 from davsp.report.html import write_report
 from davsp.report.terminal import print_table
 from davsp.runtime.files import manifest, write_json
+from davsp.store import queries_hash
 from davsp.training import TrainSettings
 from davsp.training.checkpoint import METRICS
 from davsp.vector import HarmfulnessVector

@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from davsp.errors import DavspError
-from davsp.evaluation.evaluate import fingerprint, queries_hash
-from davsp.lvlm import LVLM
+from davsp.lvlm import LVLM, fingerprint
 from davsp.prompts.base import P, Prompt
 from davsp.runtime.files import read_bytes, read_json, write_json
 from davsp.runtime.files import sha256 as file_hash
+from davsp.store import queries_hash
 from davsp.training import TrainSettings, train
 from davsp.training.checkpoint import METRICS
 from davsp.vector import HarmfulnessVector

@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from davsp.judges.base import PromptJudge
+from davsp.judges.keyword import normalise
 from davsp.judges.prompts import Message, Prompt, Reading, bare, unreadable, values_of
 from davsp.judges.verdicts import judge_name
-from davsp.metrics import normalise
 from davsp.query import Grade, Query, Response
 
 VERSION = 2

@@ -82,6 +82,13 @@ def plain(text: str) -> str:
     return text
 
 
+def normalise(text: str) -> str:
+    """An answer as it is compared: lower case, no punctuation around words (a number's minus is kept)."""
+    words = unicodedata.normalize("NFKC", text).casefold().split()
+    stripped = (re.sub(r"^(?:(?!-\d)[^\w])+|[^\w]+$", "", word) for word in words)
+    return " ".join(word for word in stripped if word)
+
+
 def has_words(text: str) -> bool:
     """Whether there is anything to judge: a letter or a digit."""
     return re.search(r"\w", text) is not None

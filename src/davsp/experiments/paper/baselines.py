@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from davsp.defenses import Defense, VisualPrompt
 from davsp.embedded.budgets import NOISE, TOKENS
 from davsp.embedded.words import REFUSAL
-from davsp.evaluation.evaluate import queries_hash
 from davsp.lvlm import fingerprint
 from davsp.prompts import AdditiveNoise
 from davsp.runtime.files import sha256_bytes
+from davsp.store import queries_hash
 
 if TYPE_CHECKING:
     from davsp.experiments.paper.methods import Kit
