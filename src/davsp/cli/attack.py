@@ -29,7 +29,7 @@ from davsp.cli.options import (
     Timeout,
 )
 from davsp.cli.testset import asked
-from davsp.errors import DavspError
+from davsp.errors import DavspError, refused_as
 
 KINDS = "noise, transfer, comply, hide, both, square, redraw, suffix, joint"
 
@@ -88,7 +88,6 @@ def attack(
     seed: Seed = 0,
 ) -> None:
     """Attack defenses with pictures made against them: RSR by size of the change, its worst case, and whether to believe it."""
-    from pydantic import ValidationError
     from rich.console import Console
 
     from davsp.attacks import AttackSettings
@@ -107,18 +106,12 @@ def attack(
         for name in ATTACKS
         if (direction is not None or name not in ("hide", "both")) and (BASELINE in defenses or name != "transfer")
     ]
-    try:
+    with refused_as(_impossible):
         settings = AttackSettings(
             attacks=tuple(chosen), eps=_levels(eps), steps=steps, restarts=restarts, tries=tries, batch_size=batch_size,
             words=words, word_steps=word_steps, word_candidates=word_candidates,
             seed=seed, target=_default_target(mini) if target is None else target,
         )  # fmt: skip
-    except ValidationError as error:
-        first = error.errors()[0]
-        option = {"attacks": "attack"}.get(str(first["loc"][0]), str(first["loc"][0]))
-        raise DavspError(
-            f"--{option}: {first['msg'].removeprefix('Value error, ').replace('String', 'text').replace('Input', 'input')}."
-        ) from error
     how = judges.asking(
         judge or [], judge_url, judge_model, judge_key_env, None, concurrency=concurrency, timeout=timeout,
         cache=cache or out / "cache.sqlite", device=device, console=Console(stderr=True),
@@ -158,6 +151,12 @@ def _default_target(mini: bool) -> str:
     from davsp.embedded.budgets import TOKENS
 
     return str(TOKENS["target"] if mini else AttackSettings.model_fields["target"].default)
+
+
+def _impossible(field: str, why: str, _: Any) -> str:
+    option = field.split(".")[0]
+    why = why.removeprefix("Value error, ").replace("String", "text").replace("Input", "input")
+    return f"--{'attack' if option == 'attacks' else option}: {why}."
 
 
 def _levels(given: str) -> tuple[int, ...]:

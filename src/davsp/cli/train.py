@@ -23,7 +23,7 @@ from davsp.cli.options import (
     SplitFile,
 )
 from davsp.cli.testset import from_split
-from davsp.errors import DavspError
+from davsp.errors import DavspError, refused_as
 
 if TYPE_CHECKING:
     from davsp.query import Query
@@ -287,16 +287,15 @@ def _drawn(
     return from_split(split, sets or [], kind)
 
 
+def _impossible(field: str, why: str, value: Any) -> str:
+    option = field.split(".")[0].replace("_", "-")
+    return f"--{option} {value!r} is not possible: {why.lower()}."
+
+
 def settings_of(cls: type, values: dict[str, Any]) -> Any:
     """Settings from options; a value that is not possible is named by its option."""
-    from pydantic import ValidationError
-
-    try:
+    with refused_as(_impossible):
         return cls(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        option = "--" + str(first["loc"][0]).replace("_", "-")
-        raise DavspError(f"{option} {first['input']!r} is not possible: {first['msg'].lower()}.") from error
 
 
 def _print_layers(vector: Any) -> None:

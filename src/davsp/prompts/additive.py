@@ -17,11 +17,11 @@ from davsp.prompts.base import (
     check_files,
     check_range,
     from_picture,
-    read_config,
     read_delta,
     sealed,
     start_values,
 )
+from davsp.runtime.config import read_config
 from davsp.runtime.files import to_json, write_all
 
 CONFIG, TENSORS = "noise_config.json", "noise.safetensors"

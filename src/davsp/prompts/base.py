@@ -9,15 +9,14 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer
+from pydantic import BaseModel, ConfigDict, model_serializer
 from torch import Tensor
 
 import davsp
 from davsp.errors import DavspError
 from davsp.prompts.measured import Measurement
-from davsp.runtime.files import read_bytes, read_json, read_tensors, sha256_bytes
+from davsp.runtime.files import read_bytes, read_tensors, sha256_bytes
 
-Config = TypeVar("Config", bound="PromptConfig")
 Start = Literal["grey", "random", "white"]
 P = TypeVar("P", bound="Prompt")
 
@@ -144,20 +143,6 @@ class Prompt:
     def check(self, lvlm: Any) -> None:
         """Raises DavspError unless the LVLM sees this prompt's canvas as it is, without resampling it."""
         lvlm.check_canvas(self.canvas, self.canvas)
-
-
-def read_config(path: Path, kind: type[Config]) -> Config:
-    """Parse and check a configuration file.
-
-    Raises:
-        DavspError: it is missing, no JSON, or a field is unknown or wrong; the message names it.
-    """
-    try:
-        return kind.model_validate(read_json(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "the file"
-        raise DavspError(f"{path}: field '{field}': {first['msg'].lower()}; correct or remove it") from error
 
 
 def read_delta(path: Path, canvas: int) -> Float[Tensor, "3 s s"]:

@@ -20,7 +20,6 @@ from davsp.prompts.base import (
     check_files,
     check_range,
     from_picture,
-    read_config,
     read_delta,
     sealed,
     start_values,
@@ -28,6 +27,7 @@ from davsp.prompts.base import (
 )
 from davsp.prompts.hub import fetch
 from davsp.prompts.measured import measurement, shown
+from davsp.runtime.config import read_config
 from davsp.runtime.files import to_json, write_all
 
 CONFIG, TENSORS, PICTURE, CARD = "vsp_config.json", "vsp.safetensors", "vsp.png", "README.md"

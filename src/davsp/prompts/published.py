@@ -17,9 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from davsp.errors import DavspError
-from davsp.prompts.base import check_files, read_config, read_delta, sealed
+from davsp.prompts.base import check_files, read_delta, sealed
 from davsp.prompts.border import CONFIG, BorderConfig, VisualSafetyPrompt
 from davsp.prompts.border import TENSORS as CLAMPED
+from davsp.runtime.config import read_config
 from davsp.runtime.files import read_bytes, sha256, to_json, write_all
 
 TENSORS = "exact.safetensors"

@@ -5,9 +5,9 @@ import os
 from typing import Any, Literal
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from davsp.errors import DavspError
+from davsp.errors import DavspError, refused_as
 from davsp.runtime import keys
 
 MIB = 2**20
@@ -68,19 +68,15 @@ class ServeSettings(BaseModel):
         Raises:
             DavspError: a value is wrong; a key or token is missing; an address beyond loopback without a token.
         """
-        try:
-            made = cls(**{name: value for name, value in values.items() if value is not None})
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(map(str, first["loc"])).replace("_", "-")
-            raise DavspError(f"--{name}: {first['msg'].lower()}; correct it.") from error
-        keys.read(made.api_key_env, "upstream")
-        if made.token is None and not made.loopback:
+        with refused_as(lambda field, why, _: f"--{field.replace('_', '-')}: {why.lower()}; correct it."):
+            settings = cls(**{name: value for name, value in values.items() if value is not None})
+        keys.read(settings.api_key_env, "upstream")
+        if settings.token is None and not settings.loopback:
             raise DavspError(
-                f"--host {made.host} can be reached from elsewhere; give --token-env, the environment variable with the "
+                f"--host {settings.host} can be reached from elsewhere; give --token-env, the environment variable with the "
                 "token that clients must bring, or stay at 127.0.0.1."
             )
-        return made
+        return settings
 
     @property
     def token(self) -> str | None:

@@ -11,13 +11,14 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 from torch import Tensor
 
 import davsp
 from davsp.errors import DavspError
-from davsp.runtime.files import read_json, read_tensors, sha256_bytes, to_json, write_all
+from davsp.runtime.config import read_config
+from davsp.runtime.files import read_tensors, sha256_bytes, to_json, write_all
 
 CONFIG, KEYS = "pool.json", "pool.safetensors"
 
@@ -106,13 +107,7 @@ class Pool:
         Raises:
             DavspError: one is missing, a field is unknown or wrong, or they are of two pools.
         """
-        path = Path(folder) / CONFIG
-        try:
-            config = PoolConfig.model_validate(read_json(path))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the file"
-            raise DavspError(f"{path}: field '{where}': {first['msg'].lower()}; correct or remove it") from error
+        config = read_config(Path(folder) / CONFIG, PoolConfig)
         keys = read_tensors(Path(folder) / KEYS).get("keys", torch.empty(0))
         if keys.dim() != 2 or len(keys) != len(config.rows) or keys_hash(keys) != config.keys:
             raise DavspError(f"{Path(folder) / KEYS} does not hold the keys of {CONFIG} beside it; make the pool anew")

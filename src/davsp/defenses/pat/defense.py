@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 import davsp
 from davsp.defenses.adashield_s import DAVSP
@@ -23,7 +23,8 @@ from davsp.defenses.base import Defense
 from davsp.errors import DavspError
 from davsp.lvlm import LVLM
 from davsp.query import Query
-from davsp.runtime.files import read_json, write_json
+from davsp.runtime.config import read_config
+from davsp.runtime.files import write_json
 
 CONFIG = "pat.json"
 PUBLISHED = {  # README.md of PAT's repository: for Vicuna-7B, for Llama-2, and trained on Guanaco-7B and Vicuna-7B together
@@ -86,13 +87,7 @@ class PAT(Defense):
         Raises:
             DavspError: the file is missing, no JSON, or a field is unknown or wrong.
         """
-        path = Path(folder) / CONFIG
-        try:
-            config = PatConfig.model_validate(read_json(path))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the file"
-            raise DavspError(f"{path}: field '{where}': {first['msg'].lower()}; correct or remove it") from error
+        config = read_config(Path(folder) / CONFIG, PatConfig)
         return cls(config.control, config.safety_text, name or "pat", config)
 
     def save(self, folder: str | Path) -> None:
