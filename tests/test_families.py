@@ -95,7 +95,7 @@ def test_prompt_ids_are_the_processors_own(folder, model, canvas):
 def test_states_are_the_hidden_states_of_each_row_alone(model, canvas):
     states = model.states(canvas, QUESTIONS, [1, 2, 3])
     for row, question in enumerate(QUESTIONS):
-        inputs = model._inputs(model.encode([question], True), canvas[row : row + 1], masked=True)
+        inputs = model.inputs(model.encode([question], True), canvas[row : row + 1], masked=True)
         hidden = model.model(**inputs, output_hidden_states=True).hidden_states
         expected = torch.stack([hidden[layer][0, -1] for layer in (1, 2, 3)])
         torch.testing.assert_close(states[row], expected, rtol=1e-4, atol=1e-4)

@@ -29,7 +29,7 @@ def test_steering_to_a_target_gives_that_projection(answer: bool, lvlm: LVLM, ve
     def run(steered: bool) -> None:
         handle = lvlm.layers[LAYER - 1].register_forward_hook(lambda m, i, output: seen[steered].append(output.clone()))
         options: Any = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-        lvlm.model.generate(**lvlm._inputs(tokens, canvas, masked=True), **options)
+        lvlm.model.generate(**lvlm.inputs(tokens, canvas, masked=True), **options)
         handle.remove()
 
     run(False)

@@ -141,7 +141,7 @@ def test_steering_changes_only_the_newest_token_at_its_layer(lvlm, canvas):
     with steering(lvlm.layers, 2, vector):  # its hook comes first, so the one that watches sees the steered output
         handle = watch(steered)
         lvlm.model.generate(
-            **lvlm._inputs(lvlm.encode(QUESTIONS[:2], True, padding_side="left"), canvas[:2], masked=True),
+            **lvlm.inputs(lvlm.encode(QUESTIONS[:2], True, padding_side="left"), canvas[:2], masked=True),
             max_new_tokens=4,
             do_sample=False,
         )

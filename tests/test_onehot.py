@@ -73,7 +73,7 @@ def test_losses_are_of_the_answer_without_its_end(model: LVLM) -> None:
         alone = [answer_losses(model, [c], [q], [a]) for c, q, a in zip(canvas, questions, answers, strict=True)]
         counts = [model.image_tokens(*one.shape[-2:]) for one in canvas]
         tokens = model.encode(questions, counts, answers)
-        logits = model.model(**model._inputs(tokens, canvas), use_cache=False).logits.log_softmax(-1)
+        logits = model.model(**model.inputs(tokens, canvas), use_cache=False).logits.log_softmax(-1)
     assert torch.allclose(losses, torch.cat(alone), atol=1e-9)
     for row, size in ((0, 2), (1, 3)):
         at = int(tokens.last[row])

@@ -8,7 +8,7 @@ from PIL import Image
 
 from davsp.defenses import Defense, NoDefense, load_defense
 from davsp.errors import DavspError
-from davsp.lvlm import LVLM
+from davsp.lvlm import LVLM, AnsweringLVLM
 from davsp.query import Query
 
 Picture = Image.Image | str | Path
@@ -25,7 +25,7 @@ class DefendedModel:
         DavspError: the defense does not go with the model.
     """
 
-    def __init__(self, lvlm: LVLM, defense: Defense) -> None:
+    def __init__(self, lvlm: AnsweringLVLM, defense: Defense) -> None:
         defense.check(lvlm)
         self.lvlm, self.defense = lvlm, defense
 

@@ -39,7 +39,7 @@ from davsp.errors import DavspError
 if TYPE_CHECKING:
     from davsp.defenses import Defense
     from davsp.evaluation import Evaluation
-    from davsp.lvlm import LVLM
+    from davsp.lvlm import AnsweringLVLM
     from davsp.query import Query
 
 BATCH, SERVED = 32, 64  # queries a batch, here and of a server; a run keeps it, so --concurrency does not decide it
@@ -140,7 +140,7 @@ def evaluate(
     judges.fit(named, test)
     if benchmark:
         test = apart(test)
-    lvlm: LVLM
+    lvlm: AnsweringLVLM
     if served:
         from davsp.lvlm.remote import RemoteLVLM
 
@@ -178,7 +178,7 @@ def _served(
     return model, base_url
 
 
-def _fit(lvlm: "LVLM", defenses: "dict[str, Defense]", direction: Any) -> None:
+def _fit(lvlm: "AnsweringLVLM", defenses: "dict[str, Defense]", direction: Any) -> None:
     """Refuse what does not go with the model before anything is answered."""
     from davsp.defenses import VisualPrompt
 
@@ -193,7 +193,7 @@ def _fit(lvlm: "LVLM", defenses: "dict[str, Defense]", direction: Any) -> None:
 
 
 def _facts(
-    lvlm: "LVLM", engine: str, notes: list[str], defenses: "dict[str, Defense]", named: list[str], sets: list[str],
+    lvlm: "AnsweringLVLM", engine: str, notes: list[str], defenses: "dict[str, Defense]", named: list[str], sets: list[str],
     split: str, seed: int,
 ) -> dict[str, Any]:  # fmt: skip
     """What manifest.json says, but for the queries, which the store knows."""

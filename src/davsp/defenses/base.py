@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from davsp.lvlm import LVLM, Answer
+from davsp.lvlm import Answer, AnsweringLVLM, loaded
 from davsp.query import Query, Response
 from davsp.runtime.files import sha256_bytes, to_json
 from davsp.vector import HarmfulnessVector
@@ -22,7 +22,7 @@ class Defense(ABC):
 
     name: str
 
-    def check(self, lvlm: LVLM) -> None:  # noqa: B027  # most go with any model
+    def check(self, lvlm: AnsweringLVLM) -> None:  # noqa: B027  # most go with any model
         """Raises DavspError if the defense does not go with the model; asked before anything is answered."""
 
     @abstractmethod
@@ -39,7 +39,7 @@ class Defense(ABC):
 
     def respond(
         self,
-        lvlm: LVLM,
+        lvlm: AnsweringLVLM,
         queries: Sequence[Query],
         vector: HarmfulnessVector | None = None,
         batch_size: int = 32,
@@ -82,7 +82,7 @@ def _batches(queries: Sequence[Query], size: int) -> list[list[int]]:
 
 
 def _answer(
-    lvlm: LVLM,
+    lvlm: AnsweringLVLM,
     pictures: list[Image.Image],
     questions: list[str],
     vector: HarmfulnessVector | None,
@@ -93,5 +93,5 @@ def _answer(
     said = lvlm.ask(canvas, questions, max_new_tokens)
     if vector is None:
         return said, [None] * len(said)
-    states = lvlm.states(canvas, questions, [vector.layer])  # (b, 1, d)
+    states = loaded(lvlm).states(canvas, questions, [vector.layer])  # (b, 1, d)
     return said, [float(s) for s in vector.project(states[:, 0])]

@@ -6,7 +6,7 @@ from typing import Any
 
 from davsp.defenses.base import Defense
 from davsp.errors import DavspError
-from davsp.lvlm import LVLM
+from davsp.lvlm import AnsweringLVLM
 from davsp.query import Query, Response
 
 
@@ -35,7 +35,7 @@ class Chain(Defense):
         self.defenses = list(defenses)
         self.name = "+".join(d.name for d in defenses) if name is None else name
 
-    def check(self, lvlm: LVLM) -> None:
+    def check(self, lvlm: AnsweringLVLM) -> None:
         for defense in self.defenses:
             defense.check(lvlm)
 
@@ -44,7 +44,7 @@ class Chain(Defense):
             queries = defense.prepare(queries)
         return list(queries)
 
-    def respond(self, lvlm: LVLM, queries: Sequence[Query], *args: Any, **options: Any) -> list[Response]:
+    def respond(self, lvlm: AnsweringLVLM, queries: Sequence[Query], *args: Any, **options: Any) -> list[Response]:
         """As every defense: the last one answers what the others have prepared."""
         self.check(lvlm)
         for defense in self.defenses[:-1]:

@@ -30,7 +30,7 @@ from typing import Any
 from davsp.defenses.base import Defense
 from davsp.defenses.none import NoDefense
 from davsp.errors import DavspError
-from davsp.lvlm import LVLM
+from davsp.lvlm import AnsweringLVLM
 from davsp.query import COST, Query, Response
 from davsp.vector import HarmfulnessVector
 
@@ -99,7 +99,7 @@ class ECSO(Defense):
         parts = ["ecso" if instead is None else "ecso-adaptive", *(d.name for d in (inner, instead) if d is not None)]
         self.name = name or "+".join(parts)
 
-    def check(self, lvlm: LVLM) -> None:
+    def check(self, lvlm: AnsweringLVLM) -> None:
         self.inner.check(lvlm)
         if self.instead is not None:
             self.instead.check(lvlm)
@@ -110,7 +110,7 @@ class ECSO(Defense):
 
     def respond(
         self,
-        lvlm: LVLM,
+        lvlm: AnsweringLVLM,
         queries: Sequence[Query],
         vector: HarmfulnessVector | None = None,
         batch_size: int = 32,

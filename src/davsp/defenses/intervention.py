@@ -20,7 +20,7 @@ import torch
 from davsp.defenses.base import Defense
 from davsp.defenses.none import NoDefense
 from davsp.errors import DavspError
-from davsp.lvlm import LVLM, Steer
+from davsp.lvlm import LVLM, AnsweringLVLM, Steer, loaded
 from davsp.query import Query, Response
 from davsp.vector import HarmfulnessVector
 
@@ -51,20 +51,22 @@ class Intervention(Defense):
         inner: Defense | None = None,
         name: str = "intervention",
     ) -> None:
-        if (times is None) == (to is None) or not math.isfinite(to if times is None else times):  # type: ignore[arg-type]
+        if (times is None) == (to is None) or not all(math.isfinite(x) for x in (times, to) if x is not None):
             raise DavspError(f"Intervention needs a finite number as times or as to, not times={times} and to={to}")
         self.vector, self.times, self.to, self.answer, self.name = vector, times, to, answer, name
         self.inner = inner or NoDefense()
 
-    def check(self, lvlm: LVLM) -> None:
+    def check(self, lvlm: AnsweringLVLM) -> None:
         """Raises DavspError if the vector is of another model, or the model is on a server."""
-        if lvlm.server is not None:
-            raise DavspError(
-                f"{self.name} changes hidden states, which a server does not give: load the model here (--engine "
-                "transformers), or leave it out"
-            )
-        self.vector.check(lvlm)
+        self.vector.check(self._loaded(lvlm))
         self.inner.check(lvlm)
+
+    def _loaded(self, lvlm: AnsweringLVLM) -> LVLM:
+        return loaded(
+            lvlm,
+            f"{self.name} changes hidden states, which a server does not give: load the model here (--engine transformers), or "
+            "leave it out",
+        )
 
     def steer(self) -> Steer:
         """What is done to the hidden states."""
@@ -78,7 +80,7 @@ class Intervention(Defense):
 
     def respond(
         self,
-        lvlm: LVLM,
+        lvlm: AnsweringLVLM,
         queries: Sequence[Query],
         vector: HarmfulnessVector | None = None,
         *args: Any,
@@ -86,7 +88,7 @@ class Intervention(Defense):
     ) -> list[Response]:
         """As `inner`, by the steered model; a response's projection is that of the moved state."""
         self.check(lvlm)
-        answered = self.inner.respond(lvlm.steered(self.steer()), queries, vector, *args, **options)
+        answered = self.inner.respond(self._loaded(lvlm).steered(self.steer()), queries, vector, *args, **options)
         return [replace(r, defense=self.name, projection=self._moved(r.projection, vector)) for r in answered]
 
     def _moved(self, projection: float | None, vector: HarmfulnessVector | None) -> float | None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from davsp.defenses.base import Defense
-from davsp.lvlm import LVLM
+from davsp.lvlm import AnsweringLVLM
 from davsp.prompts import Prompt
 from davsp.query import Query
 
@@ -21,7 +21,7 @@ class VisualPrompt(Defense):
         self.prompt, self.name = prompt.quantised(), name
         self.paint = self.prompt.painter()
 
-    def check(self, lvlm: LVLM) -> None:
+    def check(self, lvlm: AnsweringLVLM) -> None:
         """Raises DavspError if the prompt is for another canvas: the LVLM would crop or stretch it in silence."""
         self.prompt.check(lvlm)
 

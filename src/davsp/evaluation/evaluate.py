@@ -21,7 +21,7 @@ from davsp.errors import DavspError, Interrupted
 from davsp.evaluation.judging import Judged, judge_custom, judge_published
 from davsp.judges import Judge, keyword
 from davsp.judges.graders import Grader
-from davsp.lvlm import LVLM, fingerprint, model_name
+from davsp.lvlm import AnsweringLVLM, fingerprint, model_name
 from davsp.query import Grade, Query, Response, Verdict, write_jsonl
 from davsp.runtime import parallel
 from davsp.runtime.files import alone, write_json
@@ -41,7 +41,7 @@ class Evaluation:
 
 
 def evaluate(
-    lvlm: LVLM,
+    lvlm: AnsweringLVLM,
     defenses: Mapping[str, Defense],
     queries: Sequence[Query],
     out: Path | None = None,
@@ -124,7 +124,7 @@ def _write(out: Path, judged: Judged) -> None:
 
 
 def _answers(
-    lvlm: LVLM,
+    lvlm: AnsweringLVLM,
     defenses: Mapping[str, Defense],
     queries: Sequence[Query],
     out: Path | None,
@@ -173,7 +173,7 @@ def planned(queries: Sequence[Query]) -> list[Query]:
 
 
 def _answer(
-    lvlm: LVLM,
+    lvlm: AnsweringLVLM,
     name: str,
     defense: Defense,
     plan: Sequence[Query],

@@ -1,6 +1,7 @@
 """Frozen vision-language models behind one small interface, a file a family."""
 
-from davsp.lvlm.base import LVLM, Answer, Canvas, StepOutput, Tokens
+from davsp.lvlm.answering import Answer, AnsweringLVLM
+from davsp.lvlm.base import LVLM, Canvas, StepOutput, Tokens, loaded
 from davsp.lvlm.deepseek_vl import DeepseekVLHybridLVLM, DeepseekVLLVLM
 from davsp.lvlm.device import check_device
 from davsp.lvlm.hooks import Steer
@@ -23,6 +24,7 @@ __all__ = [
     "FAMILIES",
     "LVLM",
     "Answer",
+    "AnsweringLVLM",
     "Canvas",
     "DeepseekVLHybridLVLM",
     "DeepseekVLLVLM",
@@ -34,6 +36,7 @@ __all__ = [
     "Tokens",
     "check_device",
     "fingerprint",
+    "loaded",
     "model_name",
     "short_name",
 ]

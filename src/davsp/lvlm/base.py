@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from davsp.errors import DavspError
+from davsp.lvlm.answering import NO_STATES, Answer, AnsweringLVLM, check_square
 from davsp.lvlm.device import check_device_map
 from davsp.lvlm.hooks import Steer, catching, steering, wide
 from davsp.lvlm.loading import load_weights, processor_template
@@ -50,14 +51,6 @@ class StepOutput:
     answer_loss: Float[Tensor, " b"] | None
 
 
-class Answer(NamedTuple):
-    """A greedy answer and what it took: tokens of its prompt, and how many of these stand for a picture; None: not known."""
-
-    text: str
-    prompt_tokens: int | None
-    image_tokens: int | None
-
-
 class LVLM:
     """One loaded, frozen vision-language model.
 
@@ -69,7 +62,7 @@ class LVLM:
         image_token_id, tokens_per_image: the placeholder, and how many of it stand for one canvas.
         mean, std: per-channel normalisation of the vision tower, (1, 3, 1, 1).
         processors: image processors that this family's checkpoints come with.
-        server: address of the server that runs the model; None: it is here.
+        server: None: it is loaded here (`AnsweringLVLM`).
         steer: how `generate` steers where nothing else is said; None: not at all (`steered`).
     """
 
@@ -202,11 +195,7 @@ class LVLM:
 
     def check_canvas(self, height: int, width: int) -> None:
         """Raises DavspError unless the model sees a picture of this size without resampling it."""
-        if (height, width) != (self.canvas, self.canvas):
-            raise DavspError(
-                f"the canvas is {width}x{height} pixels, but {self.model_id} takes {self.canvas}x{self.canvas}: "
-                "use a prompt made for this model"
-            )
+        check_square(self, height, width)
 
     def token_inputs(self, ids: Int[Tensor, "b t"]) -> dict[str, Tensor]:
         """What else the model wants to know of the tokens."""
@@ -286,10 +275,10 @@ class LVLM:
         """
         for layer in layers:
             self.check_layer(layer)
-        tokens = self.encode(questions, self._placeholders(canvas))
+        tokens = self.encode(questions, self.placeholders(canvas))
         wants = isinstance(canvas, Tensor) and canvas.requires_grad and torch.is_grad_enabled()
         with torch.set_grad_enabled(wants), catching(self.layers, layers, tokens.last, stop=True) as caught:
-            self.model(**self._inputs(tokens, canvas), use_cache=False)
+            self.model(**self.inputs(tokens, canvas), use_cache=False)
         return torch.stack([caught[layer].to(self.device) for layer in layers], dim=1)
 
     def step(
@@ -308,8 +297,8 @@ class LVLM:
             DavspError: a layer outside 1 .. num_layers - 1, or a canvas of another size.
         """
         self.check_layer(layer)
-        tokens = self.encode(questions, self._placeholders(canvas), answers)
-        inputs = self._inputs(tokens, canvas) | {"use_cache": False}
+        tokens = self.encode(questions, self.placeholders(canvas), answers)
+        inputs = self.inputs(tokens, canvas) | {"use_cache": False}
         with catching(self.layers, [layer], tokens.last, stop=answers is None) as caught:
             if answers is not None:
                 before = torch.zeros_like(tokens.answer_mask)  # the logits at t - 1 foretell token t
@@ -342,7 +331,7 @@ class LVLM:
                 every answer token (test-time intervention, the paper's Table 5); a `Steer` can do more.
         """
         steer = steer or self.steer
-        tokens = self.encode(questions, self._placeholders(canvas), padding_side="left")
+        tokens = self.encode(questions, self.placeholders(canvas), padding_side="left")
         settings = GenerationConfig(
             do_sample=False,
             num_beams=1,
@@ -354,7 +343,7 @@ class LVLM:
         if steer:
             self.check_layer(steer[0])
         with steering(self.layers, *steer) if steer else nullcontext():
-            output = self.model.generate(**self._inputs(tokens, canvas, masked=True), generation_config=settings)
+            output = self.model.generate(**self.inputs(tokens, canvas, masked=True), generation_config=settings)
         answers = self.tokenizer.batch_decode(output[:, tokens.ids.shape[1] :], skip_special_tokens=True)
         return [answer.strip() for answer in answers]
 
@@ -362,7 +351,7 @@ class LVLM:
         """The same model, whose every answer is steered; nothing is copied but the reference to its weights.
 
         Raises:
-            DavspError: a layer outside 1 .. num_layers - 1, one that is steered already, or a model on a server.
+            DavspError: a layer outside 1 .. num_layers - 1, or a model that is steered already.
         """
         self.check_layer(steer.layer)
         if self.steer is not None:
@@ -374,7 +363,7 @@ class LVLM:
     def ask(self, canvas: Canvas | None, questions: Sequence[str], max_new_tokens: int = 48) -> list[Answer]:
         """What `generate` gives, and what each answer took. Tokens are counted as the model sees them, without padding."""
         texts = self.generate(canvas, questions, max_new_tokens=max_new_tokens)
-        pictures = self._placeholders(canvas) or [0] * len(texts)
+        pictures = self.placeholders(canvas) or [0] * len(texts)
         sizes = [len(self._prompt_ids(question, n)) for question, n in zip(questions, pictures, strict=True)]
         return [Answer(*one) for one in zip(texts, sizes, pictures, strict=True)]
 
@@ -383,16 +372,27 @@ class LVLM:
         if not 1 <= layer <= self.num_layers - 1:
             raise DavspError(f"layer {layer} is out of range: {self.model_id} has layers 1 to {self.num_layers - 1}")
 
-    def _placeholders(self, canvas: Canvas | None) -> Literal[False] | list[int]:
-        """How many image tokens each row takes; canvases are checked here, before anything is computed."""
+    def placeholders(self, canvas: Canvas | None) -> Literal[False] | list[int]:
+        """How many image tokens each row takes, as `encode` wants it; False without a picture.
+
+        Raises:
+            DavspError: a canvas of another size; it is found here, before anything is computed.
+        """
         if canvas is None:
             return False
         for one in canvas[:1] if isinstance(canvas, Tensor) else canvas:
             self.check_canvas(*one.shape[-2:])
         return [self.image_tokens(*one.shape[-2:]) for one in canvas]
 
-    def _inputs(self, tokens: Tokens, canvas: Canvas | None, masked: bool = False) -> dict[str, Any]:
-        # Right-padded and causal: nothing looks at the padding, and without a mask attention takes its fast path.
+    def inputs(self, tokens: Tokens, canvas: Canvas | None, masked: bool = False) -> dict[str, Any]:
+        """All arguments of the transformers model for one batch; carries the gradient to the canvas.
+
+        Args:
+            tokens: what `encode` gave for this canvas.
+            canvas: finished canvases in [0, 1], one a row; None for questions in words only.
+            masked: with the attention mask. Padding on the left needs it; right-padded and causal, nothing looks at the padding, and
+                without a mask attention takes its fast path.
+        """
         inputs: dict[str, Any] = {"input_ids": tokens.ids}
         if masked:
             inputs["attention_mask"] = tokens.mask
@@ -405,3 +405,17 @@ class LVLM:
             canvas = torch.stack(canvas) if len({one.shape for one in canvas}) == 1 else canvas
         pixels = self.pixel_inputs(canvas.to(self.device) if isinstance(canvas, Tensor) else canvas)
         return inputs | self.token_inputs(tokens.ids) | pixels
+
+
+def loaded(lvlm: AnsweringLVLM, refusal: str = NO_STATES) -> LVLM:
+    """The model, if it is loaded here: it has more than answers.
+
+    Args:
+        refusal: the sentence for a model on a server: what it does not give, and the mend.
+
+    Raises:
+        DavspError: it is on a server.
+    """
+    if not isinstance(lvlm, LVLM):
+        raise DavspError(refusal)
+    return lvlm

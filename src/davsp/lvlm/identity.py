@@ -1,8 +1,9 @@
-"""What a loaded model is called, and how to tell it from another."""
+"""What a model is called, and how to tell it from another."""
 
 from hashlib import sha256
 from pathlib import Path
 
+from davsp.lvlm.answering import AnsweringLVLM
 from davsp.lvlm.base import LVLM
 
 
@@ -12,16 +13,17 @@ def short_name(model_id: str) -> str:
     return path.resolve().name if path.is_dir() else model_id
 
 
-def model_name(lvlm: LVLM) -> str:
+def model_name(lvlm: AnsweringLVLM) -> str:
     """The model's name in tables."""
     return short_name(lvlm.model_id)
 
 
-def fingerprint(lvlm: LVLM) -> str:
+def fingerprint(lvlm: AnsweringLVLM) -> str:
     """A hash of the model, the first numbers of each of its tensors, and their number format; of a served one its address."""
-    digest = sha256(f"{model_name(lvlm)} {lvlm.revision} {lvlm.dtype} {lvlm.canvas}".encode())
-    if lvlm.server is not None:
-        digest.update(lvlm.server.encode())
+    dtype = lvlm.dtype if isinstance(lvlm, LVLM) else None
+    digest = sha256(f"{model_name(lvlm)} {lvlm.revision} {dtype} {lvlm.canvas}".encode())
+    if not isinstance(lvlm, LVLM):
+        digest.update(str(lvlm.server).encode())
         return digest.hexdigest()
     for name, tensor in lvlm.model.state_dict().items():
         digest.update(name.encode() + tensor.detach().flatten()[:64].float().cpu().numpy().tobytes())

@@ -29,7 +29,7 @@ def answer_losses(
     Raises:
         DavspError: an answer without a token, or a canvas of another size.
     """
-    tokens = lvlm.encode(questions, lvlm._placeholders(canvas), answers)
+    tokens = lvlm.encode(questions, lvlm.placeholders(canvas), answers)
     wanted = tokens.answer_mask.clone()
     wanted[torch.arange(len(questions)), _ends(tokens.answer_mask)] = False
     counts = wanted.sum(1)
@@ -37,7 +37,7 @@ def answer_losses(
         raise DavspError(f"the answer {answers[int(counts.argmin())]!r} holds no token of {lvlm.model_id}; give words")
     before = torch.zeros_like(wanted)  # the logits at t - 1 foretell token t
     before[:, :-1] = wanted[:, 1:]
-    logits = lvlm.model(**lvlm._inputs(tokens, canvas), use_cache=False, logits_to_keep=before).logits
+    logits = lvlm.model(**lvlm.inputs(tokens, canvas), use_cache=False, logits_to_keep=before).logits
     losses = cross_entropy(wide(logits), tokens.ids[wanted], reduction="none")
     return torch.stack([part.mean() for part in losses.split(counts.tolist())])
 

@@ -10,20 +10,17 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NoReturn
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from davsp.errors import DavspError
-from davsp.lvlm.base import LVLM, Answer
+from davsp.lvlm.answering import NO_STATES, Answer, check_square
 from davsp.lvlm.hooks import Steer
 from davsp.runtime.client import Client, Failure
 
-NO_STATES = "a server gives no hidden states; leave out the vector, or load the model here (--engine transformers)"
 
-
-class RemoteLVLM(LVLM):
-    """A served model. Attributes that only a loaded model has (weights, tokenizer, layers) are not there.
+class RemoteLVLM:
+    """A served model, an `AnsweringLVLM`. What only a loaded one has (weights, tokenizer, layers, gradients) is not there.
 
     Args:
         model: as the server calls it.
@@ -56,8 +53,9 @@ class RemoteLVLM(LVLM):
             "model", base_url, api_key_env, model,
             concurrency=concurrency, attempts=attempts, timeout=timeout, backoff=backoff,
         )  # fmt: skip
-        self.model_id, self.revision, self.server = model, None, self.client.where
-        self.canvas, self.dtype, self.device = canvas or 0, None, torch.device("cpu")
+        self.model_id, self.canvas = model, canvas or 0
+        self.revision: str | None = None
+        self.server: str | None = self.client.where
 
     def check_canvas(self, height: int, width: int) -> None:
         """Raises DavspError unless `canvas` was given and is this size: a server's own resampling would blur a border."""
@@ -66,13 +64,13 @@ class RemoteLVLM(LVLM):
                 f"the server does not say at what size {self.model_id} sees pictures; give its canvas (--canvas), so "
                 "that no visual prompt is resampled in silence."
             )
-        super().check_canvas(height, width)
+        check_square(self, height, width)
 
-    def preprocess(self, images: list[Image.Image]) -> list[bytes]:  # type: ignore[override]  # pictures as they travel
+    def preprocess(self, images: list[Image.Image]) -> list[bytes]:
         """Each picture as a PNG of its own size, no pixel changed."""
         return [_png(image) for image in images]
 
-    def generate(  # type: ignore[override]  # takes what `preprocess` gives
+    def generate(
         self,
         canvas: list[bytes] | None,
         questions: Sequence[str],
@@ -82,15 +80,13 @@ class RemoteLVLM(LVLM):
         """Greedy answers, in the order of the questions; as here, an answer is cut at `max_new_tokens`.
 
         Raises:
-            DavspError: an answer that could not be had after all attempts, or was filtered; none is made up.
+            DavspError: no answer came after all attempts, or it was filtered; none is made up.
         """
         if steer is not None:
-            raise DavspError(f"{NO_STATES}.")
+            raise DavspError(NO_STATES)
         return [answer.text for answer in self.ask(canvas, questions, max_new_tokens)]
 
-    def ask(  # type: ignore[override]  # takes what `preprocess` gives
-        self, canvas: list[bytes] | None, questions: Sequence[str], max_new_tokens: int = 48
-    ) -> list[Answer]:
+    def ask(self, canvas: list[bytes] | None, questions: Sequence[str], max_new_tokens: int = 48) -> list[Answer]:
         """As `generate`, with the prompt tokens that the server counted; it does not tell which of them are a picture's."""
         if canvas is not None and len(canvas) != len(questions):
             raise ValueError(f"{len(canvas)} pictures for {len(questions)} questions")
@@ -100,14 +96,14 @@ class RemoteLVLM(LVLM):
         }
         answers: dict[str, Answer] = {}
 
-        def keep(key: str, found: Answer | Failure) -> None:
-            if isinstance(found, Failure):
-                said = f": {found.raw[:200]}" if found.raw else ""
+        def keep(key: str, answer: Answer | Failure) -> None:
+            if isinstance(answer, Failure):
+                reply = f": {answer.raw[:200]}" if answer.raw else ""
                 raise DavspError(
-                    f"the model's server gave no answer to {questions[int(key)][:60]!r} ({found.reason}{said}); "
+                    f"the model's server gave no answer to {questions[int(key)][:60]!r} ({answer.reason}{reply}); "
                     "mend the server and run again to go on."
                 )
-            answers[key] = found
+            answers[key] = answer
 
         def body(key: str, unread: int) -> dict[str, Any]:
             return bodies[key]
@@ -117,13 +113,13 @@ class RemoteLVLM(LVLM):
 
     def states(self, *_: Any, **__: Any) -> NoReturn:
         """Raises DavspError: a server gives none."""
-        raise DavspError(f"{NO_STATES}.")
+        raise DavspError(NO_STATES)
 
     step = states
 
     def steered(self, steer: Steer) -> NoReturn:
         """Raises DavspError: what a server does not give cannot be changed."""
-        raise DavspError(f"{NO_STATES}.")
+        raise DavspError(NO_STATES)
 
     def _body(self, question: str, picture: bytes | None, max_new_tokens: int) -> dict[str, Any]:
         """Greedy, as `LVLM.generate`: a server would else take sampling and penalties from the checkpoint's settings."""
@@ -162,5 +158,5 @@ def read_answer(body: Any) -> Answer | Failure:
         return Failure(f"its reply holds no text, finish_reason {end!r}; a reasoning model needs more --max-new-tokens")
     usage = body.get("usage")
     counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-    said = text.strip().encode(errors="replace").decode()  # JSON may hold what UTF-8 can't
-    return Answer(said, counted if isinstance(counted, int) else None, None)
+    writable = text.strip().encode(errors="replace").decode()  # JSON may hold what UTF-8 can't
+    return Answer(writable, counted if isinstance(counted, int) else None, None)

@@ -30,6 +30,7 @@ from PIL import Image
 
 from davsp.defenses import NoDefense
 from davsp.errors import DavspError
+from davsp.lvlm import loaded
 from davsp.plugins.inspect_tasks import figstep, llava_bench, mm_safetybench, mm_vet, mme, vlguard
 from davsp.query import Query, Response, flatten, open_picture
 
@@ -115,7 +116,7 @@ class DavspAPI(ModelAPI):
         _check(tools, config)
         longest = config.max_tokens or MAX_NEW_TOKENS
         said = await self._said(_Asked(question(input), longest))
-        written = len(self.defended.lvlm.tokenizer(said.text, add_special_tokens=False)["input_ids"])
+        written = len(loaded(self.defended.lvlm).tokenizer(said.text, add_special_tokens=False)["input_ids"])
         read = said.prompt_tokens or 0
         message = ChatMessageAssistant(content=said.text, model=self.model_name, source="generate")
         return ModelOutput(

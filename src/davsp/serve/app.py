@@ -154,7 +154,7 @@ class Proxy:
             status, found, _ = await self.upstream.asked("POST", "/chat/completions", request.headers, sent)
             return status, found
 
-        lvlm = calls.Asked(body, before, self.settings.upstream, self.settings.canvas, post)
+        lvlm = calls.UpstreamLVLM(body, before, self.settings.upstream, self.settings.canvas, post)
         try:
             said = await self._in_thread(self.callers, calls.answer, self.defense, lvlm, question, picture, longest)
         finally:

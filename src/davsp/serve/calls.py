@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from davsp.defenses import Chain, Defense
-from davsp.lvlm.base import Answer
+from davsp.lvlm import Answer
 from davsp.lvlm.remote import RemoteLVLM, read_answer
 from davsp.query import Query
 from davsp.runtime.client import Failure
@@ -34,7 +34,7 @@ def asks_once(defense: Defense) -> bool:
     return type(defense).respond is Defense.respond
 
 
-class Asked(RemoteLVLM):
+class UpstreamLVLM(RemoteLVLM):
     """The upstream's model as one request asks it; each call goes through `post` on the proxy's loop.
 
     Args:
@@ -55,9 +55,7 @@ class Asked(RemoteLVLM):
         self.ends: dict[str, str] = {}
         self.stopped = False
 
-    def ask(  # type: ignore[override]  # takes what `preprocess` gives
-        self, canvas: list[bytes] | None, questions: Sequence[str], max_new_tokens: int = 48
-    ) -> list[Answer]:
+    def ask(self, canvas: list[bytes] | None, questions: Sequence[str], max_new_tokens: int = 48) -> list[Answer]:
         """One after the other: it is one request's questions.
 
         Raises:
@@ -136,7 +134,9 @@ def longest(body: dict[str, Any], otherwise: int) -> int:
     return otherwise
 
 
-def answer(defense: Defense, lvlm: Asked, question: str, picture: Image.Image | None, max_new_tokens: int) -> Said:
+def answer(
+    defense: Defense, lvlm: UpstreamLVLM, question: str, picture: Image.Image | None, max_new_tokens: int
+) -> Said:
     """Ask as often as the defense does. Runs in a thread, while the loop of `lvlm` goes on.
 
     Raises:

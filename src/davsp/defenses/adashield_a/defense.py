@@ -21,7 +21,7 @@ from davsp.defenses.adashield_a.pool import Pool
 from davsp.defenses.base import Defense
 from davsp.defenses.text import SafetyText
 from davsp.errors import DavspError
-from davsp.lvlm import LVLM
+from davsp.lvlm import AnsweringLVLM
 from davsp.query import Query
 from davsp.runtime.files import sha256_bytes, to_json
 
@@ -52,7 +52,7 @@ class AdaShieldA(Defense):
         """
         return cls(Pool.load(folder), name or "adashield-a")
 
-    def check(self, lvlm: LVLM) -> None:
+    def check(self, lvlm: AnsweringLVLM) -> None:
         """Loads the pool's encoder; raises DavspError if its keys are another model's own features."""
         if self.encoder is None:
             self.encoder = encoder_of(self.pool.config.encoder, lvlm)

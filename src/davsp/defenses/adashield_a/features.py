@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from davsp.errors import DavspError
-from davsp.lvlm import LVLM, fingerprint, model_name
+from davsp.lvlm import LVLM, AnsweringLVLM, fingerprint, loaded, model_name
 from davsp.lvlm.hooks import wide
 from davsp.query import Query
 
@@ -86,10 +86,8 @@ class LVLMEncoder:
     all questions would point one way. INFERRED as a whole: the paper's models use CLIP.
     """
 
-    def __init__(self, lvlm: LVLM) -> None:
-        if lvlm.server is not None:
-            raise DavspError(f"{lvlm.model_id} is on a server, which gives no features; make the pool with CLIP")
-        self.lvlm = lvlm
+    def __init__(self, lvlm: AnsweringLVLM) -> None:
+        self.lvlm = loaded(lvlm, f"{lvlm.model_id} is on a server, which gives no features; make the pool with CLIP")
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "own", "model": model_name(self.lvlm), "weights": fingerprint(self.lvlm)}
@@ -110,7 +108,7 @@ class LVLMEncoder:
     def _patches(self, canvas: Any, question: str) -> Float[Tensor, " d"]:
         """The mean of what stands for the picture where the first decoder block reads it."""
         entered: list[Tensor] = []
-        tokens = self.lvlm.encode([question], self.lvlm._placeholders(canvas))
+        tokens = self.lvlm.encode([question], self.lvlm.placeholders(canvas))
 
         def look(module: Any, inputs: Any, named: Any) -> None:
             entered.append(wide(inputs[0] if inputs else named["hidden_states"]))
@@ -118,7 +116,7 @@ class LVLMEncoder:
 
         handle = self.lvlm.layers[0].register_forward_pre_hook(look, with_kwargs=True)
         try:
-            self.lvlm.model(**self.lvlm._inputs(tokens, canvas), use_cache=False)
+            self.lvlm.model(**self.lvlm.inputs(tokens, canvas), use_cache=False)
         except _Enough:
             pass
         finally:
@@ -130,14 +128,14 @@ class _Enough(Exception):
     """Leaves the forward pass at the first block."""
 
 
-def encoder_of(described: dict[str, Any], lvlm: LVLM) -> Encoder:
+def encoder_of(described: dict[str, Any], lvlm: AnsweringLVLM) -> Encoder:
     """The encoder that a pool was made with.
 
     Raises:
         DavspError: its keys are of another model's own features, or it is not known.
     """
     if described.get("kind") == "clip":
-        device = "cpu" if lvlm.server is not None else lvlm.device
+        device = lvlm.device if isinstance(lvlm, LVLM) else "cpu"
         return ClipEncoder(described["model"], described.get("revision"), device)
     if described.get("kind") != "own":
         raise DavspError(f"the pool's encoder {described.get('kind')!r} is not known; make the pool anew")

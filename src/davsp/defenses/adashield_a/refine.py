@@ -33,7 +33,7 @@ from davsp.defenses.text import SafetyText
 from davsp.errors import DavspError, Interrupted
 from davsp.judges.keyword import keyword
 from davsp.judges.keyword_lists import ADASHIELD
-from davsp.lvlm import LVLM, fingerprint
+from davsp.lvlm import AnsweringLVLM, fingerprint
 from davsp.query import Query
 from davsp.runtime.files import alone, read_json, sha256_bytes, write_json
 from davsp.runtime.progress import bar
@@ -73,7 +73,7 @@ class RefineSettings(BaseModel):
 
 
 def make_pool(
-    lvlm: LVLM,
+    lvlm: AnsweringLVLM,
     malicious: Sequence[Query],
     defender: Defender,
     encoder: Encoder,
@@ -113,7 +113,7 @@ def make_pool(
 
 
 def _refined(
-    lvlm: LVLM,
+    lvlm: AnsweringLVLM,
     malicious: Sequence[Query],
     defender: Defender,
     settings: RefineSettings,
@@ -149,7 +149,9 @@ def _refined(
     return [Row(**row) for row in kept["rows"]], [query for query, _ in plan], identity
 
 
-def refine(lvlm: LVLM, query: Query, held: Sequence[Query], defender: Defender, settings: RefineSettings) -> Row:
+def refine(
+    lvlm: AnsweringLVLM, query: Query, held: Sequence[Query], defender: Defender, settings: RefineSettings
+) -> Row:
     """The loop of one training query, and the validation of what came of it on the queries `held`."""
     prompt, improvement, iteration = settings.start, "", 0
     first = response = _answers(lvlm, prompt, [query], settings)[0]
@@ -196,7 +198,7 @@ def draw(malicious: Sequence[Query], settings: RefineSettings) -> dict[str, tupl
     return drawn
 
 
-def _answers(lvlm: LVLM, prompt: str, queries: Sequence[Query], settings: RefineSettings) -> list[str]:
+def _answers(lvlm: AnsweringLVLM, prompt: str, queries: Sequence[Query], settings: RefineSettings) -> list[str]:
     defense = SafetyText(prompt, "adashield-a", settings.placement, settings.separator)
     return [response.text for response in defense.respond(lvlm, queries, max_new_tokens=settings.max_new_tokens)]
 

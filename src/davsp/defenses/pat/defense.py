@@ -21,7 +21,7 @@ import davsp
 from davsp.defenses.adashield_s import DAVSP
 from davsp.defenses.base import Defense
 from davsp.errors import DavspError
-from davsp.lvlm import LVLM
+from davsp.lvlm import LVLM, AnsweringLVLM
 from davsp.query import Query
 from davsp.runtime.config import read_config
 from davsp.runtime.files import write_json
@@ -94,9 +94,9 @@ class PAT(Defense):
         """Write `pat.json`."""
         write_json(Path(folder) / CONFIG, self.config.model_dump())
 
-    def check(self, lvlm: LVLM) -> None:
+    def check(self, lvlm: AnsweringLVLM) -> None:
         """Raises DavspError if the model's vocabulary lacks a word of it: the tokens would all be "unknown"."""
-        tokenizer = getattr(lvlm, "tokenizer", None)  # a served model shows none
+        tokenizer = lvlm.tokenizer if isinstance(lvlm, LVLM) else None  # a served model shows none
         if tokenizer is None or tokenizer.unk_token_id is None:
             return
         for word in f"{self.text} {self.control}".split():

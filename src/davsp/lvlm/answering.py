@@ -1,0 +1,67 @@
+"""What a defense needs of a model: that it answers. A model that is loaded here does, and so does one behind a server."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from PIL import Image
+
+from davsp.errors import DavspError
+
+NO_STATES = "a server gives no hidden states; leave out the vector, or load the model here (--engine transformers)."
+
+
+class Answer(NamedTuple):
+    """A greedy answer and what it took: tokens of its prompt, and how many of these stand for a picture; None: not known."""
+
+    text: str
+    prompt_tokens: int | None
+    image_tokens: int | None
+
+
+@runtime_checkable
+class AnsweringLVLM(Protocol):
+    """A vision-language model that takes pictures and questions and answers greedily.
+
+    `LVLM` (loaded here), `RemoteLVLM` (on a server) and the proxy's `UpstreamLVLM` are such. What else an evaluation wants (hidden
+    states, gradients, steering) only a loaded one gives: `loaded` tells.
+
+    Attributes:
+        model_id, revision: what it is, as the hub or its server calls it.
+        server: address of the server that runs it; None: it is loaded here.
+        canvas: side in pixels at which it sees a picture without resampling; 0: not known.
+    """
+
+    model_id: str
+    revision: str | None
+    server: str | None
+    canvas: int
+
+    def check_canvas(self, height: int, width: int) -> None:
+        """Raises DavspError unless the model sees a picture of this size without resampling it."""
+        ...
+
+    def preprocess(self, images: list[Image.Image]) -> Any:
+        """Pictures as this model's `ask` takes them: a tensor or a list of them here, PNG files for a server."""
+        ...
+
+    def ask(self, canvas: Any, questions: Sequence[str], max_new_tokens: int = 48) -> list[Answer]:
+        """The greedy answers in the order of the questions.
+
+        Args:
+            canvas: what `preprocess` gave for one picture a question; None for questions in words only.
+            questions: as the model is to read them, any safety text included.
+            max_new_tokens: an answer is cut there.
+
+        Raises:
+            DavspError: there is no answer; none is made up.
+        """
+        ...
+
+
+def check_square(lvlm: AnsweringLVLM, height: int, width: int) -> None:
+    """Raises DavspError unless a picture is the square that the model sees without resampling."""
+    if (height, width) != (lvlm.canvas, lvlm.canvas):
+        raise DavspError(
+            f"the canvas is {width}x{height} pixels, but {lvlm.model_id} takes {lvlm.canvas}x{lvlm.canvas}: "
+            "use a prompt made for this model"
+        )
