@@ -1,36 +1,63 @@
-"""Shapes and types of every signature are checked while the tests run."""
+"""Shapes and types of every signature are checked while the tests run. Models and data that many tests read are made once a worker.
+
+davsp and torch are imported inside the fixtures: the process that only hands out tests to pytest-xdist's workers needs neither.
+"""
 
 import os
+import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may reach the hub
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, here and in every program that a test starts
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with Ctrl-C ignored
 
 import jaxtyping
 import pytest
 
 jaxtyping.install_import_hook("davsp", "checker.checked")  # before davsp is imported
 
-import torch  # noqa: E402
-
-from davsp import LVLM, HarmfulnessVector  # noqa: E402
-from tiny import queries, save_tiny  # noqa: E402
-
-torch.set_num_threads(1)
+if TYPE_CHECKING:
+    from davsp import LVLM, HarmfulnessVector
+    from davsp.embedded.data import Protocol
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder of the tiny model."""
+    from tiny import save_tiny
+
     return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")
-def lvlm(tiny_folder: Path) -> LVLM:
+def lvlm(tiny_folder: Path) -> "LVLM":
     """The tiny model, loaded as any checkpoint is."""
+    from davsp import LVLM
+
     return LVLM.from_pretrained(tiny_folder, device_map="cpu")
 
 
 @pytest.fixture(scope="session")
-def vector(lvlm: LVLM) -> HarmfulnessVector:
+def vector(lvlm: "LVLM") -> "HarmfulnessVector":
     """A harmfulness vector of the tiny model."""
+    from davsp import HarmfulnessVector
+    from tiny import queries
+
     return HarmfulnessVector.fit(lvlm, queries("malicious", 8), queries("benign", 8), progress=False)
+
+
+@pytest.fixture(scope="session")
+def mini() -> "LVLM":
+    """davsp-mini, the model that ships."""
+    from davsp import embedded
+
+    return embedded.load(device_map="cpu")
+
+
+@pytest.fixture(scope="session")
+def protocol() -> "Protocol":
+    """davsp-mini's data of seed 0 in full size; it takes seconds to draw."""
+    from davsp import embedded
+
+    return embedded.protocol(0)
