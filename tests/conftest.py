@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may reach the hub
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, here and in every program that a test starts
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with Ctrl-C ignored
 
 import jaxtyping
 import pytest
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with Ctrl-C ignored
 jaxtyping.install_import_hook("davsp", "checker.checked")  # before davsp is imported
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def mini() -> "LVLM":
 
 @pytest.fixture(scope="session")
 def protocol() -> "Protocol":
-    """davsp-mini's data of seed 0 in full size; it takes seconds to draw."""
+    """The vector's data and the test of davsp-mini's seed 0, whole; no test trains on it, so there is hardly more (drawing takes seconds)."""
     from davsp import embedded
 
-    return embedded.protocol(0)
+    return embedded.protocol(0, sweep=1, train=1)

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from davsp import LVLM, DavspError, HarmfulnessVector, Query, VisualSafetyPrompt, embedded
+from davsp import LVLM, DavspError, HarmfulnessVector, Query, VisualSafetyPrompt
 from davsp.defenses import ECSO, NoDefense, SafetyText, VisualPrompt
 from davsp.embedded import questions
+from davsp.embedded.data import Protocol
 from davsp.embedded.ecso import TEMPLATES
 from davsp.embedded.words import Pair
 from davsp.evaluation import evaluate
@@ -188,7 +189,7 @@ def test_on_a_server_as_here(lvlm: LVLM, monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert {r.prompt_tokens for r in found} == {None}  # this server counts nothing
 
 
-def test_davsp_mini_knows_these_questions() -> None:
+def test_davsp_mini_knows_these_questions(mini: LVLM, protocol: Protocol) -> None:
     """It was trained on them: the templates give the very texts, and ECSO makes it refuse what it would answer."""
     rng, pair = random.Random(0), Pair("steal", "car")
     judged = {questions.judge_turn(rng, pair)[0] for _ in range(200)}
@@ -199,8 +200,7 @@ def test_davsp_mini_knows_these_questions() -> None:
     )
     assert asked in hinted and TEMPLATES.caption in questions.DESCRIBE
 
-    mini = embedded.load(device_map="cpu")
-    bad = [q for q in embedded.protocol(0).test if q.benchmark == "typo"][:8]
+    bad = [q for q in protocol.test if q.benchmark == "typo"][:8]
     plain = NoDefense().respond(mini, bad)
     fooled = [q for q, r in zip(bad, plain, strict=True) if not refused(r.text)]
     assert len(fooled) >= 3

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from davsp import LVLM, DavspError, HarmfulnessVector, VisualSafetyPrompt, embedded
+from davsp import LVLM, DavspError, HarmfulnessVector, VisualSafetyPrompt
 from davsp.defenses import ECSO, Chain, Intervention, NoDefense, SafetyText, VisualPrompt
+from davsp.embedded.data import Protocol
 from davsp.judges import refused
 from davsp.lvlm import Steer
 from davsp.lvlm.hooks import steering
@@ -118,9 +119,8 @@ def test_misuse_is_said(lvlm: LVLM, vector: HarmfulnessVector, monkeypatch: pyte
         assert not server.bodies
 
 
-def test_it_moves_davsp_mini_both_ways() -> None:
+def test_it_moves_davsp_mini_both_ways(mini: LVLM, protocol: Protocol) -> None:
     """The paper's Table 5 in small: more is refused with the projection raised, less with it lowered."""
-    mini, protocol = embedded.load(device_map="cpu"), embedded.protocol(0)
     vector = HarmfulnessVector.fit(
         mini, protocol.vector_malicious[:24], protocol.vector_benign[:24], progress=False
     ).use_layer(3)

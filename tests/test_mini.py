@@ -3,7 +3,6 @@
 import json
 import re
 
-import pytest
 import torch
 
 from davsp import embedded
@@ -12,11 +11,6 @@ from davsp.embedded.card import skills
 from davsp.evaluation import evaluate
 from davsp.lvlm import LVLM
 from davsp.runtime.files import sha256
-
-
-@pytest.fixture(scope="module")
-def mini() -> LVLM:
-    return embedded.load(device_map="cpu")
 
 
 def test_it_is_small_and_its_card_is_of_these_weights():

@@ -11,7 +11,7 @@ from random import Random
 import pytest
 import torch
 
-from davsp import LVLM, DavspError, Query, embedded
+from davsp import LVLM, DavspError, Query
 from davsp.defenses.pat import PatSettings, train, train_pat
 from davsp.defenses.pat.defense import CONFIG, PAT, PUBLISHED
 from davsp.defenses.pat.search import Search, allowed_tokens
@@ -79,7 +79,7 @@ def test_loss_is_of_the_rows_as_deployed(lvlm: LVLM) -> None:
     assert float(found["loss"]) == pytest.approx(float(0.8 * refusal + 0.2 * kept), rel=1e-4)
 
 
-def test_candidates_are_ordinary_words_one_away_from_the_present_ones(lvlm: LVLM) -> None:
+def test_candidates_are_ordinary_words_one_away_from_the_present_ones(lvlm: LVLM, mini: LVLM) -> None:
     one = search(lvlm)
     state = one.start()
     found = one._candidates("defence", state, Random(0))
@@ -88,7 +88,6 @@ def test_candidates_are_ordinary_words_one_away_from_the_present_ones(lvlm: LVLM
         words = text.split()
         assert len(words) == 4 and sum(word != "please" for word in words) == 1
         assert not set(words) & set(SPECIAL)
-    mini = embedded.load()
     allowed = allowed_tokens(mini)
     words = {mini.tokenizer.decode([i]) for i in allowed.nonzero().flatten().tolist()}
     assert {"!", "picture", "sorry"} <= words and not words & {"<image>", "<unk>", "user:", "assistant:", "<s>"}

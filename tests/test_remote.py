@@ -8,16 +8,12 @@ import pytest
 
 from davsp import LVLM, DavspError, HarmfulnessVector, Query, VisualSafetyPrompt, embedded
 from davsp.defenses import Defense, NoDefense, SafetyText, VisualPrompt
+from davsp.embedded.data import Protocol
 from davsp.evaluation import evaluate
 from davsp.lvlm import fingerprint
 from davsp.lvlm.remote import RemoteLVLM
 from model_server import ModelServer, model_server
 from tiny import queries
-
-
-@pytest.fixture(scope="module")
-def mini() -> LVLM:
-    return embedded.load(device_map="cpu")
 
 
 @pytest.fixture
@@ -31,11 +27,13 @@ def remote(server: ModelServer, **options: Any) -> RemoteLVLM:
     return RemoteLVLM("org/m", server.url, **{"attempts": 3, "backoff": 0.01, "concurrency": 4} | options)
 
 
-def test_davsp_mini_served_answers_as_here(mini: LVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_davsp_mini_served_answers_as_here(
+    mini: LVLM, protocol: Protocol, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Undefended pictures of any size, a border's canvas, a text alone, questions in words."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     asked = [
-        *embedded.protocol(0).test[::23],
+        *protocol.test[::23],
         Query("w", "what colour is the car ?", "benign", "utility", reference="red"),
     ]
     border = VisualSafetyPrompt.create(mini.canvas, embedded.PADDING, "random", text=embedded.SAFETY_TEXT)

@@ -12,6 +12,7 @@ import pytest
 
 from davsp import LVLM, Query, VisualSafetyPrompt, embedded
 from davsp.defenses import ECSO, Defense, NoDefense, VisualPrompt
+from davsp.embedded.data import Protocol
 from davsp.embedded.ecso import TEMPLATES
 from davsp.serve.app import HASH, Proxy
 from davsp.serve.probe import probe
@@ -20,12 +21,6 @@ from proxy import data_url, image_part, listening, text_part, user
 from test_cli import run
 
 TOKENS = 12
-PROTOCOL = embedded.protocol(0)
-
-
-@pytest.fixture(scope="module")
-def mini() -> LVLM:
-    return embedded.load(device_map="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +28,15 @@ def prompt(mini: LVLM) -> VisualSafetyPrompt:
     return VisualSafetyPrompt.create(mini.canvas, embedded.PADDING, "random", text=embedded.SAFETY_TEXT).quantised()
 
 
-def asked() -> list[Query]:
-    return [*PROTOCOL.test[::80], Query("w", "what colour is the car ?", "benign", "utility")]
+@pytest.fixture(scope="module")
+def asked(protocol: Protocol) -> list[Query]:
+    return [*protocol.test[::80], Query("w", "what colour is the car ?", "benign", "utility")]
+
+
+@pytest.fixture(scope="module")
+def want(mini: LVLM, prompt: VisualSafetyPrompt, asked: list[Query]) -> list[str]:
+    """The defended answers, as `davsp eval` has them."""
+    return offline(mini, VisualPrompt(prompt), asked)
 
 
 def message(query: Query) -> dict[str, Any]:
@@ -66,30 +68,29 @@ def served(prompt: VisualSafetyPrompt, tmp_path_factory: pytest.TempPathFactory)
                 yield model, url, said.getvalue()
 
 
-def offline(mini: LVLM, defense: Defense) -> list[str]:
-    return [response.text for response in defense.respond(mini, asked(), max_new_tokens=TOKENS)]
+def offline(mini: LVLM, defense: Defense, asked: list[Query]) -> list[str]:
+    return [response.text for response in defense.respond(mini, asked, max_new_tokens=TOKENS)]
 
 
 def options(model: str, query: Query) -> dict[str, Any]:
     return {"model": model, "messages": [message(query)], "max_tokens": TOKENS, "temperature": 0}
 
 
-def test_openai_client_gets_the_answers_of_eval(served, mini, prompt):
+def test_openai_client_gets_the_answers_of_eval(served, mini, prompt, asked, want):
     _, url, said = served
-    want = offline(mini, VisualPrompt(prompt))
-    assert len(set(want)) > 2 and want != offline(mini, NoDefense())
+    assert len(set(want)) > 2 and want != offline(mini, NoDefense(), asked)
     with openai.OpenAI(base_url=url, api_key="secret-1") as client:
         (model,) = (found.id for found in client.models.list())
         assert model == f"davsp-mini+davsp-{VisualPrompt(prompt).sha256()[:12]}"
-        found = [client.chat.completions.with_raw_response.create(**options(model, query)) for query in asked()]
+        found = [client.chat.completions.with_raw_response.create(**options(model, query)) for query in asked]
         assert [one.parse().choices[0].message.content for one in found] == want
         assert {one.headers[HASH] for one in found} == {VisualPrompt(prompt).sha256()}
-        stream = client.chat.completions.create(**options(model, asked()[0]), stream=True)
+        stream = client.chat.completions.create(**options(model, asked[0]), stream=True)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == want[0]
         with pytest.raises(openai.NotFoundError, match=r"under this defense it is .davsp-mini\+davsp-"):
-            client.chat.completions.create(**options("davsp-mini", asked()[0]))
+            client.chat.completions.create(**options("davsp-mini", asked[0]))
         with pytest.raises(openai.BadRequestError, match="takes one picture"):  # the upstream's own words
-            client.chat.completions.create(model=model, messages=[user(*message(asked()[0])["content"] * 2)])
+            client.chat.completions.create(model=model, messages=[user(*message(asked[0])["content"] * 2)])
     with (
         openai.OpenAI(base_url=url, api_key="secret-2", max_retries=0) as wrong,
         pytest.raises(openai.AuthenticationError),
@@ -99,29 +100,28 @@ def test_openai_client_gets_the_answers_of_eval(served, mini, prompt):
         f"canvas of {mini.canvas}x{mini.canvas} pixels as it is sent, to the pixel" in said
         and model.split("+")[1] in said
     )
-    assert not any(query.question in said for query in asked())
+    assert not any(query.question in said for query in asked)
 
 
-def test_async_client(served, mini, prompt):
+def test_async_client(served, prompt, asked, want):
     _, url, _ = served
     model = f"davsp-mini+davsp-{VisualPrompt(prompt).sha256()[:12]}"
 
     async def ask() -> list[str]:
         async with openai.AsyncOpenAI(base_url=url, api_key="secret-1") as client:
-            found = await asyncio.gather(*(client.chat.completions.create(**options(model, q)) for q in asked()[-3:]))
+            found = await asyncio.gather(*(client.chat.completions.create(**options(model, q)) for q in asked[-3:]))
             stream = await client.chat.completions.create(
-                **options(model, asked()[0]), stream=True, stream_options={"include_usage": True}
+                **options(model, asked[0]), stream=True, stream_options={"include_usage": True}
             )
             chunks = [chunk async for chunk in stream]
             assert chunks[-1].usage.prompt_tokens > 144
             text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
             return [*(one.choices[0].message.content for one in found), text]
 
-    want = offline(mini, VisualPrompt(prompt))
     assert asyncio.run(ask()) == [*want[-3:], want[0]]
 
 
-def test_ecso_and_adaptive_give_the_answers_of_eval(served, mini, prompt):
+def test_ecso_and_adaptive_give_the_answers_of_eval(served, mini, prompt, asked):
     davsp, calls = VisualPrompt(prompt), set()
     doubtful = replace(TEMPLATES, harm="{query}")  # answered by neither yes nor no, which counts as harmful
     for defense in (
@@ -131,8 +131,8 @@ def test_ecso_and_adaptive_give_the_answers_of_eval(served, mini, prompt):
     ):
         proxy = Proxy(defense, ServeSettings.of(upstream=served[0], canvas=mini.canvas))
         with listening(proxy.app) as url, openai.OpenAI(base_url=url, api_key="any") as client:
-            found = [client.chat.completions.create(**options("davsp-mini" + proxy.suffix, q)) for q in asked()]
-        responses = defense.respond(mini, asked(), max_new_tokens=TOKENS)
+            found = [client.chat.completions.create(**options("davsp-mini" + proxy.suffix, q)) for q in asked]
+        responses = defense.respond(mini, asked, max_new_tokens=TOKENS)
         assert [one.choices[0].message.content for one in found] == [response.text for response in responses]
         calls |= {response.calls for response in responses}
         assert [one.usage.prompt_tokens for one in found] == [response.prompt_tokens for response in responses]
