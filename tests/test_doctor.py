@@ -64,8 +64,8 @@ def test_in_python_too(broken: Path):
 
 
 def test_only_a_torchvision_that_fails_is_blamed(monkeypatch):
-    def state(found: str) -> None:
-        monkeypatch.setattr(doctor, "_torchvision", lambda: Finding("optional", "torchvision", "x", found, "mend it"))
+    def state(state: str) -> None:
+        monkeypatch.setattr(doctor, "_torchvision", lambda: Finding("optional", "torchvision", "x", state, "mend it"))
 
     error = ModuleNotFoundError("Could not import module 'LlavaForConditionalGeneration'.")
     state("broken")
@@ -87,32 +87,32 @@ def test_a_package_that_is_missing_or_too_old_is_broken(imports_work, monkeypatc
     assert {f.part: f.state for f in examine() if f.state == "broken"} == {}
     real, other = doctor._version, {"torch": "1.0", "tokenizers": None}
     monkeypatch.setattr(doctor, "_version", lambda name: other.get(name, real(name)))
-    found = by_part(examine())
-    assert found["torch"].state == found["tokenizers"].state == "broken"
-    assert "1.0, not >=" in found["torch"].found and found["torch"].mend.startswith("pip install 'torch>=")
-    assert found["tokenizers"].found == "missing"
-    assert {"python", "davsp", "torch", "transformers", "accelerate", "pillow", "safetensors"} <= set(found)
+    parts = by_part(examine())
+    assert parts["torch"].state == parts["tokenizers"].state == "broken"
+    assert "1.0, not >=" in parts["torch"].detail and parts["torch"].mend.startswith("pip install 'torch>=")
+    assert parts["tokenizers"].detail == "missing"
+    assert {"python", "davsp", "torch", "transformers", "accelerate", "pillow", "safetensors"} <= set(parts)
 
 
 def test_optional_parts_say_how_to_get_them(imports_work, monkeypatch):
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
     monkeypatch.setattr(doctor, "_version", lambda name: None if name == "pytest" else "99")
-    found = by_part(examine())
-    assert found["torchvision"].state == found["bitsandbytes"].state == found["davsp[dev]"].state == "absent"
-    assert "pip install bitsandbytes" in found["bitsandbytes"].mend
-    assert found["davsp[dev]"].found == "lacks pytest" and "davsp[dev]" in found["davsp[dev]"].mend
+    parts = by_part(examine())
+    assert parts["torchvision"].state == parts["bitsandbytes"].state == parts["davsp[dev]"].state == "absent"
+    assert "pip install bitsandbytes" in parts["bitsandbytes"].mend
+    assert parts["davsp[dev]"].detail == "lacks pytest" and "davsp[dev]" in parts["davsp[dev]"].mend
     monkeypatch.setattr(doctor, "find_spec", lambda name: SimpleNamespace())
-    assert by_part(examine())["bitsandbytes"].found == "99"
+    assert by_part(examine())["bitsandbytes"].detail == "99"
     monkeypatch.setattr(doctor, "_failure", lambda code: "ImportError: no libcudart")
-    found = by_part(examine())
-    assert found["bitsandbytes"].state == "broken" and "no libcudart" in found["bitsandbytes"].found
-    assert found["transformers"].state == "broken"
+    parts = by_part(examine())
+    assert parts["bitsandbytes"].state == "broken" and "no libcudart" in parts["bitsandbytes"].detail
+    assert parts["transformers"].state == "broken"
 
 
 def test_devices(imports_work, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = by_part(examine())
-    assert found["cuda"].state == "absent" and found["cuda"].mend and "threads" in found["cpu"].found
+    parts = by_part(examine())
+    assert parts["cuda"].state == "absent" and parts["cuda"].mend and "threads" in parts["cpu"].detail
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     card = SimpleNamespace(name="A card", total_memory=80 * 2**30)
@@ -125,9 +125,9 @@ def test_devices(imports_work, monkeypatch):
         return zeros(*size)
 
     monkeypatch.setattr(torch, "zeros", put)
-    found = by_part(examine())
-    assert found["cuda:0"].found == "A card, 80 GiB" and found["cuda:0"].state == "good" and "cuda" not in found
-    assert found["cuda:1"].state == "broken" and found["cuda:1"].found == "CUDA error: no kernel image"
+    parts = by_part(examine())
+    assert parts["cuda:0"].detail == "A card, 80 GiB" and parts["cuda:0"].state == "good" and "cuda" not in parts
+    assert parts["cuda:1"].state == "broken" and parts["cuda:1"].detail == "CUDA error: no kernel image"
 
 
 def test_what_a_fresh_python_says():

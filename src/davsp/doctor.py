@@ -24,11 +24,11 @@ SECONDS = 300  # a first import of torch from a slow disk takes a minute
 
 @dataclass(frozen=True)
 class Finding:
-    """One row: a part, what was found of it, whether davsp can use it ("absent": it can do without), and the mend."""
+    """One row: a part, what is there of it, whether davsp can use it ("absent": it can do without), and the mend."""
 
     section: Literal["needed", "devices", "optional"]
     part: str
-    found: str
+    detail: str
     state: Literal["good", "absent", "broken"] = "good"
     mend: str = ""
 
@@ -44,17 +44,18 @@ def examine() -> list[Finding]:
 
 def print_findings(console: "Console", findings: list[Finding]) -> None:
     """One table with a section a kind, and a last line that says whether all can be used."""
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table("", "found", "", "what to do")
+    from davsp.runtime.table import TextTable
+
+    table = TextTable("part", "what is here", "state", "what to do", right=False)
     colours = {"good": "green", "absent": "dim", "broken": "bold red"}
     for before, finding in zip([None, *findings], findings, strict=False):
         if before and before.section != finding.section:
             table.add_section()
         state = Text(finding.state, colours[finding.state])
-        table.add_row(Text(finding.part), Text(finding.found), state, Text(finding.mend))  # davsp[dev] is no markup
-    console.print(table)
+        table.add_row(Text(finding.part), Text(finding.detail), state, Text(finding.mend))  # davsp[dev] is no markup
+    table.print(console)
     broken = [finding.part for finding in findings if finding.state == "broken"]
     console.print(f"broken: {', '.join(broken)}" if broken else "all that davsp needs can be used", markup=False)
 
@@ -73,7 +74,7 @@ def explain_import_error(error: BaseException) -> str | None:
     if torchvision.state != "broken":
         return None
     return (
-        f"torchvision {torchvision.found} beside torch {_version('torch') or ''}, and transformers fails with it: "
+        f"torchvision {torchvision.detail} beside torch {_version('torch') or ''}, and transformers fails with it: "
         f"{torchvision.mend}; `davsp doctor` shows what else is installed."
     )
 

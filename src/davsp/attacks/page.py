@@ -9,7 +9,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from davsp.attacks.checks import Check
@@ -22,6 +21,7 @@ from davsp.report.cells import label
 from davsp.report.html import uri
 from davsp.report.plots import MARKERS, STYLE, colour, svg
 from davsp.runtime.files import write_text
+from davsp.runtime.table import TextTable
 
 Rows = Sequence[Mapping[str, Any]]
 MARKS = {"good": "✓", "doubt": "?", "not run": "–"}
@@ -109,12 +109,11 @@ def check_table(done: Sequence[Attacked], found: Sequence[Check]) -> tuple[list[
 def print_tables(console: Console, rows: Rows, done: Sequence[Attacked], found: Sequence[Check]) -> None:
     """The worst case of each defense, and every mark that gives doubt."""
     heading, lines = worst_table(rows, done)
-    made = Table(
-        *heading, caption="RSR in percent, 95 % interval; picture: the worst case over attacks of at most that size"
-    )
+    caption = "RSR in percent, 95 % interval; picture: the worst case over attacks of at most that size"
+    table = TextTable(*heading, right=False, caption=caption)
     for line in lines:
-        made.add_row(*(Text(cell.replace(" [", "\n[")) for cell in line))
-    console.print(made)
+        table.add_row(*(Text(cell.replace(" [", "\n[")) for cell in line))
+    table.print(console)
     for check in found:
         if check.state == "doubt":
             console.print(

@@ -24,15 +24,15 @@ def check(
     """Count benchmarks against the published numbers and look at every picture (exit code 2 if anything is wrong)."""
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
     from davsp.benchmarks import BENCHMARKS, check
     from davsp.benchmarks.source import MARK
     from davsp.runtime.files import sha256_bytes
+    from davsp.runtime.table import TextTable
 
     console = Console()
     reports = check(root)
-    table = Table("data set", "folder", "layout", "counts", "broken", "index, sha256")
+    table = TextTable("data set", "folder", "layout", "counts", "broken", "index, sha256", right=False)
     for report in reports:
         whole = len(report.counts) - len(report.short)
         against = "drawn" if (report.root / MARK).exists() else "published"
@@ -46,7 +46,7 @@ def check(
         cells = (report.benchmark, str(report.root), report.layout, counts, str(len(report.broken)))
         table.add_row(*(f"{state}{escape(cell)}" for cell in cells), escape(listed))
     if reports:
-        console.print(table)
+        table.print(console)
     for report in reports:
         name = escape(report.benchmark)
         for count in report.counts if every else report.short:

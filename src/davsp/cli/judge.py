@@ -95,16 +95,15 @@ def _print(console: "Console", found: "Rescored") -> None:
     """Rates by defense and benchmark with how many answers were scored, why others were not, and the agreement."""
     from collections import Counter
 
-    from rich.table import Table
-
     from davsp.judges.base import is_unscored
     from davsp.metrics import WORST
     from davsp.report.cells import BENCHMARKS, defenses, find, label, percent
     from davsp.report.terminal import print_scores
+    from davsp.runtime.table import TextTable
 
-    table = Table(caption="percent; interval 95 %; worst case: every unscored answer counted as unsafe")
-    for heading in ("Defense", "Benchmark", "n", "unscored", "RSR", "95 %", "worst case"):
-        table.add_column(heading, justify="left" if heading in ("Defense", "Benchmark") else "right")
+    headings = ("Defense", "Benchmark", "n", "unscored", "RSR", "95 %", "worst case")
+    caption = "percent; interval 95 %; worst case: every unscored answer counted as unsafe"
+    table = TextTable(*headings, keys=2, caption=caption)
     order = defenses(found.rows)
     for row in sorted(
         (r for r in found.rows if r["metric"] == "rsr" and r["split"] == "total"),
@@ -122,8 +121,8 @@ def _print(console: "Console", found: "Rescored") -> None:
             "–" if row["value"] is None else f"{percent(row['low'])}–{percent(row['high'])}",
             percent(worst["value"]),
         )
-    if table.row_count:
-        console.print(table)
+    if table.rows:
+        table.print(console)
     print_scores(console, found.rows)
     said = [one for by_defense in (found.verdicts, found.grades) for group in by_defense.values() for one in group]
     reasons = Counter(one.reason for one in said if is_unscored(one))

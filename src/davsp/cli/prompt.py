@@ -42,32 +42,33 @@ def info(
 ) -> None:
     """What a prompt is: model, sizes, layer, margins, text, data hashes, figures. Checks the files' hashes and each against the others."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.text import Text
 
     from davsp.defenses.adashield_a.pool import CONFIG as POOL
     from davsp.defenses.adashield_a.pool import Pool
     from davsp.defenses.pat.defense import CONFIG, PAT
     from davsp.prompts import load_prompt, saved_files
+    from davsp.runtime.table import TextTable
 
     if (prompt / POOL).exists():
         pool = Pool.load(prompt)
-        Console().print(pool.table())
+        pool.table().print(Console())
         print(f"{pool.summary()}; beta {pool.config.beta}, keys by {pool.config.encoder['kind']}")
         return
     if (prompt / CONFIG).exists():
         Console().print_json(data=PAT.load(prompt).config.model_dump())
         return
     loaded = load_prompt(prompt)
-    table = Table(show_header=False, box=None)
+    table = TextTable("field", "value", right=False, frame=False)
     for name, value in loaded.config.items():
         if name == "measured":
             continue
         if isinstance(value, dict):
             for inner, v in value.items():
-                table.add_row(f"{name}.{inner}", f"{v:.4g}" if isinstance(v, float) else str(v))
+                table.add_row(f"{name}.{inner}", Text(f"{v:.4g}" if isinstance(v, float) else str(v)))
         else:
-            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
-    Console().print(table)
+            table.add_row(name, Text(f"{value:.4g}" if isinstance(value, float) else str(value)))
+    table.print(Console())
     if told := loaded.config.get("measured"):
         _print_measured(told)
     agree = {
@@ -83,19 +84,19 @@ def info(
 def _print_measured(told: dict[str, Any]) -> None:
     """The table that the card has."""
     from rich.console import Console
-    from rich.table import Table
 
     from davsp.prompts.measured import shown
+    from davsp.runtime.table import TextTable
 
     at = f" at {told['revision']}" if told["revision"] else ""
     judges = ", ".join(told["judges"]) or "their words"
-    table = Table(title=f"measured on {told['model']}{at}, {told['queries']} queries, judged by {judges}")
-    for heading in ("benchmark", "figure", "n", "no defense", "this prompt", "difference"):
-        table.add_column(heading, justify="left" if heading in ("benchmark", "figure") else "right")
+    headings = ("benchmark", "figure", "n", "no defense", "this prompt", "difference")
+    title = f"measured on {told['model']}{at}, {told['queries']} queries, judged by {judges}"
+    table = TextTable(*headings, keys=2, title=title)
     for row in told["figures"]:
         values = shown(row["without"]), shown(row["value"]), shown(row["difference"], sign=True)
         table.add_row(row["benchmark"], row["metric"], str(row["n"]), *values)
-    Console().print(table)
+    table.print(Console())
     for name, digest in told["files"].items():
         print(f"of the run, {name}: SHA-256 {digest}")
 
@@ -143,18 +144,18 @@ def import_published(
 ) -> None:
     """Bring the authors' border into davsp's form, and say how much of it no picture can hold."""
     from rich.console import Console
-    from rich.table import Table
 
     from davsp.prompts.published import published_prompt, save_published
+    from davsp.runtime.table import TextTable
 
     prompt, overshoot = published_prompt(pt, padding, form, model, text, layer)
     save_published(prompt, out)
-    table = Table(title="border values outside [0, 1]", caption="overshoot of those outside, in grey levels of 255")
-    for heading in ("channel", "values", "outside", "share", "largest", "mean"):
-        table.add_column(heading, justify="left" if heading == "channel" else "right")
+    headings = ("channel", "values", "outside", "share", "largest", "mean")
+    caption = "overshoot of those outside, in grey levels of 255"
+    table = TextTable(*headings, title="border values outside [0, 1]", caption=caption)
     for row in overshoot:
         figures = f"{row.values}", f"{row.outside}", f"{row.share:.2%}", f"{row.largest:.2f}", f"{row.mean:.2f}"
         table.add_row(row.channel, *figures)
-    Console().print(table)
+    table.print(Console())
     done = {"displayable": "clamped to [0, 1] and rounded to 8 bit", "exact": "kept as floats; it is no picture"}
     print(f"saved to {out}: {prompt.canvas} x {prompt.canvas} pixels, padding {padding}, {done[form]}")

@@ -300,12 +300,13 @@ def settings_of(cls: type, values: dict[str, Any]) -> Any:
 
 def _print_layers(vector: Any) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table("layer", "AUROC", "malicious", "benign", "d'", title="harmfulness vector, held-out queries")
+    from davsp.runtime.table import TextTable
+
+    table = TextTable("layer", "AUROC", "malicious", "benign", "d'", title="harmfulness vector, held-out queries")
     for row in vector.table:
         mark = "bold" if int(row["layer"]) == vector.layer else ""
         cells = [f"{row['layer']:.0f}", *(f"{row[k]:.3f}" for k in ("auroc", "mean_malicious", "mean_benign", "gap"))]
         table.add_row(*cells, style=mark)
     if vector.table:
-        Console().print(table)
+        table.print(Console())

@@ -12,13 +12,13 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict
-from rich.table import Table
 from torch import Tensor
 
 import davsp
 from davsp.errors import DavspError
 from davsp.runtime.config import read_config
 from davsp.runtime.files import read_tensors, sha256_bytes, to_json, write_all
+from davsp.runtime.table import TextTable
 
 CONFIG, KEYS = "pool.json", "pool.safetensors"
 
@@ -113,16 +113,17 @@ class Pool:
             raise DavspError(f"{Path(folder) / KEYS} does not hold the keys of {CONFIG} beside it; make the pool anew")
         return cls(config, keys)
 
-    def table(self) -> Table:
+    def table(self) -> TextTable:
         """For a terminal: a line a row, those that are not used in grey."""
-        shown = Table("scenario", "query", "first", "last", "round", "validated", "prompt", title="AdaShield-A pool")
+        headings = ("scenario", "query", "first", "last", "round", "validated", "prompt")
+        table = TextTable(*headings, keys=2, right=False, title="AdaShield-A pool")
         for row in self.config.rows:
             share = "" if row.validated is None else f"{row.validated:.2f}"
             figures = f"{row.init_score}", f"{row.final_score}", f"{row.iteration}", share
-            shown.add_row(
+            table.add_row(
                 row.scenario, row.query, *figures, row.defense_prompt, style="" if row.final_score == 1 else "dim"
             )
-        return shown
+        return table
 
     def summary(self) -> str:
         """How many rows are used, of which scenarios, and whose prompts they are."""
