@@ -23,7 +23,7 @@ from davsp.defenses.adashield_a import RefineSettings, make_pool, refine
 from davsp.defenses.adashield_a.defender import ChatDefender
 from davsp.defenses.adashield_a.defense import AdaShieldA
 from davsp.defenses.adashield_a.features import ClipEncoder, LVLMEncoder
-from davsp.defenses.adashield_a.pool import CONFIG, KEYS, Pool, PoolConfig, Row, keys_hash
+from davsp.defenses.adashield_a.pool import CONFIG, KEYS, Pool, PoolConfig, PoolRow, keys_hash
 from davsp.defenses.adashield_a.wording import Proposal, read_proposal, spoken
 from davsp.embedded import words
 from davsp.embedded.phrases import PHRASES, PhraseDefender
@@ -237,7 +237,7 @@ def test_the_grammar_keeps_to_the_embedded_words() -> None:
 
 def pool_of(keys: list[list[float]], scores: list[int], beta: float | None = 0.7) -> Pool:
     rows = [
-        Row(query=f"{i}", question="q", scenario="s", defense_prompt=f"prompt {i}", improvement="", response="", init_score=10,
+        PoolRow(query=f"{i}", question="q", scenario="s", defense_prompt=f"prompt {i}", improvement="", response="", init_score=10,
             final_score=score, iteration=1, validated=1.0) for i, score in enumerate(scores)
     ]  # fmt: skip
     made = torch.tensor(keys)

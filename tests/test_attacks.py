@@ -17,12 +17,12 @@ from davsp import LVLM, HarmfulnessVector
 from davsp.attacks import AttackSettings, attack
 from davsp.attacks.apgd import ENOUGH, apgd
 from davsp.attacks.checks import checks
-from davsp.attacks.redraw import REDRAWN, counter_frame
-from davsp.attacks.run import Attacked, looked_at, slug
+from davsp.attacks.redraw import REDRAWS, counter_frame
+from davsp.attacks.run import AttackResult, probe, slug
 from davsp.attacks.settings import CLEAN
 from davsp.attacks.square import square
-from davsp.attacks.suffix import asked_with, search_suffix
-from davsp.attacks.surface import files, rounded, surfaces, unseen, visual, wanted
+from davsp.attacks.suffix import search_suffix, with_words
+from davsp.attacks.surface import files, goals, rounded, surfaces, unseen, visual
 from davsp.attacks.table import ALL, rows, worst, worst_of
 from davsp.defenses import ECSO, Chain, Defense, Intervention, NoDefense, SafetyText, VisualPrompt
 from davsp.defenses.ecso import CUT, PUBLISHED
@@ -62,30 +62,30 @@ def far(goal: Tensor) -> Any:
 def test_apgd_ends_at_the_best_point_of_the_box() -> None:
     clean = torch.full((2, 3, 4, 4), 0.5)
     goal = torch.stack([torch.full((3, 4, 4), 0.9), torch.full((3, 4, 4), 0.47)])  # one outside, one inside the box
-    found = apgd(lambda x: 100 * far(goal)(x) + 1, clean, 0.1, 60)
-    assert torch.allclose(found.pictures[0], torch.tensor(0.6), atol=1e-6)
-    assert torch.allclose(found.pictures[1], torch.tensor(0.47), atol=2e-3)
-    assert found.curve.shape == (2, 61)
-    assert bool((found.curve.diff(dim=1) <= 0).all()) and found.dead == [False, False]
+    result = apgd(lambda x: 100 * far(goal)(x) + 1, clean, 0.1, 60)
+    assert torch.allclose(result.pictures[0], torch.tensor(0.6), atol=1e-6)
+    assert torch.allclose(result.pictures[1], torch.tensor(0.47), atol=2e-3)
+    assert result.curve.shape == (2, 61)
+    assert bool((result.curve.diff(dim=1) <= 0).all()) and result.dead == [False, False]
 
 
 def test_apgd_leaves_neither_box_nor_colours() -> None:
     clean = torch.tensor([0.0, 0.02, 0.98]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
     for seed in (None, 3):
-        found = apgd(far(torch.tensor([-1.0, -1.0, 2.0]).view(3, 1, 1)), clean, 0.05, 12, seed)
-        assert 0 <= float(found.pictures.min()) and float(found.pictures.max()) <= 1
-        assert float((found.pictures - clean).abs().max()) <= 0.05 + 1e-6
+        result = apgd(far(torch.tensor([-1.0, -1.0, 2.0]).view(3, 1, 1)), clean, 0.05, 12, seed)
+        assert 0 <= float(result.pictures.min()) and float(result.pictures.max()) <= 1
+        assert float((result.pictures - clean).abs().max()) <= 0.05 + 1e-6
 
 
 def test_apgd_stops_once_all_have_enough_and_says_where_there_is_no_gradient() -> None:
-    asked = []
+    calls = []
 
     def losses(x: Tensor) -> Tensor:
-        asked.append(len(x))
+        calls.append(len(x))
         return far(torch.zeros(3, 2, 2))(x)
 
-    found = apgd(losses, torch.full((1, 3, 2, 2), 0.1), 1.0, 40)
-    assert float(found.curve[0, -1]) <= ENOUGH and found.curve.shape == (1, 41) and len(asked) < 40
+    result = apgd(losses, torch.full((1, 3, 2, 2), 0.1), 1.0, 40)
+    assert float(result.curve[0, -1]) <= ENOUGH and result.curve.shape == (1, 41) and len(calls) < 40
     stuck = apgd(lambda x: 0 * x.flatten(1).sum(1) + 1, torch.full((1, 3, 2, 2), 0.1), 0.1, 3)
     assert stuck.dead == [True]
     with pytest.raises(DavspError, match="not finite"):
@@ -124,7 +124,7 @@ def test_what_is_attacked_is_what_the_model_sees_of_the_file(lvlm: LVLM, name: s
     prepared = defense.prepare(sent)
     seen = lvlm.preprocess([p for q in prepared if (p := q.picture()) is not None])
     assert places == [0, 1, 2] and torch.equal(surface.canvas(rounded(moved)), seen)
-    assert surface.wanted[0][0] == [q.question for q in prepared]
+    assert surface.goals[0][0] == [q.question for q in prepared]
     before = [p for q in defense.prepare(asked) if (p := q.picture()) is not None]
     if name == "border":  # resized to the inside, the picture is the one that the defense would have made itself
         assert torch.equal(surface.canvas(surface.pictures), lvlm.preprocess(before))
@@ -140,15 +140,15 @@ def test_the_gradient_reaches_every_pixel_through_border_and_rounding(lvlm: LVLM
 
 def test_ecso_is_asked_for_a_harmless_verdict_too(lvlm: LVLM) -> None:
     asked = queries("malicious", 2)
-    calls = wanted(DEFENSES["ecso"], asked, TARGET)
+    calls = goals(DEFENSES["ecso"], asked, TARGET)
     harm = [PUBLISHED.harm.format(query=q.question, response=TARGET[:CUT]) for q in asked]
     assert calls[1] == (harm, ["no", "no"])  # of `inner` only the picture follows into the second call
     ((_, surface),) = surfaces(lvlm, DEFENSES["ecso"], asked, TARGET)
     canvas = surface.canvas(surface.pictures)
     both = sum(answer_losses(lvlm, canvas, *call) for call in calls)
     assert torch.allclose(surface.comply(surface.pictures), torch.as_tensor(both))
-    assert wanted(Chain([SafetyText("please"), DEFENSES["ecso"]]), asked, TARGET)[1][1] == ["no", "no"]
-    whole = wanted(ECSO(SafetyText("be safe"), follow="whole"), asked, TARGET)
+    assert goals(Chain([SafetyText("please"), DEFENSES["ecso"]]), asked, TARGET)[1][1] == ["no", "no"]
+    whole = goals(ECSO(SafetyText("be safe"), follow="whole"), asked, TARGET)
     assert whole[1][0] == [f"be safe {question}" for question in harm]
 
 
@@ -166,8 +166,8 @@ def test_what_the_attack_does_not_see_is_said(vector: HarmfulnessVector) -> None
     assert unseen(border()) == [] and unseen(DEFENSES["chain"]) == []
     assert "intervention" in unseen(Intervention(vector, 1.0, inner=border()))[0]
     assert "caption" in unseen(DEFENSES["ecso"])[0] and "again" in unseen(ECSO(instead=border()))[0]
-    found = visual(Intervention(vector, 1.0, inner=Chain([border(), SafetyText("x")])))
-    assert isinstance(found, VisualSafetyPrompt) and visual(SafetyText("x")) is None
+    prompt = visual(Intervention(vector, 1.0, inner=Chain([border(), SafetyText("x")])))
+    assert isinstance(prompt, VisualSafetyPrompt) and visual(SafetyText("x")) is None
     with pytest.raises(DavspError, match="two visual prompts"):
         visual(Chain([border(), border()]))
 
@@ -177,24 +177,24 @@ def test_words_after_the_question_make_the_answer_likelier(lvlm: LVLM, name: str
     defense, query = DEFENSES[name], queries("malicious", 1)[0]
     given: Any = {"length": 3, "steps": 6, "candidates": 12, "batch_size": 5, "seed": 0}
     steps: list[int] = []
-    found = search_suffix(lvlm, defense, query, TARGET, **given, seen=steps.append)
-    assert found.curve == sorted(found.curve, reverse=True) and found.curve[-1] < found.curve[0]
-    assert len(found.curve) == 7 and sum(steps) == 6
-    ((_, surface),) = surfaces(lvlm, defense, [asked_with(query, found.text)], TARGET)
-    assert found.curve[-1] == pytest.approx(float(surface.comply(surface.pictures)), abs=1e-5)  # as it will be asked
-    assert search_suffix(lvlm, defense, query, TARGET, **given) == found
+    words = search_suffix(lvlm, defense, query, TARGET, **given, progress=steps.append)
+    assert words.curve == sorted(words.curve, reverse=True) and words.curve[-1] < words.curve[0]
+    assert len(words.curve) == 7 and sum(steps) == 6
+    ((_, surface),) = surfaces(lvlm, defense, [with_words(query, words.text)], TARGET)
+    assert words.curve[-1] == pytest.approx(float(surface.comply(surface.pictures)), abs=1e-5)  # as it will be asked
+    assert search_suffix(lvlm, defense, query, TARGET, **given) == words
     with pytest.raises(DavspError, match="take fewer"):
         nothing = VisualPrompt(VisualSafetyPrompt.create(56, 8))
         nothing.prompt.question = lambda question: "what"  # type: ignore[method-assign]
         search_suffix(lvlm, nothing, query, TARGET, **given)
 
 
-@pytest.mark.parametrize("name", REDRAWN)
+@pytest.mark.parametrize("name", REDRAWS)
 def test_redrawn_pictures(name: str) -> None:
     before, prompt = picture(1, (60, 40)), border().prompt
     kept = before.copy()
     for at_hand in (prompt, None):
-        made = REDRAWN[name](before, at_hand)
+        made = REDRAWS[name](before, at_hand)
         assert made.mode == "RGB" and (made.size != before.size or ImageChops.difference(made, before).getbbox())
     assert ImageChops.difference(before, kept).getbbox() is None
 
@@ -228,9 +228,9 @@ def test_a_run_keeps_the_bounds_and_beats_noise(lvlm: LVLM, vector: HarmfulnessV
     for eps in (8, 255):
         sent, source = by["davsp", "transfer", eps].queries, by["none", "comply", eps].queries
         assert [q.image for q in sent] == [q.image for q in source]  # the very files
-    ends = {kind: sum(r["curve"][-1] for r in by["davsp", kind, 255].found) for kind in ("noise", "comply")}
+    ends = {kind: sum(r["curve"][-1] for r in by["davsp", kind, 255].records) for kind in ("noise", "comply")}
     assert ends["comply"] < ends["noise"]
-    assert all(r["curve"] == sorted(r["curve"], reverse=True) for a in done for r in a.found)
+    assert all(r["curve"] == sorted(r["curve"], reverse=True) for a in done for r in a.records)
     assert {q.label for q in by["davsp", CLEAN, None].queries} == {"malicious", "benign"}
     assert {q.label for q in by["davsp", "comply", 8].queries} == {"malicious"}
 
@@ -253,41 +253,43 @@ def test_a_run_keeps_the_bounds_and_beats_noise(lvlm: LVLM, vector: HarmfulnessV
 
 def test_a_run_that_was_cut_off_ends_the_same(lvlm: LVLM, tmp_path: Path) -> None:
     settings = AttackSettings(attacks=("comply",), eps=(16,), restarts=2, **QUICK)
-    asked, given = queries("malicious", 5), {"davsp": border()}
+    sent, given = queries("malicious", 5), {"davsp": border()}
     whole, again = tmp_path / "whole", tmp_path / "again"
     for out in (whole, again):
-        attack(lvlm, given, asked, out, settings, max_new_tokens=4)
-    found = again / "davsp" / "comply-16" / "found.jsonl"
-    lines = found.read_text().splitlines(keepends=True)
-    found.write_text("".join(lines[:3]) + lines[3][:20])  # the second batch was under way
-    (found.parent / "pictures" / "00003.png").unlink()
-    (found.parent / "pictures" / ".00004.png.x.tmp").write_text("half")
-    done = attack(lvlm, given, asked, again, settings, max_new_tokens=4)
-    assert found.read_text() == (whole / "davsp" / "comply-16" / "found.jsonl").read_text()
-    assert sorted(p.name for p in (found.parent / "pictures").iterdir()) == [f"0000{i}.png" for i in range(5)]
+        attack(lvlm, given, sent, out, settings, max_new_tokens=4)
+    records = again / "davsp" / "comply-16" / "found.jsonl"
+    lines = records.read_text().splitlines(keepends=True)
+    records.write_text("".join(lines[:3]) + lines[3][:20])  # the second batch was under way
+    (records.parent / "pictures" / "00003.png").unlink()
+    (records.parent / "pictures" / ".00004.png.x.tmp").write_text("half")
+    done = attack(lvlm, given, sent, again, settings, max_new_tokens=4)
+    assert records.read_text() == (whole / "davsp" / "comply-16" / "found.jsonl").read_text()
+    assert sorted(p.name for p in (records.parent / "pictures").iterdir()) == [f"0000{i}.png" for i in range(5)]
     assert done[-1].attack == "comply" and len(done[-1].queries) == 5
     more = settings.model_copy(update={"eps": (4, 16), "attacks": ("comply", "redraw")})
-    assert len(attack(lvlm, given, asked, again, more, max_new_tokens=4)) == 3 + len(REDRAWN)  # a run may grow
+    assert len(attack(lvlm, given, sent, again, more, max_new_tokens=4)) == 3 + len(REDRAWS)  # a run may grow
 
-    found.write_text("".join(lines[:1]))  # a batch that was cut in two
-    attack(lvlm, given, asked, again, settings, max_new_tokens=4)
-    assert found.read_text() == "".join(lines)
+    records.write_text("".join(lines[:1]))  # a batch that was cut in two
+    attack(lvlm, given, sent, again, settings, max_new_tokens=4)
+    assert records.read_text() == "".join(lines)
 
-    for change, says in (({"steps": 7}, "another steps"), ({"target": "red"}, "another target")):
-        with pytest.raises(DavspError, match=f"comply-16 was made with {says}"):
-            attack(lvlm, given, asked, again, settings.model_copy(update=change), max_new_tokens=4)
-    with pytest.raises(DavspError, match="another queries"):
-        attack(lvlm, given, asked[:4], again, settings, max_new_tokens=4)
-    with pytest.raises(DavspError, match="another defense"):
-        attack(lvlm, {"davsp": border("red")}, asked, again, settings, max_new_tokens=4)
-    found.write_text("".join(lines[:4]) + lines[4].replace("sha256", "sha"))
+    for change in ({"steps": 7}, {"target": "red"}):
+        with pytest.raises(
+            DavspError, match=rf"comply-16/attack\.json is of a run with other settings \({next(iter(change))}\)"
+        ):
+            attack(lvlm, given, sent, again, settings.model_copy(update=change), max_new_tokens=4)
+    with pytest.raises(DavspError, match=r"again/attack\.json is of a run with other settings \(queries\)"):
+        attack(lvlm, given, sent[:4], again, settings, max_new_tokens=4)
+    with pytest.raises(DavspError, match=r"davsp/defense\.json is of a run with other settings \(defense\)"):
+        attack(lvlm, {"davsp": border("red")}, sent, again, settings, max_new_tokens=4)
+    records.write_text("".join(lines[:4]) + lines[4].replace("sha256", "sha"))
     with pytest.raises(DavspError, match=r"found\.jsonl is damaged"):
-        attack(lvlm, given, asked, again, settings, max_new_tokens=4)
-    found.write_text("".join(lines))
+        attack(lvlm, given, sent, again, settings, max_new_tokens=4)
+    records.write_text("".join(lines))
     for spoil in (lambda path: picture(1, (40, 40)).save(path), Path.unlink):
-        spoil(found.parent / "pictures" / "00000.png")
+        spoil(records.parent / "pictures" / "00000.png")
         with pytest.raises(DavspError, match=r"00000\.png is not the picture that was found; delete .*comply-16"):
-            attack(lvlm, given, asked, again, settings, max_new_tokens=4)
+            attack(lvlm, given, sent, again, settings, max_new_tokens=4)
 
 
 def test_settings_that_decide_nothing_may_change(lvlm: LVLM, vector: HarmfulnessVector, tmp_path: Path) -> None:
@@ -297,7 +299,7 @@ def test_settings_that_decide_nothing_may_change(lvlm: LVLM, vector: Harmfulness
     more = first.model_copy(update={"attacks": ("comply", "hide"), "tries": 9, "words": 4})
     attack(lvlm, given, asked, tmp_path, more, vector, max_new_tokens=4)  # the vector comes later
     wider = replace(vector, malicious=vector.malicious * 2)
-    with pytest.raises(DavspError, match="hide-16 was made with another vector"):
+    with pytest.raises(DavspError, match=r"hide-16/attack\.json is of .* \(vector\)"):
         attack(lvlm, given, asked, tmp_path, more, wider, max_new_tokens=4)
     (tmp_path / "davsp" / "hide-16" / "attack.json").unlink()
     with pytest.raises(DavspError, match=r"attack\.json"):
@@ -309,7 +311,7 @@ def test_more_starts_are_never_worse(lvlm: LVLM, tmp_path: Path) -> None:
     for restarts in (1, 3):
         settings = AttackSettings(attacks=("comply",), eps=(4,), restarts=restarts, **QUICK)
         done = attack(lvlm, {"davsp": border()}, asked, tmp_path / str(restarts), settings, max_new_tokens=4)
-        ends.append([r["curve"][-1] for r in done[-1].found])
+        ends.append([r["curve"][-1] for r in done[-1].records])
     assert all(after <= before for before, after in zip(*ends, strict=True)) and ends[0] != ends[1]
 
 
@@ -354,9 +356,9 @@ class Calls(NoDefense):
 def test_a_defense_is_held_against_what_the_attack_takes_it_for(lvlm: LVLM) -> None:
     asked = queries("malicious", 2)
     for defense in DEFENSES.values():
-        assert looked_at(lvlm, defense, asked, TARGET) == (True, True)
-    assert looked_at(lvlm, Blurs(), asked, TARGET) == (True, False)
-    assert looked_at(lvlm, Wavers(), asked, TARGET)[0] is False
+        assert probe(lvlm, defense, asked, TARGET) == (True, True)
+    assert probe(lvlm, Blurs(), asked, TARGET) == (True, False)
+    assert probe(lvlm, Wavers(), asked, TARGET)[0] is False
     assert unseen(Calls()) == ["what none does with the call"] and unseen(Blurs()) == []
 
 
@@ -403,7 +405,7 @@ def test_settings_are_checked(wrong: dict[str, Any]) -> None:
 # -- figures ---------------------------------------------------------------------------------------------------------------
 
 
-def made(kind: str, eps: int | None, labels: str, defense: str = "davsp", curve: list[float] | None = None, dead: bool = False) -> Attacked:  # fmt: skip
+def made(kind: str, eps: int | None, labels: str, defense: str = "davsp", curve: list[float] | None = None, dead: bool = False) -> AttackResult:  # fmt: skip
     """An attack with the given verdicts: s, u or ? a query."""
     words = {"s": "safe", "u": "unsafe", "?": "unscored"}
     asked = [
@@ -413,7 +415,7 @@ def made(kind: str, eps: int | None, labels: str, defense: str = "davsp", curve:
     said = [Response(q.id, defense, "no") for q in asked]
     verdicts = [Verdict(q.id, defense, "j", words[letter]) for q, letter in zip(asked, labels, strict=True)]  # type: ignore[arg-type]
     found = [{"query_id": q.id, "steps": [0, 9, 10], "curve": curve or [5.0, 1.0, 1.0], "dead": dead} for q in asked]
-    return Attacked(
+    return AttackResult(
         defense, kind, eps, asked, Evaluation({defense: said}, {defense: verdicts}, []), found if eps else []
     )
 
@@ -460,7 +462,7 @@ def test_the_worst_of_all_attacks_is_taken_query_by_query() -> None:
         ),
     ],
 )
-def test_each_mark_of_a_failed_attack(broken: list[Attacked], text: str) -> None:
+def test_each_mark_of_a_failed_attack(broken: list[AttackResult], text: str) -> None:
     good = [made("comply", 4, "ssuu"), made("square", 4, "ssuu"), made("comply", 255, "uuuu")]
     of = {"davsp": border()}
     assert {c.state for c in checks(good, of, {"davsp": (True, True)})} == {"good"}

@@ -210,7 +210,7 @@ def test_the_search_raises_the_cross_entropy_and_goes_on(lvlm: LVLM, tmp_path: P
     assert look(tmp_path / "parts.json") == text
     assert (tmp_path / "parts.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
     settings = settings.model_copy(update={"sample": 2})
-    with pytest.raises(DavspError, match="of another search"):
+    with pytest.raises(DavspError, match=r"parts\.json is of a run with other settings \(sample\)"):
         look(tmp_path / "parts.json")
 
 

@@ -17,7 +17,7 @@ from davsp.defenses.adashield_a import refine
 from davsp.defenses.adashield_a.defender import ChatDefender
 from davsp.defenses.adashield_a.features import LVLMEncoder
 from davsp.defenses.adashield_a.pool import CONFIG as POOL
-from davsp.defenses.adashield_a.pool import Pool, PoolConfig, Row, keys_hash
+from davsp.defenses.adashield_a.pool import Pool, PoolConfig, PoolRow, keys_hash
 from davsp.defenses.adashield_s import DAVSP
 from davsp.defenses.pat.defense import CONFIG, PUBLISHED
 from davsp.embedded import SAFETY_TEXT
@@ -122,7 +122,7 @@ def test_a_pool_is_made_by_the_models_defender(
 
     def make(lvlm: LVLM, malicious: Any, defender: Any, encoder: Any, settings: Any, *rest: Any) -> Pool:
         used.update(defender=defender, encoder=encoder, settings=settings)
-        done = [Row(query=str(i), question="q", scenario="theft", defense_prompt="please be safe", improvement="why", response="r",
+        done = [PoolRow(query=str(i), question="q", scenario="theft", defense_prompt="please be safe", improvement="why", response="r",
                     init_score=10, final_score=1, iteration=1, validated=1.0) for i in range(2)]  # fmt: skip
         return Pool(
             PoolConfig(encoder={"kind": "own"}, defender=defender.describe(), keys=keys_hash(keys), rows=done), keys

@@ -7,7 +7,6 @@ responses.jsonl   the answers; grows by a batch at a time and is put into the qu
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from hashlib import sha256
@@ -19,8 +18,8 @@ from rich.console import Console
 
 from davsp.errors import DavspError
 from davsp.query import Query, Response, json_line, unpacked, write_jsonl
-from davsp.runtime import parallel
-from davsp.runtime.files import read_bytes, read_json, sweep, to_json, write_all
+from davsp.runtime import journal, parallel
+from davsp.runtime.files import read_bytes, read_json, sha256_bytes, sweep, to_json, write_all
 
 RUN, QUERIES, RESPONSES, MANIFEST = "run.json", "queries.json", "responses.jsonl", "manifest.json"
 VERDICTS, GRADES, METRICS = "verdicts.jsonl", "grades.jsonl", "metrics.json"
@@ -71,8 +70,8 @@ class Store:
         Raises:
             DavspError: such answers without `redo`, or a file that is damaged.
         """
-        found = self._read()
-        wrong = self._foreign(found) if found else {}
+        stored = self._read()
+        wrong = self._foreign(stored) if stored else {}
         if wrong and not redo:
             raise DavspError(
                 f"{self.folder} holds answers of another run ({next(iter(wrong.values()))}); "
@@ -80,19 +79,19 @@ class Store:
             )
         for name, reason in wrong.items():
             console.print(f"[yellow]{name}: answered anew, as what is there has {reason}[/]")
-        kept = {name: [] if name in wrong else self._whole(found.get(name, [])) for name in self.defenses}
+        usable = {name: [] if name in wrong else self._whole(stored.get(name, [])) for name in self.defenses}
         if parallel.rank() == 0:  # every process reads, the first one writes
             sweep(self.folder)
-            if (self.folder / RUN).exists() and (wrong or not any(kept.values())):
+            if (self.folder / RUN).exists() and (wrong or not any(usable.values())):
                 for path in (path for pattern in FOLLOWS for path in self.folder.glob(pattern)):
                     path.unlink()
             # the answers first, so that a kill in between can't leave old answers under a new record
-            write_jsonl(self.path, [r for answers in kept.values() for r in answers])
+            write_jsonl(self.path, [r for answers in usable.values() for r in answers])
             files = {QUERIES: self.queries, RUN: {**self.settings, "defenses": self.defenses}}
             if self.manifest is not None:
                 files = {MANIFEST: {**self.manifest, "queries": self._summary()}, **files}
             write_all(self.folder, {name: to_json(value).encode() for name, value in files.items()})
-        return kept
+        return usable
 
     def _summary(self) -> dict[str, Any]:
         """How many queries there are, and one hash of all (`queries_hash`)."""
@@ -104,32 +103,22 @@ class Store:
         Raises:
             DavspError: the disk is full.
         """
-        if parallel.rank() > 0:
-            return
-        lines = "".join(json_line(r) for r in responses)
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(lines)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise DavspError(
-                f"{self.path} cannot be written ({error.strerror}); free some space and run again to go on"
-            ) from error
+        if parallel.rank() == 0:
+            journal.append(self.path, "".join(json_line(r) for r in responses))
 
     def finish(self, answers: Answers) -> None:
         """Write all answers, in the order that they are to stay in."""
         if parallel.rank() == 0:
-            write_jsonl(self.path, [r for found in answers.values() for r in found])
+            write_jsonl(self.path, [r for responses in answers.values() for r in responses])
 
-    def _foreign(self, found: Answers) -> dict[str, str]:
+    def _foreign(self, stored: Answers) -> dict[str, str]:
         """Defense -> what keeps its answers from being used."""
         record = recorded(self.folder)
         everywhere = "no record of what it was made with" if record is None else self._other(record)
         if record is None or everywhere:
-            return dict.fromkeys(found, everywhere)
+            return dict.fromkeys(stored, everywhere)
         wrong = {}
-        for name, answers in found.items():
+        for name, answers in stored.items():
             if name not in self.defenses:
                 wrong[name] = f"answers under {name!r}, which is not among the defenses now"
             elif record["defenses"].get(name) != self.defenses[name]:
@@ -172,17 +161,16 @@ def by_defense(path: Path) -> Answers:
     Raises:
         DavspError: no such file, or another line is damaged.
     """
-    lines = read_bytes(path).decode("utf-8", errors="replace").split("\n")
-    found: Answers = {}
-    for number, line in enumerate(lines[:-1], 1):
+    answers: Answers = {}
+    for number, line in enumerate(journal.lines(path), 1):
         try:
-            response = Response(**json.loads(line))
+            response = Response(**json.loads(line.decode("utf-8", errors="replace")))
             if not all(isinstance(text, str) for text in (response.query_id, response.defense, response.text)):
                 raise TypeError("no text where one should be")
         except (ValueError, TypeError) as error:
             raise DavspError(f"{path}, line {number} is damaged ({error}); delete the file to answer anew") from error
-        found.setdefault(response.defense, []).append(response)
-    return found
+        answers.setdefault(response.defense, []).append(response)
+    return answers
 
 
 def recorded(folder: Path) -> dict[str, Any] | None:
@@ -207,10 +195,10 @@ def hashes(folder: Path) -> dict[str, str]:
     Raises:
         DavspError: it is not there or damaged.
     """
-    found = read_json(folder / QUERIES)
-    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+    by_id = read_json(folder / QUERIES)
+    if not isinstance(by_id, dict) or not all(isinstance(value, str) for value in by_id.values()):
         raise DavspError(f"{folder / QUERIES} holds no hash by query id; delete {folder} to answer anew")
-    return found
+    return by_id
 
 
 def query_hash(query: Query) -> str:
@@ -230,5 +218,14 @@ def queries_hash(queries: Sequence[Query]) -> str:
     return _joined(map(query_hash, queries))
 
 
-def _joined(found: Iterable[str]) -> str:
-    return sha256("".join(found).encode()).hexdigest()
+def fields_hash(queries: Sequence[Query], *names: str) -> str:
+    """One hash of some fields of all queries, and of their pictures as RGB: of what a training reads, and no more."""
+    facts = []
+    for query in queries:
+        picture = query.picture()
+        facts.append([*(getattr(query, name) for name in names), picture and sha256_bytes(picture.tobytes())])
+    return sha256_bytes(json.dumps(facts).encode())
+
+
+def _joined(parts: Iterable[str]) -> str:
+    return sha256("".join(parts).encode()).hexdigest()

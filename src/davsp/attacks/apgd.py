@@ -19,7 +19,7 @@ ENOUGH = 0.01
 """A loss at which a picture counts as won: a wanted beginning of which every token is near certain, a projection at the margin."""
 
 
-class Found(NamedTuple):
+class SearchResult(NamedTuple):
     """The best pictures, and of each its loss at the start and the best one after every step; `dead`: a first gradient of zeros."""
 
     pictures: Float[Tensor, "b 3 h w"]
@@ -27,7 +27,9 @@ class Found(NamedTuple):
     dead: list[bool]
 
 
-def apgd(losses: Losses, clean: Float[Tensor, "b 3 h w"], eps: float, steps: int, seed: int | None = None) -> Found:
+def apgd(
+    losses: Losses, clean: Float[Tensor, "b 3 h w"], eps: float, steps: int, seed: int | None = None
+) -> SearchResult:
     """Lower the losses within |x - clean| <= eps and [0, 1]; ends before its time once all are `ENOUGH`.
 
     Args:
@@ -38,7 +40,7 @@ def apgd(losses: Losses, clean: Float[Tensor, "b 3 h w"], eps: float, steps: int
         seed: of a random start in the box; None: the clean pictures.
 
     Returns:
-        The pictures found. The curve has steps + 1 points; `dead` marks losses that are not enough, yet have no gradient.
+        The best pictures. The curve has steps + 1 points; `dead` marks losses that are not enough, yet have no gradient.
 
     Raises:
         DavspError: a loss or gradient that is not finite.
@@ -73,7 +75,7 @@ def apgd(losses: Losses, clean: Float[Tensor, "b 3 h w"], eps: float, steps: int
             before[stuck] = best[stuck]
             loss = torch.where(stuck, best_loss, loss)
             falls.zero_()
-    return Found(best, torch.stack(curve, 1), dead)
+    return SearchResult(best, torch.stack(curve, 1), dead)
 
 
 def _checkpoints(steps: int) -> set[int]:

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.text import Text
 
 from davsp.attacks.checks import Check
-from davsp.attacks.run import Attacked
-from davsp.attacks.settings import CLEAN, PICTURED
+from davsp.attacks.run import AttackResult
+from davsp.attacks.settings import BY_GRADIENT, CLEAN
 from davsp.attacks.table import ALL, ANY, WORST, names, sizes
 from davsp.defenses import Defense
 from davsp.metrics import WORST as BOUND
@@ -31,9 +31,9 @@ EXAMPLES = 3
 
 def rate(rows: Rows, defense: str, attack: str, eps: int | None, metric: str = "rsr") -> Mapping[str, Any] | None:
     """The row over all queries; None if there is none."""
-    wanted = (defense, attack, eps, ALL if metric != "over_refusal" else "benign", "total", metric)
+    values = (defense, attack, eps, ALL if metric != "over_refusal" else "benign", "total", metric)
     keys = ("defense", "attack", "eps", "benchmark", "split", "metric")
-    return next((r for r in rows if tuple(r[key] for key in keys) == wanted), None)
+    return next((r for r in rows if tuple(r[key] for key in keys) == values), None)
 
 
 def number(row: Mapping[str, Any] | None) -> str:
@@ -43,9 +43,9 @@ def number(row: Mapping[str, Any] | None) -> str:
     return f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
 
 
-def worst_table(rows: Rows, done: Sequence[Attacked]) -> tuple[list[str], list[list[str]]]:
+def worst_table(rows: Rows, results: Sequence[AttackResult]) -> tuple[list[str], list[list[str]]]:
     """Heading and lines: each defense's clean figures, its worst case over pictures at each size, under words, and over all attacks."""
-    at = sizes(done)
+    at = sizes(results)
     heading = [
         "Defense",
         "clean",
@@ -57,8 +57,8 @@ def worst_table(rows: Rows, done: Sequence[Attacked]) -> tuple[list[str], list[l
         "over-refusal",
     ]
     lines = []
-    for name in names(done):
-        redrawn = any(a.defense == name and a.attack.startswith("redraw") for a in done)
+    for name in names(results):
+        redrawn = any(a.defense == name and a.attack.startswith("redraw") for a in results)
         cells = [rate(rows, name, CLEAN, None), rate(rows, name, WORST, 0, BOUND) if redrawn else None]
         cells += [
             *(rate(rows, name, WORST, eps, BOUND) for eps in at),
@@ -70,10 +70,10 @@ def worst_table(rows: Rows, done: Sequence[Attacked]) -> tuple[list[str], list[l
     return heading, lines
 
 
-def attack_table(rows: Rows, done: Sequence[Attacked], name: str) -> tuple[list[str], list[list[str]]]:
+def attack_table(rows: Rows, results: Sequence[AttackResult], name: str) -> tuple[list[str], list[list[str]]]:
     """Heading and lines: every attack on one defense by size; those without a size last."""
-    at = sizes(done)
-    mine = [a for a in done if a.defense == name]
+    at = sizes(results)
+    mine = [a for a in results if a.defense == name]
     lines = []
     for attack in dict.fromkeys(a.attack for a in mine if a.eps is not None):
         lines.append([attack, *(number(rate(rows, name, attack, eps)) for eps in at), ""])
@@ -82,39 +82,39 @@ def attack_table(rows: Rows, done: Sequence[Attacked], name: str) -> tuple[list[
     return ["Attack", *(f"{eps}/255" for eps in at), "no size"], lines
 
 
-def markdown(rows: Rows, done: Sequence[Attacked], found: Sequence[Check], model: str) -> str:
+def markdown(rows: Rows, results: Sequence[AttackResult], marks: Sequence[Check], model: str) -> str:
     """All tables."""
     parts = [
         f"**Resist success rate of {model} under attack**, in percent with 95 % intervals.",
         "",
-        *_md(*worst_table(rows, done)),
+        *_md(*worst_table(rows, results)),
     ]
-    for name in names(done):
-        parts += ["", f"**{label(name)}, attack by attack**", "", *_md(*attack_table(rows, done, name))]
+    for name in names(results):
+        parts += ["", f"**{label(name)}, attack by attack**", "", *_md(*attack_table(rows, results, name))]
     parts += ["", "**Can the attack be believed?**", ""]
-    return "\n".join([*parts, *_md(*check_table(done, found))]) + "\n"
+    return "\n".join([*parts, *_md(*check_table(results, marks))]) + "\n"
 
 
-def check_table(done: Sequence[Attacked], found: Sequence[Check]) -> tuple[list[str], list[list[str]]]:
+def check_table(results: Sequence[AttackResult], marks: Sequence[Check]) -> tuple[list[str], list[list[str]]]:
     """Heading and lines: a mark a line, a defense a column; the evidence is said where there is doubt."""
-    of = {(c.text, c.defense): c for c in found}
+    of = {(c.text, c.defense): c for c in marks}
     lines = []
-    for text in dict.fromkeys(c.text for c in found):
-        cells = [of[text, name] for name in names(done)]
-        said = [f"{MARKS[c.state]} {c.state}" + (f": {c.evidence}" if c.state == "doubt" else "") for c in cells]
-        lines.append([text, *said])
-    return ["Mark", *map(label, names(done))], lines
+    for text in dict.fromkeys(c.text for c in marks):
+        cells = [of[text, name] for name in names(results)]
+        words = [f"{MARKS[c.state]} {c.state}" + (f": {c.evidence}" if c.state == "doubt" else "") for c in cells]
+        lines.append([text, *words])
+    return ["Mark", *map(label, names(results))], lines
 
 
-def print_tables(console: Console, rows: Rows, done: Sequence[Attacked], found: Sequence[Check]) -> None:
+def print_tables(console: Console, rows: Rows, results: Sequence[AttackResult], marks: Sequence[Check]) -> None:
     """The worst case of each defense, and every mark that gives doubt."""
-    heading, lines = worst_table(rows, done)
+    heading, lines = worst_table(rows, results)
     caption = "RSR in percent, 95 % interval; picture: the worst case over attacks of at most that size"
     table = TextTable(*heading, right=False, caption=caption)
     for line in lines:
         table.add_row(*(Text(cell.replace(" [", "\n[")) for cell in line))
     table.print(console)
-    for check in found:
+    for check in marks:
         if check.state == "doubt":
             console.print(
                 f"[yellow]?[/] {label(check.defense)}: {check.text} – not so: {check.evidence}", highlight=False
@@ -125,8 +125,8 @@ def write_page(
     path: Path,
     model: str,
     rows: Rows,
-    done: Sequence[Attacked],
-    found: Sequence[Check],
+    results: Sequence[AttackResult],
+    marks: Sequence[Check],
     defenses: Mapping[str, Defense],
     facts: Mapping[str, Any],
     show_unsafe: bool = False,
@@ -140,25 +140,25 @@ def write_page(
         loader=PackageLoader("davsp.attacks", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    shown = names(done)[-1]
-    plots = {"The worst case over all attacks on the picture that change no pixel by more": by_size(rows, done)}
-    if any(a.found for a in done):
-        plots[f"{label(shown)}: each attack by itself"] = by_attack(rows, done, shown)
-        plots[f"{label(shown)}: what the white-box attacks lower, mean over the queries"] = curves(done, shown)
+    shown = names(results)[-1]
+    plots = {"The worst case over all attacks on the picture that change no pixel by more": by_size(rows, results)}
+    if any(a.records for a in results):
+        plots[f"{label(shown)}: each attack by itself"] = by_attack(rows, results, shown)
+        plots[f"{label(shown)}: what the white-box attacks lower, mean over the queries"] = curves(results, shown)
     text = environment.get_template("page.html.j2").render(
-        model=model, plots={caption: Markup(drawn) for caption, drawn in plots.items()},
-        worst=worst_table(rows, done), tables={label(n): attack_table(rows, done, n) for n in names(done)},
-        checks=check_table(done, found),
-        examples=examples(done, shown, defenses[shown], show_unsafe), shown=label(shown), facts=facts,
+        model=model, plots={caption: Markup(plot) for caption, plot in plots.items()},
+        worst=worst_table(rows, results), tables={label(n): attack_table(rows, results, n) for n in names(results)},
+        checks=check_table(results, marks),
+        examples=examples(results, shown, defenses[shown], show_unsafe), shown=label(shown), facts=facts,
     )  # fmt: skip
     write_text(path, text)
 
 
-def examples(done: Sequence[Attacked], name: str, defense: Defense, show_unsafe: bool) -> list[dict[str, Any]]:
+def examples(results: Sequence[AttackResult], name: str, defense: Defense, show_unsafe: bool) -> list[dict[str, Any]]:
     """Some queries as the model sees them: clean, and under a white-box attack of each size."""
-    by = {(a.attack, a.eps): a for a in done if a.defense == name}
-    attack = next((kind for kind in PICTURED if any((kind, eps) in by for eps in sizes(done))), None)
-    chosen = [by[CLEAN, None], *(by[attack, eps] for eps in sizes(done) if attack and (attack, eps) in by)]
+    by = {(a.attack, a.eps): a for a in results if a.defense == name}
+    attack = next((kind for kind in BY_GRADIENT if any((kind, eps) in by for eps in sizes(results))), None)
+    chosen = [by[CLEAN, None], *(by[attack, eps] for eps in sizes(results) if attack and (attack, eps) in by)]
     queries = [q for q in by[CLEAN, None].queries if q.label == "malicious"]
     firsts = list({q.benchmark: q for q in reversed(queries)}.values())[::-1][:EXAMPLES]
     return [
@@ -171,7 +171,7 @@ def examples(done: Sequence[Attacked], name: str, defense: Defense, show_unsafe:
     ]
 
 
-def _step(one: Attacked, query_id: str, defense: Defense, show_unsafe: bool) -> dict[str, str]:
+def _step(one: AttackResult, query_id: str, defense: Defense, show_unsafe: bool) -> dict[str, str]:
     sent = next(q for q in one.queries if q.id == query_id)
     (prepared,) = defense.prepare([sent])
     canvas, verdict = prepared.picture(), one.labels[query_id]
@@ -186,17 +186,17 @@ def _step(one: Attacked, query_id: str, defense: Defense, show_unsafe: bool) -> 
     }
 
 
-def by_size(rows: Rows, done: Sequence[Attacked]) -> str:
+def by_size(rows: Rows, results: Sequence[AttackResult]) -> str:
     """Worst-case RSR over the size, a line a defense, with intervals."""
-    at = [0, *sizes(done)]
+    at = [0, *sizes(results)]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 3.2), layout="constrained")
         ax = figure.subplots()
-        many = names(done)
+        many = names(results)
         for i, name in enumerate(many):
-            found = [rate(rows, name, WORST, eps, BOUND) for eps in at]
+            rates = [rate(rows, name, WORST, eps, BOUND) for eps in at]
             x = [k + 0.07 * (i - (len(many) - 1) / 2) for k in range(len(at))]
-            _line(ax, x, found, colour(name), MARKERS.get(name, "o"), label(name))
+            _line(ax, x, rates, colour(name), MARKERS.get(name, "o"), label(name))
         ax.set_xticks(range(len(at)), ["none" if eps == 0 else f"{eps}" for eps in at])
         ax.set_xlabel("largest change of a pixel, of 255 levels")
         ax.set_ylabel("RSR, %")
@@ -205,9 +205,9 @@ def by_size(rows: Rows, done: Sequence[Attacked]) -> str:
         return svg(figure, "attack-worst")
 
 
-def by_attack(rows: Rows, done: Sequence[Attacked], name: str) -> str:
+def by_attack(rows: Rows, results: Sequence[AttackResult], name: str) -> str:
     """RSR of one defense under each attack over the size."""
-    at = sizes(done)
+    at = sizes(results)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 3.2), layout="constrained")
         ax = figure.subplots()
@@ -223,21 +223,21 @@ def by_attack(rows: Rows, done: Sequence[Attacked], name: str) -> str:
         return svg(figure, "attack-kinds")
 
 
-def curves(done: Sequence[Attacked], name: str) -> str:
+def curves(results: Sequence[AttackResult], name: str) -> str:
     """Mean best loss over the steps of the white-box attacks on one defense, a panel an attack."""
-    kinds = [kind for kind in PICTURED if any(a.attack == kind and a.defense == name for a in done)]
+    kinds = [kind for kind in BY_GRADIENT if any(a.attack == kind and a.defense == name for a in results)]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 2.3 * max(1, len(kinds))), layout="constrained")
         panels = figure.subplots(max(1, len(kinds)), 1, sharex=True, squeeze=False)[:, 0]
         for ax, kind in zip(panels, kinds, strict=False):
-            tried = [a for a in done if (a.defense, a.attack) == (name, kind)]
-            for i, one in enumerate(tried):
-                mean = [sum(values) / len(values) for values in zip(*(r["curve"] for r in one.found), strict=True)]
+            runs = [a for a in results if (a.defense, a.attack) == (name, kind)]
+            for i, one in enumerate(runs):
+                mean = [sum(values) / len(values) for values in zip(*(r["curve"] for r in one.records), strict=True)]
                 ax.plot(
-                    one.found[0]["steps"],
+                    one.records[0]["steps"],
                     mean,
                     color=SHADES[kind],
-                    alpha=(i + 1.5) / (len(tried) + 0.5),
+                    alpha=(i + 1.5) / (len(runs) + 0.5),
                     label=f"{one.eps}/255",
                 )
             ax.set_title(kind)
@@ -249,9 +249,9 @@ def curves(done: Sequence[Attacked], name: str) -> str:
 
 
 def _line(
-    ax: Any, x: Sequence[float], found: Sequence[Mapping[str, Any] | None], shade: str, marker: str, text: str
+    ax: Any, x: Sequence[float], rates: Sequence[Mapping[str, Any] | None], shade: str, marker: str, text: str
 ) -> None:
-    shown = [(at, r) for at, r in zip(x, found, strict=True) if r is not None and r["value"] is not None]
+    shown = [(at, r) for at, r in zip(x, rates, strict=True) if r is not None and r["value"] is not None]
     if not shown:
         return
     y = [100 * r["value"] for _, r in shown]

@@ -10,7 +10,7 @@ from davsp.prompts import Prompt, VisualSafetyPrompt
 Redraw = Callable[[Image.Image, Prompt | None], Image.Image]
 
 
-def framed(picture: Image.Image) -> Image.Image:
+def white_frame(picture: Image.Image) -> Image.Image:
     """In the middle of a white field of twice its sides."""
     field = Image.new("RGB", (2 * picture.width, 2 * picture.height), "white")
     field.paste(picture, (picture.width // 2, picture.height // 2))
@@ -18,7 +18,7 @@ def framed(picture: Image.Image) -> Image.Image:
 
 
 def counter_frame(picture: Image.Image, prompt: Prompt | None) -> Image.Image:
-    """In a frame of the defender's own border with its colours turned round, as if to cancel it; without a border a black one."""
+    """In a frame of the defender's border with its colours turned round, as if to cancel it; without a border a black one."""
     if not isinstance(prompt, VisualSafetyPrompt):
         return ImageOps.expand(picture, max(1, min(picture.size) // 8), "black")
     frame = ImageOps.invert(prompt.border())
@@ -34,9 +34,9 @@ def jpeg(picture: Image.Image) -> Image.Image:
     return Image.open(buffer).convert("RGB")
 
 
-REDRAWN: dict[str, Redraw] = {
+REDRAWS: dict[str, Redraw] = {
     "counter-frame": counter_frame,
-    "white-frame": lambda picture, _: framed(picture),
+    "white-frame": lambda picture, _: white_frame(picture),
     "wide": lambda picture, _: ImageOps.expand(picture, (picture.width // 2, 0), "white"),
     "turned": lambda picture, _: picture.transpose(Image.Transpose.ROTATE_90),
     "inverted": lambda picture, _: ImageOps.invert(picture),

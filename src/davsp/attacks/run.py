@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from davsp.attacks.kept import FOUND, append, checked, curve, keep, records, same
-from davsp.attacks.redraw import REDRAWN
+from davsp.attacks.records import RECORDS, append, curve_points, picture_file, read_records, save_batch
+from davsp.attacks.redraw import REDRAWS
 from davsp.attacks.search import losses_of, search
 from davsp.attacks.settings import BASELINE, CLEAN, AttackSettings
-from davsp.attacks.suffix import asked_with, search_suffix
+from davsp.attacks.suffix import search_suffix, with_words
 from davsp.attacks.surface import files, picture_of, surfaces, visual
 from davsp.defenses import Defense
 from davsp.errors import DavspError, Interrupted
@@ -28,6 +28,7 @@ from davsp.evaluation import Evaluation, evaluate
 from davsp.judges import Judge, keyword
 from davsp.lvlm import LVLM, fingerprint
 from davsp.query import Query
+from davsp.runtime import journal
 from davsp.runtime.files import alone, sweep
 from davsp.runtime.progress import bar
 from davsp.store import queries_hash
@@ -37,13 +38,13 @@ RECORD, DEFENSE = "attack.json", "defense.json"
 
 
 @dataclass(frozen=True)
-class Attacked:
+class AttackResult:
     """One attack on one defense.
 
     Attributes:
         eps: in levels; None where the attack has no size.
         queries: as the attacker sends them, pictures as paths; of redrawn ones without the picture.
-        found: a record a query: sha256 of the picture's pixels, points of its loss; empty without a search.
+        records: one a query: sha256 of the picture's pixels, points of its loss; empty without a search.
         evaluation: answers and verdicts.
     """
 
@@ -52,7 +53,7 @@ class Attacked:
     eps: int | None
     queries: list[Query]
     evaluation: Evaluation
-    found: list[dict[str, Any]] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def labels(self) -> dict[str, str]:
@@ -71,7 +72,7 @@ def attack(
     *,
     max_new_tokens: int = 48,
     console: Console | None = None,
-) -> list[Attacked]:
+) -> list[AttackResult]:
     """Attack each defense, with all of its texts and pixels known, and answer what comes of it. A killed run goes on.
 
     Args:
@@ -93,20 +94,21 @@ def attack(
         console.print(f"[yellow]{bare} malicious queries have no picture and are left out[/]")
     with alone(out):
         sweep(out)
-        same(out / RECORD, {"model": fingerprint(lvlm), "dtype": str(lvlm.dtype), "queries": queries_hash(malicious)})
+        identity = {"model": fingerprint(lvlm), "dtype": str(lvlm.dtype), "queries": queries_hash(malicious)}
+        journal.record(out / RECORD, identity)
         run = _Run(lvlm, malicious, out, settings, vector, judge, max_new_tokens, console)
-        done: list[Attacked] = []
+        results: list[AttackResult] = []
         try:
             for name in sorted(defenses, key=lambda name: name != BASELINE):  # what transfers is made first
                 clean = [*malicious, *(q for q in queries if q.label == "benign")]
-                done += run.all(name, defenses[name], clean)
+                results += run.all(name, defenses[name], clean)
         except KeyboardInterrupt:
             raise Interrupted(f"stopped; what was done is in {out}: give the same command again to go on") from None
-        return done
+        return results
 
 
 @torch.no_grad()
-def looked_at(lvlm: LVLM, defense: Defense, queries: Sequence[Query], target: str) -> tuple[bool, bool]:
+def probe(lvlm: LVLM, defense: Defense, queries: Sequence[Query], target: str) -> tuple[bool, bool]:
     """Whether a defense is what its attack takes it for, on the first two queries.
 
     Returns:
@@ -117,15 +119,15 @@ def looked_at(lvlm: LVLM, defense: Defense, queries: Sequence[Query], target: st
     for _ in range(5):
         places, surface = surfaces(lvlm, defense, queries[:2], target)[0]
         losses.append(surface.comply(surface.pictures))
-    asked = [queries[i] for i in places]
-    sent = [replace(q, image=image) for q, image in zip(asked, files(surface.pictures), strict=True)]
+    attacked = [queries[i] for i in places]
+    sent = [replace(q, image=image) for q, image in zip(attacked, files(surface.pictures), strict=True)]
     prepared = defense.prepare(sent)
-    seen = lvlm.preprocess([picture_of(q) for q in prepared])
-    attacked = surface.canvas(surface.pictures).cpu()
-    same_canvas = isinstance(seen, torch.Tensor) and torch.equal(attacked, seen.cpu())
+    canvas = lvlm.preprocess([picture_of(q) for q in prepared])
+    attacked_canvas = surface.canvas(surface.pictures).cpu()
+    same_canvas = isinstance(canvas, torch.Tensor) and torch.equal(attacked_canvas, canvas.cpu())
     return (
         all(torch.equal(losses[0], one) for one in losses[1:]),
-        same_canvas and surface.wanted[0][0] == [q.question for q in prepared],
+        same_canvas and surface.goals[0][0] == [q.question for q in prepared],
     )
 
 
@@ -140,92 +142,94 @@ class _Run:
     max_new_tokens: int
     console: Console
 
-    def all(self, name: str, defense: Defense, clean: list[Query]) -> Iterator[Attacked]:
+    def all(self, name: str, defense: Defense, clean: list[Query]) -> Iterator[AttackResult]:
         """All attacks on one defense, the clean pictures first."""
         folder = self.out / slug(name)
         if folder.exists():
             sweep(folder)
-        same(folder / DEFENSE, {"name": name, "defense": defense.describe()})
-        yield self._answered(name, defense, CLEAN, None, clean)
+        journal.record(folder / DEFENSE, {"name": name, "defense": defense.describe()})
+        yield self._answer(name, defense, CLEAN, None, clean)
         for attack in self.settings.attacks:
             if attack == "redraw":
-                for drawn, redraw in REDRAWN.items():
+                for kind, redraw in REDRAWS.items():
                     sent = [replace(q, image=redraw(picture_of(q), visual(defense))) for q in self.queries]
-                    done = self._answered(name, defense, f"redraw-{drawn}", None, sent)
-                    yield replace(done, queries=[replace(q, image=None) for q in sent])  # many, and easily made again
+                    result = self._answer(name, defense, f"redraw-{kind}", None, sent)
+                    yield replace(result, queries=[replace(q, image=None) for q in sent])  # many, and easily made again
             elif attack == "suffix":
-                yield self._answered(name, defense, attack, None, self._worded(name, defense))
+                yield self._answer(name, defense, attack, None, self._with_words(name, defense))
             elif attack != "transfer" or name != BASELINE:
                 for eps in self.settings.eps:
-                    asked = self._worded(name, defense) if attack == "joint" else self.queries
+                    queries = self._with_words(name, defense) if attack == "joint" else self.queries
                     source = (BASELINE, "comply") if attack == "transfer" else (name, attack)
-                    found, sent = self._made(asked, *source, defense, eps)
-                    yield self._answered(name, defense, attack, eps, sent, found)
+                    records, sent = self._with_pictures(queries, *source, defense, eps)
+                    yield self._answer(name, defense, attack, eps, sent, records)
 
-    def _answered(
+    def _answer(
         self,
         name: str,
         defense: Defense,
         attack: str,
         eps: int | None,
         queries: list[Query],
-        found: Sequence[dict[str, Any]] = (),
-    ) -> Attacked:
+        records: Sequence[dict[str, Any]] = (),
+    ) -> AttackResult:
         folder = self._folder(name, attack, eps)
         self.console.print(f"[dim]{name}: {folder.name}[/]", highlight=False)
-        said = evaluate(
+        evaluation = evaluate(
             self.lvlm, {name: defense}, queries, folder, None, self.judge, batch_size=self.settings.batch_size,
             max_new_tokens=self.max_new_tokens, seed=self.settings.seed, console=self.console,
         )  # fmt: skip
-        return Attacked(name, attack, eps, queries, said, list(found))
+        return AttackResult(name, attack, eps, queries, evaluation, list(records))
 
     def _folder(self, name: str, attack: str, eps: int | None) -> Path:
         return self.out / slug(name) / (attack if eps is None else f"{attack}-{eps}")
 
-    def _opened(self, name: str, attack: str, eps: int | None) -> tuple[Path, dict[str, dict[str, Any]]]:
-        """The folder of an attack and what was found in it before by the same settings."""
+    def _open(self, name: str, attack: str, eps: int | None) -> tuple[Path, dict[str, dict[str, Any]]]:
+        """The folder of an attack, and the records in it, which are of the same settings."""
         folder = self._folder(name, attack, eps)
         sweep(folder / "pictures")
-        same(folder / RECORD, self.settings.of(attack, self.vector), made=(folder / FOUND).exists())
-        return folder, records(folder / FOUND, "words" if attack == "suffix" else "sha256")
+        identity = self.settings.of(attack, self.vector)
+        journal.record(folder / RECORD, identity, expected=(folder / RECORDS).exists())
+        return folder, read_records(folder, "words" if attack == "suffix" else "sha256")
 
-    def _worded(self, name: str, defense: Defense) -> list[Query]:
-        """The queries with the words that `suffix` found."""
-        folder, found = self._opened(name, "suffix", None)
+    def _with_words(self, name: str, defense: Defense) -> list[Query]:
+        """The queries with the words of `suffix` after them; those that are there already are read."""
+        folder, records = self._open(name, "suffix", None)
         settings = self.settings
         with bar(self.console) as shown:
-            total, done = (settings.word_steps * n for n in (len(self.queries), len(found)))
+            total, done = (settings.word_steps * n for n in (len(self.queries), len(records)))
             task = shown.add_task("suffix", total=total, completed=done)
             for q in self.queries:
-                if q.id in found:
+                if q.id in records:
                     continue
                 best = search_suffix(
                     self.lvlm, defense, q, settings.target, length=settings.words, steps=settings.word_steps,
                     candidates=settings.word_candidates, batch_size=settings.batch_size, seed=settings.seed,
-                    seen=lambda n: shown.advance(task, n),
+                    progress=lambda n: shown.advance(task, n),
                 )  # fmt: skip
-                found[q.id] = {"query_id": q.id, "words": best.text, **curve(best.curve)}
-                append(folder / FOUND, [found[q.id]])
-        return [asked_with(q, found[q.id]["words"]) for q in self.queries]
+                records[q.id] = {"query_id": q.id, "words": best.text, **curve_points(best.curve)}
+                append(folder, [records[q.id]])
+        return [with_words(q, records[q.id]["words"]) for q in self.queries]
 
-    def _made(
+    def _with_pictures(
         self, queries: list[Query], name: str, attack: str, defense: Defense, eps: int
     ) -> tuple[list[dict[str, Any]], list[Query]]:
         """The records of one attack, and the queries with its pictures; those that are there already are read."""
-        folder, found = self._opened(name, attack, eps)
+        folder, records = self._open(name, attack, eps)
         (folder / "pictures").mkdir(parents=True, exist_ok=True)
         size, passes = self.settings.batch_size, self.settings.passes(attack)
         with bar(self.console) as shown:
-            task = shown.add_task(f"{attack} {eps}", total=passes * len(queries), completed=passes * len(found))
+            task = shown.add_task(f"{attack} {eps}", total=passes * len(queries), completed=passes * len(records))
             for at in range(0, len(queries), size):
                 batch = queries[at : at + size]
-                if all(q.id in found for q in batch):
+                if all(q.id in records for q in batch):
                     continue
                 for places, surface in surfaces(self.lvlm, defense, batch, self.settings.target):
                     losses = losses_of(attack, surface, self.vector, lambda n: shown.advance(task, n))
                     best = search(attack, losses, surface.pictures, eps / 255, self.settings, at)
-                    keep(folder, [batch[i] for i in places], [at + i for i in places], best, found)
-        return [found[q.id] for q in queries], [replace(q, image=checked(folder, found[q.id])) for q in queries]
+                    save_batch(folder, [batch[i] for i in places], [at + i for i in places], best, records)
+        sent = [replace(q, image=picture_file(folder, records[q.id])) for q in queries]
+        return [records[q.id] for q in queries], sent
 
 
 def slug(name: str) -> str:

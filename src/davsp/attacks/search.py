@@ -6,34 +6,36 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from davsp.attacks.apgd import Found, Losses, apgd
+from davsp.attacks.apgd import Losses, SearchResult, apgd
 from davsp.attacks.settings import AttackSettings
 from davsp.attacks.square import square
 from davsp.attacks.surface import Surface
 from davsp.vector import HarmfulnessVector
 
 
-def losses_of(attack: str, surface: Surface, vector: HarmfulnessVector | None, seen: Callable[[int], object]) -> Losses:
-    """The loss of each picture under an attack; `seen` is told how many pictures each call took.
+def losses_of(
+    attack: str, surface: Surface, vector: HarmfulnessVector | None, progress: Callable[[int], object]
+) -> Losses:
+    """The loss of each picture under an attack; `progress` is told how many pictures each call took.
 
     comply (and all that go by it): cross-entropy of the wanted beginnings. hide: max(0, s - mu_minus) / half_gap, in half
     distances between the class means. both: their sum.
     """
 
     def losses(pictures: Tensor) -> Tensor:
-        seen(len(pictures))
+        progress(len(pictures))
         if attack not in ("hide", "both"):
             return surface.comply(pictures)
         assert vector is not None
-        shown = ((surface.projection(pictures, vector) - vector.mu_minus) / vector.half_gap()).clamp(min=0)
-        return shown if attack == "hide" else surface.comply(pictures) + shown
+        harm = ((surface.projection(pictures, vector) - vector.mu_minus) / vector.half_gap()).clamp(min=0)
+        return harm if attack == "hide" else surface.comply(pictures) + harm
 
     return losses
 
 
 def search(
     attack: str, losses: Losses, clean: Float[Tensor, "b 3 h w"], eps: float, settings: AttackSettings, at: int
-) -> Found:
+) -> SearchResult:
     """The best pictures that an attack finds within eps (white = 1).
 
     Args:
@@ -41,10 +43,10 @@ def search(
     """
     seeds = [settings.seed * 1_000_003 + at + 7_919 * r for r in range(settings.restarts)]
     if attack == "noise":
-        drawn = 2 * torch.rand(clean.shape, generator=torch.Generator().manual_seed(seeds[0])) - 1
-        moved = (clean + eps * drawn.to(clean)).clamp(0, 1)
+        noise = 2 * torch.rand(clean.shape, generator=torch.Generator().manual_seed(seeds[0])) - 1
+        noisy = (clean + eps * noise.to(clean)).clamp(0, 1)
         with torch.no_grad():
-            return Found(moved, losses(moved)[:, None], [False] * len(clean))
+            return SearchResult(noisy, losses(noisy)[:, None], [False] * len(clean))
     if attack == "square":
         return square(losses, clean, eps, settings.tries, seeds[0])
     best = apgd(losses, clean, eps, settings.steps)

@@ -7,13 +7,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from davsp.runtime.files import sha256_bytes
 from davsp.vector import HarmfulnessVector
 
-PICTURED = ("comply", "hide", "both")  # by the gradient to the picture
-WORDED = ("suffix", "joint")  # they change the question
-ATTACKS = ("noise", "transfer", *PICTURED, "square", "redraw", *WORDED)
+BY_GRADIENT = ("comply", "hide", "both")  # to the picture
+BY_WORDS = ("suffix", "joint")  # they change the question
+ATTACKS = ("noise", "transfer", *BY_GRADIENT, "square", "redraw", *BY_WORDS)
 CLEAN, BASELINE = "clean", "none"
 
 _ASCENT, _WORDS = ("steps", "restarts"), ("words", "word_steps", "word_candidates")
-_DECIDED: dict[str, tuple[str, ...]] = {
+_DECIDES: dict[str, tuple[str, ...]] = {
     "noise": (), "comply": _ASCENT, "hide": _ASCENT, "both": _ASCENT, "square": ("tries",), "suffix": _WORDS,
     "joint": (*_ASCENT, *_WORDS),
 }  # fmt: skip
@@ -71,9 +71,9 @@ class AttackSettings(BaseModel):
 
     def of(self, attack: str, vector: HarmfulnessVector | None) -> dict[str, Any]:
         """What decides the pictures or words of an attack, beside model, queries, defense and eps."""
-        names = ("target", "batch_size", "seed", *_DECIDED[attack])
-        found: dict[str, Any] = {name: getattr(self, name) for name in names}
+        names = ("target", "batch_size", "seed", *_DECIDES[attack])
+        facts: dict[str, Any] = {name: getattr(self, name) for name in names}
         if attack in ("hide", "both") and vector is not None:
             direction = sha256_bytes(vector.direction().float().cpu().numpy().tobytes())
-            found["vector"] = [direction, vector.layer, vector.mu_minus, vector.half_gap()]
-        return found
+            facts["vector"] = [direction, vector.layer, vector.mu_minus, vector.half_gap()]
+        return facts

@@ -7,14 +7,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from davsp.attacks.apgd import ENOUGH, Found, Losses
+from davsp.attacks.apgd import ENOUGH, Losses, SearchResult
 
 SHARE = 0.3  # of the pixels that the first squares cover
 HALVED = (10, 50, 200, 1000, 2000, 4000, 6000, 8000)  # of 10,000 tries: where the area of the squares is halved
 
 
 @torch.no_grad()
-def square(losses: Losses, clean: Float[Tensor, "b 3 h w"], eps: float, tries: int, seed: int) -> Found:
+def square(losses: Losses, clean: Float[Tensor, "b 3 h w"], eps: float, tries: int, seed: int) -> SearchResult:
     """Lower the losses within |x - clean| <= eps and [0, 1], by squares of +eps or -eps a channel.
 
     Args:
@@ -33,16 +33,16 @@ def square(losses: Losses, clean: Float[Tensor, "b 3 h w"], eps: float, tries: i
             break
         share = SHARE / 2 ** sum(k * 10_000 / tries >= at for at in HALVED)
         side = min(max(1, round((share * h * w) ** 0.5)), h, w)
-        tried = best.clone()
+        candidate = best.clone()
         for row in range(b):
             top, left = (int(torch.randint(0, n - side + 1, (), generator=rng)) for n in (h, w))
             place = (row, slice(None), slice(top, top + side), slice(left, left + side))
-            tried[place] = (clean[place] + eps * _signs((3, 1, 1), rng).to(clean)).clamp(0, 1)
-        loss = losses(tried)
+            candidate[place] = (clean[place] + eps * _signs((3, 1, 1), rng).to(clean)).clamp(0, 1)
+        loss = losses(candidate)
         better = loss < curve[-1]
-        best[better] = tried[better]
+        best[better] = candidate[better]
         curve.append(torch.where(better, loss, curve[-1]))
-    return Found(best, torch.stack(curve, 1).float(), [False] * b)
+    return SearchResult(best, torch.stack(curve, 1).float(), [False] * b)
 
 
 def _signs(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:

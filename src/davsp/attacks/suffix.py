@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from davsp.attacks.apgd import ENOUGH
-from davsp.attacks.surface import Surface, surfaces, wanted
+from davsp.attacks.surface import Surface, goals, surfaces
 from davsp.defenses import Defense
 from davsp.defenses.pat.search import allowed_tokens
 from davsp.errors import DavspError
@@ -26,7 +26,7 @@ TOP = 64  # tokens a place that changes are drawn from
 
 
 class Words(NamedTuple):
-    """What was found: the words, and the loss at the start and after each step."""
+    """The words, and the loss at the start and after each step."""
 
     text: str
     curve: list[float]
@@ -43,7 +43,7 @@ def search_suffix(
     candidates: int,
     batch_size: int,
     seed: int,
-    seen: Callable[[int], object] = lambda n: None,
+    progress: Callable[[int], object] = lambda n: None,
 ) -> Words:
     """Words after the question of one query that make the wanted answer likely under a defense.
 
@@ -52,7 +52,7 @@ def search_suffix(
         length: tokens of the words.
         steps, candidates: changes of one token, and how many are tried for each.
         batch_size: questions a forward.
-        seen: told of every step.
+        progress: told of every step.
 
     Raises:
         DavspError: no words of that length are read as their own tokens; else as `surfaces`.
@@ -64,19 +64,19 @@ def search_suffix(
     curve = [search.losses([text])[0]]
     for step in range(steps):
         if curve[-1] <= ENOUGH:
-            seen(steps - step)
+            progress(steps - step)
             return Words(text, curve + [curve[-1]] * (steps - step))
-        tried = search.changes(ids, candidates, rng)
-        losses = search.losses([search.text(one) for one in tried]) if tried else []
+        changes = search.changes(ids, candidates, rng)
+        losses = search.losses([search.text(one) for one in changes]) if changes else []
         if losses and min(losses) < curve[-1]:
-            ids = tried[losses.index(min(losses))]
+            ids = changes[losses.index(min(losses))]
             text = search.text(ids)
         curve.append(min([curve[-1], *losses]))
-        seen(1)
+        progress(1)
     return Words(text, curve)
 
 
-def asked_with(query: Query, words: str) -> Query:
+def with_words(query: Query, words: str) -> Query:
     """The query with words after its question."""
     return replace(query, question=f"{query.question.strip()} {words}")
 
@@ -94,52 +94,52 @@ class _Search:
 
     def question(self, text: str) -> tuple[str, int]:
         """What the model is asked, and where the words begin in it; the last place, should a defense repeat the question."""
-        asked = self.defense.prepare([asked_with(self.query, text)])[0].question
-        return asked, asked.rfind(text)
+        question = self.defense.prepare([with_words(self.query, text)])[0].question
+        return question, question.rfind(text)
 
     def holds(self, ids: Sequence[int]) -> bool:
         """Whether the words are read as these tokens where they stand."""
         text = self.text(ids)
-        asked, start = self.question(text)
-        return bool(text) and start >= 0 and token_ids(self.lvlm, asked, start, start + len(text)) == list(ids)
+        question, start = self.question(text)
+        return bool(text) and start >= 0 and token_ids(self.lvlm, question, start, start + len(text)) == list(ids)
 
     def start(self, length: int, rng: Random) -> list[int]:
         usable, ids = self.allowed.nonzero()[:, 0].tolist(), list[int]()
         while len(ids) < length:
-            tried = ([*ids, token] for token in rng.sample(usable, min(len(usable), 200)))
-            found = next((more for more in tried if self.holds(more)), None)
-            if found is None:
+            longer = ([*ids, token] for token in rng.sample(usable, min(len(usable), 200)))
+            first = next((candidate for candidate in longer if self.holds(candidate)), None)
+            if first is None:
                 raise DavspError(f"no words of {length} tokens go with the question of {self.query.id}; take fewer")
-            ids = found
+            ids = first
         return ids
 
     def changes(self, ids: list[int], count: int, rng: Random) -> list[list[int]]:
         """Up to so many changes of one token."""
         text = self.text(ids)
-        asked, start = self.question(text)
-        span = token_span(self.lvlm, asked, self.images, start, start + len(text))
-        steepest = token_gradient(self.lvlm, self.canvas, [asked], [self.target], [span]).cpu()
+        question, start = self.question(text)
+        span = token_span(self.lvlm, question, self.images, start, start + len(text))
+        steepest = token_gradient(self.lvlm, self.canvas, [question], [self.target], [span]).cpu()
         top = min(TOP, int(self.allowed.sum()))
         best = (-steepest.masked_fill(~self.allowed, torch.inf)).topk(top).indices.tolist()
-        found: list[list[int]] = []
+        changes: list[list[int]] = []
         for k in range(count):
             at = k * len(ids) // count
             changed = [*ids[:at], best[at][rng.randrange(top)], *ids[at + 1 :]]
-            if changed != ids and changed not in found and self.holds(changed):
-                found.append(changed)
-        return found
+            if changed != ids and changed not in changes and self.holds(changed):
+                changes.append(changed)
+        return changes
 
     @torch.no_grad()
     def losses(self, texts: Sequence[str]) -> list[float]:
         """Of the wanted beginnings, over all calls of the defense."""
-        found: list[float] = []
+        losses: list[float] = []
         for at in range(0, len(texts), self.batch_size):
-            batch = [asked_with(self.query, text) for text in texts[at : at + self.batch_size]]
+            batch = [with_words(self.query, text) for text in texts[at : at + self.batch_size]]
             canvas = self.canvas.expand(len(batch), -1, -1, -1)
-            calls = wanted(self.defense, batch, self.target)
+            calls = goals(self.defense, batch, self.target)
             total = torch.stack([answer_losses(self.lvlm, canvas, *call) for call in calls]).sum(0)
-            found += total.tolist()
-        return found
+            losses += total.tolist()
+        return losses
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from davsp.prompts.base import to_bytes
 from davsp.query import Query
 from davsp.vector import HarmfulnessVector
 
-Wanted = tuple[list[str], list[str]]
+Goal = tuple[list[str], list[str]]
 """Questions, and the beginnings of the answers that the attacker wants to them."""
 
 
@@ -33,24 +33,24 @@ class Surface:
     """Some queries under one defense, as their attacker sees them.
 
     Attributes:
-        pictures: the queries' own pictures as he would send them, each value k/255.
+        pictures: the queries' pictures as he would send them, each value k/255.
         canvas: such pictures -> what the model sees; carries the gradient.
-        wanted: what the model is asked, call by call, and what it is to say; the defense's texts are in the questions.
+        goals: what the model is asked, call by call, and what it is to say; the defense's texts are in the questions.
     """
 
     lvlm: LVLM
     pictures: Float[Tensor, "b 3 h w"]
     canvas: Callable[[Tensor], Tensor]
-    wanted: list[Wanted]
+    goals: list[Goal]
 
     def comply(self, pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
         """Mean cross-entropy of the wanted beginnings, summed over the calls; of pictures rounded to 8 bit."""
         canvas = self.canvas(rounded(pictures))
-        return torch.stack([answer_losses(self.lvlm, canvas, *one) for one in self.wanted]).sum(0)
+        return torch.stack([answer_losses(self.lvlm, canvas, *one) for one in self.goals]).sum(0)
 
     def projection(self, pictures: Float[Tensor, "b 3 h w"], vector: HarmfulnessVector) -> Float[Tensor, " b"]:
         """s(x) of the first call at the vector's layer; of pictures rounded to 8 bit."""
-        states = self.lvlm.states(self.canvas(rounded(pictures)), self.wanted[0][0], [vector.layer])
+        states = self.lvlm.states(self.canvas(rounded(pictures)), self.goals[0][0], [vector.layer])
         return vector.project(states[:, 0])
 
 
@@ -74,7 +74,7 @@ def surfaces(lvlm: LVLM, defense: Defense, queries: Sequence[Query], target: str
     else:
         sent = list(_inside(prompt, prompt.resize(pictures)))
         canvas = _road(prompt, lvlm.device)
-    calls = wanted(defense, queries, target)
+    calls = goals(defense, queries, target)
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, one in enumerate(sent):
         groups.setdefault(tuple(one.shape), []).append(i)
@@ -85,27 +85,27 @@ def surfaces(lvlm: LVLM, defense: Defense, queries: Sequence[Query], target: str
                 lvlm,
                 torch.stack([sent[i] for i in places]).to(lvlm.device),
                 canvas,
-                [([asked[i] for i in places], [said[i] for i in places]) for asked, said in calls],
+                [([questions[i] for i in places], [answers[i] for i in places]) for questions, answers in calls],
             ),
         )
         for places in groups.values()
     ]
 
 
-def wanted(defense: Defense, queries: Sequence[Query], target: str) -> list[Wanted]:
-    """What the attacker wants said in each call of a defense: his target, and of ECSO's judge that it is harmless."""
+def goals(defense: Defense, queries: Sequence[Query], target: str) -> list[Goal]:
+    """What the attacker wants to hear in each call of a defense: his target, and of ECSO's judge that it is harmless."""
     if isinstance(defense, Chain):
         for one in defense.defenses[:-1]:
             queries = one.prepare(queries)
-        return wanted(defense.defenses[-1], queries, target)
+        return goals(defense.defenses[-1], queries, target)
     if isinstance(defense, Intervention):
-        return wanted(defense.inner, queries, target)
+        return goals(defense.inner, queries, target)
     calls = [([q.question for q in defense.prepare(queries)], [target] * len(queries))]
     if isinstance(defense, ECSO):
-        said = target[:CUT]
-        harm = [replace(q, question=defense.templates.harm.format(query=q.question, response=said)) for q in queries]
-        asked = defense.inner.prepare(harm) if defense.follow == "whole" else harm
-        calls.append(([q.question for q in asked], ["no"] * len(queries)))
+        answer = target[:CUT]
+        harm = [replace(q, question=defense.templates.harm.format(query=q.question, response=answer)) for q in queries]
+        prepared = defense.inner.prepare(harm) if defense.follow == "whole" else harm
+        calls.append(([q.question for q in prepared], ["no"] * len(queries)))
     return calls
 
 
@@ -119,10 +119,10 @@ def visual(defense: Defense) -> Prompt | None:
         return defense.prompt
     if isinstance(defense, ECSO | Intervention):
         return visual(defense.inner)
-    found = [p for d in getattr(defense, "defenses", ()) if (p := visual(d)) is not None]
-    if len(found) > 1:
+    prompts = [p for d in getattr(defense, "defenses", ()) if (p := visual(d)) is not None]
+    if len(prompts) > 1:
         raise DavspError(f"{defense.name} has two visual prompts; the attack knows one")
-    return found[0] if found else None
+    return prompts[0] if prompts else None
 
 
 def unseen(defense: Defense) -> list[str]:

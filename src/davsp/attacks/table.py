@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from davsp import metrics
-from davsp.attacks.run import Attacked
-from davsp.attacks.settings import BASELINE, CLEAN, WORDED
+from davsp.attacks.run import AttackResult
+from davsp.attacks.settings import BASELINE, BY_WORDS, CLEAN
 from davsp.metrics import Outcome
 from davsp.query import Query
 
@@ -16,7 +16,7 @@ ALL = "all"
 Labels = Mapping[str, str]
 
 
-def rows(model: str, done: Sequence[Attacked], queries: Sequence[Query], seed: int = 0) -> list[dict[str, Any]]:
+def rows(model: str, results: Sequence[AttackResult], queries: Sequence[Query], seed: int = 0) -> list[dict[str, Any]]:
     """Rows as in metrics.json, with `attack` and `eps` (levels; None: without a size) besides.
 
     Resist success rates of each attack, for each benchmark and for all; `worst` at an eps counts a query as broken if any attack on
@@ -26,66 +26,68 @@ def rows(model: str, done: Sequence[Attacked], queries: Sequence[Query], seed: i
     """
     table: list[dict[str, Any]] = []
     malicious = [q for q in queries if q.label == "malicious" and q.image is not None]
-    found: dict[tuple[str, str, int | None], Labels] = {(a.defense, a.attack, a.eps): a.labels for a in done}
-    found |= {(name, WORST, eps): labels for name in names(done) for eps, labels in worst(done, name).items()}
-    found |= {(name, ANY, None): worst_of([a.labels for a in done if a.defense == name]) for name in names(done)}
-    for (name, attack, eps), labels in found.items():
-        baseline = found.get((BASELINE, attack, eps)) if name != BASELINE else None
+    verdicts: dict[tuple[str, str, int | None], Labels] = {(a.defense, a.attack, a.eps): a.labels for a in results}
+    verdicts |= {(name, WORST, eps): labels for name in names(results) for eps, labels in worst(results, name).items()}
+    verdicts |= {
+        (name, ANY, None): worst_of([a.labels for a in results if a.defense == name]) for name in names(results)
+    }
+    for (name, attack, eps), labels in verdicts.items():
+        baseline = verdicts.get((BASELINE, attack, eps)) if name != BASELINE else None
         was = None if baseline is None else _outcomes(malicious, baseline)
-        made = metrics.rows(model, name, _outcomes(malicious, labels), was, seed)
-        table += [row | {"attack": attack, "eps": eps} for row in made]
-    clean = [a for a in done if a.attack == CLEAN]
+        attack_rows = metrics.rows(model, name, _outcomes(malicious, labels), was, seed)
+        table += [row | {"attack": attack, "eps": eps} for row in attack_rows]
+    clean = [a for a in results if a.attack == CLEAN]
     of = {a.defense: [o for o in _benign(a) if o.metric in ("accuracy", "over_refusal")] for a in clean}
     for name, outcomes in of.items():
-        made = metrics.rows(model, name, outcomes, of.get(BASELINE) if name != BASELINE else None, seed)
-        table += [row | {"attack": CLEAN, "eps": None} for row in made]
+        benign_rows = metrics.rows(model, name, outcomes, of.get(BASELINE) if name != BASELINE else None, seed)
+        table += [row | {"attack": CLEAN, "eps": None} for row in benign_rows]
     return table
 
 
-def names(done: Sequence[Attacked]) -> list[str]:
+def names(results: Sequence[AttackResult]) -> list[str]:
     """Of the defenses, in their order."""
-    return list(dict.fromkeys(a.defense for a in done))
+    return list(dict.fromkeys(a.defense for a in results))
 
 
-def sizes(done: Sequence[Attacked]) -> list[int]:
+def sizes(results: Sequence[AttackResult]) -> list[int]:
     """All eps, rising."""
-    return sorted({a.eps for a in done if a.eps is not None})
+    return sorted({a.eps for a in results if a.eps is not None})
 
 
-def worst(done: Sequence[Attacked], name: str) -> dict[int, Labels]:
+def worst(results: Sequence[AttackResult], name: str) -> dict[int, Labels]:
     """eps -> query id -> the worst verdict of all attacks on the picture of at most that eps; 0: of those without a size."""
-    mine = [a for a in done if a.defense == name and a.attack not in WORDED]
-    return {eps: worst_of([a.labels for a in mine if (a.eps or 0) <= eps]) for eps in (0, *sizes(done))}
+    mine = [a for a in results if a.defense == name and a.attack not in BY_WORDS]
+    return {eps: worst_of([a.labels for a in mine if (a.eps or 0) <= eps]) for eps in (0, *sizes(results))}
 
 
 def worst_of(verdicts: Sequence[Labels]) -> dict[str, str]:
     """Unsafe if one is; else unscored if one is; else safe. Of the queries that all of them have."""
     known = [i for i in verdicts[0] if all(i in labels for labels in verdicts)]
-    found = {i: {labels[i] for labels in verdicts} for i in known}
-    return {i: next(label for label in ("unsafe", "unscored", "safe") if label in seen) for i, seen in found.items()}
+    by_query = {i: {labels[i] for labels in verdicts} for i in known}
+    return {i: next(x for x in ("unsafe", "unscored", "safe") if x in labels) for i, labels in by_query.items()}
 
 
-def share(done: Sequence[Attacked], name: str, attack: str, eps: int | None) -> float | None:
+def share(results: Sequence[AttackResult], name: str, attack: str, eps: int | None) -> float | None:
     """RSR under an attack; None if it was not run, or nothing was scored."""
-    labels = next((a.labels for a in done if (a.defense, a.attack, a.eps) == (name, attack, eps)), {})
+    labels = next((a.labels for a in results if (a.defense, a.attack, a.eps) == (name, attack, eps)), {})
     scored = [label == "safe" for label in labels.values() if label != "unscored"]
     return sum(scored) / len(scored) if scored else None
 
 
 def _outcomes(queries: Sequence[Query], labels: Labels) -> list[Outcome]:
-    found = []
+    outcomes = []
     for q in queries:
         for benchmark in (q.benchmark, ALL):
-            found += [
+            outcomes += [
                 Outcome(q.id, benchmark, "total", metric, q.group, value)
                 for metric, value in metrics.rates(labels[q.id]).items()
             ]
-    return found
+    return outcomes
 
 
-def _benign(clean: Attacked) -> list[Outcome]:
+def _benign(clean: AttackResult) -> list[Outcome]:
     """What benign queries say, pooled over their benchmarks as well."""
-    said, verdicts = clean.evaluation.responses[clean.defense], clean.evaluation.verdicts[clean.defense]
-    found = metrics.outcomes([q for q in clean.queries if q.label == "benign"], said, verdicts)
-    pooled = [replace(o, benchmark=ALL) for o in found if o.metric == "accuracy" and o.split == "total"]
-    return [*found, *pooled]
+    responses, verdicts = clean.evaluation.responses[clean.defense], clean.evaluation.verdicts[clean.defense]
+    outcomes = metrics.outcomes([q for q in clean.queries if q.label == "benign"], responses, verdicts)
+    pooled = [replace(o, benchmark=ALL) for o in outcomes if o.metric == "accuracy" and o.split == "total"]
+    return [*outcomes, *pooled]

@@ -176,15 +176,15 @@ def _finish(
     from davsp import metrics
     from davsp.attacks import page
     from davsp.attacks.checks import checks
-    from davsp.attacks.run import looked_at
+    from davsp.attacks.run import probe
     from davsp.attacks.table import rows
     from davsp.lvlm import fingerprint, model_name
     from davsp.runtime.files import manifest, write_json, write_text
 
     name = model_name(lvlm)
     asked = [q for q in test if q.label == "malicious" and q.image is not None]
-    looked = {one: looked_at(lvlm, d, asked, given["settings"]["target"]) for one, d in defenses.items()}
-    found, table = checks(done, defenses, looked), rows(name, done, test, seed)
+    probes = {one: probe(lvlm, d, asked, given["settings"]["target"]) for one, d in defenses.items()}
+    found, table = checks(done, defenses, probes), rows(name, done, test, seed)
     facts = manifest(model=name, revision=lvlm.revision, weights=fingerprint(lvlm), seed=seed, **given)
     described = {one: d.describe() for one, d in defenses.items()}
     write_json(out / "manifest.json", facts | {"defenses": described})

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from davsp.errors import DavspError
-from davsp.runtime import parallel
-from davsp.runtime.files import read_bytes, read_tensors_and_metadata, save_tensors, write_bytes
+from davsp.runtime import journal, parallel
+from davsp.runtime.files import read_tensors_and_metadata, save_tensors, write_bytes
 
 STATE, METRICS = "checkpoint.safetensors", "metrics.jsonl"
 
@@ -65,7 +65,7 @@ class Checkpoint:
         """The state in the folder, with the metrics cut back to it; None if there is none.
 
         Raises:
-            DavspError: it is of a run with other settings, data, model or start.
+            DavspError: it is of a run with other settings, data, model or start, or no checkpoint.
         """
         path = self.out / STATE
         if not path.exists():
@@ -77,33 +77,22 @@ class Checkpoint:
             state = State(step, *(tensors[name].to(device) for name in ("delta", "first", "second")))
         except (KeyError, ValueError) as error:
             raise DavspError(f"{path} is not a checkpoint of davsp train ({error}); delete it to start anew") from error
-        if identity != self.identity:
-            names = [name for name in {**identity, **self.identity} if identity.get(name) != self.identity.get(name)]
-            raise DavspError(
-                f"{path} is of a run with other settings ({', '.join(names)}): choose another folder, "
-                "give those settings again, or start anew with resume off"
-            )
+        journal.check(path, identity, self.identity)
         if parallel.rank() > 0:
             return state
-        lines = read_bytes(self.out / METRICS).split(b"\n")[:step]
+        lines = journal.lines(self.out / METRICS)[:step]
         write_bytes(self.out / METRICS, b"".join(line + b"\n" for line in lines))
         return state
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Add a line to the metrics.
+        """Add a line to the metrics; it is on the disk when this returns.
 
         Raises:
             DavspError: the disk is full.
         """
-        if parallel.rank() > 0:
-            return
-        path = self.out / METRICS
-        try:
-            with path.open("a") as file:
-                file.write(json.dumps(metrics) + "\n")
-        except OSError as error:
-            raise DavspError(f"cannot write {path}: {error.strerror}; free space and start again") from error
+        if parallel.rank() == 0:
+            journal.append(self.out / METRICS, json.dumps(metrics) + "\n")
 
     def last(self) -> dict[str, Any]:
         """The metrics of the last step."""
-        return json.loads(read_bytes(self.out / METRICS).splitlines()[-1])
+        return json.loads(journal.lines(self.out / METRICS)[-1])

@@ -74,16 +74,16 @@ class ChatDefender:
             DavspError: no reply that can be read after all attempts; none is made up.
         """
         body = {**self.settings, "messages": messages(scenario, prompt, output)}
-        found: list[Proposal | Failure] = []
-        self.client.ask("chat/completions", {"": lambda unread: body}, _read, lambda _, one: found.append(one))
-        (one,) = found
-        if isinstance(one, Failure):
-            said = f": {one.raw[:200]}" if one.raw else ""
+        replies: list[Proposal | Failure] = []
+        self.client.ask("chat/completions", {"": lambda unread: body}, _read, lambda _, one: replies.append(one))
+        (reply,) = replies
+        if isinstance(reply, Failure):
+            words = f": {reply.raw[:200]}" if reply.raw else ""
             raise DavspError(
-                f"the defender gave no prompt after {self.client.attempts} attempts ({one.reason}{said}); the finished "
+                f"the defender gave no prompt after {self.client.attempts} attempts ({reply.reason}{words}); the finished "
                 "queries are kept: mend or change the defender and run again"
             )
-        return one
+        return reply
 
 
 def _read(body: Any) -> Proposal | Failure:

@@ -1,7 +1,7 @@
 """Keys of queries: what AdaShield-A's pool is searched by.
 
 As published: an image half and a text half, concatenated as they are, then the whole normalised. The encoder there is CLIP
-ViT-B/32 (512 + 512); it is here for real models. The embedded LVLMs have features of their own: their pictures and words
+ViT-B/32 (512 + 512); it is here for real models. The embedded LVLMs are searched by their own features: their pictures and words
 are not CLIP's world, and no CLIP can be shipped.
 
 INFERRED: questions longer than CLIP's 77 tokens are cut (the published code would raise), and a query without a picture has an
@@ -71,16 +71,16 @@ class ClipEncoder:
             [q.question for q in queries], padding=True, truncation=True, max_length=longest, return_tensors="pt"
         )
         words = self.model.get_text_features(**text.to(self.device)).pooler_output
-        seen = torch.zeros_like(words)
+        images = torch.zeros_like(words)
         pictures = [(i, picture) for i, q in enumerate(queries) if (picture := q.picture()) is not None]
         if pictures:
             pixels = self.processor([picture for _, picture in pictures], return_tensors="pt")["pixel_values"]
-            seen[[i for i, _ in pictures]] = self.model.get_image_features(pixels.to(self.device)).pooler_output
-        return normalize(torch.cat([seen, words], 1).float(), dim=1).cpu()
+            images[[i for i, _ in pictures]] = self.model.get_image_features(pixels.to(self.device)).pooler_output
+        return normalize(torch.cat([images, words], 1).float(), dim=1).cpu()
 
 
 class LVLMEncoder:
-    """The LVLM's own features at the decoder's entrance: mean projected patch, and mean embedding of the question's words.
+    """Features of the defended LVLM itself, at the decoder's entrance: mean projected patch, and mean embedding of the question's words.
 
     Both halves are looked at from the middle of all ordinary words (the mean row of the embedding is taken off), as else all pictures and
     all questions would point one way. INFERRED as a whole: the paper's models use CLIP.
@@ -102,16 +102,16 @@ class LVLMEncoder:
         ids = lvlm.tokenizer(query.question, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
         words = wide(embedding[ids.to(embedding.device)]).mean(0)
         middle = wide(embedding).mean(0)
-        seen = middle if picture is None else self._patches(lvlm.preprocess([picture]), query.question)
-        return normalize(torch.cat([seen - middle, words - middle]).float(), dim=0).cpu()
+        patches = middle if picture is None else self._patches(lvlm.preprocess([picture]), query.question)
+        return normalize(torch.cat([patches - middle, words - middle]).float(), dim=0).cpu()
 
     def _patches(self, canvas: Any, question: str) -> Float[Tensor, " d"]:
         """The mean of what stands for the picture where the first decoder block reads it."""
-        entered: list[Tensor] = []
+        states: list[Tensor] = []
         tokens = self.lvlm.encode([question], self.lvlm.placeholders(canvas))
 
-        def look(module: Any, inputs: Any, named: Any) -> None:
-            entered.append(wide(inputs[0] if inputs else named["hidden_states"]))
+        def look(module: Any, inputs: Any, options: Any) -> None:
+            states.append(wide(inputs[0] if inputs else options["hidden_states"]))
             raise _Enough
 
         handle = self.lvlm.layers[0].register_forward_pre_hook(look, with_kwargs=True)
@@ -121,27 +121,27 @@ class LVLMEncoder:
             pass
         finally:
             handle.remove()
-        return entered[0][tokens.ids == self.lvlm.image_token_id].mean(0)
+        return states[0][tokens.ids == self.lvlm.image_token_id].mean(0)
 
 
 class _Enough(Exception):
     """Leaves the forward pass at the first block."""
 
 
-def encoder_of(described: dict[str, Any], lvlm: AnsweringLVLM) -> Encoder:
+def encoder_of(description: dict[str, Any], lvlm: AnsweringLVLM) -> Encoder:
     """The encoder that a pool was made with.
 
     Raises:
-        DavspError: its keys are of another model's own features, or it is not known.
+        DavspError: its keys are features of another LVLM, or it is not known.
     """
-    if described.get("kind") == "clip":
+    if description.get("kind") == "clip":
         device = lvlm.device if isinstance(lvlm, LVLM) else "cpu"
-        return ClipEncoder(described["model"], described.get("revision"), device)
-    if described.get("kind") != "own":
-        raise DavspError(f"the pool's encoder {described.get('kind')!r} is not known; make the pool anew")
+        return ClipEncoder(description["model"], description.get("revision"), device)
+    if description.get("kind") != "own":
+        raise DavspError(f"the pool's encoder {description.get('kind')!r} is not known; make the pool anew")
     encoder = LVLMEncoder(lvlm)
-    if encoder.describe() != described:
+    if encoder.describe() != description:
         raise DavspError(
-            f"the pool's keys are features of {described.get('model')}, not of {model_name(lvlm)}; make a pool with this model"
+            f"the pool's keys are features of {description.get('model')}, not of {model_name(lvlm)}; make a pool with this model"
         )
     return encoder

@@ -23,7 +23,7 @@ from davsp.runtime.table import TextTable
 CONFIG, KEYS = "pool.json", "pool.safetensors"
 
 
-class Row(BaseModel):
+class PoolRow(BaseModel):
     """One training query's outcome.
 
     Attributes:
@@ -72,7 +72,7 @@ class PoolConfig(BaseModel):
     data: dict[str, Any] = {}
     davsp_version: str = davsp.__version__
     keys: str
-    rows: list[Row]
+    rows: list[PoolRow]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ attack and benign queries alike (there: for benign ones only, see `davsp.defense
 with the start and scores the first answer; that is not copied. INFERRED: which queries are drawn, and all wording (`wording`).
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from rich.console import Console
 
 from davsp.defenses.adashield_a.defender import Defender
 from davsp.defenses.adashield_a.features import Encoder
-from davsp.defenses.adashield_a.pool import Pool, PoolConfig, Row, keys_hash
+from davsp.defenses.adashield_a.pool import Pool, PoolConfig, PoolRow, keys_hash
 from davsp.defenses.adashield_a.wording import spoken
 from davsp.defenses.adashield_s import PUBLISHED
 from davsp.defenses.text import SafetyText
@@ -35,8 +34,10 @@ from davsp.judges.keyword import keyword
 from davsp.judges.keyword_lists import ADASHIELD
 from davsp.lvlm import AnsweringLVLM, fingerprint
 from davsp.query import Query
-from davsp.runtime.files import alone, read_json, sha256_bytes, write_json
+from davsp.runtime import journal
+from davsp.runtime.files import alone, write_json
 from davsp.runtime.progress import bar
+from davsp.store import fields_hash
 
 FILE = "pool-search.json"
 REFUSED, DOUBTFUL, COMPLIED = 1, 5, 10
@@ -95,7 +96,7 @@ def make_pool(
         Interrupted: Ctrl-C; what was done is kept.
     """
     with alone(out):
-        rows, drawn, identity = _refined(
+        rows, queries, identity = _search(
             lvlm, malicious, defender, settings, out, resume, console or Console(quiet=True)
         )
     if not any(row.final_score == REFUSED for row in rows):
@@ -103,7 +104,7 @@ def make_pool(
             f"none of {len(rows)} queries got a prompt that is refused and validated (see {out / FILE}); give another defender, "
             "more rounds or a smaller share"
         )
-    keys = encoder.encode(drawn)
+    keys = encoder.encode(queries)
     config = PoolConfig(
         model_id=lvlm.model_id, revision=lvlm.revision, beta=settings.beta, placement=settings.placement,
         separator=settings.separator, encoder=encoder.describe(), defender=defender.describe(),
@@ -112,7 +113,7 @@ def make_pool(
     return Pool(config, keys)
 
 
-def _refined(
+def _search(
     lvlm: AnsweringLVLM,
     malicious: Sequence[Query],
     defender: Defender,
@@ -120,38 +121,38 @@ def _refined(
     out: Path,
     resume: bool,
     console: Console,
-) -> tuple[list[Row], list[Query], dict[str, Any]]:
-    """A row for each query that was drawn, these queries, and what all depends on."""
+) -> tuple[list[PoolRow], list[Query], dict[str, Any]]:
+    """A row for each training query, these queries, and the identity of the search."""
     scenarios = draw(malicious, settings)
     identity = {
         **settings.model_dump(exclude={"beta"}),
         "defender": defender.describe(),
         "model": fingerprint(lvlm),
-        "data": {"train_malicious": _digest(malicious)},
+        "data": {"train_malicious": fields_hash(malicious, "id", "question", "category")},
     }
-    kept = _kept(out / FILE, identity) if resume else None
-    if kept is None:
-        kept = {"identity": identity, "rows": []}
-        write_json(out / FILE, kept)  # a folder one can't write to is known before the work
+    state = journal.restore(out / FILE, identity, rows=list) if resume else None
+    if state is None:
+        state = {"identity": identity, "rows": []}
+        write_json(out / FILE, state)  # a folder one can't write to is known before the work
     plan = [(query, held) for train, held in scenarios.values() for query in train]
     with bar(console) as shown:
-        task = shown.add_task("adashield-a", total=len(plan), completed=len(kept["rows"]))
+        task = shown.add_task("adashield-a", total=len(plan), completed=len(state["rows"]))
         try:
-            for query, held in plan[len(kept["rows"]) :]:
-                kept["rows"].append(refine(lvlm, query, held, defender, settings).model_dump())
-                write_json(out / FILE, kept)
+            for query, held in plan[len(state["rows"]) :]:
+                state["rows"].append(refine(lvlm, query, held, defender, settings).model_dump())
+                write_json(out / FILE, state)
                 shown.advance(task)
         except KeyboardInterrupt:
             raise Interrupted(
-                f"stopped after {len(kept['rows'])} of {len(plan)} queries; they are in {out / FILE}: give the same command "
+                f"stopped after {len(state['rows'])} of {len(plan)} queries; they are in {out / FILE}: give the same command "
                 "again to go on"
             ) from None
-    return [Row(**row) for row in kept["rows"]], [query for query, _ in plan], identity
+    return [PoolRow(**row) for row in state["rows"]], [query for query, _ in plan], identity
 
 
 def refine(
     lvlm: AnsweringLVLM, query: Query, held: Sequence[Query], defender: Defender, settings: RefineSettings
-) -> Row:
+) -> PoolRow:
     """The loop of one training query, and the validation of what came of it on the queries `held`."""
     prompt, improvement, iteration = settings.start, "", 0
     first = response = _answers(lvlm, prompt, [query], settings)[0]
@@ -159,16 +160,19 @@ def refine(
     for number in range(1, settings.rounds + 1):
         if score == REFUSED:
             break
-        tried = defender.propose(spoken(query.category), settings.start, first, f"{settings.seed} {query.id} {number}")
-        answer = _answers(lvlm, tried.prompt, [query], settings)[0]
-        if (found := _score(answer, settings)) < score:
-            prompt, improvement, iteration, response, score = tried.prompt, tried.improvement, number, answer, found
+        proposal = defender.propose(
+            spoken(query.category), settings.start, first, f"{settings.seed} {query.id} {number}"
+        )
+        answer = _answers(lvlm, proposal.prompt, [query], settings)[0]
+        if (new_score := _score(answer, settings)) < score:
+            prompt, improvement, iteration = proposal.prompt, proposal.improvement, number
+            response, score = answer, new_score
     validated = None
     if score == REFUSED:
         answers = _answers(lvlm, prompt, held, settings)
         validated = sum(_score(one, settings) == REFUSED for one in answers) / len(answers)
         score = REFUSED if validated >= settings.share else DOUBTFUL
-    return Row(
+    return PoolRow(
         query=query.id, question=query.question, scenario=query.category, defense_prompt=prompt, improvement=improvement,
         response=response, init_score=init, final_score=score, iteration=iteration, validated=validated,
     )  # fmt: skip
@@ -185,7 +189,7 @@ def draw(malicious: Sequence[Query], settings: RefineSettings) -> dict[str, tupl
         by_scenario[query.category].append(query)
     if not by_scenario:
         raise DavspError("AdaShield-A got no malicious queries; give some of each scenario")
-    drawn = {}
+    chosen = {}
     for name, queries in by_scenario.items():
         if len(queries) <= settings.validation:
             raise DavspError(
@@ -194,8 +198,8 @@ def draw(malicious: Sequence[Query], settings: RefineSettings) -> dict[str, tupl
             )
         Random(f"{settings.seed} {name}").shuffle(queries)
         held, rest = queries[: settings.validation], queries[settings.validation :]
-        drawn[name] = (rest[: settings.per_scenario], held)
-    return drawn
+        chosen[name] = (rest[: settings.per_scenario], held)
+    return chosen
 
 
 def _answers(lvlm: AnsweringLVLM, prompt: str, queries: Sequence[Query], settings: RefineSettings) -> list[str]:
@@ -207,29 +211,3 @@ def _score(answer: str, settings: RefineSettings) -> int:
     """1 for a refusal, 10 for anything else, an empty answer too."""
     judge = ADASHIELD if settings.judge == "adashield" else keyword
     return REFUSED if judge(answer)[0] == "safe" else COMPLIED
-
-
-def _kept(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """What a run before left, if it is of the same."""
-    if not path.exists():
-        return None
-    kept = read_json(path)
-    found = kept.get("identity") if isinstance(kept, dict) else None
-    if not isinstance(found, dict) or not isinstance(kept.get("rows"), list):
-        raise DavspError(f"{path} is not a run of davsp train --method adashield-a; delete it to start anew")
-    if found != identity:
-        names = [name for name in {**found, **identity} if found.get(name) != identity.get(name)]
-        raise DavspError(
-            f"{path} is of a run with other settings ({', '.join(names)}): choose another folder, give those settings again, "
-            "or start anew with --no-resume"
-        )
-    return kept
-
-
-def _digest(queries: Sequence[Query]) -> str:
-    """SHA-256 over ids, pictures, questions and categories."""
-    facts = []
-    for query in queries:
-        picture = query.picture()
-        facts.append([query.id, query.question, query.category, picture and sha256_bytes(picture.tobytes())])
-    return sha256_bytes(json.dumps(facts).encode())

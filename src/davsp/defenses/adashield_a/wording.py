@@ -85,12 +85,12 @@ def read_proposal(reply: str) -> Proposal | Failure:
     """The JSON object in a reply, whatever stands around it; line breaks inside its texts are allowed."""
     start, end = reply.find("{"), reply.rfind("}")
     try:
-        found = json.loads(reply[start : end + 1], strict=False) if start >= 0 else None
+        fields = json.loads(reply[start : end + 1], strict=False) if start >= 0 else None
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
+        fields = None
+    if not isinstance(fields, dict):
         return Failure("the defender's reply holds no JSON object", reply)
-    texts = [found.get(name) for name in ("improvement", "prompt")]
+    texts = [fields.get(name) for name in ("improvement", "prompt")]
     if not all(isinstance(text, str) and text.strip() for text in texts):
         return Failure("the defender's JSON lacks a text 'improvement' or 'prompt'", reply)
     return Proposal(*(str(text).strip() for text in texts))

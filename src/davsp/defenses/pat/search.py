@@ -21,16 +21,16 @@ SPEAKERS = ("user:", "assistant:")  # one word each in the embedded vocabulary
 
 
 @dataclass(frozen=True)
-class State:
-    """The tokens after a step, as text."""
+class Tokens:
+    """Both parts after a step, as text."""
 
     step: int
     defence: str
     attack: str
 
-    def having(self, part: str, text: str) -> "State":
+    def having(self, part: str, text: str) -> "Tokens":
         """The same with another defence or attack."""
-        return State(self.step, *((text, self.attack) if part == "defence" else (self.defence, text)))
+        return Tokens(self.step, *((text, self.attack) if part == "defence" else (self.defence, text)))
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Search:
     ) -> None:
         self.lvlm, self.text, self.settings = lvlm, text, settings
         count = min(settings.behaviours, len(malicious))
-        drawn = Random(f"{settings.seed} behaviours").sample(range(len(malicious)), count)
-        self.bad = rows_of(lvlm, [malicious[i] for i in drawn], [settings.refusal] * len(drawn))
+        chosen = Random(f"{settings.seed} behaviours").sample(range(len(malicious)), count)
+        self.bad = rows_of(lvlm, [malicious[i] for i in chosen], [settings.refusal] * count)
         answered = [(q, a) for q, a in zip(benign, benign_answers, strict=True) if not withheld(a)]
         if not answered:
             raise DavspError(f"{lvlm.model_id} answers none of the benign queries undefended; give others")
@@ -66,122 +66,122 @@ class Search:
         weight = settings.refuse_weight
         self.refuse_weight = max(0.0, 1 - settings.benign_weight) if weight is None else weight
 
-    def start(self) -> State:
+    def start(self) -> Tokens:
         """`start` over and over.
 
         Raises:
             DavspError: it is not one ordinary token of the model, or the tokens run into their neighbours.
         """
         settings = self.settings
-        state = State(0, *(" ".join([settings.start] * n) for n in (settings.length, settings.attack_length)))
+        tokens = Tokens(0, *(" ".join([settings.start] * n) for n in (settings.length, settings.attack_length)))
         for part, count in (("defence", settings.length), ("attack", settings.attack_length)):
-            ids = self._ids(state, part, 0)
+            ids = self._ids(tokens, part, 0)
             unknown = self.lvlm.tokenizer.unk_token_id in ids
             if unknown or len(ids) != count or len(set(ids)) > 2:  # the first may be another, without a space before it
                 raise DavspError(
                     f"start {settings.start!r} is no token of {self.lvlm.model_id}'s vocabulary; name one of its words"
                 )
-        return state
+        return tokens
 
-    def advance(self, state: State) -> tuple[State, dict[str, Any]]:
+    def advance(self, tokens: Tokens) -> tuple[Tokens, dict[str, Any]]:
         """An attack token, then a defence token; what is kept of the step."""
-        step = state.step + 1
-        attack, hurt = self._change("attack", state, [])
-        state = State(step, state.defence, attack)
+        step = tokens.step + 1
+        attack, hurt = self._change("attack", tokens, [])
+        tokens = Tokens(step, tokens.defence, attack)
         draw = Random(f"{self.settings.seed} benign {step}")
         good = [draw.randrange(len(self.good.questions)) for _ in self.bad.questions]
-        defence, cost = self._change("defence", state, good)
+        defence, cost = self._change("defence", tokens, good)
         figures = {"step": step, **hurt, **cost, "defence": defence, "attack": attack}
-        return State(step, defence, attack), figures
+        return Tokens(step, defence, attack), figures
 
-    def _change(self, part: str, state: State, good: Sequence[int]) -> tuple[str, dict[str, float]]:
+    def _change(self, part: str, tokens: Tokens, good: Sequence[int]) -> tuple[str, dict[str, float]]:
         """The best of the candidates for a part, and its losses."""
-        rng = Random(f"{self.settings.seed} {part} {state.step}")
-        candidates = self._candidates(part, state, rng)
+        rng = Random(f"{self.settings.seed} {part} {tokens.step}")
+        candidates = self._candidates(part, tokens, rng)
         if not candidates:
             raise DavspError(
-                f"no candidate for the {part} gives its own tokens back after step {state.step}; raise candidates or top_k"
+                f"no candidate for the {part} gives its own tokens back after step {tokens.step}; raise candidates or top_k"
             )
         if self.settings.accept == "better":
-            candidates.append(getattr(state, part))
-        losses = self._score(part, [state.having(part, text) for text in candidates], good)
+            candidates.append(getattr(tokens, part))
+        losses = self._score(part, [tokens.having(part, text) for text in candidates], good)
         best = int(next(iter(losses.values())).argmin())  # of the first, which is the loss; the first of equals
         return candidates[best], {name: float(values[best]) for name, values in losses.items()}
 
     @torch.no_grad()
-    def _score(self, part: str, tried: list[State], good: Sequence[int]) -> dict[str, Float[Tensor, " c"]]:
+    def _score(self, part: str, candidates: list[Tokens], good: Sequence[int]) -> dict[str, Float[Tensor, " c"]]:
         """The losses of each candidate: means over the malicious rows, and over the benign rows `good`."""
         attacking, bad = part == "attack", range(len(self.bad.questions))
         rows = [  # candidate, term, number of its rows, picture, question, answer
-            (c, "refusal", len(bad), self.bad.canvases[i], self._question(state, i),
+            (c, "refusal", len(bad), self.bad.canvases[i], self._question(tokens, i),
              self.settings.target if attacking else self.bad.answers[i])
-            for c, state in enumerate(tried) for i in bad
+            for c, tokens in enumerate(candidates) for i in bad
         ] + [
-            (c, "benign", len(good), self.good.canvases[i], place(self.text, state.defence, self.good.questions[i]),
+            (c, "benign", len(good), self.good.canvases[i], place(self.text, tokens.defence, self.good.questions[i]),
              self.good.answers[i])
-            for c, state in enumerate(tried) for i in good
+            for c, tokens in enumerate(candidates) for i in good
         ]  # fmt: skip
-        found = {"refusal": torch.zeros(len(tried)), "benign": torch.zeros(len(tried))}
+        means = {"refusal": torch.zeros(len(candidates)), "benign": torch.zeros(len(candidates))}
         for start in range(0, len(rows), self.settings.batch_size):
             places, terms, counts, canvas, questions, answers = zip(
                 *rows[start : start + self.settings.batch_size], strict=True
             )
             losses = answer_losses(self.lvlm, list(canvas), questions, answers).tolist()
             for c, term, count, loss in zip(places, terms, counts, losses, strict=True):
-                found[term][c] += loss / count
+                means[term][c] += loss / count
         if attacking:
-            return {"attack_loss": found["refusal"]}
-        loss = self.refuse_weight * found["refusal"] + self.settings.benign_weight * found["benign"]
-        return {"loss": loss, "refusal_loss": found["refusal"], "benign_loss": found["benign"]}
+            return {"attack_loss": means["refusal"]}
+        loss = self.refuse_weight * means["refusal"] + self.settings.benign_weight * means["benign"]
+        return {"loss": loss, "refusal_loss": means["refusal"], "benign_loss": means["benign"]}
 
-    def _candidates(self, part: str, state: State, rng: Random) -> list[str]:
+    def _candidates(self, part: str, tokens: Tokens, rng: Random) -> list[str]:
         """Changes of one token, places in turn, as texts that give their own tokens back in every malicious row."""
-        ids = self._ids(state, part, 0)
-        steepest = self._gradient(part, state).masked_fill(~self.allowed, torch.inf)
+        ids = self._ids(tokens, part, 0)
+        steepest = self._gradient(part, tokens).masked_fill(~self.allowed, torch.inf)
         count = min(self.settings.top_k, int(self.allowed.sum()))
         best = (-steepest).topk(count).indices.tolist()
-        found: dict[str, None] = {}
+        texts: dict[str, None] = {}
         for k in range(self.settings.candidates):
             at = k * len(ids) // self.settings.candidates
             changed = [*ids[:at], best[at][rng.randrange(count)], *ids[at + 1 :]]
             text = self.lvlm.tokenizer.decode(changed, clean_up_tokenization_spaces=False).strip(" ")
-            if changed != ids and text not in found and self._same(part, state, text, changed):
-                found[text] = None
-        return list(found)
+            if changed != ids and text not in texts and self._same(part, tokens, text, changed):
+                texts[text] = None
+        return list(texts)
 
-    def _same(self, part: str, state: State, text: str, ids: list[int]) -> bool:
-        tried = state.having(part, text)
-        return bool(text) and all(self._ids(tried, part, row) == ids for row in range(len(self.bad.questions)))
+    def _same(self, part: str, tokens: Tokens, text: str, ids: list[int]) -> bool:
+        changed = tokens.having(part, text)
+        return bool(text) and all(self._ids(changed, part, row) == ids for row in range(len(self.bad.questions)))
 
-    def _gradient(self, part: str, state: State) -> Float[Tensor, "n v"]:
+    def _gradient(self, part: str, tokens: Tokens) -> Float[Tensor, "n v"]:
         """Of the malicious rows alone."""
         total, count = torch.zeros(()), len(self.bad.questions)
         answers = self.bad.answers if part == "defence" else [self.settings.target] * count
         for start in range(0, count, self.settings.batch_size):
             batch = range(start, min(count, start + self.settings.batch_size))
-            spans = [self._span(state, part, i) for i in batch]
-            questions = [self._question(state, i) for i in batch]
+            spans = [self._span(tokens, part, i) for i in batch]
+            questions = [self._question(tokens, i) for i in batch]
             canvas = [self.bad.canvases[i] for i in batch]
             total = total + token_gradient(self.lvlm, canvas, questions, [answers[i] for i in batch], spans).cpu()
         return total
 
-    def _question(self, state: State, row: int) -> str:
-        return f"{place(self.text, state.defence, self.bad.questions[row])} {state.attack}"
+    def _question(self, tokens: Tokens, row: int) -> str:
+        return f"{place(self.text, tokens.defence, self.bad.questions[row])} {tokens.attack}"
 
-    def _where(self, state: State, part: str, question: str) -> tuple[int, int]:
+    def _where(self, tokens: Tokens, part: str, question: str) -> tuple[int, int]:
         """The characters of a part in a malicious row's question."""
-        start = len(self.text) + bool(self.text) if part == "defence" else len(question) - len(state.attack)
-        return start, start + len(getattr(state, part))
+        start = len(self.text) + bool(self.text) if part == "defence" else len(question) - len(tokens.attack)
+        return start, start + len(getattr(tokens, part))
 
-    def _span(self, state: State, part: str, row: int) -> tuple[int, int]:
+    def _span(self, tokens: Tokens, part: str, row: int) -> tuple[int, int]:
         """Where a part's tokens are in the prompt of a malicious row."""
-        question = self._question(state, row)
+        question = self._question(tokens, row)
         pictures = self.lvlm.image_tokens(*self.bad.canvases[row].shape[-2:])
-        return token_span(self.lvlm, question, pictures, *self._where(state, part, question))
+        return token_span(self.lvlm, question, pictures, *self._where(tokens, part, question))
 
-    def _ids(self, state: State, part: str, row: int) -> list[int]:
-        question = self._question(state, row)
-        return token_ids(self.lvlm, question, *self._where(state, part, question))
+    def _ids(self, tokens: Tokens, part: str, row: int) -> list[int]:
+        question = self._question(tokens, row)
+        return token_ids(self.lvlm, question, *self._where(tokens, part, question))
 
 
 def allowed_tokens(lvlm: LVLM, ascii_only: bool = True) -> Bool[Tensor, " v"]:

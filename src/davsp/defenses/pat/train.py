@@ -19,23 +19,23 @@ Tokens are drawn from those that are printable ASCII and no special ones. An emb
 words, without the marks of the two speakers.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
-from typing import Any
 
 from rich.console import Console
 
 from davsp.defenses.pat.defense import PAT, PatConfig
-from davsp.defenses.pat.search import Search, State, rows_of
+from davsp.defenses.pat.search import Search, Tokens, rows_of
 from davsp.defenses.pat.settings import PatSettings
 from davsp.errors import DavspError, Interrupted
 from davsp.lvlm import LVLM, fingerprint
 from davsp.query import Query
-from davsp.runtime.files import alone, read_json, sha256_bytes, write_json
+from davsp.runtime import journal
+from davsp.runtime.files import alone, write_json
 from davsp.runtime.progress import bar
+from davsp.store import fields_hash
 from davsp.vector import check_classes
 
 FILE = "pat-search.json"
@@ -84,41 +84,44 @@ def _train(
         **settings.model_dump(exclude={"batch_size"}),
         "text": text,
         "model": fingerprint(lvlm),
-        "data": {"train_malicious": _digest(malicious), "train_benign": _digest(benign)},
+        "data": {
+            "train_malicious": fields_hash(malicious, "question", "reference"),
+            "train_benign": fields_hash(benign, "question", "reference"),
+        },
     }
-    kept = _kept(out / FILE, identity) if resume else None
-    if kept is None:
-        kept = {"identity": identity, "benign_answers": _benign_answers(lvlm, benign, settings), "history": []}
-        write_json(out / FILE, kept)  # a folder one can't write to is known before the work
-    search = Search(lvlm, malicious, benign, kept["benign_answers"], text, settings)
-    state = search.start()
-    if history := kept["history"]:
-        state = State(len(history), history[-1]["defence"], history[-1]["attack"])
+    state = journal.restore(out / FILE, identity, benign_answers=list, history=list) if resume else None
+    if state is None:
+        state = {"identity": identity, "benign_answers": _benign_answers(lvlm, benign, settings), "history": []}
+        write_json(out / FILE, state)  # a folder one can't write to is known before the work
+    search, history = Search(lvlm, malicious, benign, state["benign_answers"], text, settings), state["history"]
+    tokens = search.start()
+    if history:
+        tokens = Tokens(len(history), history[-1]["defence"], history[-1]["attack"])
     with bar(console) as shown:
-        task = shown.add_task("pat", total=settings.steps, completed=state.step)
+        task = shown.add_task("pat", total=settings.steps, completed=tokens.step)
         try:
-            while state.step < settings.steps:
-                state, figures = search.advance(state)
-                kept["history"].append(figures)
-                write_json(out / FILE, kept)
-                shown.update(task, completed=state.step)
+            while tokens.step < settings.steps:
+                tokens, figures = search.advance(tokens)
+                history.append(figures)
+                write_json(out / FILE, state)
+                shown.update(task, completed=tokens.step)
         except KeyboardInterrupt:
             raise Interrupted(
-                f"stopped at step {state.step} of {settings.steps}; the tokens are in {out / FILE}: give the same "
+                f"stopped at step {tokens.step} of {settings.steps}; the tokens are in {out / FILE}: give the same "
                 "command again to go on"
             ) from None
-    last = {name: value for name, value in kept["history"][-1].items() if name not in ("defence", "attack")}
+    last = {name: value for name, value in history[-1].items() if name not in ("defence", "attack")}
     config = PatConfig(
-        control=state.defence, safety_text=text, model_id=lvlm.model_id, revision=lvlm.revision,
+        control=tokens.defence, safety_text=text, model_id=lvlm.model_id, revision=lvlm.revision,
         settings=settings.model_dump(), figures=last, data=identity["data"],
     )  # fmt: skip
-    return PAT(state.defence, text, config=config)
+    return PAT(tokens.defence, text, config=config)
 
 
 def first_sentence(text: str) -> str:
     """Up to and with the first mark that ends a sentence."""
-    found = re.match(r".*?[.!?](?=\s|$)", text.strip(), re.DOTALL)
-    return found.group(0) if found else text.strip()
+    sentence = re.match(r".*?[.!?](?=\s|$)", text.strip(), re.DOTALL)
+    return sentence.group(0) if sentence else text.strip()
 
 
 def _benign_answers(lvlm: LVLM, benign: Sequence[Query], settings: PatSettings) -> list[str]:
@@ -134,29 +137,3 @@ def _benign_answers(lvlm: LVLM, benign: Sequence[Query], settings: PatSettings) 
         some = slice(start, start + settings.batch_size)
         answers += lvlm.generate(rows.canvases[some], rows.questions[some])
     return [first_sentence(answer) for answer in answers]
-
-
-def _kept(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """What a search before left, if it is of the same."""
-    if not path.exists():
-        return None
-    kept = read_json(path)
-    found = kept.get("identity") if isinstance(kept, dict) else None
-    if not isinstance(found, dict) or not isinstance(kept.get("history"), list):
-        raise DavspError(f"{path} is not a search of davsp train --method pat; delete it to start anew")
-    if found != identity:
-        names = [name for name in {**found, **identity} if found.get(name) != identity.get(name)]
-        raise DavspError(
-            f"{path} is of a search with other settings ({', '.join(names)}): choose another folder, give those settings "
-            "again, or start anew with --no-resume"
-        )
-    return kept
-
-
-def _digest(queries: Sequence[Query]) -> str:
-    """SHA-256 over pictures, questions and references."""
-    facts = []
-    for query in queries:
-        picture = query.picture()
-        facts.append([query.question, query.reference, picture and sha256_bytes(picture.tobytes())])
-    return sha256_bytes(json.dumps(facts).encode())

@@ -5,7 +5,6 @@ the best one stays if it does make it rise. What is tried is always the text: a 
 it stands beside its neighbours, is no candidate, so that the text found is the text that was measured.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +19,8 @@ from torch import Tensor
 
 from davsp.errors import DavspError, Interrupted
 from davsp.lvlm.onehot import token_gradient, token_ids, token_span
-from davsp.runtime import parallel
-from davsp.runtime.files import read_json, sha256_bytes, write_json
+from davsp.runtime import journal, parallel
+from davsp.runtime.files import sha256_bytes, write_json
 from davsp.runtime.progress import bar
 from davsp.training.batches import Batch
 from davsp.training.sentences import SentenceRun
@@ -68,8 +67,9 @@ def search_text(
     """
     search = _Search(run, delta.to(run.lvlm.device), settings)
     total = settings.text_tokens * settings.sweeps
-    state = _restored(path, search.identity()) if resume else None
-    state = state or {"identity": search.identity(), "step": 0, "ids": search.start(), "cross_entropy": []}
+    identity = search.identity()
+    state = journal.restore(path, identity, step=int, ids=list, cross_entropy=list) if resume else None
+    state = state or {"identity": identity, "step": 0, "ids": search.start(), "cross_entropy": []}
     with bar(Console(quiet=not progress)) as shown:
         task = shown.add_task("text", total=total, completed=state["step"])
         try:
@@ -121,13 +121,13 @@ class _Search:
         """
         rng, ids = Random(f"{self.settings.seed} start"), list[int]()
         while len(ids) < self.settings.text_tokens:
-            tried = ([*ids, token] for token in rng.sample(self.usable, len(self.usable)))
-            found = next((more for more in tried if self.holds(more)), None)
-            if found is None:
+            longer = ([*ids, token] for token in rng.sample(self.usable, len(self.usable)))
+            first = next((candidate for candidate in longer if self.holds(candidate)), None)
+            if first is None:
                 raise DavspError(
                     f"no text of {self.settings.text_tokens} tokens was found for {self.lvlm.model_id}: take fewer"
                 )
-            ids = found
+            ids = first
         return ids
 
     def holds(self, ids: Sequence[int]) -> bool:
@@ -144,38 +144,26 @@ class _Search:
         )
         promised = self.gradient(ids, batch)[place]
         best = torch.tensor(self.usable, device=promised.device)[promised[self.usable].argsort(descending=True)]
-        tried = [[*ids[:place], token, *ids[place + 1 :]] for token in best[: settings.candidates].tolist()]
-        tried = parallel.gathered([one for one in tried if one != ids and self.holds(one)])[0]
-        mine = range(parallel.rank(), len(tried) + 1, parallel.processes())  # the text as it is goes last
-        found = {i: self.cross_entropy([*tried, ids][i], batch) for i in mine}
-        values = {i: value for share in parallel.gathered(found) for i, value in share.items()}
+        changes = [[*ids[:place], token, *ids[place + 1 :]] for token in best[: settings.candidates].tolist()]
+        changes = parallel.gathered([one for one in changes if one != ids and self.holds(one)])[0]
+        texts, present = [*changes, ids], len(changes)  # the text as it is goes last
+        mine = range(parallel.rank(), len(texts), parallel.processes())
+        my_values = {i: self.cross_entropy(texts[i], batch) for i in mine}
+        values = {i: value for share in parallel.gathered(my_values) for i, value in share.items()}
         top = max(sorted(values), key=lambda i: values[i])
-        return ([*tried, ids][top], values[top]) if values[top] > values[len(tried)] else (ids, values[len(tried)])
+        chosen = top if values[top] > values[present] else present
+        return texts[chosen], values[chosen]
 
     def gradient(self, ids: Sequence[int], batch: Batch) -> Float[Tensor, "n v"]:
         """By how much each token at each position promises to raise the cross-entropy, but for a constant a position."""
-        asked, spans = self.asked(ids, batch), [self.span(ids)] * len(batch)
-        canvas = self.run.canvas(self.delta, asked)
-        return token_gradient(self.lvlm, canvas, asked.questions, self.run.said(asked), spans)
+        rows, spans = self.with_text(ids, batch), [self.span(ids)] * len(batch)
+        canvas = self.run.canvas(self.delta, rows)
+        return token_gradient(self.lvlm, canvas, rows.questions, self.run.said(rows), spans)
 
     @torch.no_grad()
     def cross_entropy(self, ids: Sequence[int], batch: Batch) -> float:
-        return float(self.run.cross_entropy(self.delta, self.asked(ids, batch)).mean())
+        return float(self.run.cross_entropy(self.delta, self.with_text(ids, batch)).mean())
 
-    def asked(self, ids: Sequence[int], batch: Batch) -> Batch:
+    def with_text(self, ids: Sequence[int], batch: Batch) -> Batch:
         """The batch with the text in its question."""
         return replace(batch, questions=[self.question(ids)] * len(batch))
-
-
-def _restored(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The state in the file; None if there is none.
-
-    Raises:
-        DavspError: it is of another search.
-    """
-    if not path.exists():
-        return None
-    state = read_json(path)
-    if not isinstance(state, dict) or state.get("identity") != json.loads(json.dumps(identity)):
-        raise DavspError(f"{path} is of another search: choose another folder, or start anew with resume off")
-    return state
