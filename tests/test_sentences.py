@@ -48,7 +48,7 @@ def a_run(lvlm: LVLM, out: Path, **changes: Any) -> SentenceRun:
 def test_one_step_by_hand(lvlm: LVLM, tmp_path: Path, likely: bool):
     """The sentences' mean cross-entropy falls or rises by the sign of its gradient; each has the picture of its number."""
     run = a_run(lvlm, tmp_path, likely=likely)
-    rows = [CORPUS.index(sentence) for sentence in run.said(run._batch(0))]
+    rows = [CORPUS.index(sentence) for sentence in run.sentences_of(run._batch(0))]
     assert len(set(rows)) == 4
     delta = NOISE.delta.clone().requires_grad_()
     canvas = (NOISE.resize([PICTURES[i % 2] for i in rows]) + delta).clamp(0, 1)

@@ -275,9 +275,9 @@ def check_classes(malicious: Sequence[Query], benign: Sequence[Query]) -> None:
 
 def _batches(queries: Sequence[Query], size: int) -> Iterator[list[int]]:
     for with_image in (True, False):
-        chosen = [i for i, query in enumerate(queries) if (query.image is not None) == with_image]
-        for start in range(0, len(chosen), size):
-            yield chosen[start : start + size]
+        rows = [i for i, query in enumerate(queries) if (query.image is not None) == with_image]
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
 
 
 def _project(states: Float[Tensor, "n l d"], vectors: Float[Tensor, "l d"]) -> Float[Tensor, "n l"]:

@@ -85,7 +85,7 @@ def _print_measured(told: dict[str, Any]) -> None:
     """The table that the card has."""
     from rich.console import Console
 
-    from davsp.prompts.measured import shown
+    from davsp.prompts.measured import with_interval
     from davsp.runtime.table import TextTable
 
     at = f" at {told['revision']}" if told["revision"] else ""
@@ -94,7 +94,7 @@ def _print_measured(told: dict[str, Any]) -> None:
     title = f"measured on {told['model']}{at}, {told['queries']} queries, judged by {judges}"
     table = TextTable(*headings, keys=2, title=title)
     for row in told["figures"]:
-        values = shown(row["without"]), shown(row["value"]), shown(row["difference"], sign=True)
+        values = with_interval(row["without"]), with_interval(row["value"]), with_interval(row["difference"], sign=True)
         table.add_row(row["benchmark"], row["metric"], str(row["n"]), *values)
     table.print(Console())
     for name, digest in told["files"].items():

@@ -42,8 +42,8 @@ class DeepseekVLLVLM(LVLM):
         if not images:
             raise DavspError("there is no image to prepare: the list is empty")
         rgb = [image.convert("RGB") for image in images]
-        made = self.image_processor(rgb, do_rescale=False, do_normalize=False)[self.pixels]
-        return torch.from_numpy(np.stack(made).astype(np.float32)) / 255
+        pixels = self.image_processor(rgb, do_rescale=False, do_normalize=False)[self.pixels]
+        return torch.from_numpy(np.stack(pixels).astype(np.float32)) / 255
 
     def pixel_inputs(self, canvas: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
         """Normalise in the canvas' own precision, cast last."""

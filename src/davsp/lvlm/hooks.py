@@ -21,7 +21,7 @@ class Steer(NamedTuple):
     answer: bool = True
 
 
-class _Enough(Exception):
+class _StatesKnown(Exception):
     """Leaves a forward pass once the state that was asked for is known."""
 
 
@@ -39,14 +39,14 @@ def catching(blocks: Any, layers: Sequence[int], last: Int[Tensor, " b"], stop: 
             rows = torch.arange(len(hidden), device=hidden.device)
             caught[layer] = wide(hidden[rows, last.to(hidden.device)])
             if stop and layer == max(layers):
-                raise _Enough
+                raise _StatesKnown
 
         return keep
 
     handles = [blocks[layer - 1].register_forward_hook(hook(layer)) for layer in set(layers)]
     try:
         yield caught
-    except _Enough:
+    except _StatesKnown:
         pass
     finally:
         for handle in handles:

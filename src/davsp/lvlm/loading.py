@@ -26,9 +26,11 @@ def load_weights(
         options["device_map"] = {"": device_map} if single else device_map
     elif not single:
         options["device_map"] = device_map
-    loaded: Any = AutoModelForImageTextToText.from_pretrained(model_id, revision=revision or "main", **options)
-    model, found = loaded
-    if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers
+    weights_and_report: Any = AutoModelForImageTextToText.from_pretrained(
+        model_id, revision=revision or "main", **options
+    )
+    model, report = weights_and_report
+    if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers
         raise DavspError(f"cannot load model {model_id}: it lacks the weights of {missing[0]}; restore its files")
     return model.to(device_map) if single and not quantization else model
 

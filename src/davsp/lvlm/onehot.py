@@ -30,15 +30,15 @@ def answer_losses(
         DavspError: an answer without a token, or a canvas of another size.
     """
     tokens = lvlm.encode(questions, lvlm.placeholders(canvas), answers)
-    wanted = tokens.answer_mask.clone()
-    wanted[torch.arange(len(questions)), _ends(tokens.answer_mask)] = False
-    counts = wanted.sum(1)
+    answer_tokens = tokens.answer_mask.clone()
+    answer_tokens[torch.arange(len(questions)), _ends(tokens.answer_mask)] = False
+    counts = answer_tokens.sum(1)
     if not counts.all():
         raise DavspError(f"the answer {answers[int(counts.argmin())]!r} holds no token of {lvlm.model_id}; give words")
-    before = torch.zeros_like(wanted)  # the logits at t - 1 foretell token t
-    before[:, :-1] = wanted[:, 1:]
+    before = torch.zeros_like(answer_tokens)  # the logits at t - 1 foretell token t
+    before[:, :-1] = answer_tokens[:, 1:]
     logits = lvlm.model(**lvlm.inputs(tokens, canvas), use_cache=False, logits_to_keep=before).logits
-    losses = cross_entropy(wide(logits), tokens.ids[wanted], reduction="none")
+    losses = cross_entropy(wide(logits), tokens.ids[answer_tokens], reduction="none")
     return torch.stack([part.mean() for part in losses.split(counts.tolist())])
 
 
@@ -103,11 +103,11 @@ def _part(lvlm: LVLM, question: str, has_image: bool, start: int, end: int) -> t
             f"the chat template of {lvlm.model_id} changes the question {question[:60]!r}; take outer spaces off"
         )
     bos = lvlm.tokenizer.bos_token
-    found = lvlm.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)), return_offsets_mapping=True)
-    inside = [i for i, (a, b) in enumerate(found["offset_mapping"]) if a < at + end and b > at + start and a < b]
+    encoding = lvlm.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)), return_offsets_mapping=True)
+    inside = [i for i, (a, b) in enumerate(encoding["offset_mapping"]) if a < at + end and b > at + start and a < b]
     if not inside:
         raise DavspError(f"no token of {lvlm.model_id} stands for {question[start:end]!r}; give other words")
-    return found["input_ids"], inside
+    return encoding["input_ids"], inside
 
 
 def _ends(mask: Tensor) -> Int[Tensor, " b"]:

@@ -29,10 +29,10 @@ class Qwen2VLLVLM(LVLM):
         super().__init__(model, tokenizer, processor, model_id, revision)
         vision = model.config.vision_config
         self.patch, self.merge, self.frames = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
-        found = (processor.patch_size, processor.merge_size, processor.temporal_patch_size)
-        if found != (self.patch, self.merge, self.frames):
+        cuts = (processor.patch_size, processor.merge_size, processor.temporal_patch_size)
+        if cuts != (self.patch, self.merge, self.frames):
             raise DavspError(
-                f"{model_id}'s preprocessor_config.json cuts pictures as {found} (patch, merge, frames), its config.json "
+                f"{model_id}'s preprocessor_config.json cuts pictures as {cuts} (patch, merge, frames), its config.json "
                 f"as {(self.patch, self.merge, self.frames)}: restore its files"
             )
         self.least, self.most = processor.size["shortest_edge"], processor.size["longest_edge"]

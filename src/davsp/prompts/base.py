@@ -48,7 +48,7 @@ class PromptConfig(BaseModel):
     files: dict[str, str] = {}
 
     @model_serializer(mode="wrap")
-    def _told(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    def _without_usual(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         usual: dict[str, Any] = {"separator": " ", "suffix": "", "license": None, "measured": None, "files": {}}
         return {name: value for name, value in dump(self).items() if name not in usual or value != usual[name]}
 
@@ -184,10 +184,10 @@ def check_files(folder: Path, files: Mapping[str, str], free: Container[str] = (
     Raises:
         DavspError: a file is missing or another one, or a name is that of no file in the folder.
     """
-    for name, wanted in files.items():
+    for name, saved_hash in files.items():
         if Path(name).name != name:
             raise DavspError(f"{folder}: field 'files' names {name!r}, which is no file of this folder; save anew")
-        if name not in free and sha256_bytes(read_bytes(folder / name)) != wanted:
+        if name not in free and sha256_bytes(read_bytes(folder / name)) != saved_hash:
             raise DavspError(
                 f"{folder / name} is not the file that was saved: its SHA-256 is not that of field 'files.{name}'; "
                 "restore it, or save the prompt anew"

@@ -26,7 +26,7 @@ from davsp.prompts.base import (
     to_bytes,
 )
 from davsp.prompts.hub import fetch
-from davsp.prompts.measured import measurement, shown
+from davsp.prompts.measured import measurement, with_interval
 from davsp.runtime.config import read_config
 from davsp.runtime.files import to_json, write_all
 
@@ -165,19 +165,19 @@ class VisualSafetyPrompt(Prompt):
 
         check_range(self.delta, 0, 1, "this prompt")
         at_rest = self.quantised()
-        made = BorderConfig.model_validate(self.config | {"safety_text": self.text})
-        if made.measured and made.measured.pixels != self.pixels_sha256():
-            made.measured = None  # figures of the prompt that this one was trained from
-        config = made.model_dump()
-        buffer, told = io.BytesIO(), PngInfo()
-        for name, value in self._told().items():
-            told.add_itxt(name, value)
-        at_rest.border().save(buffer, format="PNG", pnginfo=told)
+        valid = BorderConfig.model_validate(self.config | {"safety_text": self.text})
+        if valid.measured and valid.measured.pixels != self.pixels_sha256():
+            valid.measured = None  # figures of the prompt that this one was trained from
+        config = valid.model_dump()
+        buffer, png_text = io.BytesIO(), PngInfo()
+        for name, value in self._png_text().items():
+            png_text.add_itxt(name, value)
+        at_rest.border().save(buffer, format="PNG", pnginfo=png_text)
         contents = {TENSORS: save({"delta": at_rest.delta.cpu().contiguous()}), PICTURE: buffer.getvalue()}
         contents[CARD] = card(sealed(config, contents), source).encode()
         return contents | {CONFIG: to_json(sealed(config, contents)).encode()}
 
-    def _told(self) -> dict[str, str]:
+    def _png_text(self) -> dict[str, str]:
         """What the picture says of itself, so that it can do without the other files."""
         texts = {"safety_text": self.text, "separator": self.separator, "suffix": self.suffix}
         return {"padding": str(self.padding), **texts}
@@ -188,9 +188,9 @@ class VisualSafetyPrompt(Prompt):
         Raises:
             DavspError: the run is not finished, or measured another prompt.
         """
-        told = measurement(run, self.pixels_sha256(), self.text)
+        figures = measurement(run, self.pixels_sha256(), self.text)
         other = self.with_delta(self.delta)
-        other.config["measured"] = told.model_dump()
+        other.config["measured"] = figures.model_dump()
         return other
 
     def push_to_hub(self, repo_id: str, *, license: str | None = None, token: str | None = None, **options: Any) -> str:
@@ -213,9 +213,9 @@ class VisualSafetyPrompt(Prompt):
 
         if (license := license or self.config.get("license")) is None:
             raise DavspError("the prompt names no licence to publish it under: give license='apache-2.0' or another")
-        named = self.with_delta(self.delta)
-        named.config["license"] = license
-        return push(repo_id, named._contents(repo_id), token, **options)
+        licensed = self.with_delta(self.delta)
+        licensed.config["license"] = license
+        return push(repo_id, licensed._contents(repo_id), token, **options)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, revision: str | None = None) -> "VisualSafetyPrompt":
@@ -249,8 +249,8 @@ class VisualSafetyPrompt(Prompt):
         if not torch.equal(from_picture(picture) * self.mask, self.delta):
             raise DavspError(f"{path} shows another border than {path.with_name(TENSORS)}; save the prompt anew")
         with Image.open(path) as file:
-            said: Mapping[str, str] = getattr(file, "text", {})
-        other = next((name for name, value in self._told().items() if said.get(name, value) != value), None)
+            png_text: Mapping[str, str] = getattr(file, "text", {})
+        other = next((name for name, value in self._png_text().items() if png_text.get(name, value) != value), None)
         if other is not None:
             raise DavspError(
                 f"{path}: its text '{other}' is not that of {path.with_name(CONFIG)}; save the prompt anew"
@@ -283,5 +283,5 @@ def card(config: dict[str, Any], source: str = "this folder or repository") -> s
     """The README of a saved prompt, from its configuration; `source` is where the reader is to load it from."""
     template = (Path(__file__).parent / "card.md.j2").read_text(encoding="utf-8")
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters["shown"] = shown
+    environment.filters["with_interval"] = with_interval
     return environment.from_string(template).render(config, source=source)

@@ -38,10 +38,12 @@ def saved_files(source: str | Path) -> Iterator[tuple[str, str]]:
     folder = fetch(source, None, [border.CONFIG])
     config = next(folder / name for name in (border.CONFIG, additive.CONFIG) if (folder / name).exists())
     files: dict[str, Any] = read_json(config).get("files", {})
-    for name, wanted in files.items():
-        found = sha256(folder / name) if (folder / name).exists() else None
+    for name, saved_hash in files.items():
+        hash_now = sha256(folder / name) if (folder / name).exists() else None
         yield (
             name,
-            f"SHA-256 {found}, {'as saved' if found == wanted else 'changed since it was saved'}" if found else "gone",
+            f"SHA-256 {hash_now}, {'as saved' if hash_now == saved_hash else 'changed since it was saved'}"
+            if hash_now
+            else "gone",
         )
     yield config.name, f"SHA-256 {sha256(config)}{'' if files else '; it keeps no hashes of the others: save anew'}"

@@ -78,9 +78,12 @@ def measurement(run: str | Path, pixels: str, text: str) -> Measurement:
     run = Path(run)
     record, table, facts = (read_json(run / name) for name in ("run.json", "metrics.json", "manifest.json"))
     try:
-        made = {name: (told.get("delta"), told.get("text")) for name, told in record["defenses"].items()}
+        prompts = {
+            name: (description.get("delta"), description.get("text"))
+            for name, description in record["defenses"].items()
+        }
         rows = [row for row in table["rows"] if row["split"] == "total" and row["benchmark"] != "cost"]
-        defense = next((name for name, what in made.items() if what == (pixels, text)), None)
+        defense = next((name for name, prompt in prompts.items() if prompt == (pixels, text)), None)
         if defense is None:
             raise DavspError(
                 f"{run / 'run.json'} names no defense with this prompt's pixels and text; give the run that measured it"
@@ -111,28 +114,28 @@ def _figures(rows: Sequence[Mapping[str, Any]], defense: str) -> list[Figure]:
         row = at.get(key)  # type: ignore[arg-type]
         return None if row is None or row["value"] is None else (row["value"], row["low"], row["high"])
 
-    found = []
+    figures = []
     for (name, benchmark, metric), row in at.items():
         value = of(name, benchmark, metric)
         if name != defense or value is None or metric.endswith("_difference"):
             continue
         without, difference = of(BASELINE, benchmark, metric), of(name, benchmark, f"{metric}_difference")
-        found.append(
+        figures.append(
             Figure(benchmark=benchmark, metric=metric, n=row["n"], value=value, without=without, difference=difference)
         )
-    return found
+    return figures
 
 
 def _judges(run: Path) -> list[str]:
     from davsp.query import Grade, Verdict, read_jsonl
 
-    said: list[Any] = []
+    records: list[Any] = []
     for name, kind in (("verdicts.jsonl", Verdict), ("grades.jsonl", Grade)):
-        said += read_jsonl(run / name, kind) if (run / name).exists() else []
-    return list(dict.fromkeys(one.judge for one in said))
+        records += read_jsonl(run / name, kind) if (run / name).exists() else []
+    return list(dict.fromkeys(record.judge for record in records))
 
 
-def shown(value: tuple[float, float | None, float | None] | None, sign: bool = False) -> str:
+def with_interval(value: tuple[float, float | None, float | None] | None, sign: bool = False) -> str:
     """A figure with its interval: `0.958 [0.900, 0.991]`; "" for none."""
     if value is None:
         return ""

@@ -14,8 +14,8 @@ from davsp.prompts.base import P, Prompt
 from davsp.query import Query
 from davsp.runtime.files import sha256_bytes
 from davsp.training.batches import Batch, pixels, prepare, reference
-from davsp.training.checkpoint import State
-from davsp.training.loop import Loop, complete, drawn
+from davsp.training.checkpoint import TrainState
+from davsp.training.loop import Loop, complete, rows_of_step
 from davsp.training.objectives import answer_cross_entropy, projection_hinge
 from davsp.training.settings import TrainSettings, resolve
 from davsp.vector import HarmfulnessVector, check_classes
@@ -86,16 +86,16 @@ class Run(Loop):
         self.malicious = prepare(prompt, malicious, lambda query: self.settings.refusal)
         self.benign = prepare(prompt, benign, reference if answered else lambda query: "")
         self.probes = {
-            label: prepare(prompt, chosen, lambda query: "")
+            label: prepare(prompt, held_out, lambda query: "")
             for label in ("malicious", "benign")
-            if (chosen := [query for query in probe if query.label == label and query.image is not None])
+            if (held_out := [query for query in probe if query.label == label and query.image is not None])
         }
         data = {
             "train_malicious": self.malicious.digest(),
             "train_benign": self.benign.digest(),
             "vector": sha256_bytes(vector.direction(self.layer).numpy().tobytes()),
         }
-        self.checkpoint = self._known_by(out, data)
+        self.checkpoint = self._checkpoint(out, data)
 
     def _losses(self, delta: Tensor, part: Batch, whole: Batch) -> tuple[Float[Tensor, " b"], dict[str, Tensor]]:
         """Projections of a part of the batch, and what it adds to the losses, which are means over the whole batch."""
@@ -126,7 +126,7 @@ class Run(Loop):
     def _rows(self, label: str, step: int) -> list[int]:
         """Which examples of a class are in the batch: epoch after epoch, each in an order of its own."""
         count = len(getattr(self, label).questions)
-        return drawn(f"{self.settings.seed} {label}", count, self.settings.batch_size // 2, step)
+        return rows_of_step(f"{self.settings.seed} {label}", count, self.settings.batch_size // 2, step)
 
     def _answers(self, step: int, bad: list[int], good: list[int]) -> list[str | None]:
         """Every benign row carries its reference, a share of the malicious ones the refusal."""
@@ -136,7 +136,7 @@ class Run(Loop):
         return [*refusals, *(self.benign.answers[i] for i in good)]
 
     @torch.no_grad()
-    def _probe(self, state: State) -> dict[str, Any]:
+    def _probe(self, state: TrainState) -> dict[str, Any]:
         """Now and then the share of held-out queries on the right side of their margin; a cheap stand-in for RSR."""
         if state.step % self.settings.probe_every and state.step < self.settings.steps:
             return {}
@@ -155,11 +155,11 @@ class Run(Loop):
             shares[name] = float(right.float().mean())
         return shares
 
-    def _asked(self) -> Iterator[tuple[list[str], list[str] | None]]:
+    def _questions(self) -> Iterator[tuple[list[str], list[str] | None]]:
         for examples in (self.malicious, self.benign):
             yield examples.questions, examples.answers if self.weight_answer > 0 else None
 
-    def finish(self, state: State) -> Prompt:
+    def finish(self, state: TrainState) -> Prompt:
         prompt = super().finish(state)
         prompt.config["data"] |= {
             "train_malicious_queries": len(self.malicious.questions),

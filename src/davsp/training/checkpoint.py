@@ -17,7 +17,7 @@ STATE, METRICS = "checkpoint.safetensors", "metrics.jsonl"
 
 
 @dataclass(frozen=True)
-class State:
+class TrainState:
     """All that changes from step to step; replaced as a whole, so an interrupt never meets half of it."""
 
     step: int
@@ -39,9 +39,9 @@ class Checkpoint:
     out: Path
     identity: dict[str, Any]
 
-    def start(self, delta: Float[Tensor, "3 s s"]) -> State:
+    def start(self, delta: Float[Tensor, "3 s s"]) -> TrainState:
         """The first state; written, so that a folder one can't write to is known before the work."""
-        state = State(0, delta, torch.zeros_like(delta), torch.zeros_like(delta))
+        state = TrainState(0, delta, torch.zeros_like(delta), torch.zeros_like(delta))
         if parallel.rank() > 0:
             return state
         (self.out / STATE).unlink(missing_ok=True)  # in this order a kill leaves no checkpoint without its metrics
@@ -49,7 +49,7 @@ class Checkpoint:
         self.save(state)
         return state
 
-    def save(self, state: State) -> None:
+    def save(self, state: TrainState) -> None:
         """Replace the checkpoint.
 
         Raises:
@@ -61,7 +61,7 @@ class Checkpoint:
         facts = json.dumps({"step": state.step, "identity": self.identity})
         save_tensors(self.out / STATE, tensors, {"davsp": facts})
 
-    def restore(self, device: torch.device | str) -> State | None:
+    def restore(self, device: torch.device | str) -> TrainState | None:
         """The state in the folder, with the metrics cut back to it; None if there is none.
 
         Raises:
@@ -74,7 +74,7 @@ class Checkpoint:
         try:
             facts = json.loads(metadata["davsp"])
             identity, step = facts["identity"], facts["step"]
-            state = State(step, *(tensors[name].to(device) for name in ("delta", "first", "second")))
+            state = TrainState(step, *(tensors[name].to(device) for name in ("delta", "first", "second")))
         except (KeyError, ValueError) as error:
             raise DavspError(f"{path} is not a checkpoint of davsp train ({error}); delete it to start anew") from error
         journal.check(path, identity, self.identity)

@@ -24,11 +24,13 @@ from davsp.prompts.base import Prompt
 from davsp.runtime import parallel
 from davsp.runtime.files import sha256_bytes
 from davsp.training.batches import Batch
-from davsp.training.checkpoint import Checkpoint, State
+from davsp.training.checkpoint import Checkpoint, TrainState
 from davsp.training.memory import advice, estimate_memory, recomputing
 from davsp.training.settings import SentenceSettings, TrainSettings
 
-Seen = tuple[Bool[Tensor, " _"], Float[Tensor, " _"]]  # which rows are malicious, and the projections of all
+ClassProjections = tuple[
+    Bool[Tensor, " _"], Float[Tensor, " _"]
+]  # which rows are malicious, and the projections of all
 
 
 def complete(run: "Loop", resume: bool, progress: bool) -> Prompt:
@@ -67,7 +69,7 @@ class Loop:
     """One training run: what is fixed, and the step.
 
     A kind of run says what a batch is (`_batch`) and what is lost on it (`_losses`), what was looked at meanwhile (`_probe`),
-    and by which data its checkpoint is known; it calls `_known_by` last.
+    and by which data its checkpoint is known; it calls `_checkpoint` last.
 
     Attributes:
         layer: where a pass without an answer ends; its block is left alone by activation checkpointing.
@@ -96,17 +98,17 @@ class Loop:
         """
         raise NotImplementedError
 
-    def _probe(self, state: State) -> dict[str, Any]:
+    def _probe(self, state: TrainState) -> dict[str, Any]:
         """What else goes into the metrics of a step."""
         return {}
 
-    def _asked(self) -> Iterator[tuple[list[str], list[str] | None]]:
+    def _questions(self) -> Iterator[tuple[list[str], list[str] | None]]:
         """All questions that a step may ask, and their answers if there are any: the longest decides about memory."""
         raise NotImplementedError
 
     # -- the step --------------------------------------------------------------------------------------------------
 
-    def advance(self, state: State) -> tuple[State, dict[str, Any]]:
+    def advance(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """One step: draw a batch, one gradient, move delta, write the metrics."""
         gradient, terms = self.gradient(state.delta, self._batch(state.step))
         metrics: dict[str, Any] = {"step": state.step + 1, "lr": self._lr(state.step), **terms}
@@ -125,19 +127,19 @@ class Loop:
         """
         settings, leaf = self.settings, delta.clone().requires_grad_()
         gradient, terms = torch.zeros_like(delta), defaultdict[str, float](float)
-        seen: list[Seen] = []
+        projections: list[ClassProjections] = []
         saving = recomputing(self.lvlm.model, self.lvlm.layers[self.layer - 1])
         with saving if settings.activation_checkpointing else nullcontext():
             share = batch.share(parallel.rank(), parallel.processes())
             for part in share.parts(settings.micro_batch or len(batch)):
                 s, losses = self._losses(leaf, part, batch)
                 gradient += torch.autograd.grad(losses["loss"], leaf)[0]
-                seen += [] if s is None else [(part.malicious, s.detach().cpu())]
+                projections += [] if s is None else [(part.malicious, s.detach().cpu())]
                 for name, value in losses.items():
                     terms[name] += value.item()
-        return parallel.total(gradient), _together(seen, dict(terms))
+        return parallel.total(gradient), _together(projections, dict(terms))
 
-    def _move(self, state: State, gradient: Tensor, lr: float) -> State:
+    def _move(self, state: TrainState, gradient: Tensor, lr: float) -> TrainState:
         """Sign step, or Adam with the usual constants; then back to what is allowed."""
         step, first, second = state.step + 1, state.first, state.second
         if self.settings.optimizer == "sign":
@@ -145,7 +147,7 @@ class Loop:
         else:
             first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
             move = first / (1 - 0.9**step) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
-        return State(step, self.prompt.with_delta(state.delta - lr * move).project_().delta, first, second)
+        return TrainState(step, self.prompt.with_delta(state.delta - lr * move).project_().delta, first, second)
 
     def _lr(self, step: int) -> float:
         cosine = (1 + math.cos(math.pi * step / self.settings.steps)) / 2
@@ -154,7 +156,7 @@ class Loop:
     def memory_advice(self, free: int) -> str | None:
         """A sentence if the activations of a step will crowd a device with `free` bytes."""
         settings, longest, answered = self.settings, 0, False
-        for questions, answers in self._asked():
+        for questions, answers in self._questions():
             images = [self.lvlm.image_tokens(self.prompt.canvas, self.prompt.canvas)] * len(questions)
             longest = max(longest, self.lvlm.encode(questions, images, answers).ids.shape[1])
             answered |= answers is not None
@@ -163,10 +165,10 @@ class Loop:
 
     # -- before and after ------------------------------------------------------------------------------------------
 
-    def _known_by(self, out: Path, data: dict[str, str]) -> Checkpoint:
+    def _checkpoint(self, out: Path, data: dict[str, str]) -> Checkpoint:
         """The run's folder; a checkpoint in it is only good for all that the result depends on."""
         start = self.prompt
-        placed = [] if (start.separator, start.suffix) == (" ", "") else [start.separator, start.suffix]
+        placement = [] if (start.separator, start.suffix) == (" ", "") else [start.separator, start.suffix]
         identity = {
             **self.settings.model_dump(exclude={"checkpoint_every", "probe_every"}),
             "model": [self.lvlm.model_id, self.lvlm.revision, str(self.lvlm.dtype)],
@@ -174,7 +176,7 @@ class Loop:
             "prompt": [
                 start.kind,
                 start.text,
-                *placed,
+                *placement,
                 *(getattr(start, name, None) for name in ("padding", "eps")),  # noise of every eps starts at zero
                 sha256_bytes(start.delta.detach().cpu().numpy().tobytes()),
             ],
@@ -182,7 +184,7 @@ class Loop:
         }
         return Checkpoint(out, identity)
 
-    def finish(self, state: State) -> Prompt:
+    def finish(self, state: TrainState) -> Prompt:
         """The trained prompt with the facts of its making."""
         prompt = self.prompt.with_delta(state.delta.cpu())
         figures = {f"train_{name}": value for name, value in self.checkpoint.last().items()}
@@ -195,7 +197,7 @@ class Loop:
         return prompt
 
 
-def drawn(key: str, count: int, size: int, step: int) -> list[int]:
+def rows_of_step(key: str, count: int, size: int, step: int) -> list[int]:
     """Which `size` of `count` rows are in the batch of a step: epoch after epoch, each in an order of its own."""
     places = range(step * size, (step + 1) * size)
     return [_order(f"{key} {place // count}", count)[place % count] for place in places]
@@ -206,12 +208,12 @@ def _order(key: str, count: int) -> list[int]:
     return Random(key).sample(range(count), count)
 
 
-def _together(seen: list[Seen], terms: dict[str, float]) -> dict[str, float]:
+def _together(projections: list[ClassProjections], terms: dict[str, float]) -> dict[str, float]:
     """The loss terms of all processes, and the mean projection of each class."""
-    shares: list[tuple[list[Seen], dict[str, float]]] = parallel.gathered((seen, terms))
+    shares: list[tuple[list[ClassProjections], dict[str, float]]] = parallel.gathered((projections, terms))
     names = dict.fromkeys(name for _, one in shares for name in one)
     summed = {name: sum(one.get(name, 0.0) for _, one in shares) for name in names}
-    if pairs := [pair for found, _ in shares for pair in found]:
+    if pairs := [pair for share, _ in shares for pair in share]:
         rows, s = torch.cat([malicious for malicious, _ in pairs]), torch.cat([one for _, one in pairs])
         for label, chosen in (("malicious", rows), ("benign", ~rows)):
             if chosen.any():

@@ -19,7 +19,7 @@ from davsp.lvlm.onehot import answer_losses
 from davsp.prompts.base import P, Prompt
 from davsp.runtime.files import read_bytes, sha256_bytes
 from davsp.training.batches import Batch, pixels
-from davsp.training.loop import Loop, complete, drawn
+from davsp.training.loop import Loop, complete, rows_of_step
 from davsp.training.settings import SentenceSettings
 
 
@@ -79,18 +79,20 @@ class SentenceRun(Loop):
             "pictures": sha256_bytes(self.interiors.numpy().tobytes()),
             "sentences": sha256_bytes(json.dumps([question, self.sentences]).encode()),
         }
-        self.checkpoint = self._known_by(out, data)
+        self.checkpoint = self._checkpoint(out, data)
 
-    def rows(self, chosen: Sequence[int]) -> Batch:
+    def rows(self, numbers: Sequence[int]) -> Batch:
         """Sentences by their number, each with its picture."""
-        places = [i % len(self.interiors) for i in chosen]
+        places = [i % len(self.interiors) for i in numbers]
         no_class = torch.zeros(len(places), dtype=torch.bool)
         return Batch(
-            self.interiors[places], [self.question] * len(places), no_class, [self.sentences[i] for i in chosen]
+            self.interiors[places], [self.question] * len(places), no_class, [self.sentences[i] for i in numbers]
         )
 
     def _batch(self, step: int) -> Batch:
-        return self.rows(drawn(f"{self.settings.seed} sentences", len(self.sentences), self.settings.batch_size, step))
+        return self.rows(
+            rows_of_step(f"{self.settings.seed} sentences", len(self.sentences), self.settings.batch_size, step)
+        )
 
     def _losses(self, delta: Tensor, part: Batch, whole: Batch) -> tuple[None, dict[str, Tensor]]:
         """L = 1/B sum_j CE(s_j | question, picture + delta), to fall (ESIII) or to rise (UniGuard: minus L is minimised)."""
@@ -102,17 +104,17 @@ class SentenceRun(Loop):
 
         With it, a sentence that is to be unlikely would be so for what follows it.
         """
-        return answer_losses(self.lvlm, self.canvas(delta, batch), batch.questions, self.said(batch))
+        return answer_losses(self.lvlm, self.canvas(delta, batch), batch.questions, self.sentences_of(batch))
 
     def canvas(self, delta: Float[Tensor, "3 s s"], batch: Batch) -> Float[Tensor, "b 3 s s"]:
         """The pictures of a batch with the prompt on them."""
         return self.prompt.with_delta(delta).apply(pixels(batch.interiors, delta.device))
 
-    def said(self, batch: Batch) -> list[str]:
+    def sentences_of(self, batch: Batch) -> list[str]:
         """The sentences of a batch: every row has one."""
         return [answer or "" for answer in batch.answers]
 
-    def _asked(self) -> Iterator[tuple[list[str], list[str] | None]]:
+    def _questions(self) -> Iterator[tuple[list[str], list[str] | None]]:
         yield [self.question] * len(self.sentences), self.sentences
 
 

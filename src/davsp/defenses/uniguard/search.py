@@ -158,7 +158,7 @@ class _Search:
         """By how much each token at each position promises to raise the cross-entropy, but for a constant a position."""
         rows, spans = self.with_text(ids, batch), [self.span(ids)] * len(batch)
         canvas = self.run.canvas(self.delta, rows)
-        return token_gradient(self.lvlm, canvas, rows.questions, self.run.said(rows), spans)
+        return token_gradient(self.lvlm, canvas, rows.questions, self.run.sentences_of(rows), spans)
 
     @torch.no_grad()
     def cross_entropy(self, ids: Sequence[int], batch: Batch) -> float:
