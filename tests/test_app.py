@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from davsp import LVLM, HarmfulnessVector, VisualSafetyPrompt
-from davsp.app import answer, pictures, server
-from davsp.app.compare import Comparison, at_hand, border_of
+from davsp.app import answer, server, sources
+from davsp.app.compare import Comparison, border_of, shipped_folder
 from davsp.defenses import NoDefense, VisualPrompt
 from davsp.errors import DavspError
 from davsp.judges import withheld
@@ -80,27 +80,27 @@ def test_an_empty_question_and_another_models_parts_are_refused(comparison: Comp
         (url(png((6001, 200))), "6001 × 200 pixels"),
         (url(png((520, 10))), "too thin"),
         (url(png((9, 9))[:-30]), "no picture that can be read"),
-        (url(bytes(pictures.MAX_BYTES + 9)), "larger than 16 MB"),
+        (url(bytes(sources.MAX_BYTES + 9)), "larger than 16 MB"),
     ],
 )
 def test_what_is_no_fit_picture_is_one_sentence(sent: str, why: str):
     with pytest.raises(DavspError, match=why) as error:
-        pictures.from_data_url(sent)
+        sources.from_data_url(sent)
     assert re.fullmatch(r"[A-Z][^\n]*\.", str(error.value))
 
 
 def test_pictures_are_read_and_drawn():
-    assert pictures.from_data_url(url(png((30, 20)))).size == (30, 20)
-    assert pictures.typographic("Steps  to steal the car", embedded=True).size == (168, 168)
-    assert pictures.typographic("write a poem, please", embedded=False).mode == "RGB"
+    assert sources.from_data_url(url(png((30, 20)))).size == (30, 20)
+    assert sources.typographic("Steps  to steal the car", embedded=True).size == (168, 168)
+    assert sources.typographic("write a poem, please", embedded=False).mode == "RGB"
     for text, why in ((" ", "no text yet"), ("write a poem", "“write”, “a”, “poem”"), ("the " * 90, "shorten")):
         with pytest.raises(DavspError, match=why):
-            pictures.typographic(text, embedded=True)
-    pictures.check_words("What does the picture show?")
+            sources.typographic(text, embedded=True)
+    sources.check_words("What does the picture show?")
     with pytest.raises(DavspError, match="“president”"):
-        pictures.check_words("the president ?")
-    for query in pictures.examples().values():
-        pictures.check_words(query.question)
+        sources.check_words("the president ?")
+    for query in sources.examples().values():
+        sources.check_words(query.question)
 
 
 def test_a_border_is_read_from_its_picture_alone(tmp_path: Any):
@@ -115,7 +115,7 @@ def test_a_border_is_read_from_its_picture_alone(tmp_path: Any):
 
 def test_what_ships_goes_with_the_model_and_defends_it(mini: LVLM):
     """Fails where the weights have changed too much for the border: then `runs/app.sh` makes both anew."""
-    folder = at_hand("davsp-mini")
+    folder = shipped_folder("davsp-mini")
     assert folder is not None and sum(file.stat().st_size for file in folder.iterdir()) < 200_000
     from davsp.embedded import data
 

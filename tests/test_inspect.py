@@ -116,7 +116,7 @@ def test_unscored_is_never_safe(sets: Path):
     ]
     assert [score.value for score in scores] == ["safe", "unscored", "unsafe"]
     samples = [
-        SampleScore(score=score, sample_id=q.id, sample_metadata=inspect_tasks._told(q))
+        SampleScore(score=score, sample_id=q.id, sample_metadata=inspect_tasks._facts(q))
         for score, q in zip(scores, queries, strict=True)
     ]
     found = inspect_tasks.figures("figstep")(samples)

@@ -15,9 +15,9 @@ from PIL import Image
 
 from davsp import AdditiveNoise, DavspError, VisualSafetyPrompt
 from davsp.query import open_picture
-from davsp.serve.errors import Refusal
 from davsp.serve.fetch import Fetcher, is_public
 from davsp.serve.pictures import STORED, decode, from_data_url, png
+from davsp.serve.refusals import Refusal
 from davsp.serve.settings import ServeSettings
 from proxy import border, client, data_url, image_part, shown, text_part, user
 from tiny import picture

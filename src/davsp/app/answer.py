@@ -20,12 +20,12 @@ def render(comparison: Comparison, before: Side, after: Side, folded: bool) -> s
         folded: an answer that is no refusal is shown only when it is unfolded: what a real model says may be harmful.
     """
     vector = comparison.vector
-    drawn: dict[str, object] = {"axis": None, "layers": None, "layer": None, "at": None, "margins": None}
+    projections: dict[str, object] = {"axis": None, "layers": None, "layer": None, "at": None, "margins": None}
     if vector is not None:
         n, margins = vector.layer - 1, margins_by_layer(vector)
         at = before.curve[n], after.curve[n]
         known = vector.malicious[:, n].tolist(), vector.benign[:, n].tolist()
-        drawn = {
+        projections = {
             "axis": Markup(plots.axis(*at, margins[n], *known)),
             "layers": Markup(plots.layers(before.curve, after.curve, margins, vector.layer)),
             "layer": vector.layer,
@@ -35,7 +35,7 @@ def render(comparison: Comparison, before: Side, after: Side, folded: bool) -> s
     template = _ENVIRONMENT.get_template("answer.html.j2")
     defense = label(comparison.defense.name)
     return template.render(
-        before=before, after=after, folded=folded, uri=uri, costs=_costs(before, after), defense=defense, **drawn
+        before=before, after=after, folded=folded, uri=uri, costs=_costs(before, after), defense=defense, **projections
     )
 
 

@@ -80,22 +80,22 @@ class Comparison:
 
     def _side(self, defense: Defense, query: Query) -> Side:
         (seen,) = defense.prepare([query])
-        shown = seen.picture()
-        assert shown is not None
-        canvas = self.lvlm.preprocess([shown])
-        (said,) = defense.respond(self.lvlm, [query], max_new_tokens=self.max_new_tokens)
+        picture = seen.picture()
+        assert picture is not None
+        canvas = self.lvlm.preprocess([picture])
+        (response,) = defense.respond(self.lvlm, [query], max_new_tokens=self.max_new_tokens)
         curve: tuple[float, ...] = ()
         if self.vector is not None:
             layers = range(1, self.lvlm.num_layers)
             states = self.lvlm.states(canvas, [seen.question], layers)[0].cpu()  # (L, D)
             curve = tuple(float(self.vector.project(states[layer - 1], layer)) for layer in layers)
         return Side(
-            Image.fromarray(to_bytes(canvas[0])), seen.question, said.text, withheld(said.text), curve, said.seconds,
-            said.calls or 0, said.prompt_tokens or 0, said.image_tokens or 0,
+            Image.fromarray(to_bytes(canvas[0])), seen.question, response.text, withheld(response.text), curve, response.seconds,
+            response.calls or 0, response.prompt_tokens or 0, response.image_tokens or 0,
         )  # fmt: skip
 
 
-def at_hand(model: str) -> Path | None:
+def shipped_folder(model: str) -> Path | None:
     """The folder with the border and the vector that ship for a model by its bare name; None if there are none."""
     folder = Path(str(files("davsp.app"))) / "prompts" / Path(model).name
     return folder if Path(model).name == model and (folder / "vsp.png").exists() else None
@@ -109,11 +109,11 @@ def border_of(path: Path) -> VisualSafetyPrompt:
     """
     try:
         with Image.open(io.BytesIO(path.read_bytes())) as picture:
-            told = {name: str(value) for name, value in picture.info.items()}
-            border = VisualSafetyPrompt(from_picture(picture), int(told["padding"]))
+            png_text = {name: str(value) for name, value in picture.info.items()}
+            border = VisualSafetyPrompt(from_picture(picture), int(png_text["padding"]))
     except (OSError, KeyError, ValueError) as error:
         raise DavspError(f"{path} is not the picture of a prompt ({error}); make it again with runs/app.sh") from error
-    return border.with_texts(told["safety_text"], told["separator"], told["suffix"])
+    return border.with_texts(png_text["safety_text"], png_text["separator"], png_text["suffix"])
 
 
 def margins_by_layer(vector: HarmfulnessVector) -> Sequence[tuple[float, float]]:

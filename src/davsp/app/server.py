@@ -1,7 +1,6 @@
 """Serving the page: on loopback unless there is a password, without files, without a request to anywhere else."""
 
 import hmac
-import ipaddress
 import os
 import signal
 import socket
@@ -11,21 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 from davsp.errors import DavspError
+from davsp.runtime.loopback import is_loopback, names_loopback
 
 MAX_BODY = 24 * 2**20  # bytes of a request: a picture of 16 MiB in base64, and some words
-LOCAL = {"localhost", "127.0.0.1", "[::1]"}
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; frame-ancestors 'none'; form-action 'self'"
 )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def check(host: str, token: str | None) -> None:
@@ -104,10 +95,7 @@ def name_is_optional(app: Any) -> None:
 
 
 class Guard:
-    """Before Gradio: no uploads to disk, no huge bodies, no other site's page asking by another name; and a policy for the browser.
-
-    A web page can have a browser on this machine ask a name of the page's own that leads to 127.0.0.1; its Host gives it away.
-    """
+    """Before Gradio: no uploads to disk, no huge bodies, no other site's page asking by another name; and a policy for the browser."""
 
     def __init__(self, app: Any, loopback_only: bool) -> None:
         self.app, self.loopback_only = app, loopback_only
@@ -122,23 +110,22 @@ class Guard:
             await send({"type": "http.response.body", "body": b""})
             return
 
-        async def sent(message: Any) -> None:
+        async def send_with_policy(message: Any) -> None:
             if message["type"] == "http.response.start":
-                told = {
+                policy = {
                     "content-security-policy": POLICY,
                     "referrer-policy": "no-referrer",
                     "x-content-type-options": "nosniff",
                 }
                 message = message | {
-                    "headers": [*message["headers"], *((k.encode(), v.encode()) for k, v in told.items())]
+                    "headers": [*message["headers"], *((k.encode(), v.encode()) for k, v in policy.items())]
                 }
             await send(message)
 
-        await self.app(scope, receive, sent)
+        await self.app(scope, receive, send_with_policy)
 
     def _refusal(self, scope: Any, headers: dict[str, str]) -> int | None:
-        host = headers.get("host", "")
-        if self.loopback_only and host not in LOCAL and host.rpartition(":")[0] not in LOCAL:
+        if self.loopback_only and not names_loopback(headers.get("host", "")):
             return 403
         if scope["method"] != "POST":
             return None

@@ -68,13 +68,13 @@ def _comparison(
 ) -> "Comparison":
     """What the options name; what ships for the model where they name nothing."""
     from davsp import embedded
-    from davsp.app.compare import Comparison, at_hand, border_of
+    from davsp.app.compare import Comparison, border_of, shipped_folder
     from davsp.defenses import VisualPrompt, load_defense
     from davsp.vector import HarmfulnessVector
 
     if prompt and spec:
         raise DavspError("give either --prompt or --defense: the one defense that the page shows.")
-    shipped = at_hand(model or "davsp-mini")
+    shipped = shipped_folder(model or "davsp-mini")
     if not (prompt or spec or shipped):
         of = f"--model {model} "
         raise DavspError(

@@ -46,10 +46,10 @@ UNKNOWN = (
 
 
 @dataclass(eq=False)  # two of the same question are two
-class _Asked:
+class _Waiting:
     query: Query
     longest: int
-    said: Response | None = None
+    response: Response | None = None
 
 
 @modelapi(name="davsp")
@@ -99,7 +99,7 @@ class DavspAPI(ModelAPI):
         # Inspect's cache knows a model by its name and address: with the hash in it, another defense gets no old answers.
         super().__init__(name, f"davsp:{self.defense_sha256}", None, [], config or GenerateConfig())
         self.turn, self.batch_size = anyio.Lock(), batch_size
-        self.waiting: list[_Asked] = []
+        self.waiting: list[_Waiting] = []
 
     def max_connections(self) -> int:
         """A batch is under way, another waits."""
@@ -115,34 +115,34 @@ class DavspAPI(ModelAPI):
         """
         _check(tools, config)
         longest = config.max_tokens or MAX_NEW_TOKENS
-        said = await self._said(_Asked(question(input), longest))
-        written = len(loaded(self.defended.lvlm).tokenizer(said.text, add_special_tokens=False)["input_ids"])
-        read = said.prompt_tokens or 0
-        message = ChatMessageAssistant(content=said.text, model=self.model_name, source="generate")
+        response = await self._response(_Waiting(question(input), longest))
+        written = len(loaded(self.defended.lvlm).tokenizer(response.text, add_special_tokens=False)["input_ids"])
+        read = response.prompt_tokens or 0
+        message = ChatMessageAssistant(content=response.text, model=self.model_name, source="generate")
         return ModelOutput(
             model=self.model_name,
             choices=[ChatCompletionChoice(message=message, stop_reason="max_tokens" if written >= longest else "stop")],
             usage=ModelUsage(input_tokens=read, output_tokens=written, total_tokens=read + written),
-            time=said.seconds,
-            metadata={"defense": said.defense, "defense_sha256": self.defense_sha256, "calls": said.calls},
+            time=response.seconds,
+            metadata={"defense": response.defense, "defense_sha256": self.defense_sha256, "calls": response.calls},
         )
 
-    async def _said(self, mine: "_Asked") -> Response:
+    async def _response(self, mine: "_Waiting") -> Response:
         """Whoever's turn it is answers for those that wait behind, too."""
         self.waiting.append(mine)
         try:
             async with self.turn:
-                if mine.said is None:
+                if mine.response is None:
                     alike = [one for one in self.waiting if one.longest == mine.longest and one is not mine]
-                    batch = [mine, *[one for one in alike if one.said is None][: self.batch_size - 1]]
-                    for one, said in zip(batch, await anyio.to_thread.run_sync(self._answer, batch), strict=True):
-                        one.said = said
+                    batch = [mine, *[one for one in alike if one.response is None][: self.batch_size - 1]]
+                    for one, response in zip(batch, await anyio.to_thread.run_sync(self._answer, batch), strict=True):
+                        one.response = response
         finally:
             self.waiting.remove(mine)
-        assert mine.said is not None
-        return mine.said
+        assert mine.response is not None
+        return mine.response
 
-    def _answer(self, batch: "Sequence[_Asked]") -> list[Response]:
+    def _answer(self, batch: "Sequence[_Waiting]") -> list[Response]:
         queries, longest = [one.query for one in batch], batch[0].longest
         return self.defended.defense.respond(
             self.defended.lvlm, queries, batch_size=self.batch_size, max_new_tokens=longest
@@ -152,11 +152,11 @@ class DavspAPI(ModelAPI):
 def _check(tools: Sequence[Any], config: GenerateConfig) -> None:
     if tools:
         raise DavspError("davsp's models take no tools; leave them out.")
-    for name, taken in GREEDY.items():
-        if getattr(config, name) not in taken:
-            raise DavspError(f"{name} must be {taken[1]} or left out: davsp's answers are greedy.")
-    if given := [name for name in UNKNOWN if getattr(config, name, None)]:
-        raise DavspError(f"davsp's models know no {given[0]}; leave it out.")
+    for name, allowed in GREEDY.items():
+        if getattr(config, name) not in allowed:
+            raise DavspError(f"{name} must be {allowed[1]} or left out: davsp's answers are greedy.")
+    if unknown := [name for name in UNKNOWN if getattr(config, name, None)]:
+        raise DavspError(f"davsp's models know no {unknown[0]}; leave it out.")
 
 
 def question(messages: Sequence[ChatMessage]) -> Query:
@@ -172,11 +172,11 @@ def question(messages: Sequence[ChatMessage]) -> Query:
     parts = [ContentText(text=content)] if isinstance(content, str) else content
     if other := next((part for part in parts if not isinstance(part, ContentText | ContentImage)), None):
         raise DavspError(f"davsp's models take texts and pictures; nothing defends a part of type {other.type}.")
-    shown = [part.image for part in parts if isinstance(part, ContentImage)]
-    if len(shown) > 1:
-        raise DavspError(f"davsp's models take one picture a question, not {len(shown)}.")
+    images = [part.image for part in parts if isinstance(part, ContentImage)]
+    if len(images) > 1:
+        raise DavspError(f"davsp's models take one picture a question, not {len(images)}.")
     text = "\n".join(part.text for part in parts if isinstance(part, ContentText))
-    return Query("", text, "benign", "", image=_picture(shown[0]) if shown else None)
+    return Query("", text, "benign", "", image=_picture(images[0]) if images else None)
 
 
 def _picture(image: str) -> Image.Image:

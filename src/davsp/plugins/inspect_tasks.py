@@ -40,7 +40,7 @@ WHOSE = "inspect"  # all answers of a log are of one defense, which the model's 
 
 
 def _task(name: str) -> Callable[..., Task]:
-    def made(
+    def make(
         folder: str | None = None,
         split: str = "test",
         limit: int | None = None,
@@ -63,7 +63,7 @@ def _task(name: str) -> Callable[..., Task]:
             metadata={"embedded counterpart": folder is None, "split": split, "seed": seed},
         )
 
-    made.__doc__ = f"""{name}: the set in a folder (docs/benchmarks.md), else its embedded counterpart.
+    make.__doc__ = f"""{name}: the set in a folder (docs/benchmarks.md), else its embedded counterpart.
 
     Args:
         folder: of the download; None: the small counterpart that davsp draws, in davsp-mini's words.
@@ -77,7 +77,7 @@ def _task(name: str) -> Callable[..., Task]:
     Raises:
         DavspError: no such set there, or no such judge.
     """
-    return task(name=name)(made)
+    return task(name=name)(make)
 
 
 mm_safetybench, figstep, vlguard = _task("mm_safetybench"), _task("figstep"), _task("vlguard")
@@ -95,12 +95,12 @@ def _embedded(seed: int) -> Path:
 
 def _sample(query: Query) -> Sample:
     content: list[Content] = [] if query.image is None else [ContentImage(image=_url(query))]
-    told = {name: value for name, value in _told(query).items() if name != "question"}
+    facts = {name: value for name, value in _facts(query).items() if name != "question"}
     return Sample(
         id=query.id,
         input=[ChatMessageUser(content=[*content, ContentText(text=query.question)])],
         target=query.reference or query.label,
-        metadata=told | {"question": query.question},
+        metadata=facts | {"question": query.question},
     )
 
 
@@ -114,13 +114,13 @@ def _url(query: Query) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _told(query: Query) -> dict[str, Any]:
+def _facts(query: Query) -> dict[str, Any]:
     """The query without its picture, as JSON."""
     return {field.name: getattr(query, field.name) for field in fields(query) if field.name != "image"}
 
 
-def _query(told: dict[str, Any]) -> Query:
-    return Query(**{**told, "answers": tuple(told["answers"])})
+def _query(facts: dict[str, Any]) -> Query:
+    return Query(**{**facts, "answers": tuple(facts["answers"])})
 
 
 # ---------------------------------------------------------------------------------------------------------- scoring
@@ -141,19 +141,21 @@ def figures(name: str) -> Metric:
         answers = [
             Response(query.id, WHOSE, score.score.answer or "") for query, score in zip(queries, scores, strict=True)
         ]
-        said = [_record(told) for score in scores if (told := (score.score.metadata or {}).get("said")) is not None]
-        judged = {} if name == "mme" else {"judge": said}
-        found: dict[str, float] = {}
-        rows = BENCHMARKS[name].score(queries, answers, **judged).rows
+        records = [
+            _record(record) for score in scores if (record := (score.score.metadata or {}).get("said")) is not None
+        ]
+        judgements = {} if name == "mme" else {"judge": records}
+        values: dict[str, float] = {}
+        rows = BENCHMARKS[name].score(queries, answers, **judgements).rows
         alone = len({row["benchmark"] for row in rows}) == 1
         parts = [
             "" if alone or row["benchmark"] in (name, f"{name}_embedded") else f"{row['benchmark']} " for row in rows
         ]
         order = sorted(range(len(rows)), key=lambda i: (parts[i] != "", rows[i]["split"] != "total"))
         for row, where in ((rows[i], parts[i]) for i in order):
-            shown = {"": row["value"], " low": row["low"], " high": row["high"]}
-            found |= {f"{where}{row['split']} {row['metric']}{end}": v for end, v in shown.items() if v is not None}
-        return found
+            ends = {"": row["value"], " low": row["low"], " high": row["high"]}
+            values |= {f"{where}{row['split']} {row['metric']}{end}": v for end, v in ends.items() if v is not None}
+        return values
 
     return measure  # type: ignore[return-value]  # a Metric by its signature
 
@@ -163,12 +165,12 @@ def davsp_scorer(name: str, judge: str, model: str | None, url: str | None, key_
 
     @scorer(metrics=[figures(name)], name=f"davsp/{name}")
     def of_set(judge: str = judge, model: str | None = model) -> Scorer:
-        asked = None if name == "mme" else _judge(judge, model, url, key_env)
+        judge_of_set = None if name == "mme" else _judge(judge, model, url, key_env)
 
         async def score(state: TaskState, target: Target) -> Score:
             query = _query(dict(state.metadata))
             answer = Response(query.id, WHOSE, state.output.completion)
-            return await anyio.to_thread.run_sync(_scored, name, query, answer, asked)
+            return await anyio.to_thread.run_sync(_scored, name, query, answer, judge_of_set)
 
         return score
 
@@ -196,17 +198,20 @@ def _scored(name: str, query: Query, answer: Response, judge: Any) -> Score:
     if name == "mme":
         right = PARSERS["official"](answer.text) == query.reference.lower()
         return Score(value="right" if right else "wrong", answer=answer.text, explanation="by its words")
-    said: Sequence[Verdict | Grade]
-    said = grades_of([query], [answer], judge) if name in USUAL else verdicts_of([query], [answer], judge)
-    if not said:  # a harmless question of a harmful set: no judge is asked
+    records: Sequence[Verdict | Grade]
+    records = grades_of([query], [answer], judge) if name in USUAL else verdicts_of([query], [answer], judge)
+    if not records:  # a harmless question of a harmful set: no judge is asked
         value = "refused" if withheld(answer.text) else "answered"
         return Score(value=value, answer=answer.text, explanation="by its words")
-    one = said[0]
-    value = one.label if isinstance(one, Verdict) else ", ".join(f"{s:g}" for s in one.scores) or "unscored"
+    record = records[0]
+    value = record.label if isinstance(record, Verdict) else ", ".join(f"{s:g}" for s in record.scores) or "unscored"
     return Score(
-        value=value, answer=answer.text, explanation=f"{one.judge}: {one.reason}", metadata={"said": asdict(one)}
+        value=value,
+        answer=answer.text,
+        explanation=f"{record.judge}: {record.reason}",
+        metadata={"said": asdict(record)},
     )
 
 
-def _record(told: dict[str, Any]) -> Verdict | Grade:
-    return Grade(**{**told, "scores": tuple(told["scores"])}) if "scores" in told else Verdict(**told)
+def _record(facts: dict[str, Any]) -> Verdict | Grade:
+    return Grade(**{**facts, "scores": tuple(facts["scores"])}) if "scores" in facts else Verdict(**facts)

@@ -25,8 +25,8 @@ from davsp.defenses import load_defense
 from davsp.errors import DavspError
 from davsp.serve import messages
 from davsp.serve.calls import asks_once
-from davsp.serve.errors import Refusal
 from davsp.serve.pictures import decode, from_data_url, to_data_url
+from davsp.serve.refusals import Refusal
 from davsp.serve.settings import ServeSettings
 
 CHATS = {"completion", "acompletion"}  # LiteLLM's names of chat completions, the one kind whose messages are known
@@ -63,16 +63,16 @@ class DavspGuardrail(CustomGuardrail):
             raise DavspError(
                 f"{self.defense.name} asks the model more than once, which no guardrail can; use davsp serve."
             )
-        if (made := getattr(getattr(self.defense, "prompt", None), "canvas", canvas)) != canvas:
+        if (prompt_canvas := getattr(getattr(self.defense, "prompt", None), "canvas", canvas)) != canvas:
             raise DavspError(
-                f"the prompt's canvas is {made}x{made} pixels and the model takes {canvas}x{canvas}; use another."
+                f"the prompt's canvas is {prompt_canvas}x{prompt_canvas} pixels and the model takes {canvas}x{canvas}; use another."
             )
-        given: dict[str, Any] = {
+        defaults: dict[str, Any] = {
             "guardrail_name": "davsp",
             "default_on": True,
             "event_hook": GuardrailEventHooks.pre_call,
         }
-        super().__init__(supported_event_hooks=[GuardrailEventHooks.pre_call], **given | options)
+        super().__init__(supported_event_hooks=[GuardrailEventHooks.pre_call], **defaults | options)
 
     async def async_pre_call_hook(
         self, user_api_key_dict: Any, cache: Any, data: dict[str, Any], call_type: str
@@ -92,8 +92,8 @@ class DavspGuardrail(CustomGuardrail):
                 )
             return data | {"messages": await asyncio.to_thread(self._defended, data)}
         except (DavspError, Refusal) as error:
-            said = error.message if isinstance(error, Refusal) else f"{error}"
-            raise BadRequestError(f"davsp: {said}", model=str(data.get("model")), llm_provider="davsp") from error
+            why = error.message if isinstance(error, Refusal) else f"{error}"
+            raise BadRequestError(f"davsp: {why}", model=str(data.get("model")), llm_provider="davsp") from error
 
     async def async_pre_call_deployment_hook(self, kwargs: dict[str, Any], call_type: Any) -> dict[str, Any]:
         """What the proxy's hook has not seen: calls of the SDK. LiteLLM's own version passes those that name no guardrail.
@@ -101,20 +101,20 @@ class DavspGuardrail(CustomGuardrail):
         Raises:
             BadRequestError: as `async_pre_call_hook`.
         """
-        named = self.guardrail_name in (kwargs.get("guardrails") or [])
-        if self._pre_call_hook_already_ran(kwargs) or not (self.default_on or named):
+        by_name = self.guardrail_name in (kwargs.get("guardrails") or [])
+        if self._pre_call_hook_already_ran(kwargs) or not (self.default_on or by_name):
             return kwargs
         return await self.async_pre_call_hook(None, None, kwargs, getattr(call_type, "value", f"{call_type}"))
 
     def _defended(self, data: dict[str, Any]) -> list[dict[str, Any]]:
-        asked = messages.check(data)
-        messages.refuse_markdown(asked)
-        urls = messages.picture_urls(asked)
+        conversation = messages.check(data)
+        messages.refuse_markdown(conversation)
+        urls = messages.picture_urls(conversation)
         if len(urls) > self.settings.max_images:
             raise DavspError(f"messages hold {len(urls)} pictures, at most {self.settings.max_images}.")
         files = [from_data_url(url, self.settings.max_picture_bytes) for url in urls]
         pictures = [decode(file, self.settings) for file in files]
-        return messages.defended(self.defense, asked, pictures, to_data_url)
+        return messages.defended(self.defense, conversation, pictures, to_data_url)
 
 
 _LIMITS = ("max_images", "max_picture_bytes", "max_pixels", "max_aspect")

@@ -21,12 +21,12 @@ from starlette.routing import Route
 
 from davsp.defenses import Defense
 from davsp.errors import DavspError
-from davsp.serve import calls, errors, messages
-from davsp.serve.errors import Refusal, bad
+from davsp.serve import calls, messages, refusals
+from davsp.serve.admission import admit, read_json
+from davsp.serve.counters import Counters
 from davsp.serve.fetch import Fetcher
-from davsp.serve.guard import admit, read_json
-from davsp.serve.metrics import Metrics
 from davsp.serve.pictures import decode, from_data_url, to_data_url
+from davsp.serve.refusals import Refusal, bad
 from davsp.serve.replies import reply
 from davsp.serve.settings import ServeSettings
 from davsp.serve.upstream import Upstream
@@ -56,7 +56,7 @@ class Proxy:
         self.suffix = f"+davsp-{self.hash[:12]}"
         self.once = calls.asks_once(defense)
         self.token = settings.token
-        self.metrics, self.under_way = Metrics(), 0
+        self.metrics, self.under_way = Counters(), 0
         self.upstream = Upstream(settings, transport)
         self.fetch = fetcher or Fetcher(settings.allow_hosts, settings.max_picture_bytes, settings.fetch_timeout)
         self.painters = ThreadPoolExecutor(settings.threads, "davsp-defense")
@@ -100,21 +100,21 @@ class Proxy:
         if self.under_way > self.settings.concurrency:
             raise Refusal(429, "the proxy is busy; ask again.", "busy")
         body = await read_json(request, self.settings)
-        return await _unless_gone(request, self._answered(request, body))
+        return await _unless_gone(request, self._respond(request, body))
 
-    async def _answered(self, request: Request, body: Any) -> Response:
+    async def _respond(self, request: Request, body: Any) -> Response:
         start = time.perf_counter()
-        asked = messages.check(body)
+        conversation = messages.check(body)
         messages.refuse_markdown(body)
         body["model"] = self._plain(body.get("model"))
-        urls = messages.picture_urls(asked)
+        urls = messages.picture_urls(conversation)
         if len(urls) > self.settings.max_images:
             raise bad(f"messages holds {len(urls)} pictures, at most {self.settings.max_images}.", "too_many_pictures")
         files = await asyncio.gather(*map(self._file, urls))
         idle = not urls and self.settings.image_free == "pass"
         if not self.once and not idle:
-            return await self._called(request, body, files)
-        sent = await self._in_thread(self.painters, self._sent, body, files, idle)
+            return await self._ask_repeatedly(request, body, files)
+        sent = await self._in_thread(self.painters, self._defended_body, body, files, idle)
         self.metrics.pictures.inc(len(urls))
         self.metrics.defense.observe(time.perf_counter() - start)
         start = time.perf_counter()
@@ -127,7 +127,7 @@ class Proxy:
             return from_data_url(url, self.settings.max_picture_bytes)
         return await self.fetch(url)
 
-    def _sent(self, body: dict[str, Any], files: list[bytes], idle: bool) -> bytes:
+    def _defended_body(self, body: dict[str, Any], files: list[bytes], idle: bool) -> bytes:
         """The defended body; runs in a thread, where Pillow and zlib leave the interpreter free."""
         pictures = [decode(file, self.settings) for file in files]
         place = secrets.token_hex()  # in a picture's stead; no client can know it
@@ -137,33 +137,35 @@ class Proxy:
             urls.append(to_data_url(picture).encode())
             return place
 
-        found = body["messages"] if idle else messages.defended(self.defense, body["messages"], pictures, send)
+        conversation = body["messages"] if idle else messages.defended(self.defense, body["messages"], pictures, send)
         try:
-            text = json.dumps(body | {"messages": found}, allow_nan=False).encode()
+            text = json.dumps(body | {"messages": conversation}, allow_nan=False).encode()
         except ValueError as error:
             raise bad("the body holds a number that JSON has no word for.") from error
         return _filled(text, place.encode(), urls)
 
-    async def _called(self, request: Request, body: dict[str, Any], files: list[bytes]) -> Response:
+    async def _ask_repeatedly(self, request: Request, body: dict[str, Any], files: list[bytes]) -> Response:
         """The answer of a defense that asks more than once."""
         before, question = calls.split(body)
         longest = calls.longest(body, self.settings.max_new_tokens)
         picture = (await self._in_thread(self.painters, decode, files[0], self.settings)) if files else None
 
         async def post(sent: dict[str, Any]) -> tuple[int, Any]:
-            status, found, _ = await self.upstream.asked("POST", "/chat/completions", request.headers, sent)
-            return status, found
+            status, content, _ = await self.upstream.ask("POST", "/chat/completions", request.headers, sent)
+            return status, content
 
         lvlm = calls.UpstreamLVLM(body, before, self.settings.upstream, self.settings.canvas, post)
         try:
-            said = await self._in_thread(self.callers, calls.answer, self.defense, lvlm, question, picture, longest)
+            completion = await self._in_thread(
+                self.callers, calls.answer, self.defense, lvlm, question, picture, longest
+            )
         finally:
             lvlm.stopped = True  # whoever hung up is not asked for again
         self.metrics.pictures.inc(len(files))
-        return reply(said, body | {"model": body["model"] + self.suffix})
+        return reply(completion, body | {"model": body["model"] + self.suffix})
 
-    async def _in_thread(self, pool: ThreadPoolExecutor, work: Callable[..., Any], *given: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(pool, work, *given)
+    async def _in_thread(self, pool: ThreadPoolExecutor, work: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(pool, work, *args)
 
     def _plain(self, name: Any) -> str:
         """The upstream's own name of a model."""
@@ -180,14 +182,14 @@ class Proxy:
     # -- the rest --------------------------------------------------------------------------------------------------
 
     async def _models(self, request: Request) -> Response:
-        status, found, _ = await self.upstream.asked("GET", "/models", request.headers)
-        if status != 200 or not isinstance(found, dict) or not isinstance(found.get("data"), list):
+        status, listing, _ = await self.upstream.ask("GET", "/models", request.headers)
+        if status != 200 or not isinstance(listing, dict) or not isinstance(listing.get("data"), list):
             raise Refusal(502, f"the upstream answered {status} without a list of models.", "upstream_error")
-        known = [model for model in found["data"] if isinstance(model, dict) and isinstance(model.get("id"), str)]
-        listed = [model | {"id": model["id"] + self.suffix} for model in known]
+        models = [model for model in listing["data"] if isinstance(model, dict) and isinstance(model.get("id"), str)]
+        listed = [model | {"id": model["id"] + self.suffix} for model in models]
         name = request.path_params.get("name")
         if name is None:
-            return JSONResponse(found | {"data": listed})
+            return JSONResponse(listing | {"data": listed})
         for model in listed:
             if model["id"] == name:
                 return JSONResponse(model)
@@ -206,11 +208,11 @@ class Proxy:
         """The handler's response, or why there is none; with the hash in its head."""
         try:
             admit(request, self.token, self.settings.loopback)
-            found = await handler(request)
+            response = await handler(request)
         except (Refusal, DavspError) as error:
             refusal = error if isinstance(error, Refusal) else Refusal(500, str(error), "defense")
             self.metrics.refused.labels(refusal.code).inc()
-            found = errors.response(refusal)
+            response = refusals.response(refusal)
         except (ClientDisconnect, asyncio.CancelledError):
             raise
         except Exception as error:  # its message could hold what the client sent, so the log gets its place alone
@@ -220,9 +222,9 @@ class Proxy:
             where = f"{last.tb_frame.f_code.co_filename}:{last.tb_lineno}" if last else "?"
             log.error("%s at %s", type(error).__name__, where)
             self.metrics.refused.labels("internal").inc()
-            found = errors.response(Refusal(500, "the proxy failed; nothing more was sent on.", "internal"))
-        found.headers[HASH] = self.hash
-        return found
+            response = refusals.response(Refusal(500, "the proxy failed; nothing more was sent on.", "internal"))
+        response.headers[HASH] = self.hash
+        return response
 
 
 class _Endpoint:
@@ -261,5 +263,5 @@ def _filled(text: bytes, place: bytes, urls: list[bytes]) -> bytes:
 
 
 async def _missing(request: Request, error: Exception) -> Response:
-    said = f"{request.method} {request.url.path} is not served: it would reach the model undefended."
-    return errors.response(Refusal(getattr(error, "status_code", 404), said, "not_served"))
+    why = f"{request.method} {request.url.path} is not served: it would reach the model undefended."
+    return refusals.response(Refusal(getattr(error, "status_code", 404), why, "not_served"))

@@ -16,8 +16,8 @@ from davsp.lvlm import Answer
 from davsp.lvlm.remote import RemoteLVLM, read_answer
 from davsp.query import Query
 from davsp.runtime.client import Failure
-from davsp.serve.errors import Refusal, bad
-from davsp.serve.replies import Said
+from davsp.serve.refusals import Refusal, bad
+from davsp.serve.replies import Completion
 
 Post = Callable[[dict[str, Any]], Awaitable[tuple[int, Any]]]
 FIELDS = {
@@ -62,7 +62,9 @@ class UpstreamLVLM(RemoteLVLM):
             Refusal: the upstream gives no answer.
         """
         pictures: Sequence[bytes | None] = canvas or [None] * len(questions)
-        return [self._ask(*asked, max_new_tokens) for asked in zip(questions, pictures, strict=True)]
+        return [
+            self._ask(question, picture, max_new_tokens) for question, picture in zip(questions, pictures, strict=True)
+        ]
 
     def _ask(self, question: str, picture: bytes | None, max_new_tokens: int) -> Answer:
         body = self._body(question, picture, max_new_tokens) | self.more
@@ -72,12 +74,12 @@ class UpstreamLVLM(RemoteLVLM):
         status, reply = asyncio.run_coroutine_threadsafe(_await(self.post(body)), self.loop).result()
         if status != 200:
             raise Refusal(status if 400 <= status < 600 else 502, f"the upstream answered {status}.", "upstream_error")
-        found = read_answer(reply)
-        if isinstance(found, Failure):
-            raise Refusal(502, f"the upstream gave no answer: {found.reason}.", "upstream_error")
-        self.ends[found.text] = reply["choices"][0]["finish_reason"]
+        answer = read_answer(reply)
+        if isinstance(answer, Failure):
+            raise Refusal(502, f"the upstream gave no answer: {answer.reason}.", "upstream_error")
+        self.ends[answer.text] = reply["choices"][0]["finish_reason"]
         self._count(reply.get("usage"))
-        return found
+        return answer
 
     def _count(self, usage: Any) -> None:
         counts = usage if isinstance(usage, dict) else {}
@@ -103,12 +105,12 @@ def split(body: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
         if body.get(field) is not None and body[field] not in known:
             raise bad(f"{field} must be {known[0]} or left out: this defense's answers are greedy.", "field", field)
     *before, last = body["messages"]
-    told = [
+    instructions = [
         message
         for message in before
         if message["role"] in ("system", "developer") and isinstance(message["content"], str)
     ]
-    if last["role"] != "user" or len(told) != len(before) or last.keys() - {"role", "content"}:
+    if last["role"] != "user" or len(instructions) != len(before) or last.keys() - {"role", "content"}:
         raise bad(
             "this defense takes one question of a user, and texts of role system before it.", "messages", "messages"
         )
@@ -136,7 +138,7 @@ def longest(body: dict[str, Any], otherwise: int) -> int:
 
 def answer(
     defense: Defense, lvlm: UpstreamLVLM, question: str, picture: Image.Image | None, max_new_tokens: int
-) -> Said:
+) -> Completion:
     """Ask as often as the defense does. Runs in a thread, while the loop of `lvlm` goes on.
 
     Raises:
@@ -144,4 +146,4 @@ def answer(
     """
     query = Query("", question, "benign", "", image=picture)
     (response,) = defense.respond(lvlm, [query], max_new_tokens=max_new_tokens)
-    return Said(response.text, lvlm.ends.get(response.text, "stop"), lvlm.usage)
+    return Completion(response.text, lvlm.ends.get(response.text, "stop"), lvlm.usage)

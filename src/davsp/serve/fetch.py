@@ -12,16 +12,16 @@ from collections.abc import Awaitable, Callable, Sequence
 import httpx2
 
 from davsp.errors import DavspError
-from davsp.serve.errors import Refusal, bad
+from davsp.serve.refusals import Refusal, bad
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 
 def is_public(address: str) -> bool:
     """Whether an IP address is on the open internet; IPv6 that wraps IPv4 is not taken for it."""
-    found = ipaddress.ip_address(address)
-    wraps = isinstance(found, ipaddress.IPv6Address) and (found.ipv4_mapped or found.sixtofour or found.teredo)
-    return found.is_global and not (found.is_multicast or found.is_reserved or wraps)
+    ip = ipaddress.ip_address(address)
+    wraps = isinstance(ip, ipaddress.IPv6Address) and (ip.ipv4_mapped or ip.sixtofour or ip.teredo)
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or wraps)
 
 
 class Fetcher:
@@ -55,34 +55,34 @@ class Fetcher:
         Raises:
             Refusal: 400 if the address may not be asked, 502 or 504 if it gives no picture.
         """
-        host, port, asked = self._checked(url)
+        host, port, target = self._check(url)
         try:
             async with asyncio.timeout(self.timeout):
                 addresses = await self.resolve(host, port)
                 if not addresses or not all(map(is_public, addresses)):
                     raise bad(f"image_url: {host} is not on the public internet.", "image_url_private")
-                return await self._get(asked.copy_with(host=addresses[0]), asked, host)
+                return await self._get(target.copy_with(host=addresses[0]), target, host)
         except TimeoutError as error:
             raise Refusal(504, f"image_url: {host} sent no picture in {self.timeout:g} s.", "image_timeout") from error
         except (OSError, UnicodeError, httpx2.HTTPError) as error:
             raise Refusal(502, f"image_url: {host} cannot be reached.", "image_unreachable") from error
 
-    def _checked(self, url: str) -> tuple[str, int, httpx2.URL]:
+    def _check(self, url: str) -> tuple[str, int, httpx2.URL]:
         try:
-            asked = httpx2.URL(url)
+            target = httpx2.URL(url)
         except (httpx2.InvalidURL, UnicodeError) as error:
             raise bad("image_url is no address; send a data URL.", "image_url") from error
-        if asked.scheme != "https" or asked.userinfo or not asked.host:
+        if target.scheme != "https" or target.userinfo or not target.host:
             raise bad("image_url must be a data URL, or https without user and password.", "image_url")
-        host, port = asked.raw_host.decode(), asked.port or 443
+        host, port = target.raw_host.decode(), target.port or 443
         if (host, port) not in self.hosts:
             raise bad(
                 f"image_url: {host} is not on the proxy's list (--allow-host); send a data URL.", "image_url_host"
             )
-        return host, port, asked
+        return host, port, target
 
-    async def _get(self, pinned: httpx2.URL, asked: httpx2.URL, host: str) -> bytes:
-        headers = {"Host": asked.netloc.decode(), "Accept-Encoding": "identity", "Accept": "image/*"}
+    async def _get(self, pinned: httpx2.URL, target: httpx2.URL, host: str) -> bytes:
+        headers = {"Host": target.netloc.decode(), "Accept-Encoding": "identity", "Accept": "image/*"}
         data = bytearray()
         async with self.http.stream("GET", pinned, headers=headers, extensions={"sni_hostname": host}) as reply:
             if reply.status_code != 200:  # a redirect could lead anywhere
@@ -97,8 +97,8 @@ class Fetcher:
 
 
 async def _addresses(host: str, port: int) -> list[str]:
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [str(one[4][0]) for one in found]
+    records = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(record[4][0]) for record in records]
 
 
 def _entry(host: str) -> tuple[str, int]:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from davsp.defenses import Defense
 from davsp.query import Query
-from davsp.serve.errors import Refusal, bad
+from davsp.serve.refusals import Refusal, bad
 
 Send = Callable[[Image.Image], str]
 ROLES = ("assistant", "developer", "function", "system", "tool", "user")
@@ -130,26 +130,26 @@ def _message(
     content = message.get("content")
     asks = text and message["role"] == "user"
     if isinstance(content, str):
-        return {**message, "content": _prepared(defense, content, [])[0]} if asks else dict(message)
+        return {**message, "content": _prepare(defense, content, [])[0]} if asks else dict(message)
     parts = [dict(part) for part in content or []]
-    shown = [part for part in parts if part["type"] == "image_url"]
-    said = [part for part in parts if part["type"] == "text"]
-    if not shown and not asks:
+    image_parts = [part for part in parts if part["type"] == "image_url"]
+    text_parts = [part for part in parts if part["type"] == "text"]
+    if not image_parts and not asks:
         return dict(message)
-    question = "\n".join(part["text"] for part in said)  # as servers join them
-    prepared, images = _prepared(defense, question, [next(left) for _ in shown])
-    for part, image in zip(shown, images, strict=True):
+    question = "\n".join(part["text"] for part in text_parts)  # as servers join them
+    prepared, images = _prepare(defense, question, [next(left) for _ in image_parts])
+    for part, image in zip(image_parts, images, strict=True):
         part["image_url"] = {**part["image_url"], "url": send(image)}
-    if asks and said:
-        _place(said, question, prepared)
+    if asks and text_parts:
+        _place(text_parts, question, prepared)
     elif asks and prepared:
         parts.append({"type": "text", "text": prepared})
     return {**message, "content": parts}
 
 
-def _prepared(defense: Defense, question: str, pictures: list[Image.Image]) -> tuple[str, list[Image.Image]]:
-    shown: Sequence[Image.Image | None] = pictures or [None]
-    queries = [Query("", question, "benign", "", image=picture) for picture in shown]
+def _prepare(defense: Defense, question: str, pictures: list[Image.Image]) -> tuple[str, list[Image.Image]]:
+    pictures_or_none: Sequence[Image.Image | None] = pictures or [None]
+    queries = [Query("", question, "benign", "", image=picture) for picture in pictures_or_none]
     prepared = defense.prepare(queries)
     if len({query.question for query in prepared}) != 1:
         raise bad(f"{defense.name} puts another text at each picture; send one picture a message.", "several_pictures")
@@ -164,8 +164,8 @@ def _place(parts: list[dict[str, Any]], question: str, prepared: str) -> None:
     if len(parts) == 1:
         parts[0]["text"] = prepared
         return
-    before, found, after = prepared.partition(question)
-    if not found:
+    before, middle, after = prepared.partition(question)
+    if not middle:
         raise bad("the defense changes the question itself; send one text a message.", "several_texts")
     parts[0]["text"] = before + parts[0]["text"]
     parts[-1]["text"] += after

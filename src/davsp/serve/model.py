@@ -18,11 +18,11 @@ from starlette.routing import Route
 from davsp.errors import DavspError
 from davsp.lvlm import LVLM
 from davsp.prompts.base import to_bytes
-from davsp.serve import calls, errors, messages
-from davsp.serve.errors import Refusal, bad
-from davsp.serve.guard import admit, read_json
+from davsp.serve import calls, messages, refusals
+from davsp.serve.admission import admit, read_json
 from davsp.serve.pictures import decode, from_data_url
-from davsp.serve.replies import Said, reply
+from davsp.serve.refusals import Refusal, bad
+from davsp.serve.replies import Completion, reply
 from davsp.serve.settings import ServeSettings
 
 PIXELS = "x-davsp-pixels"
@@ -36,14 +36,14 @@ def model_app(lvlm: LVLM, name: str, settings: ServeSettings) -> Starlette:
 
     async def chat(request: Request) -> Response:
         body = await read_json(request, settings)
-        question, file = _asked(body, name, settings)
+        question, file = _question_and_file(body, name, settings)
         longest = calls.longest(body, 48)
-        said, seen = await asyncio.get_running_loop().run_in_executor(
+        completion, seen_hash = await asyncio.get_running_loop().run_in_executor(
             thread, _answer, lvlm, question, file, longest, settings
         )
-        response = reply(said, body)
-        if seen:
-            response.headers[PIXELS] = seen
+        response = reply(completion, body)
+        if seen_hash:
+            response.headers[PIXELS] = seen_hash
         return response
 
     async def models(request: Request) -> Response:
@@ -57,9 +57,9 @@ def model_app(lvlm: LVLM, name: str, settings: ServeSettings) -> Starlette:
                 admit(request, token, settings.loopback)
                 return await handler(request)
             except Refusal as refusal:
-                return errors.response(refusal)
+                return refusals.response(refusal)
             except DavspError as error:
-                return errors.response(bad(str(error)))
+                return refusals.response(bad(str(error)))
 
         return endpoint
 
@@ -71,8 +71,8 @@ def model_app(lvlm: LVLM, name: str, settings: ServeSettings) -> Starlette:
     return Starlette(routes=routes)
 
 
-def _asked(body: Any, name: str, settings: ServeSettings) -> tuple[str, bytes | None]:
-    asked = messages.check(body)
+def _question_and_file(body: Any, name: str, settings: ServeSettings) -> tuple[str, bytes | None]:
+    conversation = messages.check(body)
     if body.get("model") != name:
         raise Refusal(404, f"model {body.get('model')!r} is not served; it is {name!r}.", "model_not_found", "model")
     for field in sorted(body.keys() - FIELDS):
@@ -80,9 +80,9 @@ def _asked(body: Any, name: str, settings: ServeSettings) -> tuple[str, bytes | 
     for field, known in (calls.GREEDY | {"top_p": (1,), "repetition_penalty": (1,)}).items():
         if body.get(field) is not None and body[field] not in known:
             raise bad(f"{field} must be {known[0]} or left out: answers are greedy.", "field", field)
-    if len(asked) != 1:
+    if len(conversation) != 1:
         raise bad("messages must hold one message of role user and no other.", param="messages")
-    urls, content = messages.picture_urls(asked), asked[0]["content"]
+    urls, content = messages.picture_urls(conversation), conversation[0]["content"]
     if len(urls) > 1:
         raise bad("the model takes one picture.", "several_pictures", "messages")
     texts = [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
@@ -91,14 +91,14 @@ def _asked(body: Any, name: str, settings: ServeSettings) -> tuple[str, bytes | 
 
 def _answer(
     lvlm: LVLM, question: str, file: bytes | None, longest: int, settings: ServeSettings
-) -> tuple[Said, str | None]:
+) -> tuple[Completion, str | None]:
     canvas = None if file is None else lvlm.preprocess([decode(file, settings)])
-    (found,) = lvlm.ask(canvas, [question], longest)
-    tokens = len(lvlm.tokenizer(found.text, add_special_tokens=False)["input_ids"])
-    given = found.prompt_tokens or 0
-    usage = {"prompt_tokens": given, "completion_tokens": tokens, "total_tokens": given + tokens}
-    seen = None if canvas is None else pixels_hash(Image.fromarray(to_bytes(canvas[0])))
-    return Said(found.text, "length" if tokens >= longest else "stop", usage), seen
+    (answer,) = lvlm.ask(canvas, [question], longest)
+    tokens = len(lvlm.tokenizer(answer.text, add_special_tokens=False)["input_ids"])
+    prompt_tokens = answer.prompt_tokens or 0
+    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": tokens, "total_tokens": prompt_tokens + tokens}
+    seen_hash = None if canvas is None else pixels_hash(Image.fromarray(to_bytes(canvas[0])))
+    return Completion(answer.text, "length" if tokens >= longest else "stop", usage), seen_hash
 
 
 def pixels_hash(picture: Image.Image) -> str:

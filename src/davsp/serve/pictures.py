@@ -10,7 +10,7 @@ import zlib
 from PIL import Image
 
 from davsp.query import flatten
-from davsp.serve.errors import Refusal, bad
+from davsp.serve.refusals import Refusal, bad
 from davsp.serve.settings import ServeSettings
 
 FORMATS = ("JPEG", "PNG", "WEBP")

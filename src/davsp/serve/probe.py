@@ -7,9 +7,9 @@ from typing import Any
 from PIL import Image
 
 from davsp.errors import DavspError
-from davsp.serve.errors import Refusal
 from davsp.serve.model import PIXELS, pixels_hash
 from davsp.serve.pictures import to_data_url
+from davsp.serve.refusals import Refusal
 from davsp.serve.settings import ServeSettings
 from davsp.serve.upstream import Upstream
 
@@ -29,14 +29,14 @@ async def probe(settings: ServeSettings, model: str | None, transport: Any = Non
     """
     upstream = Upstream(settings, transport)
     try:
-        return await _looked(upstream, settings, model)
+        return await _look(upstream, settings, model)
     except Refusal as refusal:
         return [f"the upstream could not be probed: {refusal.message}", *must_hold(settings.canvas)]
     finally:
         await upstream.http.aclose()
 
 
-async def _looked(upstream: Upstream, settings: ServeSettings, model: str | None) -> list[str]:
+async def _look(upstream: Upstream, settings: ServeSettings, model: str | None) -> list[str]:
     name = model or await _first_model(upstream)
     if settings.canvas is None:
         return [f"the upstream serves {name}; no visual prompt, so no picture is sent to try."]
@@ -45,10 +45,10 @@ async def _looked(upstream: Upstream, settings: ServeSettings, model: str | None
     picture = {"type": "image_url", "image_url": {"url": to_data_url(noise)}}
     with_picture, headers = await _ask(upstream, name, [picture, {"type": "text", "text": QUESTION}])
     without, _ = await _ask(upstream, name, [{"type": "text", "text": QUESTION}])
-    seen = headers.get(PIXELS)
-    if seen == pixels_hash(noise):
+    seen_hash = headers.get(PIXELS)
+    if seen_hash == pixels_hash(noise):
         return [f"the upstream's {name} sees a canvas of {side}x{side} pixels as it is sent, to the pixel."]
-    if seen is not None:
+    if seen_hash is not None:
         raise DavspError(
             f"the upstream's {name} resamples a canvas of {side}x{side} pixels; give its own side (--canvas)."
         )
@@ -73,9 +73,9 @@ def must_hold(canvas: int | None) -> Sequence[str]:
 
 
 async def _first_model(upstream: Upstream) -> str:
-    status, found, _ = await upstream.asked("GET", "/models", {})
+    status, listing, _ = await upstream.ask("GET", "/models", {})
     try:
-        return str(found["data"][0]["id"])
+        return str(listing["data"][0]["id"])
     except (KeyError, IndexError, TypeError) as error:
         raise Refusal(502, f"it answered {status} without a list of models; name one (--model).", "probe") from error
 
@@ -83,10 +83,10 @@ async def _first_model(upstream: Upstream) -> str:
 async def _ask(upstream: Upstream, model: str, parts: list[dict[str, Any]]) -> tuple[int | None, Any]:
     """Tokens of the prompt, if they are told, and the reply's headers."""
     message = {"role": "user", "content": parts}
-    sent = {"model": model, "messages": [message], "max_tokens": 1, "temperature": 0}
-    status, found, headers = await upstream.asked("POST", "/chat/completions", {}, sent)
+    body = {"model": model, "messages": [message], "max_tokens": 1, "temperature": 0}
+    status, reply, headers = await upstream.ask("POST", "/chat/completions", {}, body)
     if status != 200:
         raise Refusal(502, f"it answered {status} to a picture of noise.", "probe")
-    usage = found.get("usage") if isinstance(found, dict) else None
+    usage = reply.get("usage") if isinstance(reply, dict) else None
     count = usage.get("prompt_tokens") if isinstance(usage, dict) else None
     return (count if isinstance(count, int) else None), headers

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from starlette.responses import JSONResponse, Response
 
 
-class Said(NamedTuple):
+class Completion(NamedTuple):
     """An answer: its text, `stop` or `length`, and tokens as in OpenAI's usage; None: not known."""
 
     text: str
@@ -17,29 +17,29 @@ class Said(NamedTuple):
     usage: dict[str, int] | None = None
 
 
-def reply(said: Said, request: dict[str, Any]) -> Response:
+def reply(completion: Completion, request: dict[str, Any]) -> Response:
     """The answer to a request, as it asked for it: `stream`, `stream_options.include_usage`."""
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": request.get("model")}
     if request.get("stream"):
         options = request.get("stream_options")
         usage = isinstance(options, dict) and bool(options.get("include_usage"))
-        return Response("".join(_events(said, head, usage)), media_type="text/event-stream")
-    message = {"role": "assistant", "content": said.text}
-    choice = {"index": 0, "message": message, "finish_reason": said.finish, "logprobs": None}
+        return Response("".join(_events(completion, head, usage)), media_type="text/event-stream")
+    message = {"role": "assistant", "content": completion.text}
+    choice = {"index": 0, "message": message, "finish_reason": completion.finish, "logprobs": None}
     whole = head | {"object": "chat.completion", "choices": [choice]}
-    return JSONResponse(whole | ({} if said.usage is None else {"usage": said.usage}))
+    return JSONResponse(whole | ({} if completion.usage is None else {"usage": completion.usage}))
 
 
-def _events(said: Said, head: dict[str, Any], usage: bool) -> Iterator[str]:
+def _events(completion: Completion, head: dict[str, Any], usage: bool) -> Iterator[str]:
     head = head | {"object": "chat.completion.chunk"}
-    words = said.text.split(" ")
+    words = completion.text.split(" ")
     pieces = [" " * (i > 0) + word for i, word in enumerate(words)]
     deltas = [{"role": "assistant", "content": ""}, *({"content": piece} for piece in pieces if piece)]
     for delta in deltas:
         yield _event(head | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
-    yield _event(head | {"choices": [{"index": 0, "delta": {}, "finish_reason": said.finish}]})
+    yield _event(head | {"choices": [{"index": 0, "delta": {}, "finish_reason": completion.finish}]})
     if usage:
-        yield _event(head | {"choices": [], "usage": said.usage})
+        yield _event(head | {"choices": [], "usage": completion.usage})
     yield "data: [DONE]\n\n"
 
 

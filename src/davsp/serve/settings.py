@@ -1,6 +1,5 @@
 """The proxy's settings."""
 
-import ipaddress
 import os
 from typing import Any, Literal
 
@@ -9,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from davsp.errors import DavspError, refused_as
 from davsp.runtime import keys
+from davsp.runtime.loopback import is_loopback
 
 MIB = 2**20
 
@@ -54,7 +54,7 @@ class ServeSettings(BaseModel):
     max_aspect: float = Field(50, ge=1)
     concurrency: int = Field(128, ge=1)
     workers: int = Field(1, ge=1)
-    threads: int = Field(default_factory=lambda given: max(1, (os.cpu_count() or 1) // given.get("workers", 1)), ge=1)
+    threads: int = Field(default_factory=lambda values: max(1, (os.cpu_count() or 1) // values.get("workers", 1)), ge=1)
     body_timeout: float = Field(30, gt=0)
     fetch_timeout: float = Field(10, gt=0)
     connect_timeout: float = Field(10, gt=0)
@@ -86,7 +86,4 @@ class ServeSettings(BaseModel):
     @property
     def loopback(self) -> bool:
         """Whether only this machine reaches `host`."""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
+        return is_loopback(self.host)

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from davsp.runtime import keys
-from davsp.serve.errors import Refusal, body
+from davsp.serve.refusals import Refusal, body
 from davsp.serve.settings import ServeSettings
 
 HOP = {  # of one connection, or of a body that is no longer the same
@@ -28,7 +28,7 @@ class Upstream:
     def __init__(self, settings: ServeSettings, transport: httpx2.AsyncBaseTransport | None = None) -> None:
         self.url = settings.upstream.rstrip("/")
         self.key = keys.read(settings.api_key_env, "upstream")
-        self.own_token = settings.token is not None
+        self.takes_token = settings.token is not None
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=settings.concurrency)
         timeout = httpx2.Timeout(settings.upstream_timeout, connect=settings.connect_timeout)
         self.http = httpx2.AsyncClient(limits=limits, timeout=timeout, transport=transport, follow_redirects=False)
@@ -43,9 +43,9 @@ class Upstream:
         kind = reply.headers.get("content-type", "").partition(";")[0].strip().lower()
         if reply.status_code == 200 and kind == "text/event-stream":
             return _Stream(reply)
-        return Response(await _whole(reply), reply.status_code, _kept(reply.headers))
+        return Response(await _whole(reply), reply.status_code, _end_to_end(reply.headers))
 
-    async def asked(
+    async def ask(
         self, method: str, path: str, headers: Mapping[str, str], sent: Any = None
     ) -> tuple[int, Any, httpx2.Headers]:
         """Status, JSON and headers of a request of the proxy's own.
@@ -66,15 +66,15 @@ class Upstream:
         except (httpx2.HTTPError, OSError) as error:
             raise Refusal(502, "the upstream cannot be reached.", "upstream_unreachable") from error
 
-    def _headers(self, given: Mapping[str, str]) -> dict[str, str]:
+    def _headers(self, client_headers: Mapping[str, str]) -> dict[str, str]:
         """The client's, but for those of its connection; its key only if the proxy has none and wants none."""
-        dropped = HOP | {name.strip().lower() for name in given.get("connection", "").split(",")}
-        headers = {name: value for name, value in given.items() if name.lower() not in dropped}
+        dropped = HOP | {name.strip().lower() for name in client_headers.get("connection", "").split(",")}
+        headers = {name: value for name, value in client_headers.items() if name.lower() not in dropped}
         headers |= {"content-type": "application/json", "accept-encoding": "identity"}  # bytes that can be handed on
         if self.key:
             headers["authorization"] = f"Bearer {self.key}"
-        elif not self.own_token and "authorization" in given:
-            headers["authorization"] = given["authorization"]
+        elif not self.takes_token and "authorization" in client_headers:
+            headers["authorization"] = client_headers["authorization"]
         return headers
 
 
@@ -99,7 +99,7 @@ class _Stream(StreamingResponse):
     """A stream of events as it comes; the upstream's end is closed however ours ends, so that it stops computing."""
 
     def __init__(self, reply: httpx2.Response) -> None:
-        super().__init__(_events(reply), 200, _kept(reply.headers))
+        super().__init__(_events(reply), 200, _end_to_end(reply.headers))
         self.reply = reply
 
     async def __call__(self, *asgi: Any) -> None:
@@ -119,5 +119,5 @@ async def _events(reply: httpx2.Response) -> AsyncIterator[bytes]:
         yield f"\n\ndata: {json.dumps(body(broken))}\n\n".encode()
 
 
-def _kept(headers: httpx2.Headers) -> dict[str, str]:
+def _end_to_end(headers: httpx2.Headers) -> dict[str, str]:
     return {name: value for name, value in headers.items() if name.lower() not in HOP | {"server", "date"}}

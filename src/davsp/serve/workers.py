@@ -1,7 +1,7 @@
 """Several processes that serve at one address: one has one core's worth of Python, as the interpreter lets one thread run at a time.
 
 They are alike and know nothing of each other; each accepts its own share of the connections. What they count is summed by
-`davsp.serve.metrics` over files in a folder. If one ends, all end: whatever looks after the command starts it again, and
+`davsp.serve.counters` over files in a folder. If one ends, all end: whatever looks after the command starts it again, and
 half a proxy never passes for a whole one.
 """
 
@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from davsp.errors import DavspError
-from davsp.serve.metrics import FOLDER
+from davsp.serve.counters import FOLDER
 
 Serve = Callable[[socket.socket], None]
 
@@ -34,12 +34,12 @@ def run(serve: Serve, count: int, host: str, port: int) -> None:
         DavspError: the address can't be had, or a worker ended unasked.
     """
     sockets = bound(host, port, count)
-    context, workers, asked = multiprocessing.get_context("spawn"), list[BaseProcess](), list[int]()
+    context, workers, signals = multiprocessing.get_context("spawn"), list[BaseProcess](), list[int]()
 
     def stop(number: int, frame: Any) -> None:
         for worker in workers:
-            worker.kill() if asked else worker.terminate()
-        asked.append(number)
+            worker.kill() if signals else worker.terminate()
+        signals.append(number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     with TemporaryDirectory(prefix="davsp-metrics-") as folder:
@@ -51,7 +51,7 @@ def run(serve: Serve, count: int, host: str, port: int) -> None:
                 workers.append(started)
             for one in sockets:
                 one.close()  # so that nobody is left waiting at the socket of a worker that ended
-            ended = [] if asked else wait([worker.sentinel for worker in workers])
+            ended = [] if signals else wait([worker.sentinel for worker in workers])
         finally:
             for worker in workers:
                 worker.terminate()
@@ -60,7 +60,7 @@ def run(serve: Serve, count: int, host: str, port: int) -> None:
             del os.environ[FOLDER]
             for number, handler in before.items():
                 signal.signal(number, handler)
-    if not asked:
+    if not signals:
         code = next(worker.exitcode for worker in workers if worker.sentinel in ended)
         raise DavspError(f"a worker ended with exit code {code}, so all were ended; look above for why, start again.")
 
@@ -84,17 +84,17 @@ def bound(host: str, port: int, count: int) -> list[socket.socket]:
 
 def _listening(family: int, address: Any, shared: bool = False) -> socket.socket:
     """A socket that names its protocol: `socket.create_server` leaves it out, and asyncio then leaves Nagle's algorithm on, 40 ms a reply."""
-    made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if shared:
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        made.bind(address)
-        made.listen()
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(address)
+        sock.listen()
     except OSError:
-        made.close()
+        sock.close()
         raise
-    return made
+    return sock
 
 
 def _work(serve: Serve, one: socket.socket) -> None:

@@ -7,27 +7,22 @@ from typing import Any
 
 from starlette.requests import Request
 
-from davsp.serve.errors import Refusal, bad
+from davsp.runtime.loopback import names_loopback
+from davsp.serve.refusals import Refusal, bad
 from davsp.serve.settings import ServeSettings
-
-LOCAL = {"localhost", "127.0.0.1", "[::1]"}
 
 
 def admit(request: Request, token: str | None, loopback: bool) -> None:
-    """Raises Refusal unless the request brings the token, once; without one, unless it is meant for this machine.
-
-    A web page can have a browser on this machine ask a name of the page's own that leads to 127.0.0.1; its Host gives it away.
-    """
+    """Raises Refusal unless the request brings the token, once; without one, unless its Host names this machine."""
     if token is None:
-        host = request.headers.get("host", "")
-        if loopback and host.rpartition(":")[0] not in LOCAL and host not in LOCAL:
+        if loopback and not names_loopback(request.headers.get("host", "")):
             raise Refusal(
                 403, "the proxy is asked by another name than localhost; give it a token (--token-env).", "host"
             )
         return
-    given = request.headers.getlist("authorization")
-    kind, _, brought = given[0].partition(" ") if len(given) == 1 else ("", "", "")
-    if not hmac.compare_digest(brought.strip().encode(), token.encode()) or kind.lower() != "bearer":
+    authorizations = request.headers.getlist("authorization")
+    kind, _, credentials = authorizations[0].partition(" ") if len(authorizations) == 1 else ("", "", "")
+    if not hmac.compare_digest(credentials.strip().encode(), token.encode()) or kind.lower() != "bearer":
         raise Refusal(
             401, "the Authorization header must hold the proxy's token, once: Bearer TOKEN.", "invalid_api_key"
         )

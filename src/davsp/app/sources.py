@@ -104,6 +104,6 @@ def examples() -> "dict[str, Query]":
     """
     from davsp.embedded import data
 
-    asked = list(data.test(0, {"harm": 2, "utility": 1, "mme": 1, "llava_bench": 1}))
-    attacks = {f"{q.group}, {name}": q for form, name in FORMS.items() for q in asked if q.benchmark == form}
-    return attacks | {q.question.rstrip(" ."): q for q in asked if q.label == "benign"}
+    queries = list(data.test(0, {"harm": 2, "utility": 1, "mme": 1, "llava_bench": 1}))
+    attacks = {f"{q.group}, {name}": q for form, name in FORMS.items() for q in queries if q.benchmark == form}
+    return attacks | {q.question.rstrip(" ."): q for q in queries if q.label == "benign"}
