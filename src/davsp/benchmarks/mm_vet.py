@@ -49,8 +49,7 @@ def load(
     Raises:
         DavspError: nothing known at `root`, another split, an unknown capability, a broken row or picture.
     """
-    if split != "test":
-        raise DavspError(f"{NAME} has only the split test, not {split!r}.")
+    source.only_test(NAME, split)
     problems = Problems(skip_broken)
     return source.queries(_read(Path(root), problems), NAME, root, limit, seed, problems)
 

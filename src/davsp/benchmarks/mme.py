@@ -71,8 +71,7 @@ def load(
     Raises:
         DavspError: nothing known at `root`, another split, an unknown subtask, a picture without a Yes and a No question.
     """
-    if split != "test":
-        raise DavspError(f"{NAME} has only the split test, not {split!r}.")
+    source.only_test(NAME, split)
     problems, root = Problems(skip_broken), Path(root)
     found = _read(root, short_prompt, problems)
     if found is None and _tool(root) is not None:

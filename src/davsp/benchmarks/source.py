@@ -144,6 +144,12 @@ class Report:
 # ------------------------------------------------------------------------------------------------ from found to queries
 
 
+def only_test(name: str, split: str) -> None:
+    """Raise DavspError if a data set that is a test as a whole is asked for another split."""
+    if split != "test":
+        raise DavspError(f"{name} has only the split test, not {split!r}.")
+
+
 def queries(
     found: Found | None, name: str, root: Path, limit: int | None, seed: int, problems: Problems
 ) -> list[Query]:
