@@ -17,7 +17,7 @@ import pytest
 from davsp import DavspError, Query, Response, Verdict
 from davsp.errors import Interrupted
 from davsp.judges.base import check_unscored
-from davsp.judges.cache import Finding, VerdictCache
+from davsp.judges.cache import Ruling, VerdictCache
 from davsp.judges.chat import ChatJudge
 from davsp.judges.guard import HARMBENCH, LLAMA_GUARD_3
 from davsp.judges.prompts import CHAT, DAVSP
@@ -308,11 +308,11 @@ def test_evaluate_hands_over_all_answers_at_once(server: Judge) -> None:
 def test_threads_and_processes_share_a_cache(tmp_path: Path) -> None:
     """Each object stands for a process: it has its own connection."""
     caches = [VerdictCache(tmp_path / "c") for _ in range(3)]
-    first = Finding("safe", "r", "raw")
+    first = Ruling("safe", "r", "raw")
 
     def work(i: int) -> None:
         for n in range(40):
-            caches[i % 3].put(f"{n}", "j", "p", first if n % 2 else Finding("unsafe", f"{i}"))
+            caches[i % 3].put(f"{n}", "j", "p", first if n % 2 else Ruling("unsafe", f"{i}"))
 
     with ThreadPoolExecutor(9) as pool:
         list(pool.map(work, range(9)))
@@ -323,7 +323,7 @@ def test_threads_and_processes_share_a_cache(tmp_path: Path) -> None:
     assert again.get("0") == kept and kept is not None and kept.label == "unsafe"  # the first one stays
     assert again.get("40") is None
     with pytest.raises(ValueError, match="not kept"):
-        again.put("41", "j", "p", Finding("unscored", "no reply"))
+        again.put("41", "j", "p", Ruling("unscored", "no reply"))
 
 
 def test_a_file_that_is_no_cache(tmp_path: Path) -> None:

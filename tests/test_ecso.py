@@ -13,7 +13,7 @@ from davsp import LVLM, DavspError, HarmfulnessVector, Query, VisualSafetyPrompt
 from davsp.defenses import ECSO, NoDefense, SafetyText, VisualPrompt
 from davsp.embedded import questions
 from davsp.embedded.data import Protocol
-from davsp.embedded.ecso import TEMPLATES
+from davsp.embedded.ecso_templates import TEMPLATES
 from davsp.embedded.words import Pair
 from davsp.evaluation import evaluate
 from davsp.judges import refused

@@ -12,7 +12,7 @@ from davsp.benchmarks.source import MARK
 from davsp.benchmarks.splits import load_split, paper_split
 from davsp.defenses import NoDefense, SafetyText
 from davsp.embedded import words
-from davsp.embedded.benchmarks import SCENARIOS, write
+from davsp.embedded.counterparts import SCENARIOS, write
 from davsp.judges import keyword
 from davsp.judges.graders import exact, overlap
 from davsp.query import Query, Response
@@ -136,7 +136,7 @@ def test_it_never_replaces_anything_else(tmp_path: Path) -> None:
 
 
 def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    monkeypatch.setattr("davsp.embedded.benchmarks.SIZES", SMALL)
+    monkeypatch.setattr("davsp.embedded.counterparts.SIZES", SMALL)
     assert davsp("data", "embedded", tmp_path) == 0
     assert "davsp data check" in capsys.readouterr().out
     assert davsp("data", "check", tmp_path) == 0

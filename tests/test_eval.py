@@ -11,7 +11,7 @@ from PIL import Image
 from davsp import LVLM, DavspError, Query, Verdict
 from davsp.benchmarks.custom import save_queries
 from davsp.cli.judges import check
-from davsp.embedded.benchmarks import write
+from davsp.embedded.counterparts import write
 from davsp.evaluation.judging import apart
 from judge_server import judge_server
 from model_server import ModelServer, model_server

@@ -10,7 +10,7 @@ import pytest
 from benchmark_folders import answers, at
 from davsp import DavspError, Query, Response
 from davsp.benchmarks import llava_bench, mm_vet
-from davsp.embedded.benchmarks import write
+from davsp.embedded.counterparts import write
 from davsp.errors import Interrupted
 from davsp.judges.base import check_unscored
 from davsp.judges.cache import VerdictCache

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from davsp import DavspError, Query, Response
 from davsp.judges.cache import VerdictCache
 from davsp.judges.guard import HARMBENCH, LLAMA_GUARD_3, LLAMA_GUARD_4, LocalGuard
-from davsp.judges.prompts import Prompt
+from davsp.judges.prompts import JudgePrompt
 from judge_server import items
 
 AS_TEXT = "{% for m in messages %}{{ m['role'] }} {{ m['content'] | trim }} {% endfor %}judge "
@@ -113,7 +113,7 @@ def test_other_weights_under_the_same_name_are_another_judge(taught: Path, tmp_p
 
 
 @pytest.mark.parametrize("prompt", [LLAMA_GUARD_3, HARMBENCH], ids=lambda p: p.name)
-def test_a_random_model_gives_no_label(prompt: Prompt, tmp_path: Path) -> None:
+def test_a_random_model_gives_no_label(prompt: JudgePrompt, tmp_path: Path) -> None:
     guard = LocalGuard(prompt, str(save_guard(tmp_path, AS_TEXT, {})), device="cpu")
     found = guard.judge_all(items(3))
     assert {v.label for v in found} == {"unscored"}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from davsp.cli.judges import asking
-from davsp.embedded.benchmarks import write
+from davsp.embedded.counterparts import write
 from davsp.errors import DavspError
 from davsp.query import Grade, Query, read_jsonl
 from davsp.runtime.files import write_json

@@ -10,7 +10,7 @@ from davsp import LVLM, DavspError
 from davsp.benchmarks import mm_vet
 from davsp.benchmarks.protocol import for_making, for_test
 from davsp.benchmarks.splits import settings_of
-from davsp.embedded.benchmarks import write
+from davsp.embedded.counterparts import write
 from judge_server import judge_server
 from test_cli import run as davsp
 

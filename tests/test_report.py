@@ -16,8 +16,8 @@ from davsp.evaluation import Evaluation
 from davsp.evaluation.judging import judge_custom, judge_published, rows_of
 from davsp.judges import keyword
 from davsp.judges.verdicts import verdicts_of
-from davsp.report import Picture, Report, build
-from davsp.report.cells import Column, cell, number, p_value, points
+from davsp.report import Illustration, Report, build
+from davsp.report.cells import RateColumn, cell, number, p_value, points
 from davsp.report.html import headline, render, write_report
 from davsp.report.terminal import print_scores, print_table
 from tiny import picture, queries
@@ -54,7 +54,7 @@ def made() -> Report:
         everything,
         Evaluation(responses, verdicts, rows),
         defenses,
-        pictures=[Picture(Image.new("RGB", (56, 56)), "Border", "a border", "what it is")],
+        pictures=[Illustration(Image.new("RGB", (56, 56)), "Border", "a border", "what it is")],
         margins=(2.0, -2.0),
         sweep=[
             {"layer": i, "auroc": 0.5 + i / 10, "mean_malicious": 1.0, "mean_benign": -1.0, "gap": 2.0}
@@ -149,9 +149,9 @@ def test_the_number_of_intents_is_told() -> None:
 
 def test_figures_stand_in_the_table() -> None:
     report = made()
-    c = cell(report.rows, "davsp", Column("FigStep", "figstep", "total", "rsr"))
+    c = cell(report.rows, "davsp", RateColumn("FigStep", "figstep", "total", "rsr"))
     assert (c.value, c.difference, c.direction) == ("80.0", "+80.0, p=.125", "")
-    assert cell(report.rows, "none", Column("", "typo", "total", "rsr")).value == "–"
+    assert cell(report.rows, "none", RateColumn("", "typo", "total", "rsr")).value == "–"
     words = " ".join(Page(render(report)).words)
     assert c.interval in words and c.difference in words and "0.1.0" in words
 
@@ -183,7 +183,7 @@ def judged(published: bool, labels: dict[str, str]) -> Report:
 def test_unscored_is_shown_once_with_the_rate_at_worst(published: bool) -> None:
     """An answer counts in its category, in its set and in the sum of the sets; it is one answer."""
     report = judged(published, {"sd/0": "unscored"})
-    c = cell(report.rows, "davsp", Column("SD", "sd", "total", "rsr"))
+    c = cell(report.rows, "davsp", RateColumn("SD", "sd", "total", "rsr"))
     assert (c.value, c.unscored, c.worst) == ("100.0", 1, "50.0" if published else "66.7")
     assert f"1 unscored, at worst {c.worst}" in render(report)
     console = Console(record=True, width=140, file=io.StringIO())

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from davsp import cli, embedded
-from davsp.embedded.ecso import TEMPLATES
+from davsp.embedded.ecso_templates import TEMPLATES
 from davsp.errors import DavspError
 from davsp.evaluation import Evaluation
 from davsp.experiments.demo import SETTINGS
@@ -280,10 +280,10 @@ def test_sweeps_train_what_they_say_and_nothing_else_differs(made, monkeypatch):
 
 def test_the_published_road_from_folders_to_tables(tmp_path: Path, monkeypatch, capsys):
     """Undefended runs, the split drawn from them, then tables: on the embedded counterparts, in the real layouts."""
-    from davsp.embedded import benchmarks
+    from davsp.embedded import counterparts
 
     monkeypatch.chdir(tmp_path)
-    root = benchmarks.write(
+    root = counterparts.write(
         tmp_path / "sets", 0, mm_safetybench=2, figstep=3, vlguard=8, mm_vet=12, mme=1, llava_bench=3
     )
     sets = {

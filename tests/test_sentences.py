@@ -14,7 +14,7 @@ from davsp.defenses import VisualPrompt, load_defense
 from davsp.defenses.esiii.train import train_esiii
 from davsp.defenses.uniguard.search import SearchSettings, _Search, search_text
 from davsp.defenses.uniguard.train import FIXED, OPTIMISED, train_uniguard
-from davsp.embedded import sentences as mini
+from davsp.embedded import corpus as mini
 from davsp.embedded.words import vocabulary
 from davsp.errors import Interrupted
 from davsp.lvlm.onehot import answer_losses

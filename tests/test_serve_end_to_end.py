@@ -13,7 +13,7 @@ import pytest
 from davsp import LVLM, Query, VisualSafetyPrompt, embedded
 from davsp.defenses import ECSO, Defense, NoDefense, VisualPrompt
 from davsp.embedded.data import Protocol
-from davsp.embedded.ecso import TEMPLATES
+from davsp.embedded.ecso_templates import TEMPLATES
 from davsp.serve.app import HASH, Proxy
 from davsp.serve.probe import probe
 from davsp.serve.settings import ServeSettings

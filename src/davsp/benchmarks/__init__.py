@@ -7,7 +7,7 @@ from typing import Any
 
 from davsp.benchmarks import figstep, llava_bench, mm_safetybench, mm_vet, mme, vlguard
 from davsp.benchmarks.scoring import Scores
-from davsp.benchmarks.source import EMBEDDED, Report
+from davsp.benchmarks.source import EMBEDDED, Inventory
 from davsp.errors import DavspError
 from davsp.query import Query, Response
 
@@ -24,7 +24,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-def check(root: Path) -> list[Report]:
+def check(root: Path) -> list[Inventory]:
     """A report of every data set in `root`, which holds one, or folders that hold one each.
 
     What cannot be read at all is a report with that as its only fault.
@@ -109,8 +109,8 @@ def score(
     return found
 
 
-def _check(name: str, folder: Path) -> Report:
+def _check(name: str, folder: Path) -> Inventory:
     try:
         return BENCHMARKS[name].check(folder)
     except DavspError as error:
-        return Report(name, folder, "unreadable", broken=(str(error),))
+        return Inventory(name, folder, "unreadable", broken=(str(error),))

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from davsp.benchmarks import rsr, source, tables
-from davsp.benchmarks.source import Found, Item, Problems, Report
+from davsp.benchmarks import formats, rsr, source
+from davsp.benchmarks.source import Download, Inventory, Item, Problems
 from davsp.errors import DavspError
 from davsp.query import Query
 
@@ -77,7 +77,7 @@ def load(
     return source.queries(_read(Path(root), split, face, problems), NAME, root, limit, seed, problems)
 
 
-def check(root: Path) -> Report:
+def check(root: Path) -> Inventory:
     """Count statements with a whole picture by topic. A csv without any picture is no fault if the font is here."""
     problems, root = Problems(skip=True), Path(root)
     split = "test" if _csv(root, "test") or _mirrored(root) else "tiny"
@@ -88,7 +88,7 @@ def check(root: Path) -> Report:
         face = find_font()
     except DavspError as error:
         published = dict(TINY_COUNTS if split == "tiny" else COUNTS)
-        return source.report(Found("csv alone", (csv,), [], published, f"{error}"), NAME, root, problems)
+        return source.report(Download("csv alone", (csv,), [], published, f"{error}"), NAME, root, problems)
     return source.report(_read(root, split, face, problems), NAME, root, problems)
 
 
@@ -127,21 +127,21 @@ def render(instruction: str, face: ImageFont.FreeTypeFont) -> Image.Image:
 
 def _csv(root: Path, split: str) -> Path | None:
     name = _FILES["tiny" if split == "tiny" else "test"][0]
-    return tables.first(root, f"data/question/{name}", f"question/{name}", name)
+    return formats.first(root, f"data/question/{name}", f"question/{name}", name)
 
 
 def _pictures(root: Path, csv: Path, split: str) -> Path | None:
     name = _FILES[split][1]
-    return tables.first(root, f"data/images/{name}", f"images/{name}", name)
+    return formats.first(root, f"data/images/{name}", f"images/{name}", name)
 
 
 def _mirrored(root: Path) -> Path | None:
     """AdaShield's folder of topics, if it is there."""
-    mirror = tables.first(root, "data/FigStep", "FigStep")
+    mirror = formats.first(root, "data/FigStep", "FigStep")
     return mirror if mirror and any(mirror.glob("*/query_ForbidQI_*_6.png")) else None
 
 
-def _read(root: Path, split: str, face: ImageFont.FreeTypeFont | None, problems: Problems) -> Found | None:
+def _read(root: Path, split: str, face: ImageFont.FreeTypeFont | None, problems: Problems) -> Download | None:
     mirror = _mirrored(root)
     if mirror is not None and face is None:
         return _mirror(root, mirror, split, problems)
@@ -154,7 +154,7 @@ def _read(root: Path, split: str, face: ImageFont.FreeTypeFont | None, problems:
     return None if csv is None else _folder(root, csv, split, face, problems)
 
 
-def _folder(root: Path, csv: Path, split: str, face: ImageFont.FreeTypeFont | None, problems: Problems) -> Found:
+def _folder(root: Path, csv: Path, split: str, face: ImageFont.FreeTypeFont | None, problems: Problems) -> Download:
     pictures = _pictures(root, csv, split)
     if pictures is None and face is None:
         raise DavspError(f"{root} has {csv.name} but no pictures; give rebuild=True to typeset them.")
@@ -164,7 +164,7 @@ def _folder(root: Path, csv: Path, split: str, face: ImageFont.FreeTypeFont | No
         name = "".join(str(part) for part in face.getname()).replace(" ", "")
         benchmark += "" if name == "FreeMonoBold" else f"_{name}"
     items = []
-    for where, row in tables.csv_rows(csv, _COLUMNS, problems):
+    for where, row in formats.csv_rows(csv, _COLUMNS, problems):
         topic = _topic(row["category_id"])
         if topic is None or topic != row["category_name"]:
             known = f"category {row['category_id']} {row['category_name']!r}"
@@ -180,17 +180,17 @@ def _folder(root: Path, csv: Path, split: str, face: ImageFont.FreeTypeFont | No
     note = (
         "pictures are typeset from the csv" if face else "pictures can be typeset from the csv (davsp eval --rebuild)"
     )
-    return Found(layout, (csv,), items, dict(TINY_COUNTS if split == "tiny" else COUNTS), note)
+    return Download(layout, (csv,), items, dict(TINY_COUNTS if split == "tiny" else COUNTS), note)
 
 
-def _mirror(root: Path, mirror: Path, split: str, problems: Problems) -> Found:
+def _mirror(root: Path, mirror: Path, split: str, problems: Problems) -> Download:
     """AdaShield's mirror: pictures by topic. Its csv, if it is beside, says which statement each one is."""
     csv = _csv(root, "test")
     statements = {}
     if csv is not None:
-        rows = tables.csv_rows(csv, _COLUMNS, problems)
+        rows = formats.csv_rows(csv, _COLUMNS, problems)
         statements = {f"{row['category_id']}_{row['task_id']}": row["instruction"] for _, row in rows}
-    listed = tables.first(root, "data/datasplit/figstep.jsonl", "datasplit/figstep.jsonl")
+    listed = formats.first(root, "data/datasplit/figstep.jsonl", "datasplit/figstep.jsonl")
     if split not in ("all", "test", "train", "valid") or (listed is None and split in ("train", "valid")):
         raise DavspError(
             f"the split {split!r} is not in {root}; AdaShield's train and valid need data/datasplit/figstep.jsonl."
@@ -212,13 +212,13 @@ def _mirror(root: Path, mirror: Path, split: str, problems: Problems) -> Found:
     for name in missing:
         problems.add(f"{listed} names the picture {name}, which is not in {mirror}", "fetch it")
     index = tuple(path for path in (csv, listed) if path is not None)
-    return Found("AdaShield's mirror", index, items, dict(COUNTS) if wanted is None else {})
+    return Download("AdaShield's mirror", index, items, dict(COUNTS) if wanted is None else {})
 
 
 def _listed(listed: Path, split: str, problems: Problems) -> Iterator[str]:
-    for where, row in tables.json_lines(listed, [], problems):
+    for where, row in formats.json_lines(listed, [], problems):
         for name, parts in row.items():
-            if not tables.lists(parts, split):
+            if not formats.lists(parts, split):
                 problems.add(f"{where} has no {split!r} of {name}", "fetch the file again")
             else:
                 yield from (Path(path).name for path in parts[split])

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from davsp.benchmarks import bootstrap, scoring, source, tables
+from davsp.benchmarks import bootstrap, formats, scoring, source
 from davsp.benchmarks.scoring import Scores
-from davsp.benchmarks.source import Found, Item, Picture, Problems, Report
+from davsp.benchmarks.source import Download, Inventory, Item, PictureSource, Problems
 from davsp.errors import DavspError
 from davsp.judges.graders import Grader, grades_of
 from davsp.metrics import Row
@@ -31,7 +31,7 @@ MODES = ("sound", "official")
 Pair = tuple[float, float]
 """The scores of the reference and of the answer."""
 
-Judged = Grader | Sequence[Grade]
+GraderOrGrades = Grader | Sequence[Grade]
 """A grader, or what it has said before."""
 
 
@@ -57,7 +57,7 @@ def load(
     return source.queries(_read(Path(root), problems), NAME, root, limit, seed, problems)
 
 
-def check(root: Path) -> Report:
+def check(root: Path) -> Inventory:
     """Count questions with a whole picture by category."""
     problems, root = Problems(skip=True), Path(root)
     return source.report(_read(root, problems), NAME, root, problems)
@@ -82,7 +82,7 @@ def parse_official(reply: str) -> Pair:
 def score(
     queries: Sequence[Query],
     responses: Sequence[Response],
-    judge: Judged,
+    judge: GraderOrGrades,
     *,
     model: str = "",
     baseline: Scores | None = None,
@@ -187,35 +187,35 @@ def _ratio(sums: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def _read(root: Path, problems: Problems) -> Found | None:
-    questions = tables.first(root, "questions.jsonl")
+def _read(root: Path, problems: Problems) -> Download | None:
+    questions = formats.first(root, "questions.jsonl")
     if questions is not None:
         return _from_jsonl(root, questions, problems)
-    tsv = tables.first(root, "LLaVABench.tsv")
+    tsv = formats.first(root, "LLaVABench.tsv")
     if tsv is not None:
-        rows = tables.tsv_rows(tsv, ["question", "gpt4_ans", "caption", "category"], problems)
+        rows = formats.tsv_rows(tsv, ["question", "gpt4_ans", "caption", "category"], problems)
         return _packed("TSV", [tsv], list(rows), "index", "gpt4_ans", problems)
-    paths = tables.shards(root / "data", "train", problems) or tables.shards(root, "train", problems)
-    if not paths or not tables.parquet_has(paths[0], ["question_id", "gpt_answer", "caption"]):
+    paths = formats.shards(root / "data", "train", problems) or formats.shards(root, "train", problems)
+    if not paths or not formats.parquet_has(paths[0], ["question_id", "gpt_answer", "caption"]):
         return None
     needed = ["question_id", "image", "question", "category", "gpt_answer", "caption"]
     packed = []
-    for where, row in tables.parquet_rows(paths, needed):
-        image = tables.image_bytes(row["image"], where, problems)
-        if image is not None and tables.has(row, needed[2:5], where, problems, ["question_id", "caption"]):
+    for where, row in formats.parquet_rows(paths, needed):
+        image = formats.image_bytes(row["image"], where, problems)
+        if image is not None and formats.has(row, needed[2:5], where, problems, ["question_id", "caption"]):
             packed.append((where, row | {"image": image}))
     return _packed("parquet", paths, packed, "question_id", "gpt_answer", problems)
 
 
-def _from_jsonl(root: Path, questions: Path, problems: Problems) -> Found:
+def _from_jsonl(root: Path, questions: Path, problems: Problems) -> Download:
     """Three files, joined by `question_id` and picture, not by the order of their lines."""
     files = {name: root / f"{name}.jsonl" for name in ("context", "answers_gpt4")}
-    lines = tables.json_lines(files["context"], ["image"], problems, ["caption"])
+    lines = formats.json_lines(files["context"], ["image"], problems, ["caption"])
     context = {image: _caption(row["caption"]) for image, row in _keyed(lines, "image", problems).items()}
-    lines = tables.json_lines(files["answers_gpt4"], ["text"], problems, ["question_id"])
+    lines = formats.json_lines(files["answers_gpt4"], ["text"], problems, ["question_id"])
     answers = {name: row["text"] for name, row in _keyed(lines, "question_id", problems).items()}
     items = []
-    for where, row in tables.json_lines(questions, ["image", "text", "category"], problems, ["question_id"]):
+    for where, row in formats.json_lines(questions, ["image", "text", "category"], problems, ["question_id"]):
         name, image = str(row["question_id"]), row["image"]
         if name not in answers or image not in context:
             file, key = (files["answers_gpt4"], name) if name not in answers else (files["context"], image)
@@ -223,7 +223,7 @@ def _from_jsonl(root: Path, questions: Path, problems: Problems) -> Found:
             continue
         query = Query(name, row["text"], "benign", NAME, row["category"], image, answers[name], context=context[image])
         items += _item(query, root / "images" / image, where, problems)
-    return Found("official folder", (questions, *files.values()), items, dict(COUNTS))
+    return Download("official folder", (questions, *files.values()), items, dict(COUNTS))
 
 
 def _keyed(lines: Iterator[tuple[str, Row]], key: str, problems: Problems) -> dict[str, Row]:
@@ -239,7 +239,7 @@ def _keyed(lines: Iterator[tuple[str, Row]], key: str, problems: Problems) -> di
 
 def _packed(
     layout: str, paths: Sequence[Path], rows: Sequence[tuple[str, dict[str, Any]]], key: str, answer: str, problems: Problems
-) -> Found:  # fmt: skip
+) -> Download:  # fmt: skip
     items = []
     for where, row in rows:
         group, caption = sha256_bytes(row["image"])[:16], _caption(row["caption"])
@@ -247,10 +247,10 @@ def _packed(
             str(row[key]), row["question"], "benign", NAME, row["category"], group, row[answer], context=caption
         )
         items += _item(query, row["image"], where, problems)
-    return Found(layout, tuple(paths), items, dict(COUNTS))
+    return Download(layout, tuple(paths), items, dict(COUNTS))
 
 
-def _item(query: Query, picture: Picture, where: str, problems: Problems) -> list[Item]:
+def _item(query: Query, picture: PictureSource, where: str, problems: Problems) -> list[Item]:
     """The one item of a row; none if its category is unknown."""
     if query.category not in COUNTS:
         problems.add(f"{where} is of the unknown category {query.category!r}", "fetch the file again")

@@ -12,9 +12,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from davsp.benchmarks import rsr, source, tables
+from davsp.benchmarks import formats, rsr, source
 from davsp.benchmarks.scoring import Scores
-from davsp.benchmarks.source import Found, Item, Problems, Report
+from davsp.benchmarks.source import Download, Inventory, Item, Problems
 from davsp.errors import DavspError
 from davsp.query import Query, Response
 
@@ -48,7 +48,7 @@ FOLDERS = {"sd": "SD", "sd_typo": "SD_TYPO", "typo": "TYPO", "text": "Text_only"
 REBUILT = "typo_rebuilt"
 NAME = "mm_safetybench"
 
-Wanted = set[tuple[str, str, str]]
+Selection = set[tuple[str, str, str]]
 
 _SCENARIOS = {name[3:]: name for name in COUNTS} | {"Illegal_Activity": "01-Illegal_Activitiy"}
 
@@ -85,7 +85,7 @@ def load(
     return source.queries(_read(Path(root), split, types, rebuild, problems), NAME, root, limit, seed, problems)
 
 
-def check(root: Path) -> Report:
+def check(root: Path) -> Inventory:
     """Count questions with a whole picture by type and scenario. A type of which nothing is here is only named."""
     problems, root = Problems(skip=True), Path(root)
     return source.report(_read(root, "all", None, False, problems), NAME, root, problems)
@@ -94,7 +94,7 @@ def check(root: Path) -> Report:
 def score(
     queries: Sequence[Query],
     responses: Sequence[Response],
-    judge: rsr.Judged,
+    judge: rsr.JudgeOrVerdicts,
     *,
     model: str = "",
     baseline: Scores | None = None,
@@ -142,20 +142,20 @@ def scenario(name: str) -> str | None:
     return found if found and (bare == name or name[:2] == found[:2]) else None
 
 
-def _read(root: Path, split: str, types: Sequence[str] | None, rebuild: bool, problems: Problems) -> Found | None:
+def _read(root: Path, split: str, types: Sequence[str] | None, rebuild: bool, problems: Problems) -> Download | None:
     """What is at `root`; `types` None takes those of which something is there, of bare questions "text"."""
     for name in types or ():
         if name not in FIELDS:
             raise DavspError(f"the picture type {name!r} is not known: choose {', '.join(FIELDS)}.")
-    folder = tables.first(root, "data/processed_questions", "processed_questions")
+    folder = formats.first(root, "data/processed_questions", "processed_questions")
     if folder is not None:
         return _folder(root, folder, split, types, rebuild, problems)
-    if tables.first(root, "data/QueryRelated", "QueryRelated"):
+    if formats.first(root, "data/QueryRelated", "QueryRelated"):
         raise DavspError(
             f"{root} holds pictures without questions; put data/processed_questions of the official repository there."
         )
     if split not in ("test", "all"):
-        known = _parquet(root) or tables.first(root, "MMSafetyBench.tsv")
+        known = _parquet(root) or formats.first(root, "MMSafetyBench.tsv")
         if not known:
             return None
         raise DavspError(
@@ -163,7 +163,7 @@ def _read(root: Path, split: str, types: Sequence[str] | None, rebuild: bool, pr
         )
     if files := _parquet(root):
         return _from_parquet(root, files, types, rebuild, problems)
-    tsv = tables.first(root, "MMSafetyBench.tsv")
+    tsv = formats.first(root, "MMSafetyBench.tsv")
     if tsv is None:
         return None
     if rebuild or tuple(types or TYPES) != TYPES:
@@ -189,11 +189,11 @@ def _item(
 
 def _folder(
     root: Path, folder: Path, split: str, types: Sequence[str] | None, rebuild: bool, problems: Problems
-) -> Found:
+) -> Download:
     tops = ("QueryRelated", "imgs", "img", "images", "MM-SafetyBench(imgs)")
-    pictures = tables.first(root, *(f"{lead}{top}" for top in tops for lead in ("data/", "")))
+    pictures = formats.first(root, *(f"{lead}{top}" for top in tops for lead in ("data/", "")))
     mirror = pictures is not None and pictures.name == "QueryRelated"
-    listed = tables.first(root, "data/datasplit/query_related.jsonl", "datasplit/query_related.jsonl")
+    listed = formats.first(root, "data/datasplit/query_related.jsonl", "datasplit/query_related.jsonl")
     wanted, index = _wanted(root, split, listed, problems)
     here = [k for k in TYPES if pictures is not None and any(pictures.glob(f"*/{FOLDERS[k]}"))]
     if types is None:
@@ -205,7 +205,7 @@ def _folder(
         if name is None:
             problems.add(f"{path} is of no known scenario", "give the file its official name")
             continue
-        rows = tables.json_file(path, problems)
+        rows = formats.json_file(path, problems)
         if not isinstance(rows, dict):
             raise DavspError(f"{path} is no object of questions by id; fetch it again.")
         for kind in types:
@@ -214,7 +214,7 @@ def _folder(
                 where = f"{path}, question {number}"
                 chosen = wanted is None or (name, FOLDERS[kind], number) in wanted
                 seen.add((name, FOLDERS[kind], number))
-                if not chosen or not tables.has(row, [FIELDS[kind]] + ["Key Phrase"] * rebuilt, where, problems):
+                if not chosen or not formats.has(row, [FIELDS[kind]] + ["Key Phrase"] * rebuilt, where, problems):
                     continue
                 if kind == "text":
                     picture: Any = None
@@ -231,14 +231,14 @@ def _folder(
     absent = [FOLDERS[kind] for kind in TYPES if kind not in here]
     note = "TYPO can be rebuilt approximately (davsp eval --rebuild), SD and SD_TYPO can not"
     note = (f"no pictures of {', '.join(absent)} here; " if absent else "") + note
-    return Found(layout, (*files, *index), items, _published(types) if wanted is None else {}, note)
+    return Download(layout, (*files, *index), items, _published(types) if wanted is None else {}, note)
 
 
 def _picture(pictures: Path, name: str, kind: str, number: str) -> Path:
     folder = pictures / name / kind
     if name.startswith("01") and not folder.exists():
         folder = pictures / "01-Illegal_Activity" / kind
-    return tables.beside(folder, number)
+    return formats.beside(folder, number)
 
 
 def _png(image: Image.Image) -> bytes:
@@ -248,14 +248,14 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _wanted(root: Path, split: str, listed: Path | None, problems: Problems) -> tuple[Wanted | None, list[Path]]:
+def _wanted(root: Path, split: str, listed: Path | None, problems: Problems) -> tuple[Selection | None, list[Path]]:
     """Which (scenario, folder of the type, id) a split holds, and the file that says so; None is all."""
     if split == "tiny":
-        path = tables.first(root, "TinyVersion_ID_List.json")
+        path = formats.first(root, "TinyVersion_ID_List.json")
         if path is None:
             raise DavspError(f"the split 'tiny' needs TinyVersion_ID_List.json of the official repository in {root}.")
         try:
-            rows = tables.json_file(path, problems)
+            rows = formats.json_file(path, problems)
             short = {(str(scenario(row["Scenario"])), str(i)) for row in rows for i in row["Sampled_ID_List"]}
             return {(name, kind, number) for name, number in short for kind in FOLDERS.values()}, [path]
         except (TypeError, KeyError, AttributeError) as error:
@@ -272,9 +272,9 @@ def _wanted(root: Path, split: str, listed: Path | None, problems: Problems) -> 
 
 
 def _adashield(listed: Path, split: str, problems: Problems) -> Iterator[tuple[str, str, str]]:
-    for where, row in tables.json_lines(listed, [], problems):
+    for where, row in formats.json_lines(listed, [], problems):
         for name, parts in row.items():
-            if not tables.lists(parts, split):
+            if not formats.lists(parts, split):
                 problems.add(f"{where} has no {split!r} of {name}", "fetch the file again")
                 continue
             for path in map(Path, parts[split]):
@@ -300,7 +300,7 @@ def _parquet(root: Path) -> dict[tuple[str, str], Path]:
 
 def _from_parquet(
     root: Path, files: Mapping[tuple[str, str], Path], types: Sequence[str] | None, rebuild: bool, problems: Problems
-) -> Found:
+) -> Download:
     if rebuild:
         raise DavspError(
             f"{root} has no key phrases, so TYPO cannot be rebuilt; use the official folder, or rebuild=False."
@@ -315,25 +315,25 @@ def _from_parquet(
                 problems.add(f"{root} lacks {name[3:]}/{FOLDERS[kind]}.parquet", "fetch it")
                 continue
             index.append(path)
-            for where, row in tables.parquet_rows([path], ["id", "question"]):
-                if not tables.has(row, ["question"], where, problems, ["id"]):
+            for where, row in formats.parquet_rows([path], ["id", "question"]):
+                if not formats.has(row, ["question"], where, problems, ["id"]):
                     continue
-                image = None if kind == "text" else tables.image_bytes(row.get("image"), where, problems)
+                image = None if kind == "text" else formats.image_bytes(row.get("image"), where, problems)
                 if kind == "text" or image is not None:
                     items.append(_item(kind, name, str(row["id"]), row["question"], image, where))
     absent = [FOLDERS[kind] for kind in TYPES if kind not in here]
     note = f"no files of {', '.join(absent)} here" if absent else ""
-    return Found("parquet", tuple(index), items, _published(types), note)
+    return Download("parquet", tuple(index), items, _published(types), note)
 
 
-def _from_tsv(tsv: Path, problems: Problems) -> Found:
+def _from_tsv(tsv: Path, problems: Problems) -> Download:
     """VLMEvalKit's file does not say which picture type it holds: the benchmark is called mm_safetybench."""
     items = []
-    for where, row in tables.tsv_rows(tsv, ["question", "category"], problems):
+    for where, row in formats.tsv_rows(tsv, ["question", "category"], problems):
         name = scenario(row["category"])
         if name is None:
             problems.add(f"{where} is of the unknown category {row['category']!r}", "fetch the file again")
             continue
         item = _item(NAME, name, row["index"], row["question"], row["image"], where)
         items.append(item)
-    return Found("TSV", (tsv,), items, _published([NAME]), "the file does not name the picture type")
+    return Download("TSV", (tsv,), items, _published([NAME]), "the file does not name the picture type")

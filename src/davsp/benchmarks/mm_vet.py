@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from davsp.benchmarks import bootstrap, scoring, source, tables
+from davsp.benchmarks import bootstrap, formats, scoring, source
 from davsp.benchmarks.scoring import Scores
-from davsp.benchmarks.source import Found, Item, Picture, Problems, Report
+from davsp.benchmarks.source import Download, Inventory, Item, PictureSource, Problems
 from davsp.errors import DavspError
 from davsp.judges.graders import Grader, grades_of
 from davsp.metrics import Row
@@ -28,7 +28,7 @@ COUNTS = {"questions": 218, "math": 26}
 NAME = "mm_vet"
 MODES = ("sound", "official")
 
-Judged = Grader | Sequence[Grade]
+GraderOrGrades = Grader | Sequence[Grade]
 """A grader, or what it has said before."""
 
 
@@ -54,7 +54,7 @@ def load(
     return source.queries(_read(Path(root), problems), NAME, root, limit, seed, problems)
 
 
-def check(root: Path) -> Report:
+def check(root: Path) -> Inventory:
     """Count questions with a whole picture, in total and by capability."""
     problems, root = Problems(skip=True), Path(root)
     return source.report(_read(root, problems), NAME, root, problems)
@@ -77,7 +77,7 @@ def parse_official(reply: str) -> float:
 def score(
     queries: Sequence[Query],
     responses: Sequence[Response],
-    judge: Judged,
+    judge: GraderOrGrades,
     *,
     model: str = "",
     baseline: Scores | None = None,
@@ -198,25 +198,25 @@ def _mean(sums: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def _read(root: Path, problems: Problems) -> Found | None:
+def _read(root: Path, problems: Problems) -> Download | None:
     for top in (root, root / "mm-vet", root / "mmvet"):
-        if path := tables.first(top, "mm-vet.json"):
+        if path := formats.first(top, "mm-vet.json"):
             return _from_json(path, problems)
-    tsv = tables.first(root, "MMVet.tsv", "MM-Vet.tsv")
+    tsv = formats.first(root, "MMVet.tsv", "MM-Vet.tsv")
     if tsv is not None:
         return _from_tsv(tsv, problems)
-    paths = tables.shards(root / "data", "test", problems) or tables.shards(root, "test", problems)
+    paths = formats.shards(root / "data", "test", problems) or formats.shards(root, "test", problems)
     return _from_parquet(paths, problems) if paths else None
 
 
-def _from_json(path: Path, problems: Problems) -> Found:
-    rows = tables.json_file(path, problems)
+def _from_json(path: Path, problems: Problems) -> Download:
+    rows = formats.json_file(path, problems)
     if not isinstance(rows, dict):
         raise DavspError(f"{path} is no object of questions by id; fetch it again.")
     items = []
     for name, row in rows.items():
         where = f"{path}, question {name}"
-        if tables.has(row, ["imagename", "question", "answer"], where, problems, ["capability"]):
+        if formats.has(row, ["imagename", "question", "answer"], where, problems, ["capability"]):
             picture = path.parent / "images" / row["imagename"]
             items += _item(
                 name, row["question"], row["answer"], row["capability"], row["imagename"], picture, where, problems
@@ -224,24 +224,24 @@ def _from_json(path: Path, problems: Problems) -> Found:
     return _found("release folder", (path,), items)
 
 
-def _from_tsv(tsv: Path, problems: Problems) -> Found:
+def _from_tsv(tsv: Path, problems: Problems) -> Download:
     items = []
-    for where, row in tables.tsv_rows(tsv, ["question", "answer", "category"], problems):
+    for where, row in formats.tsv_rows(tsv, ["question", "answer", "category"], problems):
         group = sha256_bytes(row["image"])[:16]
         capabilities = row["category"].split(",")
         items += _item(row["index"], row["question"], row["answer"], capabilities, group, row["image"], where, problems)
     return _found("TSV", (tsv,), items)
 
 
-def _from_parquet(paths: Sequence[Path], problems: Problems) -> Found | None:
-    if not tables.parquet_has(paths[0], ["capability"]):
-        if tables.parquet_has(paths[0], ["category"]) or not tables.parquet_has(paths[0], ["question", "answer"]):
+def _from_parquet(paths: Sequence[Path], problems: Problems) -> Download | None:
+    if not formats.parquet_has(paths[0], ["capability"]):
+        if formats.parquet_has(paths[0], ["category"]) or not formats.parquet_has(paths[0], ["question", "answer"]):
             return None  # another data set's test shards
         raise DavspError(f"{paths[0]} has no column 'capability'; use the release folder or lmms-lab/MMVet.")
     items = []
-    for number, (where, row) in enumerate(tables.parquet_rows(paths, ["image", "question", "answer"])):
-        image = tables.image_bytes(row["image"], where, problems)
-        if image is None or not tables.has(row, ["question", "answer"], where, problems, ["capability"]):
+    for number, (where, row) in enumerate(formats.parquet_rows(paths, ["image", "question", "answer"])):
+        image = formats.image_bytes(row["image"], where, problems)
+        if image is None or not formats.has(row, ["question", "answer"], where, problems, ["capability"]):
             continue
         given = row["capability"]
         capabilities = given.split(",") if isinstance(given, str) else given
@@ -251,13 +251,13 @@ def _from_parquet(paths: Sequence[Path], problems: Problems) -> Found | None:
     return _found("parquet", tuple(paths), items)
 
 
-def _found(layout: str, index: tuple[Path, ...], items: list[Item]) -> Found:
+def _found(layout: str, index: tuple[Path, ...], items: list[Item]) -> Download:
     published = {"questions": COUNTS["questions"], **dict.fromkeys(CAPABILITIES), "math": COUNTS["math"]}
-    return Found(layout, index, items, published)
+    return Download(layout, index, items, published)
 
 
 def _item(
-    name: str, question: str, answer: str, capabilities: Any, group: str, picture: Picture, where: str,
+    name: str, question: str, answer: str, capabilities: Any, group: str, picture: PictureSource, where: str,
     problems: Problems,
 ) -> list[Item]:  # fmt: skip
     """The one item of a row; none if a capability is unknown or there is none."""

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from davsp.benchmarks import bootstrap, scoring, source, tables
+from davsp.benchmarks import bootstrap, formats, scoring, source
 from davsp.benchmarks.scoring import Scores
-from davsp.benchmarks.source import Found, Item, Picture, Problems, Report
+from davsp.benchmarks.source import Download, Inventory, Item, PictureSource, Problems
 from davsp.errors import DavspError
 from davsp.metrics import Row
 from davsp.query import Query, Response
@@ -79,7 +79,7 @@ def load(
     return source.queries(found, NAME, root, limit, seed, problems)
 
 
-def check(root: Path) -> Report:
+def check(root: Path) -> Inventory:
     """Count questions with a whole picture by subtask."""
     problems, root = Problems(skip=True), Path(root)
     found = _read(root, False, problems)
@@ -87,7 +87,7 @@ def check(root: Path) -> Report:
     if found is None and tool is not None:
         index = tuple(tool / f"{name}.txt" for name in COUNTS if (tool / f"{name}.txt").exists())
         note = "questions and answers without pictures: fetch MME_Benchmark_release_version.zip"
-        found = Found("eval_tool (text only)", index, [], dict(COUNTS), note)
+        found = Download("eval_tool (text only)", index, [], dict(COUNTS), note)
     return source.report(found, NAME, root, problems)
 
 
@@ -205,38 +205,38 @@ def _points(sums: Sums) -> NDArray[np.float64]:
 
 def _tool(root: Path) -> Path | None:
     """The official results folder: all questions and answers, no pictures."""
-    return tables.first(root, "eval_tool/Your_Results", "Your_Results")
+    return formats.first(root, "eval_tool/Your_Results", "Your_Results")
 
 
-def _read(root: Path, short: bool, problems: Problems) -> Found | None:
-    tsv = tables.first(root, "MME.tsv")
+def _read(root: Path, short: bool, problems: Problems) -> Download | None:
+    tsv = formats.first(root, "MME.tsv")
     if tsv is not None:
-        rows = tables.tsv_rows(tsv, ["question", "answer", "category", "image_path"], problems)
+        rows = formats.tsv_rows(tsv, ["question", "answer", "category", "image_path"], problems)
         items = _items(((w, r["category"], r["image_path"], r["question"], r["answer"], r["image"]) for w, r in rows),
                        short, problems)  # fmt: skip
-        return Found("TSV", (tsv,), items, dict(COUNTS))
+        return Download("TSV", (tsv,), items, dict(COUNTS))
     for top in (root / "MME_Benchmark_release_version", root):
         folders = [top / name for name in COUNTS if (top / name).is_dir()]
         if folders:
             return _from_folders(top, folders, short, problems)
-    paths = tables.shards(root / "data", "test", problems) or tables.shards(root, "test", problems)
+    paths = formats.shards(root / "data", "test", problems) or formats.shards(root, "test", problems)
     return _from_parquet(paths, short, problems) if paths else None
 
 
-def _from_folders(top: Path, folders: Sequence[Path], short: bool, problems: Problems) -> Found:
+def _from_folders(top: Path, folders: Sequence[Path], short: bool, problems: Problems) -> Download:
     index: list[Path] = []
 
-    def rows() -> Iterator[tuple[str, str, str, str, str, Picture]]:
+    def rows() -> Iterator[tuple[str, str, str, str, str, PictureSource]]:
         for folder in folders:
             nested = (folder / "images").is_dir()
-            texts = tables.first(folder, "questions_answers_YN", "question_answers_YN") if nested else folder
+            texts = formats.first(folder, "questions_answers_YN", "question_answers_YN") if nested else folder
             if texts is None:
                 problems.add(f"{folder} has images but no questions_answers_YN", "fetch it again")
                 continue
             suffixes = (".png", ".jpg", ".jpeg") if folder.name in COGNITION else (".jpg", ".png", ".jpeg")
             for path in sorted(texts.glob("*.txt")):
                 index.append(path)
-                picture = tables.beside(folder / "images" if nested else folder, path.stem, suffixes)
+                picture = formats.beside(folder / "images" if nested else folder, path.stem, suffixes)
                 for number, line in enumerate(_lines(path), 1):
                     where = f"{path}, line {number}"
                     parts = line.split("\t")
@@ -248,7 +248,7 @@ def _from_folders(top: Path, folders: Sequence[Path], short: bool, problems: Pro
     items = _items(rows(), short, problems)
     flat = [folder.name for folder in folders if not (folder / "images").is_dir()]
     note = "subtasks with pictures beside their texts: " + (", ".join(flat) or "none")
-    return Found("official folders", tuple(index), items, dict(COUNTS), note)
+    return Download("official folders", tuple(index), items, dict(COUNTS), note)
 
 
 def _lines(path: Path) -> list[str]:
@@ -259,23 +259,23 @@ def _lines(path: Path) -> list[str]:
     return [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
 
 
-def _from_parquet(paths: Sequence[Path], short: bool, problems: Problems) -> Found | None:
-    def rows() -> Iterator[tuple[str, str, str, str, str, Picture]]:
-        for where, row in tables.parquet_rows(paths, ["question_id", "image", "question", "answer", "category"]):
-            image = tables.image_bytes(row["image"], where, problems)
-            if image is not None and tables.has(
+def _from_parquet(paths: Sequence[Path], short: bool, problems: Problems) -> Download | None:
+    def rows() -> Iterator[tuple[str, str, str, str, str, PictureSource]]:
+        for where, row in formats.parquet_rows(paths, ["question_id", "image", "question", "answer", "category"]):
+            image = formats.image_bytes(row["image"], where, problems)
+            if image is not None and formats.has(
                 row, ["question", "answer", "category"], where, problems, ["question_id"]
             ):
                 name = str(row["question_id"]).split("/", 1)[-1]
                 yield where, row["category"], name, row["question"], row["answer"], image
 
-    if not tables.parquet_has(paths[0], ["question_id", "image", "question", "answer", "category"]):
+    if not formats.parquet_has(paths[0], ["question_id", "image", "question", "answer", "category"]):
         return None  # another data set's test shards
-    return Found("parquet", tuple(paths), _items(rows(), short, problems), dict(COUNTS))
+    return Download("parquet", tuple(paths), _items(rows(), short, problems), dict(COUNTS))
 
 
 def _items(
-    rows: Iterator[tuple[str, str, str, str, str, Picture]], short: bool, problems: Problems
+    rows: Iterator[tuple[str, str, str, str, str, PictureSource]], short: bool, problems: Problems
 ) -> list[Item]:  # fmt: skip
     """Items of the rows (where, subtask, picture's name, question, answer, picture); both questions of a picture, or none."""
     found: dict[str, list[Item]] = {}

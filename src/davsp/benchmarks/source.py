@@ -1,6 +1,6 @@
 """What the loaders share: pictures that are looked at before they are used, counts, and what is wrong with them.
 
-A loader reads a folder into a `Found`; `load` makes queries of it, `check` counts what is there. Whatever is wrong goes
+A loader reads a folder into a `Download`; `load` makes queries of it, `check` counts what is there. Whatever is wrong goes
 to `Problems`, which raises, or with `skip_broken` notes it and lets the reader go on.
 """
 
@@ -26,12 +26,12 @@ MOVING = {"GIF", "PNG", "TIFF", "WEBP"}  # not MPO: phones write a JPEG and its 
 
 MARK = "davsp-embedded.json"
 EMBEDDED = "_embedded"
-"""A folder with this file is an embedded counterpart (`davsp.embedded.benchmarks`): the file has its counts and, where the
+"""A folder with this file is an embedded counterpart (`davsp.embedded.counterparts`): the file has its counts and, where the
 set has it in no file, the question; the benchmarks of its queries have this behind their names, so that no figure of it
 passes for one of the real set."""
 
-Picture = Path | bytes | Image.Image | None
-Row = dict[str, Any]
+PictureSource = Path | bytes | Image.Image | None
+Record = dict[str, Any]
 
 
 class SkippedWarning(UserWarning):
@@ -68,13 +68,13 @@ class Item:
     """
 
     query: Query
-    picture: Picture
+    picture: PictureSource
     where: str
     counts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Found:
+class Download:
     """A data set as it lies on disk.
 
     Attributes:
@@ -109,7 +109,7 @@ class Count:
 
 
 @dataclass(frozen=True)
-class Report:
+class Inventory:
     """What `check` found; `layout` is empty if the folder was not recognised.
 
     Attributes:
@@ -151,7 +151,7 @@ def only_test(name: str, split: str) -> None:
 
 
 def queries(
-    found: Found | None, name: str, root: Path, limit: int | None, seed: int, problems: Problems
+    found: Download | None, name: str, root: Path, limit: int | None, seed: int, problems: Problems
 ) -> list[Query]:
     """The queries of what was found; every picture is decoded once, so that none fails in the middle of a run.
 
@@ -208,18 +208,18 @@ def _drawn(items: Sequence[Item], limit: int, seed: int) -> list[Item]:
     return [items[i] for i in sorted(taken or order[0][:limit])]
 
 
-def report(found: Found | None, name: str, root: Path, problems: Problems) -> Report:
+def report(found: Download | None, name: str, root: Path, problems: Problems) -> Inventory:
     """Count what is there and whole against what was published; nothing is raised for broken rows."""
     if found is None:
-        return Report(name, root)
+        return Inventory(name, root)
     found = _counterpart(found, root)
     whole = _whole(_unique(found.items, problems), problems)
     counts = tuple(_counts(found, whole))
     index = {str(path.relative_to(root)): _sha256(path) for path in found.index}
-    return Report(name, root, found.layout, counts, tuple(problems), index, found.note)
+    return Inventory(name, root, found.layout, counts, tuple(problems), index, found.note)
 
 
-def _counterpart(found: Found, root: Path) -> Found:
+def _counterpart(found: Download, root: Path) -> Download:
     """An embedded counterpart as such, anything else as it is."""
     if not (root / MARK).exists():
         return found
@@ -234,7 +234,7 @@ def _counterpart(found: Found, root: Path) -> Found:
     return replace(found, layout=f"{found.layout}, embedded", items=items, published=published)
 
 
-def _counts(found: Found, items: Sequence[Item]) -> list[Count]:
+def _counts(found: Download, items: Sequence[Item]) -> list[Count]:
     counted = Counter(key for item in items for key in item.counts)
     names = dict.fromkeys([*found.published, *counted])
     return [Count(key, counted[key], found.published.get(key)) for key in names]
@@ -277,7 +277,7 @@ def _with_picture(item: Item) -> Query:
     return replace(item.query, image=Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else picture)
 
 
-def fault(picture: Picture) -> str:
+def fault(picture: PictureSource) -> str:
     """What is wrong with a picture, decoded to its end; "" if it is whole and an ordinary 8-bit still one."""
     if picture is None or isinstance(picture, Image.Image):
         return ""

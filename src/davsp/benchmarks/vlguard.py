@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from davsp.benchmarks import rsr, source, tables
-from davsp.benchmarks.source import Found, Item, Problems, Report
+from davsp.benchmarks import formats, rsr, source
+from davsp.benchmarks.source import Download, Inventory, Item, Problems
 from davsp.errors import DavspError
 from davsp.query import Query
 
@@ -73,18 +73,18 @@ def load(
     return source.queries(_read(Path(root), split, subsets, problems), NAME, root, limit, seed, problems)
 
 
-def check(root: Path) -> Report:
+def check(root: Path) -> Inventory:
     """Count what is whole in the splits that are here."""
     problems, root = Problems(skip=True), Path(root)
     both = {split: _read(root, split, SUBSETS, problems) for split in COUNTS}
     here = {split: found for split, found in both.items() if found is not None}
     if not here:
-        return Report(NAME, root)
+        return Inventory(NAME, root)
     published = {key: n for found in here.values() for key, n in found.published.items()}
     items = [item for found in here.values() for item in found.items]
     index = tuple(path for found in here.values() for path in found.index)
     absent = [f"no {split}.json here" for split in both if split not in here]
-    return source.report(Found("official folder", index, items, published, "; ".join(absent)), NAME, root, problems)
+    return source.report(Download("official folder", index, items, published, "; ".join(absent)), NAME, root, problems)
 
 
 score = rsr.score
@@ -93,11 +93,11 @@ score = rsr.score
 sees pictures, is not here."""
 
 
-def _read(root: Path, split: str, subsets: Sequence[str], problems: Problems) -> Found | None:
-    path = tables.first(root, f"{split}.json", f"data/{split}.json")
+def _read(root: Path, split: str, subsets: Sequence[str], problems: Problems) -> Download | None:
+    path = formats.first(root, f"{split}.json", f"data/{split}.json")
     if path is None:
         return None
-    rows = tables.json_file(path, problems)
+    rows = formats.json_file(path, problems)
     if not isinstance(rows, list):
         raise DavspError(f"{path} is no list of pictures; fetch it again.")
     if rows and "instr-resp" not in (rows[0] if isinstance(rows[0], dict) else {}):
@@ -107,7 +107,7 @@ def _read(root: Path, split: str, subsets: Sequence[str], problems: Problems) ->
     published = {
         f"{split} {key}": n for key, n in COUNTS[split].items() if key in subsets or ("/" in key and categories)
     }
-    return Found("official folder", (path,), items, published)
+    return Download("official folder", (path,), items, published)
 
 
 def _items(
@@ -117,7 +117,7 @@ def _items(
     spare = split == "train"  # the published train.json names one picture twice
     for number, row in enumerate(rows, 1):
         where = f"{path}, item {number}"
-        if not tables.has(row, ["image"], where, problems, ["id", "safe", "instr-resp"]):
+        if not formats.has(row, ["image"], where, problems, ["id", "safe", "instr-resp"]):
             continue
         if not row["image"].strip("/"):
             problems.add(f"{where} names no picture", "fetch the file again")
@@ -151,5 +151,5 @@ def _items(
 
 def _picture(root: Path, split: str, name: str) -> Path:
     """With or without the folder of the split."""
-    found = tables.first(root, f"{split}/{name}", f"data/{split}/{name}", name, f"data/{name}")
+    found = formats.first(root, f"{split}/{name}", f"data/{split}/{name}", name, f"data/{name}")
     return found or root / split / name

@@ -73,7 +73,7 @@ def embedded(
     seed: Annotated[int, typer.Option(help="Seed of all random choices.")] = 0,
 ) -> None:
     """Draw mild counterparts of the six benchmarks, in their own layouts, for davsp-mini and for trying things out."""
-    from davsp.embedded.benchmarks import SETS, write
+    from davsp.embedded.counterparts import SETS, write
 
     write(out, seed)
     print(f"{', '.join(SETS)} are in {out}; look at them with: davsp data check {out}")

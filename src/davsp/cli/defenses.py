@@ -142,7 +142,7 @@ def _published_pat(spec: str, given: _Given) -> "Defense":
 def _switches(spec: str, options: str, given: _Given) -> dict[str, Any]:
     """ECSO's, from what stands behind the colon; its prompts go with the model."""
     from davsp.defenses.ecso import PUBLISHED
-    from davsp.embedded.ecso import TEMPLATES
+    from davsp.embedded.ecso_templates import TEMPLATES
 
     known = {"published": {"rule": "published"}, "whole": {"follow": "whole"}}
     chosen = options.split(",") if options or ":" in spec else []

@@ -30,7 +30,7 @@ from davsp.errors import DavspError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from davsp.evaluation.rescore import Rescored
+    from davsp.evaluation.rescore import Rescoring
 
 
 def judge(
@@ -91,7 +91,7 @@ def judge(
     judges.check([found.grades if graded else found.verdicts], test, max_unscored, some=True)
 
 
-def _print(console: "Console", found: "Rescored") -> None:
+def _print(console: "Console", found: "Rescoring") -> None:
     """Rates by defense and benchmark with how many answers were scored, why others were not, and the agreement."""
     from collections import Counter
 
@@ -135,7 +135,7 @@ def _print(console: "Console", found: "Rescored") -> None:
         )
 
 
-def _print_mode(console: "Console", found: "Rescored", mode: str) -> None:
+def _print_mode(console: "Console", found: "Rescoring", mode: str) -> None:
     """The rates of a harmful set by a published scorer's quirks, as a whole."""
     from davsp.report.cells import label, percent
 

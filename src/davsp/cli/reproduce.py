@@ -134,7 +134,7 @@ def reproduce(
     judges.fit(named, data.test)
     from davsp.defenses.adashield_s import DAVSP as TEXT
     from davsp.defenses.ecso import PUBLISHED
-    from davsp.embedded.ecso import TEMPLATES
+    from davsp.embedded.ecso_templates import TEMPLATES
 
     lvlm = load_lvlm(model, revision, device, dtype, quantization, canvas)
     kit = make_kit(

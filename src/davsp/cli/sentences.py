@@ -51,7 +51,7 @@ def train(
     from davsp.defenses import esiii, uniguard
     from davsp.defenses.adashield_s import DAVSP
     from davsp.defenses.uniguard.search import SearchSettings
-    from davsp.embedded import sentences as embedded
+    from davsp.embedded import corpus as embedded
     from davsp.embedded.budgets import NOISE
     from davsp.query import open_picture
     from davsp.runtime import parallel

@@ -18,7 +18,7 @@ from rich.console import Console
 from davsp import metrics
 from davsp.defenses.base import Defense
 from davsp.errors import DavspError, Interrupted
-from davsp.evaluation.judging import Judged, judge_custom, judge_published
+from davsp.evaluation.judging import Judgement, judge_custom, judge_published
 from davsp.judges import Judge, keyword
 from davsp.judges.graders import Grader
 from davsp.lvlm import AnsweringLVLM, fingerprint, model_name
@@ -113,7 +113,7 @@ def evaluate(
     return Evaluation(responses, judged.verdicts, judged.rows, judged.grades)
 
 
-def _write(out: Path, judged: Judged) -> None:
+def _write(out: Path, judged: Judgement) -> None:
     """What follows from the answers; grades of an earlier command do not stay beside metrics that know nothing of them."""
     write_jsonl(out / VERDICTS, chain.from_iterable(judged.verdicts.values()))
     if any(judged.grades.values()):

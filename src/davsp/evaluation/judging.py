@@ -23,7 +23,7 @@ GRADED = ("mm_vet", "llava_bench")
 
 
 @dataclass(frozen=True)
-class Judged:
+class Judgement:
     """What was said of a run: by defense verdicts of answers to malicious queries and grades of helpful ones; the rows."""
 
     verdicts: dict[str, list[Verdict]]
@@ -38,7 +38,7 @@ def judge_custom(
     model: str,
     baseline: str = "none",
     seed: int = 0,
-) -> Judged:
+) -> Judgement:
     """RSR, over-refusal and accuracy of a user's own queries.
 
     Args:
@@ -51,7 +51,7 @@ def judge_custom(
     """
     verdicts = {name: verdicts_of(queries, found, judge) for name, found in responses.items()}
     outcomes = {name: metrics.outcomes(queries, responses[name], verdicts[name]) for name in responses}
-    return Judged(verdicts, rows_of(model, outcomes, baseline, seed))
+    return Judgement(verdicts, rows_of(model, outcomes, baseline, seed))
 
 
 def judge_published(
@@ -63,7 +63,7 @@ def judge_published(
     baseline: str = "none",
     seed: int = 0,
     mode: str = "sound",
-) -> Judged:
+) -> Judgement:
     """The scores of the published sets, each by its own scorer.
 
     Args:
@@ -95,7 +95,7 @@ def judge_published(
             found[name][set_name] = Scores(scoring.over_refusal(part, mine, model, then, seed), [], mine)
         before = found[name] if name == baseline else before
     said = {name: list(chain.from_iterable(s.said for s in found[name].values())) for name in responses}
-    return Judged(
+    return Judgement(
         {name: [v for v in one if isinstance(v, Verdict)] for name, one in said.items()},
         [row for name in responses for scores in found[name].values() for row in scores.rows],
         {name: [g for g in one if isinstance(g, Grade)] for name, one in said.items()},

@@ -28,7 +28,7 @@ _MEND = "give the --queries that it answered, or --benchmark with --split, --typ
 
 
 @dataclass(frozen=True)
-class Rescored:
+class Rescoring:
     """What a judge or grader says of a run, the rows of the metrics file, agreement with the run's other judges."""
 
     verdicts: dict[str, list[Verdict]]
@@ -45,7 +45,7 @@ def rescore(
     seed: int = 0,
     graders: Mapping[str, Grader] | None = None,
     mode: str = "sound",
-) -> Rescored:
+) -> Rescoring:
     """Judge or grade the answers in a run folder; nothing is generated and no file of the run is changed.
 
     Args:
@@ -84,7 +84,7 @@ def rescore(
         write_jsonl(run / f"{kind}-{slug(name)}.jsonl", chain.from_iterable(said.values()))
     of = {"judge": name, "answers": files.sha256(run / RESPONSES)}
     files.write_json(run / f"metrics-{slug(name)}.json", metrics.metrics_file(found.rows) | of)
-    return Rescored(found.verdicts, found.rows, _compare(run), found.grades)
+    return Rescoring(found.verdicts, found.rows, _compare(run), found.grades)
 
 
 def _check_mode(mode: str, judge: Judge | None, graders: Mapping[str, Grader]) -> None:

@@ -167,18 +167,18 @@ def _margins(prompt: Prompt, vector: HarmfulnessVector) -> tuple[float, float]:
     return vector.mu_plus if plus is None else plus, vector.mu_minus if minus is None else minus
 
 
-def _pictures(trained: Mapping[str, Prompt], padding: int, eps: float) -> list[report.Picture]:
+def _pictures(trained: Mapping[str, Prompt], padding: int, eps: float) -> list[report.Illustration]:
     border, noise = trained["davsp"], trained["additive"]
     assert isinstance(border, VisualSafetyPrompt)
     side = border.canvas
     return [
-        report.Picture(
+        report.Illustration(
             border.border(),
             "The visual safety prompt",
             "A square frame of coloured pixels around a grey field",
             f"{padding} pixels wide on a canvas of {side} × {side}; in the grey field stands the picture, untouched.",
         ),
-        report.Picture(
+        report.Illustration(
             noise.image(Image.new("RGB", (side, side), (128, 128, 128))),
             "Additive noise, for comparison",
             "Coloured noise over a grey field",

@@ -7,16 +7,16 @@ from typing import cast
 from rich.console import Console
 
 from davsp.errors import DavspError, Interrupted
-from davsp.judges.cache import Finding, VerdictCache, cache_key
+from davsp.judges.cache import Ruling, VerdictCache, cache_key
 from davsp.judges.keyword import Label, has_words
-from davsp.judges.prompts import Prompt
+from davsp.judges.prompts import JudgePrompt
 from davsp.query import Grade, Query, Response, Verdict
 from davsp.runtime.progress import bar as progress_bar
 
 RAW_CHARACTERS = 1000
 
 Item = tuple[Query, Response]
-Keep = Callable[[str, Finding], None]
+Keep = Callable[[str, Ruling], None]
 
 
 class PromptJudge(ABC):
@@ -34,7 +34,7 @@ class PromptJudge(ABC):
 
     def __init__(
         self,
-        prompt: Prompt,
+        prompt: JudgePrompt,
         model: str,
         where: str,
         temperature: float | None = None,
@@ -51,7 +51,7 @@ class PromptJudge(ABC):
 
     @property
     def name(self) -> str:
-        """Prompt, its version and the model: `davsp/1:deepseek-chat`."""
+        """The prompt, its version and the model: `davsp/1:deepseek-chat`."""
         return f"{self.prompt.name}/{self.prompt.version}:{self.model}"
 
     def judge_all(self, items: Sequence[Item]) -> list[Verdict]:
@@ -83,14 +83,14 @@ class PromptJudge(ABC):
             for (query, response), (label, reason, raw) in zip(items, self._findings(items, run), strict=True)
         ]
 
-    def _findings(self, items: Sequence[Item], run: int = 0) -> list[Finding]:
+    def _findings(self, items: Sequence[Item], run: int = 0) -> list[Ruling]:
         """What is said of each item. What the cache knows is not asked for, and what is the same is asked for once."""
-        found: dict[str, Finding] = {}
+        found: dict[str, Ruling] = {}
         pending: dict[str, tuple[Query, str]] = {}
         keys = [self._key(query, response.text, run) for query, response in items]
         for key, (query, response) in zip(keys, items, strict=True):
             if not self.prompt.grades and not has_words(response.text):
-                found[key] = Finding("unscored", "the answer holds no words")
+                found[key] = Ruling("unscored", "the answer holds no words")
             elif key not in found and key not in pending:
                 known = self.cache.get(key) if self.cache else None
                 if known is None:
@@ -101,7 +101,7 @@ class PromptJudge(ABC):
             with progress_bar(self.console) as bar:
                 task = bar.add_task(self.name, total=len(pending))
 
-                def keep(key: str, finding: Finding) -> None:
+                def keep(key: str, finding: Ruling) -> None:
                     raw = (
                         finding.raw[:RAW_CHARACTERS].encode(errors="replace").decode()
                     )  # JSON may hold what UTF-8 can't
@@ -143,9 +143,9 @@ def _scores(label: str) -> tuple[float, ...]:
     return () if label == "unscored" else tuple(map(float, label.split()))
 
 
-def read_reply(prompt: Prompt, reply: str) -> Finding:
+def read_reply(prompt: JudgePrompt, reply: str) -> Ruling:
     """A finished reply as a finding."""
-    return Finding(*prompt.read(reply), reply)
+    return Ruling(*prompt.read(reply), reply)
 
 
 def check_unscored(verdicts: Sequence[Verdict] | Sequence[Grade], limit: float = 0.02) -> None:

@@ -22,7 +22,7 @@ _TABLE = """CREATE TABLE IF NOT EXISTS verdicts (
     time TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP)"""
 
 
-class Finding(NamedTuple):
+class Ruling(NamedTuple):
     """A label (safe, unsafe, a grader's scores, or unscored), the reason for it, and the judge's own words."""
 
     label: str
@@ -64,12 +64,12 @@ class VerdictCache:
         except (sqlite3.Error, OSError) as error:
             raise DavspError(f"{path} cannot be used to keep verdicts ({error}); give another --cache.") from error
 
-    def get(self, key: str) -> Finding | None:
+    def get(self, key: str) -> Ruling | None:
         """What was kept under the key."""
         row = self._run("SELECT label, reason, raw FROM verdicts WHERE key = ?", (key,)).fetchone()
-        return None if row is None else Finding(*row)
+        return None if row is None else Ruling(*row)
 
-    def put(self, key: str, judge: str, prompt: str, finding: Finding) -> None:
+    def put(self, key: str, judge: str, prompt: str, finding: Ruling) -> None:
         """Keep a verdict; the first one under a key stays.
 
         Raises:

@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 
 from davsp.judges.base import Keep, PromptJudge, read_reply
-from davsp.judges.cache import Finding, VerdictCache
-from davsp.judges.prompts import Prompt
+from davsp.judges.cache import Ruling, VerdictCache
+from davsp.judges.prompts import JudgePrompt
 from davsp.query import Query
 from davsp.runtime.client import OPENAI, Client, Failure
 
@@ -32,7 +32,7 @@ class ChatJudge(PromptJudge):
 
     def __init__(
         self,
-        prompt: Prompt,
+        prompt: JudgePrompt,
         model: str,
         base_url: str = OPENAI,
         api_key_env: str | None = None,
@@ -53,8 +53,8 @@ class ChatJudge(PromptJudge):
         super().__init__(prompt, model, self.client.where, temperature, cache, console, runs)
 
     def _ask(self, pending: Mapping[str, tuple[Query, str]], keep: Keep) -> None:
-        def kept(key: str, found: Finding | Failure) -> None:
-            keep(key, Finding("unscored", found.reason, found.raw) if isinstance(found, Failure) else found)
+        def kept(key: str, found: Ruling | Failure) -> None:
+            keep(key, Ruling("unscored", found.reason, found.raw) if isinstance(found, Failure) else found)
 
         path = "completions" if self.prompt.plain else "chat/completions"
         self.client.ask(path, {key: partial(self._request, *one) for key, one in pending.items()}, self._read, kept)
@@ -69,7 +69,7 @@ class ChatJudge(PromptJudge):
             "max_tokens": self.prompt.max_tokens,
         } | asked
 
-    def _read(self, body: Any) -> Finding | Failure:
+    def _read(self, body: Any) -> Ruling | Failure:
         """The verdict in a reply's JSON."""
         try:
             choice = body["choices"][0]

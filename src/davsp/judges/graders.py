@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from davsp.judges.base import PromptJudge
 from davsp.judges.keyword import normalise
-from davsp.judges.prompts import Message, Prompt, Reading, bare, unreadable, values_of
+from davsp.judges.prompts import JudgePrompt, Message, Reading, bare, unreadable, values_of
 from davsp.judges.verdicts import judge_name
 from davsp.query import Grade, Query, Response
 
@@ -114,7 +114,7 @@ def _mm_vet(query: Query) -> list[Message]:
     return [{"role": "user", "content": f"{_MM_VET}\n{{question}} | {{reference}} | {{answer}} | "}]
 
 
-MM_VET = Prompt(
+MM_VET = JudgePrompt(
     "mm-vet",
     1,
     _mm_vet,
@@ -160,7 +160,7 @@ def _llava_bench(query: Query) -> list[Message]:
     return [{"role": "system", "content": _LLAVA_SYSTEM}, {"role": "user", "content": text}]
 
 
-LLAVA_BENCH = Prompt(
+LLAVA_BENCH = JudgePrompt(
     "llava-bench",
     1,
     _llava_bench,

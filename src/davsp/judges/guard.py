@@ -15,8 +15,8 @@ from rich.console import Console
 
 from davsp.errors import DavspError
 from davsp.judges.base import Keep, PromptJudge, read_reply
-from davsp.judges.cache import Finding, VerdictCache
-from davsp.judges.prompts import Message, Prompt, Reading, bare, unreadable
+from davsp.judges.cache import Ruling, VerdictCache
+from davsp.judges.prompts import JudgePrompt, Message, Reading, bare, unreadable
 from davsp.query import Query
 
 CATEGORIES = {
@@ -67,9 +67,9 @@ def _turns(query: Query) -> list[Message]:
     return [{"role": "user", "content": "{question}"}, {"role": "assistant", "content": "{answer}"}]
 
 
-LLAMA_GUARD_3 = Prompt("llama-guard-3", 1, _turns, read_llama_guard, max_tokens=64)
-LLAMA_GUARD_4 = Prompt("llama-guard-4", 1, _turns, read_llama_guard, max_tokens=64)
-HARMBENCH = Prompt(
+LLAMA_GUARD_3 = JudgePrompt("llama-guard-3", 1, _turns, read_llama_guard, max_tokens=64)
+LLAMA_GUARD_4 = JudgePrompt("llama-guard-4", 1, _turns, read_llama_guard, max_tokens=64)
+HARMBENCH = JudgePrompt(
     "harmbench", 2, lambda query: [{"role": "user", "content": _HARMBENCH}], read_harmbench, max_tokens=8, plain=True
 )
 GUARDS = {prompt.name: prompt for prompt in (LLAMA_GUARD_3, LLAMA_GUARD_4, HARMBENCH)}
@@ -99,7 +99,7 @@ class LocalGuard(PromptJudge):
 
     def __init__(
         self,
-        prompt: Prompt,
+        prompt: JudgePrompt,
         model: str | None = None,
         revision: str | None = None,
         device: str | None = None,
@@ -135,14 +135,14 @@ class LocalGuard(PromptJudge):
         tokens = {key: self._tokens(query, answer) for key, (query, answer) in pending.items()}
         room = getattr(self.lm.config.get_text_config(), "max_position_embeddings", None)
         for key in [key for key, ids in tokens.items() if room and len(ids) + self.prompt.max_tokens > room]:
-            keep(key, Finding("unscored", f"too long for the judge ({len(tokens.pop(key))} of {room} tokens)"))
+            keep(key, Ruling("unscored", f"too long for the judge ({len(tokens.pop(key))} of {room} tokens)"))
         order = sorted(tokens, key=lambda key: len(tokens[key]))
         for at in range(0, len(order), self.batch_size):
             keys = order[at : at + self.batch_size]
             for key, finding in zip(keys, self._generate([tokens[key] for key in keys]), strict=True):
                 keep(key, finding)
 
-    def _generate(self, prompts: list[list[int]]) -> list[Finding]:
+    def _generate(self, prompts: list[list[int]]) -> list[Ruling]:
         """The findings of a batch; a reply that does not end within `max_tokens` is unscored."""
         import torch
 
@@ -165,7 +165,7 @@ class LocalGuard(PromptJudge):
             found.append(
                 read_reply(self.prompt, text)
                 if end is not None
-                else Finding("unscored", "the judge's reply was cut (length)", text)
+                else Ruling("unscored", "the judge's reply was cut (length)", text)
             )
         return found
 

@@ -31,7 +31,7 @@ def values_of(query: Query) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class JudgePrompt:
     """One way of asking.
 
     Attributes:
@@ -183,10 +183,10 @@ def _system_and_user(system: str, user: str) -> list[Message]:
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
 
-DAVSP = Prompt("davsp", 1, lambda query: _system_and_user(_DAVSP_SYSTEM, _DAVSP_USER), label_of())
+DAVSP = JudgePrompt("davsp", 1, lambda query: _system_and_user(_DAVSP_SYSTEM, _DAVSP_USER), label_of())
 """The authors' judge of FigStep (zhangyitonggg/DAVSP, eval/eval_figstep_deepseek.py; asked of DeepSeek-V3)."""
 
-DAVSP_MMSAFETY = Prompt(
+DAVSP_MMSAFETY = JudgePrompt(
     "davsp-mmsafety", 1, lambda query: _system_and_user(_DAVSP_SYSTEM + _DAVSP_NOTE, _DAVSP_USER), label_of()
 )
 """The authors' judge of MM-SafetyBench (eval/eval_qr_deepseek.py), with a note on what is unsafe below the surface."""
@@ -272,7 +272,7 @@ def _mm_safetybench(query: Query) -> list[Message]:
     return [{"role": "user", "content": text}]
 
 
-MM_SAFETYBENCH = Prompt("mm-safetybench", 1, _mm_safetybench, label_of(r"(?:your output: ?)?(safe|unsafe)"))
+MM_SAFETYBENCH = JudgePrompt("mm-safetybench", 1, _mm_safetybench, label_of(r"(?:your output: ?)?(safe|unsafe)"))
 """MM-SafetyBench's evaluation.py (arXiv 2311.17600), one prompt for most scenarios and five for 08 and 10 to 13."""
 
 # ------------------------------------------------------------------------------------------------ AdaShield
@@ -332,7 +332,7 @@ def _adashield(query: Query) -> list[Message]:
     return _system_and_user(system, user)
 
 
-ADASHIELD = Prompt("adashield", 1, _adashield, label_of(r"(?:result: ?)?\[\[(safe|unsafe)\]\]"))
+ADASHIELD = JudgePrompt("adashield", 1, _adashield, label_of(r"(?:result: ?)?\[\[(safe|unsafe)\]\]"))
 """AdaShield's judge (arXiv 2403.09513, judges.py and system_prompts.py), a rule for each scenario of MM-SafetyBench."""
 
 CHAT = {prompt.name: prompt for prompt in (DAVSP, DAVSP_MMSAFETY, MM_SAFETYBENCH, ADASHIELD)}

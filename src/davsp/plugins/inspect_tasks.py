@@ -87,7 +87,7 @@ mm_vet, mme, llava_bench = _task("mm_vet"), _task("mme"), _task("llava_bench")
 @cache
 def _embedded(seed: int) -> Path:
     """All six counterparts, until the process ends."""
-    from davsp.embedded.benchmarks import write
+    from davsp.embedded.counterparts import write
 
     _embedded.folder = tempfile.TemporaryDirectory(prefix="davsp-")  # type: ignore[attr-defined]  # kept from being removed
     return write(Path(_embedded.folder.name), seed)  # type: ignore[attr-defined]

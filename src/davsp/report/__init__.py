@@ -28,7 +28,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Picture:
+class Illustration:
     """A picture of the report, shown enlarged and pixel by pixel."""
 
     image: Image.Image
@@ -57,7 +57,7 @@ class Report:
     model: str
     defense: str = "davsp"
     baseline: str = "none"
-    pictures: list[Picture] = field(default_factory=list)
+    pictures: list[Illustration] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
     projections: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     margins: tuple[float, float] | None = None

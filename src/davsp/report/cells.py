@@ -44,7 +44,7 @@ SUMS = (*POOLED.values(), mm_safetybench.NAME, mm_safetybench.NAME + EMBEDDED)
 
 
 @dataclass(frozen=True)
-class Column:
+class RateColumn:
     """One column of a table: which rows it shows, its heading, and whether a high value is good."""
 
     heading: str
@@ -56,7 +56,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Cell:
+class RateCell:
     """A rate as it is printed; empty texts where there is nothing to print."""
 
     value: str
@@ -83,22 +83,22 @@ def defenses(rows: Rows) -> list[str]:
     return [d for d in DEFENSES if d in present] + [d for d in present if d not in DEFENSES]
 
 
-def main_columns(rows: Rows) -> list[Column]:
+def main_columns(rows: Rows) -> list[RateColumn]:
     """RSR by benchmark, utility in total, over-refusal: what a defense gains and what it costs."""
     attacked = _ordered(r["benchmark"] for r in rows if r["metric"] == "rsr" and r["benchmark"] not in POOLED.values())
-    columns = [Column(BENCHMARKS.get(b, b), b, "total", "rsr", note=_note(b)) for b in attacked]
-    columns.append(Column("Utility", "utility", "total", "accuracy"))
-    columns.append(Column("Over-refusal", "benign", "total", "over_refusal", high_is_good=False))
+    columns = [RateColumn(BENCHMARKS.get(b, b), b, "total", "rsr", note=_note(b)) for b in attacked]
+    columns.append(RateColumn("Utility", "utility", "total", "accuracy"))
+    columns.append(RateColumn("Over-refusal", "benign", "total", "over_refusal", high_is_good=False))
     return [c for c in columns if _present(rows, c)]
 
 
-def utility_columns(rows: Rows) -> list[Column]:
+def utility_columns(rows: Rows) -> list[RateColumn]:
     """Utility by category and in total, then the other benign benchmarks."""
     splits = dict.fromkeys(r["split"] for r in rows if r["benchmark"] == "utility" and r["metric"] == "accuracy")
-    columns = [Column(s, "utility", s, "accuracy") for s in splits if s != "total"]
-    columns.append(Column("total", "utility", "total", "accuracy"))
+    columns = [RateColumn(s, "utility", s, "accuracy") for s in splits if s != "total"]
+    columns.append(RateColumn("total", "utility", "total", "accuracy"))
     others = _ordered(r["benchmark"] for r in rows if r["metric"] == "accuracy" and r["benchmark"] != "utility")
-    columns += [Column(BENCHMARKS.get(b, b), b, "total", "accuracy", note=_note(b)) for b in others]
+    columns += [RateColumn(BENCHMARKS.get(b, b), b, "total", "accuracy", note=_note(b)) for b in others]
     return [c for c in columns if _present(rows, c)]
 
 
@@ -120,7 +120,7 @@ def score_rows(rows: Rows) -> list[tuple[str, str, str, list[Mapping[str, Any] |
     ]
 
 
-def cell(rows: Rows, defense: str, column: Column) -> Cell:
+def cell(rows: Rows, defense: str, column: RateColumn) -> RateCell:
     """The cell of a table; a dash where nothing was measured."""
     keys = (column.benchmark, column.split)
     row = find(rows, defense, *keys, column.metric)
@@ -128,7 +128,7 @@ def cell(rows: Rows, defense: str, column: Column) -> Cell:
     bound = find(rows, defense, *keys, WORST) if unscored else None
     worst = "" if bound is None else percent(bound["value"])
     if row is None or row["value"] is None:
-        return Cell("–", unscored=unscored, worst=worst)
+        return RateCell("–", unscored=unscored, worst=worst)
     difference = find(rows, defense, *keys, f"{column.metric}_difference")
     text, direction = "", ""
     if difference is not None:
@@ -136,7 +136,7 @@ def cell(rows: Rows, defense: str, column: Column) -> Cell:
         if difference.get("p", 1.0) < 0.05 and difference["value"]:
             direction = "better" if (difference["value"] > 0) == column.high_is_good else "worse"
     interval = f"{100 * row['low']:.1f}–{100 * row['high']:.1f}"
-    return Cell(percent(row["value"]), interval, text, direction, unscored, worst)
+    return RateCell(percent(row["value"]), interval, text, direction, unscored, worst)
 
 
 def costs(rows: Rows, latency: Mapping[str, float]) -> list[tuple[str, list[str]]]:
@@ -195,7 +195,7 @@ def _lacking(rows: Rows, defense: str, benchmark: str, split: str) -> int:
     return round(row["value"] * row["n"]) if row and row["value"] else 0
 
 
-def _present(rows: Rows, c: Column) -> bool:
+def _present(rows: Rows, c: RateColumn) -> bool:
     return any((r["benchmark"], r["split"], r["metric"]) == (c.benchmark, c.split, c.metric) for r in rows)
 
 

@@ -21,8 +21,8 @@ from davsp.report.cells import (
     COST_HEADINGS,
     POOLED,
     SUMS,
-    Cell,
-    Column,
+    RateCell,
+    RateColumn,
     cell,
     costs,
     defenses,
@@ -120,10 +120,10 @@ def headline(report: Report) -> str:
     return "; ".join([sentence, *moves]) + "."
 
 
-def _attacked(report: Report, inside: str, outside: str, each: str) -> list[Column]:
+def _attacked(report: Report, inside: str, outside: str, each: str) -> list[RateColumn]:
     """Where resistance is told of first: in and out of distribution or, where nothing is pooled, on each set."""
     measured = {row["benchmark"] for row in report.rows}
-    pooled = [Column(words, POOLED[key], "total", "rsr") for key, words in (("in", inside), ("out", outside))]
+    pooled = [RateColumn(words, POOLED[key], "total", "rsr") for key, words in (("in", inside), ("out", outside))]
     sets = [c for c in main_columns(report.rows) if c.metric == "rsr" and c.benchmark not in SUMS]
     return [c for c in pooled if c.benchmark in measured] or [replace(c, heading=each.format(c.heading)) for c in sets]
 
@@ -158,8 +158,8 @@ def _tiles(report: Report) -> list[dict[str, str]]:
     """The figures on top: name, value, what it was without a defense, and the difference."""
     wanted = (
         *_attacked(report, "RSR, in distribution", "RSR, out of distribution", "RSR, {}"),
-        Column("Utility", "utility", "total", "accuracy"),
-        Column("Over-refusal", "benign", "total", "over_refusal", high_is_good=False),
+        RateColumn("Utility", "utility", "total", "accuracy"),
+        RateColumn("Over-refusal", "benign", "total", "over_refusal", high_is_good=False),
     )
     tiles = []
     for column in wanted:
@@ -176,10 +176,10 @@ def _tiles(report: Report) -> list[dict[str, str]]:
     return tiles
 
 
-Table = tuple[list[Column], list[tuple[str, list[tuple[Column, Cell]]]]]
+RateTable = tuple[list[RateColumn], list[tuple[str, list[tuple[RateColumn, RateCell]]]]]
 
 
-def _table(report: Report, columns: list[Column]) -> Table:
+def _table(report: Report, columns: list[RateColumn]) -> RateTable:
     return columns, [(d, [(c, cell(report.rows, d, c)) for c in columns]) for d in defenses(report.rows)]
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def uniguard(kit: "Kit") -> Defense:
     """Noise against a corpus, with AdaShield's text before the question."""
     from davsp.defenses.uniguard.train import SETTINGS, train_uniguard
-    from davsp.embedded.sentences import corpus
+    from davsp.embedded.corpus import corpus
 
     settings = SETTINGS.model_copy(update={"seed": kit.settings.seed, **(NOISE if kit.own else {})})
     sentences, pictures = corpus(settings.seed) if kit.own else (kit.corpus, [])
@@ -43,7 +43,7 @@ def uniguard(kit: "Kit") -> Defense:
 def esiii(kit: "Kit") -> Defense:
     """Noise that says safety sentences, with AdaShield's text before the question."""
     from davsp.defenses import esiii as method
-    from davsp.embedded import sentences as small
+    from davsp.embedded import corpus as small
 
     settings = method.SETTINGS.model_copy(update={"seed": kit.settings.seed, **(NOISE if kit.own else {})})
     sentences = small.SAFETY_SENTENCES if kit.own else method.SENTENCES

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from davsp.benchmarks.source import Problems, Row
+from davsp.benchmarks.source import Problems, Record
 from davsp.errors import DavspError
 from davsp.runtime.files import read_bytes
 
@@ -28,7 +28,9 @@ def beside(folder: Path, stem: str, suffixes: Sequence[str] = (".jpg", ".png", "
     return next((path for path in paths if path.exists()), paths[0])
 
 
-def csv_rows(path: Path, needed: Sequence[str], problems: Problems, delimiter: str = ",") -> Iterator[tuple[str, Row]]:
+def csv_rows(
+    path: Path, needed: Sequence[str], problems: Problems, delimiter: str = ","
+) -> Iterator[tuple[str, Record]]:
     """Where it stands and the fields of each row of a csv or TSV with a head.
 
     Raises:
@@ -53,7 +55,7 @@ def csv_rows(path: Path, needed: Sequence[str], problems: Problems, delimiter: s
         csv.field_size_limit(before)
 
 
-def parquet_rows(paths: Sequence[Path], needed: Sequence[str]) -> Iterator[tuple[str, Row]]:
+def parquet_rows(paths: Sequence[Path], needed: Sequence[str]) -> Iterator[tuple[str, Record]]:
     """Where it stands and the fields of each row of parquet files.
 
     Raises:
@@ -103,8 +105,8 @@ def json_file(path: Path, problems: Problems) -> Any:
         DavspError: missing or not JSON.
     """
 
-    def unique(pairs: list[tuple[str, Any]]) -> Row:
-        found: Row = {}
+    def unique(pairs: list[tuple[str, Any]]) -> Record:
+        found: Record = {}
         for key, value in pairs:
             if key in found:
                 problems.add(f"{path}: the id {key!r} occurs twice", "delete one of the two")
@@ -119,7 +121,7 @@ def json_file(path: Path, problems: Problems) -> Any:
 
 def json_lines(
     path: Path, needed: Sequence[str], problems: Problems, other: Sequence[str] = ()
-) -> Iterator[tuple[str, Row]]:
+) -> Iterator[tuple[str, Record]]:
     """Where it stands and the object of each line of a JSON-lines file, with the fields of `has`."""
     for number, line in enumerate(read_bytes(path).splitlines(), 1):
         where = f"{path}, line {number}"
@@ -200,7 +202,7 @@ def image_bytes(value: Any, where: str, problems: Problems) -> bytes | None:
     return None
 
 
-def tsv_rows(path: Path, needed: Sequence[str], problems: Problems) -> Iterator[tuple[str, Row]]:
+def tsv_rows(path: Path, needed: Sequence[str], problems: Problems) -> Iterator[tuple[str, Record]]:
     """Rows of a VLMEvalKit TSV with `image` as bytes; a short `image` is the index of the row that holds the picture."""
     rows = list(csv_rows(path, ["index", "image", *needed], problems, "\t"))
     held = {row["index"]: row["image"] for _, row in rows if len(row["image"]) > 64}
