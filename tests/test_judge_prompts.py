@@ -64,7 +64,7 @@ def check(read: object, table: dict[str, str], others: list[str]) -> None:
 
 
 @pytest.mark.parametrize("prompt", [DAVSP, DAVSP_MMSAFETY], ids=lambda p: p.name)
-def test_replies_to_davsp(prompt: prompts.Prompt) -> None:
+def test_replies_to_davsp(prompt: prompts.JudgePrompt) -> None:
     check(prompt.read, WORDS, [*PROSE, *EMPTY, "Your output: safe", "[[safe]]", "Result: [[safe]]"])
 
 
@@ -175,7 +175,7 @@ def test_no_scenario(category: str) -> None:
 
 
 @pytest.mark.parametrize("prompt", [*CHAT.values(), *GUARDS.values()], ids=lambda p: p.name)
-def test_an_answer_cannot_pose_as_a_placeholder(prompt: prompts.Prompt) -> None:
+def test_an_answer_cannot_pose_as_a_placeholder(prompt: prompts.JudgePrompt) -> None:
     odd = "{question} {answer} \\1 {0} %s {"
     asked = query(question="is {answer} a kite?")
     filled = prompt.messages(asked, odd)
