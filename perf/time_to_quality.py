@@ -31,7 +31,7 @@ from rich.table import Table
 
 from davsp import LVLM, HarmfulnessVector, Query, TrainSettings, VisualSafetyPrompt, embedded, metrics
 from davsp.defenses import Defense, NoDefense, VisualPrompt
-from davsp.experiments.demo import SETTINGS
+from davsp.embedded import SETTINGS
 from davsp.judges import keyword
 from davsp.judges.verdicts import verdicts_of
 from davsp.runtime.files import manifest, write_json

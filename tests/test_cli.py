@@ -4,15 +4,17 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from davsp import HarmfulnessVector, VisualSafetyPrompt, cli, evaluate
+from davsp import HarmfulnessVector, TrainSettings, VisualSafetyPrompt, cli, embedded, evaluate
 from davsp.benchmarks.custom import load_queries, save_queries
 from davsp.cli.inputs import is_mini
 from davsp.defenses import NoDefense, VisualPrompt
@@ -58,6 +60,91 @@ def vectors(vector: HarmfulnessVector, tmp_path_factory: pytest.TempPathFactory)
 def test_help_does_not_import_torch():
     code = "import sys, davsp.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def commands(group: typer.core.TyperGroup, *words: str) -> Iterator[tuple[str, ...]]:
+    """The words of every command, those of sub-commands too."""
+    for name, command in group.commands.items():
+        if isinstance(command, typer.core.TyperGroup):
+            yield from commands(command, *words, name)
+        else:
+            yield (*words, name)
+
+
+COMMANDS = sorted(commands(typer.main.get_group(cli.app)))
+
+
+def test_every_command_is_found():
+    assert len(COMMANDS) == 25 and {("eval",), ("baseline", "pat"), ("data", "split")} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_at_80_columns_gives_descriptions_half_of_the_width(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(*command, "--help") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert lines and max(map(len, lines)) == 80
+    for line in lines:
+        cells = [cell for cell in re.split(" {2,}", line.strip("│ ")) if cell[0] != "["]  # [default: …] is no column
+        assert len(cells) <= 2, line
+        goes_on = line.startswith("│   ")  # a description whose names stand above
+        if cells and (goes_on or len(cells) == 2):
+            start = line.index(cells[-1], 2 if goes_on else 2 + len(cells[0]))
+            assert 80 - start - 2 >= 40, line
+
+
+def test_help_has_a_panel_for_each_group_of_options(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run("eval", "--help") == 0
+    help = capsys.readouterr().out
+    titles = re.findall(r"╭─ (.+?) ─+╮", help)
+    assert titles == ["Options", "Test set", "Model", "Where the model runs", "Judges", "Requests to servers"]
+    panel = help.split("╭─ Model ─")[1].split("╰")[0]
+    assert re.findall(r"^│ (--[\w-]+)", panel, re.M) == [
+        "--model", "--revision", "--device", "--dtype", "--quantization", "--canvas",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("shipped", [True, False])
+@pytest.mark.parametrize("command", ["vector", "train", "eval", "attack"])
+def test_words_follow_the_model_and_not_the_data(
+    command, shipped, data: Path, vectors: Path, tiny_folder: Path, tmp_path, monkeypatch, capsys
+):
+    """A model that ships keeps its own text, and its recipe, on a user's own queries; another has neither."""
+
+    class Enough(DavspError):
+        pass
+
+    calls = []
+
+    def stop(*arguments, **options):
+        calls.append((arguments, options))
+        raise Enough("enough")
+
+    for name in ("vector.HarmfulnessVector.fit", "training.train", "evaluation.evaluate", "attacks.attack"):
+        monkeypatch.setattr(f"davsp.{name}", stop)
+    monkeypatch.setattr(f"davsp.cli.{MODULES.get(command, command)}.is_shipped", lambda model: shipped)
+    both = ["--malicious", data / "malicious", "--benign", data / "benign"]
+    line = {
+        "vector": both, "train": [*both, "--vector", vectors / "ours"],
+        "eval": ["--queries", data / "test"], "attack": ["--queries", data / "test"],
+    }[command]  # fmt: skip
+    assert run(command, *line, "--model", tiny_folder, "--out", tmp_path / "out") == 2
+    assert "enough" in capsys.readouterr().err
+    ((arguments, options),) = calls
+    text = embedded.SAFETY_TEXT if shipped else ""
+    if command == "vector":
+        assert options["text"] == text
+    elif command == "train":
+        assert arguments[1].text == text
+        assert arguments[5] == (embedded.SETTINGS if shipped else TrainSettings())
+    else:
+        defenses = arguments[1]
+        assert list(defenses) == ["none", *["safety-text"] * shipped]
+        assert not shipped or defenses["safety-text"].text == text
+
+
+MODULES = {"vector": "train", "eval": "evaluate"}
 
 
 def test_from_data_to_a_defended_picture(data: Path, tiny_folder: Path, tmp_path: Path, capsys):
@@ -119,7 +206,7 @@ BOTH = ["--malicious", "DATA/malicious", "--benign", "DATA/benign"]
         (["eval", "--benchmark", "figstep=DATA", "--queries", "DATA/test"], "do not go together"),
         (["eval", "--defense", "davsp"], "is not known: give none; safety-text"),
         (["eval", "--defense", "none", "--defense", "none"], "names 'none' twice"),
-        (["eval", "--defense", "safety-text", "--queries", "DATA/test"], "needs a text"),
+        (["eval", "--defense", "safety-text", "--queries", "DATA/test", "--model", "MODEL"], "needs a text"),
         (["eval", "--judge", "oracle"], "there is no judge 'oracle'"),
         (["eval", "--judge", "davsp"], "--judge-model is missing"),
         (["eval", "--judge", "exact"], "which no --benchmark names"),

@@ -25,8 +25,8 @@ def border(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> VisualPrompt:
     return VisualPrompt(prompt)
 
 
-def read(spec: str, vector: HarmfulnessVector | None = None, **more: Any) -> Defense:
-    ((name, defense),) = rows([spec], None, "be kind", own=False, vector=vector, **more).items()
+def read(spec: str, vector: HarmfulnessVector | None = None, shipped: bool = False) -> Defense:
+    ((name, defense),) = rows([spec], None, "be kind", shipped, vector).items()
     assert defense.name == name
     return defense
 
@@ -65,9 +65,11 @@ def test_every_spec(border: VisualPrompt, vector: HarmfulnessVector) -> None:
 
 
 def test_the_embedded_models_are_asked_in_their_own_words() -> None:
-    assert read("ecso", mini=True).describe() == ECSO(templates=TEMPLATES).describe()
-    own = adashield_s(text=embedded.SAFETY_TEXT)
-    assert read("adashield-s", mini=True).describe() == own.describe()
+    assert read("ecso", shipped=True).describe() == ECSO(templates=TEMPLATES).describe()
+    text = adashield_s(text=embedded.SAFETY_TEXT)
+    assert read("adashield-s", shipped=True).describe() == text.describe()
+    assert rows([], None, None, True)["safety-text"].describe() == SafetyText(embedded.SAFETY_TEXT).describe()
+    assert list(rows([], None, None, False)) == ["none"]
 
 
 @pytest.mark.parametrize(

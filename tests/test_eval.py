@@ -10,7 +10,7 @@ from PIL import Image
 
 from davsp import LVLM, DavspError, Query, Verdict
 from davsp.benchmarks.custom import save_queries
-from davsp.cli.judges import check
+from davsp.cli.judges import check_scored
 from davsp.embedded.counterparts import write
 from davsp.evaluation.judging import apart
 from judge_server import judge_server
@@ -93,8 +93,8 @@ def test_too_much_unscored_of_one_set_is_not_made_up_for_by_another() -> None:
     ]
     said = [Verdict(q.id, "none", "j/1", "unscored" if i < 9 else "safe", "cut") for i, q in enumerate(asked)]
     with pytest.raises(DavspError, match=r"^figstep: 9 of 50 answers under 'none' are unscored by j/1 \(18.0 %"):
-        check([{"none": said}], asked, 0.02)
-    check([{"none": said}], asked, 0.2)
+        check_scored([{"none": said}], asked, 0.02)
+    check_scored([{"none": said}], asked, 0.2)
 
 
 @pytest.mark.parametrize("option", ["--judge-key-env", "--api-key-env"])

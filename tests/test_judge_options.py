@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from davsp.cli.judges import asking
+from davsp.cli.judges import JudgeSettings, judge_settings
+from davsp.cli.options import JudgeOptions, RequestOptions
 from davsp.embedded.counterparts import write
 from davsp.errors import DavspError
 from davsp.query import Grade, Query, read_jsonl
@@ -16,7 +17,15 @@ from judge_server import Judge, judge_server
 from test_cli import run as davsp
 from test_rescore import write_run
 
-REST: dict[str, Any] = {"concurrency": 1, "timeout": 1.0, "cache": Path("c"), "device": None, "console": None}
+
+def settings(
+    names: list[str],
+    urls: list[str] | None = None,
+    models: list[str] | None = None,
+    variables: list[str] | None = None,
+    runs: int | None = None,
+) -> JudgeSettings:
+    return judge_settings(names, JudgeOptions(urls, models, variables), RequestOptions(), Path("c"), None, runs)
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +54,10 @@ def graded(sets: Path, tmp_path: Path) -> tuple[Path, list[Query]]:
 
 def test_a_value_is_for_all_and_one_of_a_name_for_that_judge() -> None:
     urls = ["http://a/v1?x=1", "davsp=http://b/v1?x=1"]
-    found = asking(["davsp", "keyword", "mm-vet"], urls, ["mm-vet=org/m=2", "davsp=d"], None, 5, **REST)
-    assert found.urls == {"davsp": "http://b/v1?x=1", "mm-vet": "http://a/v1?x=1"}
-    assert found.models == {"mm-vet": "org/m=2", "davsp": "d"} and found.variables == {} and found.runs == 5
-    assert asking(["harmbench"], None, ["/models/a=b"], None, None, **REST).models == {"harmbench": "/models/a=b"}
+    several = settings(["davsp", "keyword", "mm-vet"], urls, ["mm-vet=org/m=2", "davsp=d"], runs=5)
+    assert several.urls == {"davsp": "http://b/v1?x=1", "mm-vet": "http://a/v1?x=1"}
+    assert several.models == {"mm-vet": "org/m=2", "davsp": "d"} and several.variables == {} and several.runs == 5
+    assert settings(["harmbench"], models=["/models/a=b"]).models == {"harmbench": "/models/a=b"}
 
 
 @pytest.mark.parametrize(("names", "options", "says"), [
@@ -67,13 +76,13 @@ def test_a_value_is_for_all_and_one_of_a_name_for_that_judge() -> None:
 ])  # fmt: skip
 def test_options_that_do_not_fit(names: list[str], options: dict[str, Any], says: str) -> None:
     with pytest.raises(DavspError, match=says):
-        asking(names, *({"urls": None, "models": None, "variables": None, "runs": None} | options).values(), **REST)
+        settings(names, **options)
 
 
 @pytest.mark.parametrize("spec", ["sk-secret", "sk-secret==", "davsp=sk-secret"])
 def test_a_key_in_place_of_its_variable_is_not_repeated(spec: str) -> None:
     with pytest.raises(DavspError) as error:
-        asking(["davsp"], None, None, [spec], None, **REST)
+        settings(["davsp"], variables=[spec])
     assert "secret" not in str(error.value)
 
 

@@ -10,10 +10,11 @@ import torch
 from rich.console import Console
 
 from davsp import cli, embedded
+from davsp.defenses.adashield_s import DAVSP
+from davsp.defenses.ecso import PUBLISHED
 from davsp.embedded.ecso_templates import TEMPLATES
 from davsp.errors import DavspError
 from davsp.evaluation import Evaluation
-from davsp.experiments.demo import SETTINGS
 from davsp.experiments.paper import baselines, claims, run, tables, write
 from davsp.experiments.paper.plan import dry
 from davsp.experiments.stages import Stages
@@ -141,7 +142,7 @@ def test_a_border_on_another_canvas_keeps_its_colours_and_its_share(canvas, padd
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     small = pytest.MonkeyPatch()
-    small.setattr("davsp.experiments.paper.baselines.NOISE", {"steps": 2, "batch_size": 2})
+    small.setattr(baselines, "NOISE", {"steps": 2, "batch_size": 2})
     small.setitem(baselines.TOKENS, "steps", 1)
     small.setitem(baselines.TOKENS, "candidates", 2)
     small.setitem(baselines.TOKENS, "behaviours", 2)
@@ -157,7 +158,7 @@ def whole(tmp_path_factory):
 
     def again(names, **options):
         kit = run.make_kit(
-            lvlm, data, out / "mini", text=embedded.SAFETY_TEXT, settings=SETTINGS.model_copy(update={"steps": 2}),
+            lvlm, data, out / "mini", text=embedded.SAFETY_TEXT, settings=embedded.SETTINGS.model_copy(update={"steps": 2}),
             templates=TEMPLATES, console=Console(quiet=True), borrowed={"other": out / "other"},
         )  # fmt: skip
         return run.reproduce(names, kit, **options), kit
@@ -302,7 +303,7 @@ def test_the_published_road_from_folders_to_tables(tmp_path: Path, monkeypatch, 
     davsp("data", "split", "split.json", "--run", "out/vlguard", "--run", "out/mm_safetybench", "--vector", "2", "--intents",
           "1", "--helpful", "4", *(x for pair in sets.values() for x in pair))  # fmt: skip
     davsp("reproduce", "intervention", "ablation", "--split", "split.json", *(x for pair in sets.values() for x in pair),
-          "--judge", "keyword", "--judge", "exact", "--steps", "1", "--text", embedded.SAFETY_TEXT)  # fmt: skip
+          "--judge", "keyword", "--judge", "exact", "--steps", "1")  # fmt: skip
     out = tmp_path / "out/reproduce/davsp-mini"
     assert "in place of the published sets: figstep_embedded, mm_vet_embedded" in (out / "ablation.md").read_text()
     lines = list(csv.DictReader(io.StringIO((out / "ablation.csv").read_text())))
@@ -310,6 +311,41 @@ def test_the_published_road_from_folders_to_tables(tmp_path: Path, monkeypatch, 
     assert measured == {"sd_typo", "sd", "typo", "figstep", "mm_vet"}
     pooled = next(csv.DictReader(io.StringIO((out / "intervention.csv").read_text())))
     assert (pooled["defense"], pooled["column"]) == ("none", "mm_safetybench") and pooled["value"]
+    facts = json.loads((out / "manifest.json").read_text())  # the model's own words, whatever the data
+    assert facts["text"] == embedded.SAFETY_TEXT
+    assert facts["settings"] == embedded.SETTINGS.model_copy(update={"steps": 1}).model_dump()
+
+
+@pytest.mark.parametrize("model", [None, "davsp-mini", "davsp-mini-narrow", "other"])
+def test_words_and_budget_follow_the_model_and_not_the_data(model, tmp_path: Path, monkeypatch, capsys):
+    """With published sets and a split a model that ships keeps its text, templates, recipe and corpus; another is as published."""
+    kits = []
+
+    def stop(lvlm, data, out, **options):
+        kits.append(options)
+        raise DavspError("enough")
+
+    monkeypatch.chdir(tmp_path)
+    protocol = embedded.protocol(0, **SMALL)
+    monkeypatch.setattr("davsp.cli.reproduce._published", lambda sets, split: protocol)
+    monkeypatch.setattr("davsp.cli.reproduce.load_lvlm", lambda *options: None)
+    monkeypatch.setattr(run, "make_kit", stop)
+    named = ["--model", model] if model else []
+    line = ["reproduce", "resistance", *named, "--split", "split.json", "--benchmark", "mm_vet=sets"]
+    monkeypatch.setattr("sys.argv", ["davsp", *line])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "enough" in capsys.readouterr().err
+    (kit,) = kits
+    shipped = model != "other"
+    assert kit["shipped"] == shipped
+    assert kit["text"] == (embedded.SAFETY_TEXT if shipped else DAVSP)
+    assert kit["templates"] == (TEMPLATES if shipped else PUBLISHED)
+    assert (kit["settings"] == embedded.SETTINGS) == shipped and (kit["settings"].steps == 1200) != shipped
+    monkeypatch.setattr("sys.argv", ["davsp", *line, "--corpus", "c.txt"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert ("are for other models" if shipped else "cannot read c.txt") in capsys.readouterr().err
 
 
 def test_what_other_models_lack_is_left_out_and_said(made):
@@ -319,9 +355,9 @@ def test_what_other_models_lack_is_left_out_and_said(made):
     from davsp.experiments.paper.methods import lacking
 
     out, _, _, kit = made
-    without = lacking(replace(kit, own=False))
+    without = lacking(replace(kit, shipped=False))
     assert set(without) == {"uniguard", "adashield-a"} and lacking(kit) == {}
-    assert set(lacking(replace(kit, own=False, corpus=["x"]))) == {"adashield-a"}
+    assert set(lacking(replace(kit, shipped=False, corpus=["x"]))) == {"adashield-a"}
     rows = [row("none", "sd", "rsr", 0.5), row("none", "utility", "accuracy", 0.9)]
     missing = without | dict.fromkeys(("pat", "esiii", "davsp", "adashield-s"), "x")
     answers = [Response(q.id, "none", "no") for q in kit.data.test]

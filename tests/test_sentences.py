@@ -122,7 +122,7 @@ def test_two_processes_train_the_noise_of_one(tiny_folder: Path, tmp_path: Path)
     deltas, logs = [], []
     for count in ("1", "2"):
         done = davsp(
-            "train", "--method", "uniguard", "--model", tiny_folder, "--device", "cpu", "--corpus", tmp_path / "corpus.txt",
+            "baseline", "uniguard", "--model", tiny_folder, "--device", "cpu", "--corpus", tmp_path / "corpus.txt",
             "--out", tmp_path / count, "--steps", "3", "--batch-size", "3", "--optimizer", "adam", "--num-processes", count,
             "--text-part", "searched", "--text-tokens", "2", "--sweeps", "1", "--candidates", "3",
         )  # fmt: skip
@@ -262,14 +262,9 @@ def test_from_a_corpus_to_figures(tiny_folder: Path, tmp_path: Path, capsys: pyt
     (tmp_path / "corpus.txt").write_text("steal a car\nunheard of words\n")
     common = ("--model", tiny_folder, "--steps", 1, "--text", "be safe", "--eps", 0.1, "--alpha", 0.01)
     corpus = ("--corpus", tmp_path / "corpus.txt")
-    assert (
-        davsp_command(
-            "train", "--method", "uniguard", *corpus, *common, "--text-part", "fixed", "--out", tmp_path / "u"
-        )
-        == 0
-    )
+    assert davsp_command("baseline", "uniguard", *corpus, *common, "--text-part", "fixed", "--out", tmp_path / "u") == 0
     assert "without --picture" in capsys.readouterr().err
-    assert davsp_command("train", "--method", "esiii", *common, "--out", tmp_path / "e") == 0
+    assert davsp_command("baseline", "esiii", *common, "--out", tmp_path / "e") == 0
     assert load_defense(tmp_path / "u").prompt.question("Q") == f"be safe Q\n{FIXED}"
     assert lines(tmp_path / "u" / "training")[0]["lr"] == 0.01 and load_defense(tmp_path / "e").prompt.eps == 0.1
     from davsp.benchmarks.custom import save_queries
@@ -285,36 +280,25 @@ def test_from_a_corpus_to_figures(tiny_folder: Path, tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--method", "unigard"], "--method is davsp, uniguard, esiii, pat or adashield-a, not 'unigard'"),
-        (["--corpus", "c.txt"], "--corpus is for --method uniguard or esiii, not for davsp"),
-        (["--text-part", "none"], "--text-part is for --method uniguard, not for davsp"),
-        (["--eps", "0.1"], "--eps is the bound of noise; give it with --kind additive"),
-        (["--method", "uniguard", "--vector", "v"], "--vector is for --method davsp, not for uniguard"),
-        (["--method", "uniguard", "--kind", "border"], "--kind is for --method davsp"),
-        (["--method", "uniguard", "--layer", "0"], "--layer is for --method davsp"),
-        (["--method", "esiii", "--benchmark", "figstep=x"], "--benchmark is for --method davsp"),
-        (["--method", "esiii", "--text-part", "fixed"], "--text-part is for --method uniguard, not for esiii"),
-        (["--method", "esiii", "--with-text"], "--with-text is for --method uniguard, not for esiii"),
-        (
-            ["--method", "uniguard", "--text-part", "bold"],
-            "--text-part is none, fixed, optimised or searched, not 'bold'",
-        ),
-        (["--method", "uniguard", "--text-part", "optimised"], "is in the tokens of LLaVA, which this model lacks"),
-        (["--method", "uniguard", "--sweeps", "3"], "--sweeps is for --text-part searched"),
-        (["--method", "uniguard", "--model", "MODEL"], "--corpus is missing"),
-        (["--method", "uniguard", "--corpus", "gone.txt"], "cannot read gone.txt"),
-        (["--method", "uniguard", "--corpus", "empty.txt"], "empty.txt holds no sentence"),
-        (["--method", "esiii", "--picture", "gone.png"], "cannot open image gone.png"),
-        (["--method", "esiii", "--steps", "0"], "--steps 0 is not possible"),
-        (["--method", "uniguard", "--text-part", "searched", "--text-tokens", "0"], "--text-tokens 0 is not possible"),
-        (["--method", "esiii", "--model", "MODEL", "--eps", "2"], "take eps in (0, 1]"),
+        (["train", "--eps", "0.1"], "--eps is the bound of noise; give it with --kind additive"),
+        (["uniguard", "--text-part", "bold"], "--text-part is none, fixed, optimised or searched, not 'bold'"),
+        (["uniguard", "--text-part", "optimised"], "is in the tokens of LLaVA, which this model lacks"),
+        (["uniguard", "--sweeps", "3"], "--sweeps is for --text-part searched"),
+        (["uniguard", "--model", "MODEL"], "--corpus is missing"),
+        (["uniguard", "--corpus", "gone.txt"], "cannot read gone.txt"),
+        (["uniguard", "--corpus", "empty.txt"], "empty.txt holds no sentence"),
+        (["esiii", "--picture", "gone.png"], "cannot open image gone.png"),
+        (["esiii", "--steps", "0"], "--steps 0 is not possible"),
+        (["uniguard", "--text-part", "searched", "--text-tokens", "0"], "--text-tokens 0 is not possible"),
+        (["esiii", "--model", "MODEL", "--eps", "2"], "take eps in (0, 1]"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, says, tiny_folder: Path, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n")
     arguments = [a.replace("MODEL", str(tiny_folder)) for a in arguments]
-    assert davsp_command("train", *arguments) == 2
+    command = arguments if arguments[0] == "train" else ["baseline", *arguments]
+    assert davsp_command(*command) == 2
     said = capsys.readouterr().err
     assert says in said and "Traceback" not in said and said.count("davsp: ") == 1
     assert not list(tmp_path.rglob("*.safetensors"))

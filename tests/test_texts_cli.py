@@ -1,4 +1,4 @@
-"""`davsp train --method pat` and `adashield-a`, and the specs and folders that eval and info take of them."""
+"""`davsp baseline pat` and `adashield-a`, and the specs and folders that eval and info take of them."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ import torch
 
 from davsp import LVLM, DavspError, cli
 from davsp.benchmarks.custom import save_queries
-from davsp.cli import texts
+from davsp.cli import baseline
 from davsp.cli.defenses import rows
 from davsp.defenses import PAT, AdaShieldA
 from davsp.defenses.adashield_a import refine
@@ -42,7 +42,7 @@ def test_tokens_are_trained_saved_evaluated_and_shown(tiny_folder: Path, tmp_pat
     for label in ("malicious", "benign"):
         save_queries(tmp_path / label, queries(label, 3))
     sets = [part for one in SETS for part in ("--set", one)]
-    train = ["train", "--method", "pat", "--model", tiny_folder, "--malicious", tmp_path / "malicious", "--benign",
+    train = ["baseline", "pat", "--model", tiny_folder, "--malicious", tmp_path / "malicious", "--benign",
              tmp_path / "benign", "--text", "be safe", "--refusal", "sorry no", "--steps", "1", "--candidates", "4", *sets]  # fmt: skip
     assert run(*train, "--out", tmp_path / "pat", "--device", "cpu") == 0, capsys.readouterr().err
     made = json.loads((tmp_path / "pat" / CONFIG).read_text())
@@ -72,33 +72,69 @@ def test_tokens_are_trained_saved_evaluated_and_shown(tiny_folder: Path, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--method", "pats"], "--method is davsp, uniguard, esiii, pat or adashield-a, not 'pats'"),
-        (["--method", "pat", "--padding", "3"], "--padding does not go with --method pat"),
-        (["--method", "pat", "--defender", "x"], "--defender does not go with --method pat"),
-        (["--method", "pat", "--num-processes", "2"], "--num-processes does not go with --method pat"),
-        (["--method", "pat", "--set", "lenght=3"], "--set 'lenght=3' is not known"),
-        (["--method", "pat", "--set", "length=0"], "--length '0' is not possible"),
-        (["--method", "adashield-a", "--text", "x"], "--text does not go with --method adashield-a"),
-        (["--method", "adashield-a", "--steps", "3"], "--steps does not go with --method adashield-a"),
-        (["--method", "adashield-a", "--defender", "x"], "--defender writes words that this model lacks"),
-        (["--method", "davsp", "--set", "length=3"], "--set does not go with --method davsp"),
-        (["--encoder", "x"], "--encoder does not go with --method davsp"),
+        (["pat", "--set", "lenght=3"], "--set 'lenght=3' is not known"),
+        (["pat", "--set", "length=0"], "--length '0' is not possible"),
+        (["pat", "--malicious", "gone"], "--benign is missing"),
+        (["pat", "--malicious", "gone", "--split", "s.json"], "--split takes the place of --malicious and --benign"),
+        (["adashield-a", "--defender", "x"], "--defender writes words that this model lacks"),
+        (["adashield-a", "--defender-url", "http://127.0.0.1:1/v1"], "--defender-url and --defender-key-env go with"),
+        (["adashield-a", "--malicious", "gone"], "there are no queries at gone"),
     ],
 )
-def test_wrong_options_are_one_sentence(
+def test_wrong_values_are_one_sentence(
     arguments: list[str], sentence: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("davsp.cli.train.own_protocol", lambda *_: None)  # drawn in a second
-    monkeypatch.setattr("davsp.cli.train.queries_at", lambda *_: [])
-    assert run("train", *arguments, "--out", tmp_path / "out") == 2
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("davsp.cli.baseline.load_lvlm", lambda model: None)
+    assert run("baseline", *arguments, "--out", tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
+OPTIONS = {
+    "train": ["--corpus", "--set", "--encoder", "--defender", "--text-part", "--with-text", "--candidates"],
+    "baseline uniguard": ["--vector", "--kind", "--layer", "--benchmark", "--malicious", "--set", "--defender"],
+    "baseline esiii": ["--text-part", "--with-text", "--sweeps", "--vector", "--padding", "--split"],
+    "baseline pat": ["--padding", "--defender", "--encoder", "--num-processes", "--corpus", "--lam"],
+    "baseline adashield-a": ["--text", "--steps", "--benign", "--eps", "--refusal", "--num-processes"],
+}
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_an_option_of_another_method_is_unknown(
+    command: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for option in OPTIONS[command]:
+        assert run(*command.split(), option, "1") == 2
+        assert f"No such option: {option}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_old_form_says_the_new_one_and_passes_its_options_on(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("train", "--method", "pats") == 2
+    assert "--method is davsp, uniguard, esiii, pat or adashield-a, not 'pats'" in capsys.readouterr().err
+    assert run("train", "--method", "pat", "--set", "lenght=3", "--out", "a b") == 2
+    note, error = capsys.readouterr().err.splitlines()
+    assert "`davsp train --method pat` is now `davsp baseline pat --set lenght=3 --out 'a b'`" in note
+    assert "--set 'lenght=3' is not known" in error
+    for old, new in (
+        (["train", "--method=esiii", "--eps", "0.1"], ["baseline", "esiii", "--eps", "0.1", "--out", "out/prompt"]),
+        (["train", "--steps", "2", "--method", "davsp"], ["train", "--steps", "2", "--out", "out/prompt"]),
+        (["train", "--steps", "2"], ["train", "--steps", "2"]),
+        (["eval", "--method", "pat"], ["eval", "--method", "pat"]),
+        ([], []),
+    ):
+        assert baseline.from_train(old) == new
+
+
 def test_another_model_needs_a_defender(tiny_folder: Path, tmp_path: Path, capsys: Any) -> None:
     save_queries(tmp_path / "bad", queries("malicious", 3))
-    given = [
-        "--method",
+    command = [
+        "baseline",
         "adashield-a",
         "--model",
         tiny_folder,
@@ -107,56 +143,56 @@ def test_another_model_needs_a_defender(tiny_folder: Path, tmp_path: Path, capsy
         "--out",
         tmp_path / "out",
     ]
-    assert run("train", *given) == 2 and "--defender is missing" in capsys.readouterr().err
-    assert run("train", *given, "--defender", "m", "--defender-key-env", "NO_SUCH_KEY") == 2
+    assert run(*command) == 2 and "--defender is missing" in capsys.readouterr().err
+    assert run(*command, "--defender", "m", "--defender-key-env", "NO_SUCH_KEY") == 2
     assert "NO_SUCH_KEY is empty" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("shipped", [True, False])
 def test_a_pool_is_made_by_the_models_defender(
-    own: bool, lvlm: LVLM, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    shipped: bool, lvlm: LVLM, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A grammar and own features with a model that ships; the server and CLIP that are named with another."""
+    """A grammar and the model's own features where it ships; the server and CLIP that are named with another."""
     used: dict[str, Any] = {}
     keys = torch.eye(2)
 
     def make(lvlm: LVLM, malicious: Any, defender: Any, encoder: Any, settings: Any, *rest: Any) -> Pool:
         used.update(defender=defender, encoder=encoder, settings=settings)
-        done = [PoolRow(query=str(i), question="q", scenario="theft", defense_prompt="please be safe", improvement="why", response="r",
+        rows = [PoolRow(query=str(i), question="q", scenario="theft", defense_prompt="please be safe", improvement="why", response="r",
                     init_score=10, final_score=1, iteration=1, validated=1.0) for i in range(2)]  # fmt: skip
         return Pool(
-            PoolConfig(encoder={"kind": "own"}, defender=defender.describe(), keys=keys_hash(keys), rows=done), keys
+            PoolConfig(encoder={"kind": "own"}, defender=defender.describe(), keys=keys_hash(keys), rows=rows), keys
         )
 
     monkeypatch.setattr("davsp.defenses.adashield_a.make_pool", make)
     monkeypatch.setattr("davsp.defenses.adashield_a.features.ClipEncoder", lambda name, **_: f"clip {name}")
-    monkeypatch.setattr(texts, "is_embedded", lambda model: own)
-    server = {} if own else {"defender": "vicuna", "defender_url": "http://127.0.0.1:1/v1", "encoder": "my/clip"}
-    asked = texts.Asked(None, None, ["beta=none", "rounds=2"], {}, **{  # type: ignore[arg-type]
-        "defender": None, "defender_url": None, "defender_key": None, "encoder": None, **server,
-    })  # fmt: skip
-    texts.train("adashield-a", asked, lambda: lvlm, [], [], tmp_path, 5, True)
+    monkeypatch.setattr(baseline, "is_shipped", lambda model: shipped)
+    monkeypatch.setattr(baseline, "load_lvlm", lambda model: lvlm)
+    save_queries(tmp_path / "bad", queries("malicious", 2))
+    server = ["--defender", "vicuna", "--defender-url", "http://127.0.0.1:1/v1", "--encoder", "my/clip"]
+    command = ["baseline", "adashield-a", "--malicious", tmp_path / "bad", "--set", "beta=none", "--set", "rounds=2"]
+    assert run(*command, *([] if shipped else server), "--seed", "5", "--out", tmp_path / "pool") == 0
     settings = used["settings"]
     assert (settings.beta, settings.rounds, settings.seed) == (None, 2, 5)
-    if own:
+    if shipped:
         assert isinstance(used["defender"], PhraseDefender) and isinstance(used["encoder"], LVLMEncoder)
         assert (settings.start, settings.placement, settings.judge) == (SAFETY_TEXT, "prefix", "keyword")
     else:
         assert isinstance(used["defender"], ChatDefender) and used["encoder"] == "clip my/clip"
         assert (settings.placement, settings.judge) == ("sandwich", "adashield")
-    assert ("by a grammar of phrases, not by a model" in capsys.readouterr().err) == own
-    assert run("info", tmp_path) == 0 and "theft" in capsys.readouterr().out
-    (found,) = rows([f"mine={tmp_path}"], None, None, False).values()
-    assert isinstance(found, AdaShieldA) and found.name == "mine" and (tmp_path / POOL).exists()
+    assert ("by a grammar of phrases, not by a model" in capsys.readouterr().err) == shipped
+    assert run("info", tmp_path / "pool") == 0 and "theft" in capsys.readouterr().out
+    (defense,) = rows([f"mine={tmp_path / 'pool'}"], None, None, False).values()
+    assert isinstance(defense, AdaShieldA) and defense.name == "mine" and (tmp_path / "pool" / POOL).exists()
     assert refine.FILE == "pool-search.json"
 
 
 def test_specs_of_the_published_strings() -> None:
-    found = rows(["pat:vicuna", "pat:vicuna:alone", "pat:transfer"], None, None, False)
-    assert [type(one) for one in found.values()] == [PAT] * 3 and list(found) == [one.name for one in found.values()]
-    assert [one.text for one in found.values()] == [DAVSP, "", DAVSP]  # type: ignore[attr-defined]
-    assert found["pat:transfer"].control == PUBLISHED["transfer"]  # type: ignore[attr-defined]
-    assert rows(["pat:vicuna"], None, None, True, mini=True)["pat:vicuna"].text == SAFETY_TEXT  # type: ignore[attr-defined]
+    defenses = rows(["pat:vicuna", "pat:vicuna:alone", "pat:transfer"], None, None, False)
+    assert [(type(d), d.name) for d in defenses.values()] == [(PAT, name) for name in defenses]
+    assert [d.text for d in defenses.values()] == [DAVSP, "", DAVSP]  # type: ignore[attr-defined]
+    assert defenses["pat:transfer"].control == PUBLISHED["transfer"]  # type: ignore[attr-defined]
+    assert rows(["pat:vicuna"], None, None, True)["pat:vicuna"].text == SAFETY_TEXT  # type: ignore[attr-defined]
     for wrong in ("pat", "pat:gpt", "pat:vicuna:bare", "pat:"):
         with pytest.raises(DavspError):
             rows([wrong], None, None, False)

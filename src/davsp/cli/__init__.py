@@ -6,7 +6,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from davsp.cli import attack, data, evaluate, judge, mini, prompt, reproduce, serve, train, web
+from davsp.cli import attack, baseline, data, evaluate, judge, mini, prompt, reproduce, serve, train, web
+from davsp.cli.groups import add
 from davsp.cli.inputs import say
 from davsp.errors import DavspError, Interrupted
 
@@ -44,22 +45,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Visual safety prompts: a trained picture frame that keeps a frozen vision-language model safe (DAVSP).",
 )
-app.command()(train.demo)
-app.command()(train.vector)
-app.command()(train.train)
-app.command("eval")(evaluate.evaluate)
-app.command()(judge.judge)
-app.command()(attack.attack)
-app.command()(reproduce.reproduce)
-app.command()(prompt.apply)
-app.command()(prompt.info)
-app.command()(prompt.card)
-app.command()(prompt.push)
-app.command()(prompt.import_published)
-app.command()(serve.serve)
-app.command()(serve.serve_model)
-app.command()(web.app)
-app.command()(doctor)
+add(app, train.demo)
+add(app, train.vector)
+add(app, train.train)
+app.add_typer(baseline.app, name="baseline")
+add(app, evaluate.evaluate, "eval")
+add(app, judge.judge)
+add(app, attack.attack)
+add(app, reproduce.reproduce)
+add(app, prompt.apply)
+add(app, prompt.info)
+add(app, prompt.card)
+add(app, prompt.push)
+add(app, prompt.import_published)
+add(app, serve.serve)
+add(app, serve.serve_model)
+add(app, web.app)
+add(app, doctor)
 app.add_typer(mini.app, name="mini")
 app.add_typer(data.app, name="data")
 
@@ -67,6 +69,7 @@ app.add_typer(data.app, name="data")
 def main() -> None:
     """Entry point: one sentence and exit code 2 for what the user can mend, 130 for Ctrl-C."""
     try:
+        sys.argv[1:] = baseline.from_train(sys.argv[1:])  # before other processes are started by the same words
         app(standalone_mode=True)
     except Interrupted as stop:
         say(f"{stop}")

@@ -1,40 +1,72 @@
 """`davsp attack`: pictures made against a defense by somebody who knows it."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
 from davsp.cli import judges
 from davsp.cli.defenses import GRAMMAR, rows
-from davsp.cli.inputs import is_embedded, load_lvlm
+from davsp.cli.inputs import is_shipped, load_lvlm
 from davsp.cli.options import (
-    Benchmark,
+    JUDGES,
     Cache,
-    Canvas,
-    Concurrency,
-    Device,
-    Dtype,
-    JudgeKey,
-    JudgeModel,
-    JudgeUrl,
+    JudgeOptions,
+    Limit,
+    MaxNewTokens,
     MaxUnscored,
-    Model,
+    ModelOptions,
     Out,
-    Quantization,
-    Queries,
-    Revision,
+    RequestOptions,
     Seed,
-    Split,
-    Timeout,
+    TestSetOptions,
 )
-from davsp.cli.testset import asked
+from davsp.cli.testset import load_test_set
 from davsp.errors import DavspError, refused_as
+
+if TYPE_CHECKING:
+    from davsp.attacks import AttackSettings
+    from davsp.defenses import Defense
+    from davsp.lvlm import LVLM
+    from davsp.query import Query
 
 KINDS = "noise, transfer, comply, hide, both, square, redraw, suffix, joint"
 
 
+@dataclass(frozen=True)
+class AttackOptions:
+    """The attacks, and how hard each tries."""
+
+    panel: ClassVar[str] = "Attacks"
+    kinds: Annotated[
+        list[str] | None,
+        typer.Option("--attack", help=f"Repeatable: {KINDS}. Left out: all that can be run (docs/attack.md)."),
+    ] = None
+    eps: Annotated[
+        str,
+        typer.Option(
+            help="Largest changes of a pixel, in levels of 255, with commas; 255 is a picture without bounds."
+        ),
+    ] = "2,8,32,255"
+    steps: Annotated[int, typer.Option(min=1, help="Gradients a picture and start.")] = 100
+    restarts: Annotated[int, typer.Option(min=1, help="Starts a picture: the clean one, then random ones.")] = 1
+    tries: Annotated[int, typer.Option(min=2, help="Losses a picture that square may ask for.")] = 500
+    words: Annotated[int, typer.Option(min=1, help="Tokens that suffix puts after the question.")] = 10
+    word_steps: Annotated[int, typer.Option(min=1, help="Changes of one token, of suffix.")] = 30
+    word_candidates: Annotated[int, typer.Option(min=1, help="Changes tried for each.")] = 64
+    target: Annotated[
+        str | None, typer.Option(help="How the answer begins that the attacker wants, in the model's words.")
+    ] = None
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures attacked at a time.")] = 8
+
+
 def attack(
+    attacks: AttackOptions,
+    test: TestSetOptions,
+    model: ModelOptions,
+    access: JudgeOptions,
+    requests: RequestOptions,
     prompt: Annotated[
         Path | None, typer.Option(help="Folder or hub id of a prompt: adds the row davsp, or additive.")
     ] = None,
@@ -43,114 +75,76 @@ def attack(
         typer.Option(help=f"A row of the table, repeatable: {GRAMMAR} Left out: none, the safety text and --prompt."),
     ] = None,
     vector: Annotated[Path | None, typer.Option(help="Folder of the defender's vector; hide and both need it.")] = None,
-    kinds: Annotated[
-        list[str] | None,
-        typer.Option("--attack", help=f"Repeatable: {KINDS}. Left out: all that can be run (docs/attack.md)."),
+    limit: Limit = None,
+    judge: Annotated[
+        list[str] | None, typer.Option(help=f"One judge. {judges.NAMES} Left out: keyword.", rich_help_panel=JUDGES)
     ] = None,
-    eps: Annotated[
-        str,
-        typer.Option(
-            help="Largest changes of a pixel, in levels of 255, with commas; 255 is a picture without bounds."
-        ),
-    ] = "2,8,32,255",
-    steps: Annotated[int, typer.Option(min=1, help="Gradients a picture and start.")] = 100,
-    restarts: Annotated[int, typer.Option(min=1, help="Starts a picture: the clean one, then random ones.")] = 1,
-    tries: Annotated[int, typer.Option(min=2, help="Losses a picture that square may ask for.")] = 500,
-    words: Annotated[int, typer.Option(min=1, help="Tokens that suffix puts after the question.")] = 10,
-    word_steps: Annotated[int, typer.Option(min=1, help="Changes of one token, of suffix.")] = 30,
-    word_candidates: Annotated[int, typer.Option(min=1, help="Changes tried for each.")] = 64,
-    target: Annotated[
-        str | None, typer.Option(help="How the answer begins that the attacker wants, in the model's words.")
-    ] = None,
-    queries: Queries = None,
-    benchmark: Benchmark = None,
-    split: Split = "test",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many of each set.")] = None,
-    judge: Annotated[list[str] | None, typer.Option(help=f"One judge. {judges.NAMES} Left out: keyword.")] = None,
     out: Out = Path("out/attack"),
-    model: Model = None,
-    text: Annotated[str | None, typer.Option(help="Safety text of the row safety-text.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures attacked at a time.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 48,
-    judge_url: JudgeUrl = None,
-    judge_model: JudgeModel = None,
-    judge_key_env: JudgeKey = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="Safety text of the row safety-text; left out: the own one of a model that ships."),
+    ] = None,
+    max_new_tokens: MaxNewTokens = 48,
     max_unscored: MaxUnscored = 0.02,
-    concurrency: Concurrency = 8,
-    timeout: Timeout = 300.0,
     cache: Cache = None,
     show_unsafe: Annotated[bool, typer.Option("--show-unsafe", help="Print compliant answers in the report.")] = False,
-    revision: Revision = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    quantization: Quantization = None,
-    canvas: Canvas = None,
     seed: Seed = 0,
 ) -> None:
     """Attack defenses with pictures made against them: RSR by size of the change, its worst case, and whether to believe it."""
     from rich.console import Console
 
-    from davsp.attacks import AttackSettings
     from davsp.attacks import attack as run
-    from davsp.attacks.settings import ATTACKS, BASELINE
     from davsp.evaluation.judging import apart
     from davsp.vector import HarmfulnessVector
 
-    mini = is_embedded(model)
-    defenses = rows(
-        defense or [], prompt, text, own=not (queries or benchmark), mini=mini,
-        vector=(direction := HarmfulnessVector.load(vector) if vector else None),
-    )  # fmt: skip
-    chosen = [name for part in kinds or [] for name in part.split(",")] or [
-        name
-        for name in ATTACKS
-        if (direction is not None or name not in ("hide", "both")) and (BASELINE in defenses or name != "transfer")
-    ]
-    with refused_as(_impossible):
-        settings = AttackSettings(
-            attacks=tuple(chosen), eps=_levels(eps), steps=steps, restarts=restarts, tries=tries, batch_size=batch_size,
-            words=words, word_steps=word_steps, word_candidates=word_candidates,
-            seed=seed, target=_default_target(mini) if target is None else target,
-        )  # fmt: skip
-    how = judges.asking(
-        judge or [], judge_url, judge_model, judge_key_env, None, concurrency=concurrency, timeout=timeout,
-        cache=cache or out / "cache.sqlite", device=device, console=Console(stderr=True),
-    )  # fmt: skip
-    test, notes = asked(benchmark or [], split, queries, model, limit, seed, False)
-    named, graders = judges.sorted_out(judge or [], how)
-    if len(named) > 1 or graders:
+    direction = HarmfulnessVector.load(vector) if vector else None
+    shipped = is_shipped(model.name)
+    defenses = rows(defense or [], prompt, text, shipped, direction)
+    settings = _attack_settings(attacks, defenses, direction is not None, shipped, seed)
+    names = judge or []
+    judge_settings = judges.judge_settings(names, access, requests, cache or out / "cache.sqlite", model.device)
+    queries, notes = load_test_set(test, model.name, limit, seed)
+    scorers, graders = judges.judges_and_graders(names, judge_settings)
+    if len(scorers) > 1 or graders:
         raise DavspError(
             "--judge: an attack is counted by one judge of harmful answers; score utility with davsp eval."
         )
-    judges.fit(named, test)
-    if benchmark:
-        test = [query for query in apart(test) if query.label == "malicious"]
-    lvlm = load_lvlm(model, revision, device, dtype, quantization, canvas)
-    console = Console(stderr=True)
-    done = run(
-        lvlm, defenses, test, out, settings, direction, named[0], max_new_tokens=max_new_tokens, console=console
+    judges.check_prompts(scorers, queries)
+    if test.benchmark:
+        queries = [query for query in apart(queries) if query.label == "malicious"]
+    lvlm = load_lvlm(model)
+    results = run(
+        lvlm, defenses, queries, out, settings, direction, scorers[0], max_new_tokens=max_new_tokens,
+        console=Console(stderr=True),
     )  # fmt: skip
-    facts = {"settings": settings.model_dump(), "notes": notes, "benchmarks": benchmark or [], "split": split}
-    _finish(out, lvlm, test, done, defenses, facts, show_unsafe, seed)
-    said = [dict(one.evaluation.verdicts) for one in done]
-    judges.check([*said, *(_all(done, name) for name in defenses)], test, max_unscored)
+    facts = {
+        "settings": settings.model_dump(), "notes": notes, "benchmarks": test.benchmark or [], "split": test.split,
+    }  # fmt: skip
+    _finish(out, lvlm, queries, results, defenses, facts, show_unsafe, seed)
+    groups = [dict(result.evaluation.verdicts) for result in results]
+    judges.check_scored([*groups, *(_all(results, name) for name in defenses)], queries, max_unscored)
 
 
-def _all(done: list[Any], name: str) -> dict[str, list[Any]]:
-    """The worst verdict on each query over all attacks: what single ones leave unscored adds up."""
-    from davsp.attacks.table import worst_of
-    from davsp.query import Verdict
-
-    found = worst_of([one.labels for one in done if one.defense == name])
-    return {name: [Verdict(i, name, "the worst of all attacks", label) for i, label in found.items()]}  # type: ignore[arg-type]
-
-
-def _default_target(mini: bool) -> str:
-    """How the models that ship begin when they comply; else the usual words of the field."""
+def _attack_settings(
+    options: AttackOptions, defenses: "dict[str, Defense]", with_vector: bool, shipped: bool, seed: int
+) -> "AttackSettings":
+    """The settings; with no --attack all that the rows and the vector allow."""
     from davsp.attacks import AttackSettings
-    from davsp.embedded.budgets import TOKENS
+    from davsp.attacks.settings import ATTACKS, BASELINE
 
-    return str(TOKENS["target"] if mini else AttackSettings.model_fields["target"].default)
+    possible = [
+        name
+        for name in ATTACKS
+        if (with_vector or name not in ("hide", "both")) and (BASELINE in defenses or name != "transfer")
+    ]
+    kinds = [name for part in options.kinds or [] for name in part.split(",")] or possible
+    with refused_as(_impossible):
+        return AttackSettings(
+            attacks=tuple(kinds), eps=_levels(options.eps), steps=options.steps, restarts=options.restarts,
+            tries=options.tries, batch_size=options.batch_size, words=options.words, word_steps=options.word_steps,
+            word_candidates=options.word_candidates, seed=seed,
+            target=_default_target(shipped) if options.target is None else options.target,
+        )  # fmt: skip
 
 
 def _impossible(field: str, why: str, _: Any) -> str:
@@ -159,16 +153,33 @@ def _impossible(field: str, why: str, _: Any) -> str:
     return f"--{'attack' if option == 'attacks' else option}: {why}."
 
 
-def _levels(given: str) -> tuple[int, ...]:
+def _all(results: list[Any], name: str) -> dict[str, list[Any]]:
+    """The worst verdict on each query over all attacks: what single ones leave unscored adds up."""
+    from davsp.attacks.table import worst_of
+    from davsp.query import Verdict
+
+    labels = worst_of([result.labels for result in results if result.defense == name])
+    return {name: [Verdict(i, name, "the worst of all attacks", label) for i, label in labels.items()]}  # type: ignore[arg-type]
+
+
+def _default_target(shipped: bool) -> str:
+    """How the models that ship begin when they comply; else the usual words of the field."""
+    from davsp.attacks import AttackSettings
+    from davsp.embedded.recipes import TOKENS
+
+    return str(TOKENS["target"] if shipped else AttackSettings.model_fields["target"].default)
+
+
+def _levels(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in given.split(","))
+        return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise DavspError(f"--eps {given!r} is not a list of whole levels like 2,8,255.") from None
+        raise DavspError(f"--eps {text!r} is not a list of whole levels like 2,8,255.") from None
 
 
 def _finish(
-    out: Path, lvlm: Any, test: list[Any], done: list[Any], defenses: dict[str, Any], given: dict[str, Any],
-    show_unsafe: bool, seed: int,
+    out: Path, lvlm: "LVLM", queries: "list[Query]", results: list[Any], defenses: "dict[str, Defense]",
+    facts: dict[str, Any], show_unsafe: bool, seed: int,
 ) -> None:  # fmt: skip
     """Files and tables."""
     from rich.console import Console
@@ -182,15 +193,15 @@ def _finish(
     from davsp.runtime.files import manifest, write_json, write_text
 
     name = model_name(lvlm)
-    asked = [q for q in test if q.label == "malicious" and q.image is not None]
-    probes = {one: probe(lvlm, d, asked, given["settings"]["target"]) for one, d in defenses.items()}
-    found, table = checks(done, defenses, probes), rows(name, done, test, seed)
-    facts = manifest(model=name, revision=lvlm.revision, weights=fingerprint(lvlm), seed=seed, **given)
-    described = {one: d.describe() for one, d in defenses.items()}
+    pictures = [q for q in queries if q.label == "malicious" and q.image is not None]
+    probes = {row: probe(lvlm, defense, pictures, facts["settings"]["target"]) for row, defense in defenses.items()}
+    findings, table = checks(results, defenses, probes), rows(name, results, queries, seed)
+    facts = manifest(model=name, revision=lvlm.revision, weights=fingerprint(lvlm), seed=seed, **facts)
+    described = {row: defense.describe() for row, defense in defenses.items()}
     write_json(out / "manifest.json", facts | {"defenses": described})
-    write_json(out / "metrics.json", metrics.metrics_file(table) | {"checks": [c._asdict() for c in found]})
-    write_text(out / "attack.md", page.markdown(table, done, found, name))
+    write_json(out / "metrics.json", metrics.metrics_file(table) | {"checks": [c._asdict() for c in findings]})
+    write_text(out / "attack.md", page.markdown(table, results, findings, name))
     shown = {key: facts[key] for key in ("model", "davsp", "torch", "time", "settings")}
-    page.write_page(out / "attack.html", name, table, done, found, defenses, shown, show_unsafe)
-    page.print_tables(Console(), table, done, found)
+    page.write_page(out / "attack.html", name, table, results, findings, defenses, shown, show_unsafe)
+    page.print_tables(Console(), table, results, findings)
     print(f"pictures, answers, metrics.json, attack.md and attack.html are in {out}")

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from davsp.cli.groups import add
 from davsp.cli.options import Benchmark, Rebuild, Seed, SkipBroken
 from davsp.cli.testset import folders, noted
 from davsp.errors import DavspError
@@ -14,7 +15,6 @@ app = typer.Typer(no_args_is_help=True, help="Benchmarks: whether a download is 
 SHOWN = 20
 
 
-@app.command()
 def check(
     root: Annotated[Path, typer.Argument(help="A benchmark's folder, or one that holds several.", show_default=False)],
     every: Annotated[
@@ -67,7 +67,6 @@ def check(
         raise typer.Exit(2)
 
 
-@app.command()
 def embedded(
     out: Annotated[Path, typer.Argument(help="Folder for the six.", show_default=False)],
     seed: Annotated[int, typer.Option(help="Seed of all random choices.")] = 0,
@@ -79,7 +78,6 @@ def embedded(
     print(f"{', '.join(SETS)} are in {out}; look at them with: davsp data check {out}")
 
 
-@app.command()
 def split(
     out: Annotated[Path, typer.Argument(help="FILE.json to write.", show_default=False)],
     benchmark: Benchmark = None,
@@ -120,3 +118,8 @@ def split(
         counts = Counter(q.benchmark for q in queries)
         print("test: " + ", ".join(f"{count} of {name}" for name, count in counts.items()))
     print(f"the split is in {out}; davsp vector, train, eval and judge take it as --split {out}")
+
+
+add(app, check)
+add(app, embedded)
+add(app, split)

@@ -26,17 +26,17 @@ METHODS = ("none", "safety-text", "adashield-s", "pat", "ecso", "ecso-adaptive",
 
 
 @dataclass(frozen=True)
-class _Given:
-    """What the other options say.
+class _Context:
+    """What a spec does not say itself.
 
     Attributes:
         text: of safety-text; "" if there is none.
-        mini: the model is an embedded one, so that texts and prompts are in its words.
+        shipped: the model is one of those that ship, so that texts and prompts are in its words.
         vector: of --vector.
     """
 
     text: str
-    mini: bool
+    shipped: bool
     vector: "HarmfulnessVector | None"
 
 
@@ -44,8 +44,7 @@ def rows(
     specs: Sequence[str],
     prompt: Path | None,
     text: str | None,
-    own: bool,
-    mini: bool = False,
+    shipped: bool,
     vector: "HarmfulnessVector | None" = None,
 ) -> "dict[str, Defense]":
     """Name -> defense. With --defense just those that it names; else none, the safety text and the prompt, if there are any.
@@ -54,8 +53,7 @@ def rows(
         specs: as `GRAMMAR` says. A row is called as its spec, but for folders and texts.
         prompt: folder or hub id of a prompt, whose row is named by its kind.
         text: of the row safety-text; "" leaves it out.
-        own: the embedded test is asked, so that its safety text is the default.
-        mini: the model is an embedded one: AdaShield-S and ECSO use its words.
+        shipped: the model is one of those that ship: the safety text, AdaShield-S, PAT and ECSO use its words.
         vector: of `intervention`.
 
     Raises:
@@ -63,22 +61,22 @@ def rows(
     """
     from davsp.defenses import load_defense
 
-    given = _Given(safety_text(text, own), mini, vector)
-    found: dict[str, Defense] = {}
-    for spec in specs or ["none", *["safety-text"] * bool(given.text)]:
-        defense = _read(spec, given)
-        if defense.name in found:
+    context = _Context(safety_text(text, shipped), shipped, vector)
+    defenses: dict[str, Defense] = {}
+    for spec in specs or ["none", *["safety-text"] * bool(context.text)]:
+        defense = _read(spec, context)
+        if defense.name in defenses:
             raise DavspError(f"--defense names {defense.name!r} twice; give each row a name of its own.")
-        found[defense.name] = defense
+        defenses[defense.name] = defense
     if prompt:
         defense = load_defense(prompt)
-        if defense.name in found:
+        if defense.name in defenses:
             raise DavspError(f"--prompt and --defense both make the row {defense.name!r}; leave one out.")
-        found[defense.name] = defense
-    return found
+        defenses[defense.name] = defense
+    return defenses
 
 
-def _read(spec: str, given: _Given) -> "Defense":
+def _read(spec: str, context: _Context) -> "Defense":
     """The defense that a spec means; its name is that of the row."""
     from davsp.defenses import ECSO, Chain, Intervention
 
@@ -86,23 +84,23 @@ def _read(spec: str, given: _Given) -> "Defense":
     method, _, options = head.partition(":")
     if not plus or "=" in head or (method not in METHODS and Path(spec).is_dir()):
         head, plus, rest = spec, "", ""
-    inner = _read(rest, given) if plus else None
+    inner = _read(rest, context) if plus else None
     name = f"{head}+{inner.name}" if inner else head
     if method == "ecso":
-        return ECSO(inner, **_switches(head, options, given), name=name)
+        return ECSO(inner, **_switches(head, options, context), name=name)
     if method == "ecso-adaptive":
         if inner is None:
             raise DavspError("--defense ecso-adaptive needs what answers again: ecso-adaptive+NAME=FOLDER.")
-        return ECSO(instead=inner, **_switches(head, options, given), name=name)
+        return ECSO(instead=inner, **_switches(head, options, context), name=name)
     if method == "intervention":
-        if given.vector is None:
+        if context.vector is None:
             raise DavspError(f"--defense {head} needs --vector, the folder of a vector.")
-        return Intervention(given.vector, **_amount(head, options, given.vector), inner=inner, name=name)
-    first = _single(head, given)
+        return Intervention(context.vector, **_amount(head, options, context.vector), inner=inner, name=name)
+    first = _single(head, context)
     return Chain([first, inner], f"{first.name}+{inner.name}") if inner else first
 
 
-def _single(spec: str, given: _Given) -> "Defense":
+def _single(spec: str, context: _Context) -> "Defense":
     """A defense that only changes the input."""
     from davsp.defenses import NoDefense, SafetyText, adashield_s, load_defense
     from davsp.embedded import SAFETY_TEXT
@@ -111,13 +109,13 @@ def _single(spec: str, given: _Given) -> "Defense":
     if spec == "none":
         return NoDefense()
     if name == "safety-text":
-        if not (value or given.text):
+        if not (value or context.text):
             raise DavspError("--defense safety-text needs a text: safety-text=TEXT, or --text.")
-        return SafetyText(value or given.text)
+        return SafetyText(value or context.text)
     if spec in ("adashield-s", "adashield-s:prefix"):
-        return adashield_s("prefix" if ":" in spec else "sandwich", SAFETY_TEXT if given.mini else None)
+        return adashield_s("prefix" if ":" in spec else "sandwich", SAFETY_TEXT if context.shipped else None)
     if name == spec and name.startswith("pat:"):
-        return _published_pat(spec, given)
+        return _published_pat(spec, context)
     if value and name and not set(name) & set(":+") and name not in METHODS:
         return load_defense(value, name)
     if spec and name not in METHODS and Path(spec).is_dir():
@@ -125,7 +123,7 @@ def _single(spec: str, given: _Given) -> "Defense":
     raise _unknown(spec)
 
 
-def _published_pat(spec: str, given: _Given) -> "Defense":
+def _published_pat(spec: str, context: _Context) -> "Defense":
     """One of PAT's published strings, behind AdaShield's text or alone."""
     from davsp.defenses.adashield_s import DAVSP
     from davsp.defenses.pat.defense import PAT
@@ -134,24 +132,24 @@ def _published_pat(spec: str, given: _Given) -> "Defense":
     _, preset, *alone = spec.split(":")
     if alone not in ([], ["alone"]):
         raise _unknown(spec)
-    defense = PAT.published(preset, "" if alone else SAFETY_TEXT if given.mini else DAVSP)
+    defense = PAT.published(preset, "" if alone else SAFETY_TEXT if context.shipped else DAVSP)
     defense.name = spec
     return defense
 
 
-def _switches(spec: str, options: str, given: _Given) -> dict[str, Any]:
+def _switches(spec: str, options: str, context: _Context) -> dict[str, Any]:
     """ECSO's, from what stands behind the colon; its prompts go with the model."""
     from davsp.defenses.ecso import PUBLISHED
     from davsp.embedded.ecso_templates import TEMPLATES
 
     known = {"published": {"rule": "published"}, "whole": {"follow": "whole"}}
-    chosen = options.split(",") if options or ":" in spec else []
-    if not set(chosen) <= set(known):
+    words = options.split(",") if options or ":" in spec else []
+    if not set(words) <= set(known):
         raise DavspError(
             f"--defense {spec!r} is not known: behind ecso: may stand published, whole, or published,whole."
         )
-    switches = {key: value for option in chosen for key, value in known[option].items()}
-    return {**switches, "templates": TEMPLATES if given.mini else PUBLISHED}
+    switches = {key: value for word in words for key, value in known[word].items()}
+    return {**switches, "templates": TEMPLATES if context.shipped else PUBLISHED}
 
 
 def _amount(spec: str, options: str, vector: "HarmfulnessVector") -> dict[str, Any]:

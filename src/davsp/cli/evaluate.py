@@ -1,39 +1,30 @@
 """`davsp eval`: models, defenses and test sets to a run folder."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
 from davsp.cli import judges
 from davsp.cli.defenses import GRAMMAR, rows
-from davsp.cli.inputs import compare_texts, in_processes, is_embedded, load_lvlm
+from davsp.cli.inputs import compare_texts, in_processes, is_shipped, load_lvlm
 from davsp.cli.options import (
-    Benchmark,
+    JUDGES,
     Cache,
-    Canvas,
-    Concurrency,
-    Device,
-    Dtype,
     GraderRuns,
-    JudgeKey,
-    JudgeModel,
-    JudgeUrl,
+    JudgeOptions,
+    Limit,
+    MaxNewTokens,
     MaxUnscored,
-    Model,
+    ModelOptions,
     Out,
     Processes,
-    Quantization,
-    Queries,
-    Rebuild,
-    Revision,
+    RequestOptions,
     Seed,
-    SkipBroken,
-    Split,
-    Timeout,
-    Types,
-)  # fmt: skip
-from davsp.cli.testset import asked
+    TestSetOptions,
+)
+from davsp.cli.testset import load_test_set
 from davsp.errors import DavspError
 
 if TYPE_CHECKING:
@@ -45,13 +36,30 @@ if TYPE_CHECKING:
 BATCH, SERVED = 32, 64  # queries a batch, here and of a server; a run keeps it, so --concurrency does not decide it
 
 
+@dataclass(frozen=True)
+class EngineOptions:
+    """Where the model runs: here, or behind a server."""
+
+    panel: ClassVar[str] = "Where the model runs"
+    engine: Annotated[
+        str, typer.Option(help="transformers: the model is loaded here; openai: a server runs it (vLLM, SGLang).")
+    ] = "transformers"
+    base_url: Annotated[str | None, typer.Option(help="The model's server, http://HOST:PORT/v1.")] = None
+    api_model: Annotated[str | None, typer.Option(help="The model as its server calls it; left out: --model.")] = None
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable with the key of the model's server; left out: no key.")
+    ] = None
+
+
 def evaluate(
+    test: TestSetOptions,
+    model: ModelOptions,
+    engine: EngineOptions,
+    access: JudgeOptions,
+    requests: RequestOptions,
     prompt: Annotated[
         Path | None, typer.Option(help="Folder or hub id of a prompt: adds the row davsp, or additive for noise.")
     ] = None,
-    queries: Queries = None,
-    benchmark: Benchmark = None,
-    split: Split = "test",
     defense: Annotated[
         list[str] | None,
         typer.Option(
@@ -60,23 +68,23 @@ def evaluate(
     ] = None,
     judge: Annotated[
         list[str] | None,
-        typer.Option(help=f"Repeatable; the first one's rates are metrics.json. {judges.NAMES} Left out: keyword."),
+        typer.Option(
+            help=f"Repeatable; the first one's rates are metrics.json. {judges.NAMES} Left out: keyword.",
+            rich_help_panel=JUDGES,
+        ),
     ] = None,
     out: Out = Path("out/eval"),
-    model: Model = None,
     text: Annotated[
-        str | None, typer.Option(help='Safety text of the row safety-text ("" leaves the row out).')
+        str | None,
+        typer.Option(
+            help='Safety text of the row safety-text ("" leaves the row out); left out: the own one of a model that ships.'
+        ),
     ] = None,
     vector: Annotated[
         Path | None, typer.Option(help="Folder of a vector: records the projection of every answer.")
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Only so many of each set (drawn; of your own queries the first).")
-    ] = None,
-    types: Types = None,
-    rebuild: Rebuild = False,
-    skip_broken: SkipBroken = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 48,
+    limit: Limit = None,
+    max_new_tokens: MaxNewTokens = 48,
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -84,30 +92,12 @@ def evaluate(
             help="Queries answered and kept at a time, so that no more are under way; left out: 32, of a server 64.",
         ),
     ] = None,
-    engine: Annotated[
-        str, typer.Option(help="transformers: the model is loaded here; openai: a server runs it (vLLM, SGLang).")
-    ] = "transformers",
-    base_url: Annotated[str | None, typer.Option(help="The model's server, http://HOST:PORT/v1.")] = None,
-    api_model: Annotated[str | None, typer.Option(help="The model as its server calls it; left out: --model.")] = None,
-    api_key_env: Annotated[
-        str | None, typer.Option(help="Environment variable with the key of the model's server; left out: no key.")
-    ] = None,
-    judge_url: JudgeUrl = None,
-    judge_model: JudgeModel = None,
-    judge_key_env: JudgeKey = None,
     grader_runs: GraderRuns = None,
     max_unscored: MaxUnscored = 0.02,
-    concurrency: Concurrency = 8,
-    timeout: Timeout = 300.0,
     cache: Cache = None,
     show_unsafe: Annotated[
         bool, typer.Option("--show-unsafe", help="Print compliant answers to malicious queries in the report.")
     ] = False,
-    revision: Revision = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    quantization: Quantization = None,
-    canvas: Canvas = None,
     num_processes: Processes = 1,
     seed: Seed = 0,
 ) -> None:
@@ -119,66 +109,76 @@ def evaluate(
     from davsp.runtime import keys, parallel
     from davsp.vector import HarmfulnessVector
 
-    served = _served(engine, base_url, api_model or model, (revision, device, dtype, quantization), num_processes)
-    keys.read(api_key_env, "model")  # a key given in place of its variable would get into the manifest
-    how = judges.asking(
-        judge or [], judge_url, judge_model, judge_key_env, grader_runs, concurrency=concurrency, timeout=timeout,
-        cache=cache or out / "cache.sqlite", device=device, console=Console(stderr=True),
-    )  # fmt: skip
+    server = _server(engine, model, num_processes)
+    keys.read(engine.api_key_env, "model")  # a key given in place of its variable would get into the manifest
+    names = judge or []
+    settings = judges.judge_settings(names, access, requests, cache or out / "cache.sqlite", model.device, grader_runs)
     in_processes(num_processes)
-    sets = {name.partition("=")[0] for name in benchmark or []}
-    for name in judge or []:
-        if judges.GRADER_OF.get(name, "") not in {"", *sets}:
-            raise DavspError(f"--judge {name} grades {judges.GRADER_OF[name]}, which no --benchmark names.")
-    test, notes = asked(benchmark or [], split, queries, model, limit, seed, skip_broken, rebuild, types or [])
-    named, graders = judges.sorted_out(judge or [], how)  # makes the cache, so a refused test set leaves nothing
+    _check_graders(names, test.benchmark or [])
+    queries, notes = load_test_set(test, model.name, limit, seed)
+    scorers, graders = judges.judges_and_graders(
+        names, settings
+    )  # makes the cache, so a refused test set leaves nothing
     direction = HarmfulnessVector.load(vector) if vector else None
-    defenses = rows(
-        defense or [], prompt, text, own=not (queries or benchmark), mini=is_embedded(served[0] if served else model),
-        vector=direction,
-    )  # fmt: skip
-    judges.fit(named, test)
-    if benchmark:
-        test = apart(test)
-    lvlm: AnsweringLVLM
-    if served:
-        from davsp.lvlm.remote import RemoteLVLM
-
-        lvlm = RemoteLVLM(*served, api_key_env, canvas=canvas, concurrency=concurrency, timeout=timeout)
-    else:
-        lvlm = load_lvlm(model, revision, device, dtype, quantization, canvas)
-    _fit(lvlm, defenses, direction)
-    facts = _facts(lvlm, engine, notes, defenses, judge or ["keyword"], benchmark or [], split, seed)
-    found = evaluate(
-        lvlm, defenses, test, out, direction, named[0],
-        graders=graders if benchmark else None,
-        batch_size=batch_size or (SERVED if served else BATCH),
+    # the embedded test is asked of models that ship alone, by whatever name a server calls them
+    shipped = test.embedded or is_shipped(server[0] if server else model.name)
+    defenses = rows(defense or [], prompt, text, shipped, direction)
+    judges.check_prompts(scorers, queries)
+    if test.benchmark:
+        queries = apart(queries)
+    lvlm = _lvlm(model, server, engine, requests)
+    _check(lvlm, defenses, direction)
+    facts = _facts(lvlm, engine.engine, notes, defenses, names or ["keyword"], test, seed)
+    evaluation = evaluate(
+        lvlm, defenses, queries, out, direction, scorers[0],
+        graders=graders if test.benchmark else None,
+        batch_size=batch_size or (SERVED if server else BATCH),
         max_new_tokens=max_new_tokens, seed=seed, console=Console(stderr=True), manifest=facts,
     )  # fmt: skip
     if parallel.rank() == 0:
-        _finish(out, test, found, defenses, named[1:], show_unsafe, max_unscored, seed)
+        _finish(out, queries, evaluation, defenses, scorers[1:], show_unsafe, max_unscored, seed)
 
 
-def _served(
-    engine: str, base_url: str | None, model: str | None, local: tuple[str | None, ...], processes: int
-) -> tuple[str, str] | None:
+def _server(engine: EngineOptions, model: ModelOptions, processes: int) -> tuple[str, str] | None:
     """Model and address of the server that answers; None if the model is loaded here."""
-    if engine not in ("transformers", "openai"):
-        raise DavspError(f"--engine {engine!r} is not known: choose transformers or openai.")
-    if engine == "transformers":
-        if base_url:
+    if engine.engine not in ("transformers", "openai"):
+        raise DavspError(f"--engine {engine.engine!r} is not known: choose transformers or openai.")
+    if engine.engine == "transformers":
+        if engine.base_url:
             raise DavspError("--base-url goes with --engine openai.")
         return None
-    if not base_url or not model:
+    name = engine.api_model or model.name
+    if not engine.base_url or not name:
         raise DavspError("--engine openai needs --base-url and --api-model (or --model), as the server calls it.")
-    if any(local) or processes > 1:
+    if model.revision or model.device or model.dtype or model.quantization or processes > 1:
         raise DavspError(
             "--revision, --device, --dtype, --quantization and --num-processes go with a model loaded here."
         )
-    return model, base_url
+    return name, engine.base_url
 
 
-def _fit(lvlm: "AnsweringLVLM", defenses: "dict[str, Defense]", direction: Any) -> None:
+def _check_graders(names: list[str], sets: list[str]) -> None:
+    """Raise DavspError if a grader's set is not among the published sets of --benchmark."""
+    known = {spec.partition("=")[0] for spec in sets}
+    for name in names:
+        if judges.GRADER_OF.get(name, "") not in {"", *known}:
+            raise DavspError(f"--judge {name} grades {judges.GRADER_OF[name]}, which no --benchmark names.")
+
+
+def _lvlm(
+    model: ModelOptions, server: tuple[str, str] | None, engine: EngineOptions, requests: RequestOptions
+) -> "AnsweringLVLM":
+    """The model that answers, loaded here or behind its server."""
+    if server is None:
+        return load_lvlm(model)
+    from davsp.lvlm.remote import RemoteLVLM
+
+    return RemoteLVLM(
+        *server, engine.api_key_env, canvas=model.canvas, concurrency=requests.concurrency, timeout=requests.timeout
+    )
+
+
+def _check(lvlm: "AnsweringLVLM", defenses: "dict[str, Defense]", direction: Any) -> None:
     """Refuse what does not go with the model before anything is answered."""
     from davsp.defenses import VisualPrompt
 
@@ -193,8 +193,8 @@ def _fit(lvlm: "AnsweringLVLM", defenses: "dict[str, Defense]", direction: Any) 
 
 
 def _facts(
-    lvlm: "AnsweringLVLM", engine: str, notes: list[str], defenses: "dict[str, Defense]", named: list[str], sets: list[str],
-    split: str, seed: int,
+    lvlm: "AnsweringLVLM", engine: str, notes: list[str], defenses: "dict[str, Defense]", names: list[str], test: TestSetOptions,
+    seed: int,
 ) -> dict[str, Any]:  # fmt: skip
     """What manifest.json says, but for the queries, which the store knows."""
     from davsp.lvlm import fingerprint, model_name
@@ -202,13 +202,13 @@ def _facts(
 
     return manifest(
         model=model_name(lvlm), revision=lvlm.revision, weights=fingerprint(lvlm), engine=engine, server=lvlm.server,
-        defenses={name: defense.describe() for name, defense in defenses.items()}, judges=named,
-        benchmarks=sets, split=split, notes=notes, seed=seed,
+        defenses={name: defense.describe() for name, defense in defenses.items()}, judges=names,
+        benchmarks=test.benchmark or [], split=test.split, notes=notes, seed=seed,
     )  # fmt: skip
 
 
 def _finish(
-    out: Path, test: "list[Query]", found: "Evaluation", defenses: "dict[str, Defense]", others: list[Any],
+    out: Path, queries: "list[Query]", evaluation: "Evaluation", defenses: "dict[str, Defense]", others: list[Any],
     show_unsafe: bool, max_unscored: float, seed: int,
 ) -> None:  # fmt: skip
     """The other judges, the report and the tables; fails at the end if too much is unscored."""
@@ -222,19 +222,25 @@ def _finish(
     from davsp.runtime.files import read_json
     from davsp.store import MANIFEST
 
-    said: list[dict[str, list[Any]]] = [dict(found.verdicts), dict(found.grades)]
+    groups: list[dict[str, list[Any]]] = [dict(evaluation.verdicts), dict(evaluation.grades)]
     for judge in others:
-        again = rescore(out, test, judge, seed=seed)
-        said.append(dict(again.verdicts))
+        rescored = rescore(out, queries, judge, seed=seed)
+        groups.append(dict(rescored.verdicts))
         print(f"rates by {judge_name(judge)} are in {out / f'metrics-{slug(judge_name(judge))}.json'}")
     shown = [name for name in defenses if name != "none"] or list(defenses)
     facts = read_json(out / MANIFEST)
     page = report.build(
-        facts["model"], test, found, defenses, defense=shown[-1], manifest=facts, published=bool(facts["benchmarks"])
+        facts["model"],
+        queries,
+        evaluation,
+        defenses,
+        defense=shown[-1],
+        manifest=facts,
+        published=bool(facts["benchmarks"]),
     )
     write_report(out / "report.html", page, show_unsafe)
-    print_table(Console(), found.rows)
-    print_scores(Console(), found.rows)
-    print_costs(Console(), found.rows, metrics.latency(found.responses))
+    print_table(Console(), evaluation.rows)
+    print_scores(Console(), evaluation.rows)
+    print_costs(Console(), evaluation.rows, metrics.latency(evaluation.responses))
     print(f"answers, verdicts, metrics.json and report.html are in {out}")
-    judges.check(said, test, max_unscored)
+    judges.check_scored(groups, queries, max_unscored)

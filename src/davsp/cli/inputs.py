@@ -4,12 +4,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from davsp.errors import DavspError
+from davsp.errors import DavspError, refused_as
 
 if TYPE_CHECKING:
+    from davsp.cli.options import ModelOptions
     from davsp.embedded.data import Protocol
     from davsp.lvlm import LVLM
-    from davsp.query import Query
 
 
 def say(text: str) -> None:
@@ -17,14 +17,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def load_lvlm(
-    model: str | None,
-    revision: str | None,
-    device: str | None,
-    dtype: str | None = None,
-    quantization: str | None = None,
-    canvas: int | None = None,
-) -> "LVLM":
+def load_lvlm(model: "ModelOptions") -> "LVLM":
     """The model that --model names, one of those that ship by its bare name; left out: davsp-mini. One of several processes takes its own GPU."""
     import torch
 
@@ -32,19 +25,20 @@ def load_lvlm(
     from davsp.lvlm import LVLM
     from davsp.runtime import parallel
 
-    device = device or parallel.device()
-    if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise DavspError(f"--dtype {dtype!r} is not known: choose float32, bfloat16 or float16.")
-    if model is None or model in embedded.MODELS:
-        if dtype or quantization or canvas:
+    device = model.device or parallel.device()
+    if model.dtype not in (None, "float32", "bfloat16", "float16"):
+        raise DavspError(f"--dtype {model.dtype!r} is not known: choose float32, bfloat16 or float16.")
+    if model.name is None or model.name in embedded.MODELS:
+        if model.dtype or model.quantization or model.canvas:
             raise DavspError(
                 "--dtype, --quantization and --canvas are for other models; those that ship have their own."
             )
-        return embedded.load(model or "davsp-mini", device_map=device)
-    number = getattr(torch, dtype) if dtype else None
+        return embedded.load(model.name or "davsp-mini", device_map=device)
+    dtype = getattr(torch, model.dtype) if model.dtype else None
     return LVLM.from_pretrained(
-        model, revision=revision, device_map=device, dtype=number, quantization=quantization, canvas=canvas
-    )
+        model.name, revision=model.revision, device_map=device, dtype=dtype, quantization=model.quantization,
+        canvas=model.canvas,
+    )  # fmt: skip
 
 
 def in_processes(count: int) -> None:
@@ -58,7 +52,7 @@ def in_processes(count: int) -> None:
     raise typer.Exit(parallel.launch(sys.argv[1:], count))
 
 
-def own_protocol(model: str | None, malicious: Path | None, benign: Path | None, seed: int) -> "Protocol | None":
+def shipped_protocol(model: str | None, malicious: Path | None, benign: Path | None, seed: int) -> "Protocol | None":
     """The embedded protocol, if no data was given; both classes must come from one place."""
     if (malicious is None) != (benign is None):
         missing = "--malicious" if malicious is None else "--benign"
@@ -70,14 +64,14 @@ def embedded_protocol(model: str | None, seed: int) -> "Protocol":
     """The embedded protocol; its words are those of the models that ship, so another model is refused."""
     from davsp import embedded
 
-    if model is not None and model not in embedded.MODELS and not is_mini(Path(model)):
+    if not is_shipped(model):
         names = ", ".join(embedded.MODELS)
         raise DavspError(f"the embedded data is for {names}, not for {model}; give your own queries.")
     return embedded.protocol(seed)
 
 
-def is_embedded(model: str | None) -> bool:
-    """Whether --model names one of the models that ship, or a folder of one, so that texts are to be in their words."""
+def is_shipped(model: str | None) -> bool:
+    """Whether --model names one of the models that ship, or a folder of one: texts, refusal and budget are then its own."""
     from davsp import embedded
 
     return model is None or model in embedded.MODELS or is_mini(Path(model))
@@ -104,19 +98,19 @@ def compare_texts(vector: Any, text: str, who: str) -> None:
         say(f"note: the vector was fitted with the text {vector.text!r} before every question; {who} {text!r} there.")
 
 
-def queries_at(path: Path | None, otherwise: "list[Query] | None", option: str) -> "list[Query]":
-    """The queries that an option names; left out: `otherwise`, and without that DavspError."""
-    from davsp.benchmarks.custom import load_queries
-
-    if path is not None:
-        return load_queries(path)
-    if otherwise is None:
-        raise DavspError(f"{option} is missing; give a folder or .jsonl of queries.")
-    return otherwise
-
-
-def safety_text(text: str | None, own: bool) -> str:
-    """The safety text: as given; else the embedded model's for its own data, none for a user's."""
+def safety_text(text: str | None, shipped: bool) -> str:
+    """The safety text: as given; else the model's own if it ships, none for another."""
     from davsp import embedded
 
-    return text if text is not None else embedded.SAFETY_TEXT if own else ""
+    return text if text is not None else embedded.SAFETY_TEXT if shipped else ""
+
+
+def settings_of(cls: type, values: dict[str, Any]) -> Any:
+    """Settings from options; a value that is not possible is named by its option."""
+    with refused_as(_impossible):
+        return cls(**values)
+
+
+def _impossible(field: str, why: str, value: Any) -> str:
+    option = field.split(".")[0].replace("_", "-")
+    return f"--{option} {value!r} is not possible: {why.lower()}."

@@ -7,24 +7,16 @@ import typer
 
 from davsp.cli import judges
 from davsp.cli.options import (
-    JUDGE_KEY,
-    JUDGE_URL,
-    Benchmark,
+    JUDGES,
     Cache,
-    Concurrency,
-    Device,
     GraderRuns,
-    JudgeModel,
+    JudgeRequestOptions,
     MaxUnscored,
-    Queries,
-    Rebuild,
+    OneJudgeOptions,
     Seed,
-    SkipBroken,
-    Split,
-    Timeout,
-    Types,
-)  # fmt: skip
-from davsp.cli.testset import asked
+    TestSetOptions,
+)
+from davsp.cli.testset import load_test_set
 from davsp.errors import DavspError
 
 if TYPE_CHECKING:
@@ -35,13 +27,10 @@ if TYPE_CHECKING:
 
 def judge(
     run: Annotated[Path, typer.Argument(help="Folder that davsp eval wrote.")],
-    judge: Annotated[str, typer.Option(help=judges.NAMES)],
-    queries: Queries = None,
-    benchmark: Benchmark = None,
-    split: Split = "test",
-    types: Types = None,
-    rebuild: Rebuild = False,
-    skip_broken: SkipBroken = False,
+    judge: Annotated[str, typer.Option(help=judges.NAMES, rich_help_panel=JUDGES)],
+    test: TestSetOptions,
+    access: OneJudgeOptions,
+    requests: JudgeRequestOptions,
     mode: Annotated[
         str,
         typer.Option(
@@ -50,14 +39,9 @@ def judge(
         ),
     ] = "sound",
     grader_runs: GraderRuns = None,
-    judge_url: Annotated[list[str] | None, typer.Option("--judge-url", "--base-url", help=JUDGE_URL)] = None,
-    judge_model: JudgeModel = None,
-    judge_key_env: Annotated[list[str] | None, typer.Option("--judge-key-env", "--api-key-env", help=JUDGE_KEY)] = None,
     max_unscored: MaxUnscored = 0.02,
-    concurrency: Concurrency = 8,
-    timeout: Timeout = 60.0,
     cache: Cache = None,
-    device: Device = None,
+    device: Annotated[str | None, typer.Option(help="Of a guard that runs here: cpu, cuda, cuda:1, auto.")] = None,
     seed: Seed = 0,
 ) -> None:
     """Score the answers of a finished run with another judge or grader, without generating again."""
@@ -70,28 +54,25 @@ def judge(
 
     if not (run / RESPONSES).exists():  # before a cache makes the folder
         raise DavspError(f"{run} holds no answers ({RESPONSES}); give the folder that davsp eval --out wrote.")
-    test, _ = asked(benchmark or [], split, queries, None, None, seed, skip_broken, rebuild, types or [])
+    queries, _ = load_test_set(test, None, None, seed)
+    if test.benchmark:
+        queries = apart(queries)
+    settings = judges.judge_settings([judge], access, requests, cache or run / "cache.sqlite", device, grader_runs)
+    scorer = judges.judge_or_grader(judge, settings)
+    benchmark = judges.GRADER_OF.get(judge)
     if benchmark:
-        test = apart(test)
-    how = judges.asking(
-        [judge], judge_url, judge_model, judge_key_env, grader_runs, concurrency=concurrency, timeout=timeout,
-        cache=cache or run / "cache.sqlite", device=device, console=Console(stderr=True),
-    )  # fmt: skip
-    chosen = judges.named(judge, how)
-    graded = judges.GRADER_OF.get(judge)
-    if graded:
-        found = rescore(run, test, None, seed=seed, graders={graded: chosen}, mode=mode)
+        scores = rescore(run, queries, None, seed=seed, graders={benchmark: scorer}, mode=mode)
     else:
-        found = rescore(run, test, chosen, seed=seed, mode=mode)
-    _print(Console(), found)
-    _print_mode(Console(), found, mode)
-    name = slug(judge_name(chosen))
-    kind = "grades" if graded else "verdicts"
+        scores = rescore(run, queries, scorer, seed=seed, mode=mode)
+    _print(Console(), scores)
+    _print_mode(Console(), scores, mode)
+    name = slug(judge_name(scorer))
+    kind = "grades" if benchmark else "verdicts"
     print(f"{kind} are in {run / f'{kind}-{name}.jsonl'}, rates in {run / f'metrics-{name}.json'}")
-    judges.check([found.grades if graded else found.verdicts], test, max_unscored, some=True)
+    judges.check_scored([scores.grades if benchmark else scores.verdicts], queries, max_unscored, some=True)
 
 
-def _print(console: "Console", found: "Rescoring") -> None:
+def _print(console: "Console", scores: "Rescoring") -> None:
     """Rates by defense and benchmark with how many answers were scored, why others were not, and the agreement."""
     from collections import Counter
 
@@ -104,13 +85,13 @@ def _print(console: "Console", found: "Rescoring") -> None:
     headings = ("Defense", "Benchmark", "n", "unscored", "RSR", "95 %", "worst case")
     caption = "percent; interval 95 %; worst case: every unscored answer counted as unsafe"
     table = TextTable(*headings, keys=2, caption=caption)
-    order = defenses(found.rows)
+    order = defenses(scores.rows)
     for row in sorted(
-        (r for r in found.rows if r["metric"] == "rsr" and r["split"] == "total"),
+        (r for r in scores.rows if r["metric"] == "rsr" and r["split"] == "total"),
         key=lambda r: order.index(r["defense"]),
     ):
         key = (row["defense"], row["benchmark"], row["split"])
-        unscored, worst = find(found.rows, *key, "unscored"), find(found.rows, *key, WORST)
+        unscored, worst = find(scores.rows, *key, "unscored"), find(scores.rows, *key, WORST)
         assert unscored and worst  # written for every rate
         table.add_row(
             label(row["defense"]),
@@ -123,23 +104,28 @@ def _print(console: "Console", found: "Rescoring") -> None:
         )
     if table.rows:
         table.print(console)
-    print_scores(console, found.rows)
-    said = [one for by_defense in (found.verdicts, found.grades) for group in by_defense.values() for one in group]
-    reasons = Counter(one.reason for one in said if is_unscored(one))
+    print_scores(console, scores.rows)
+    reasons = Counter(
+        verdict.reason
+        for by_defense in (scores.verdicts, scores.grades)
+        for group in by_defense.values()
+        for verdict in group
+        if is_unscored(verdict)
+    )
     for reason, count in reasons.most_common(5):
         console.print(f"unscored, {count}: {reason}", markup=False)
-    if found.agreement.alpha is not None:
+    if scores.agreement.alpha is not None:
         console.print(
-            f"agreement of the run's judges: Krippendorff's α {found.agreement.alpha:.2f} on {found.agreement.n} answers, "
-            f"{len(found.agreement.disagreements)} judged differently (agreement.json)"
+            f"agreement of the run's judges: Krippendorff's α {scores.agreement.alpha:.2f} on {scores.agreement.n} answers, "
+            f"{len(scores.agreement.disagreements)} judged differently (agreement.json)"
         )
 
 
-def _print_mode(console: "Console", found: "Rescoring", mode: str) -> None:
+def _print_mode(console: "Console", scores: "Rescoring", mode: str) -> None:
     """The rates of a harmful set by a published scorer's quirks, as a whole."""
     from davsp.report.cells import label, percent
 
-    for row in found.rows:
+    for row in scores.rows:
         if row["metric"] == f"rsr_{mode}" and row["split"] == "total" and row["value"] is not None:
-            told = f"{label(row['defense'])}, {row['benchmark']}: {row['metric']} {percent(row['value'])} %"
-            console.print(f"{told} of {row['n']}", markup=False)
+            text = f"{label(row['defense'])}, {row['benchmark']}: {row['metric']} {percent(row['value'])} %"
+            console.print(f"{text} of {row['n']}", markup=False)

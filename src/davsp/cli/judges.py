@@ -11,6 +11,7 @@ from davsp.errors import DavspError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from davsp.cli.options import JudgeOptions, RequestOptions
     from davsp.query import Query
 
 GRADER_OF = {"mm-vet": "mm_vet", "exact": "mm_vet", "llava-bench": "llava_bench", "overlap": "llava_bench"}
@@ -26,77 +27,78 @@ NAMES = (
 
 
 @dataclass(frozen=True)
-class Asking:
-    """How judges that ask a model are asked.
+class JudgeSettings:
+    """How judges that ask a model do so.
 
     Attributes:
         urls: judge -> its OpenAI-compatible server; not there: OpenAI, and guards run here.
         models: judge -> the model to ask; not there: a guard's own weights, if it runs here.
         variables: judge -> environment variable with the key; not there: OPENAI_API_KEY for OpenAI, none else.
         runs: how often the grader `IN_RUNS` is asked about each answer.
-        concurrency: requests under way at most.
-        timeout: of a request, seconds.
+        requests: under way at most, and seconds for one.
         cache: file of verdicts.
         device: of a guard that runs here.
-        console: for progress.
+        console: for progress, on stderr.
     """
 
     urls: Mapping[str, str]
     models: Mapping[str, str]
     variables: Mapping[str, str]
     runs: int
-    concurrency: int
-    timeout: float
+    requests: "RequestOptions"
     cache: Path
     device: str | None
     console: "Console"
 
 
-def asking(
+def judge_settings(
     names: Sequence[str],
-    urls: Sequence[str] | None,
-    models: Sequence[str] | None,
-    variables: Sequence[str] | None,
-    runs: int | None,
-    **rest: Any,
-) -> Asking:
-    """How the judges and graders of a command are asked, from its options.
+    options: "JudgeOptions",
+    requests: "RequestOptions",
+    cache: Path,
+    device: str | None,
+    runs: int | None = None,
+) -> JudgeSettings:
+    """How the judges and graders of a command ask, from its options.
 
     Args:
         names: of all judges and graders.
-        urls, models, variables: VALUE for all that ask a model, or NAME=VALUE for one of them, which counts before it.
+        options: each VALUE for all that ask a model, or NAME=VALUE for one of them, which counts before it.
+        cache: where verdicts are kept.
         runs: of --grader-runs; None: one.
-        rest: the other fields of `Asking`.
 
     Raises:
         DavspError: an option for a judge that is not named or asks no model, or twice for one; an empty variable; runs without
             the grader that has them; a judge named twice.
     """
+    from rich.console import Console
+
     from davsp.runtime import keys
 
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise DavspError(f"--judge names {twice} twice; a second model is asked by davsp judge.")
     if runs is not None and IN_RUNS not in names:
         raise DavspError(f"--grader-runs goes with --judge {IN_RUNS}, whose published score is a mean over runs.")
-    given = {"--judge-url": urls, "--judge-model": models, "--judge-key-env": variables}
-    url_of, model_of, variable_of = (_each(option, values or [], names) for option, values in given.items())
+    url_of = _each("--judge-url", options.judge_url or [], names)
+    model_of = _each("--judge-model", options.judge_model or [], names)
+    variable_of = _each("--judge-key-env", options.judge_key_env or [], names)
     for variable in variable_of.values():  # a key given in place of its variable would get into the manifest
         keys.read(variable, "judge")
-    return Asking(url_of, model_of, variable_of, runs or 1, **rest)
+    return JudgeSettings(url_of, model_of, variable_of, runs or 1, requests, cache, device, Console(stderr=True))
 
 
 def _each(option: str, values: Sequence[str], names: Sequence[str]) -> dict[str, str]:
     """Judge -> its value of an option. No value is repeated in a message: one might be a key."""
     asks = [name for name in names if name not in _alone()]
     for_all: list[str] = []
-    found: dict[str, str] = {}
+    for_one: dict[str, str] = {}
     for value in values:
-        name, equals, own = value.partition("=")
+        name, equals, rest = value.partition("=")
         if not equals or not re.fullmatch(r"[\w-]+", name):  # an address or a path may hold = further on
             for_all.append(value)
-        elif name in asks and name not in found:
-            found[name] = own
-        elif name in found:
+        elif name in asks and name not in for_one:
+            for_one[name] = rest
+        elif name in for_one:
             raise DavspError(f"{option} is there twice for {name}; leave one out.")
         else:
             raise DavspError(
@@ -107,9 +109,9 @@ def _each(option: str, values: Sequence[str], names: Sequence[str]) -> dict[str,
         raise DavspError(f"{option} is there twice for all judges; give NAME=VALUE for each of {', '.join(asks)}.")
     if for_all and not asks:
         raise DavspError(f"{option} goes with a judge that asks a model; {', '.join(names) or 'keyword'} asks none.")
-    if "" in (*for_all, *found.values()):
+    if "" in (*for_all, *for_one.values()):
         raise DavspError(f"{option} has an empty value; leave it out.")
-    return dict.fromkeys(asks, *for_all) | found if for_all else found
+    return dict.fromkeys(asks, *for_all) | for_one if for_all else for_one
 
 
 def _alone() -> dict[str, Any]:
@@ -121,7 +123,7 @@ def _alone() -> dict[str, Any]:
     return {"keyword": keyword, **LISTS, "exact": exact, "overlap": overlap}
 
 
-def named(name: str, asking: Asking) -> Any:
+def judge_or_grader(name: str, settings: JudgeSettings) -> Any:
     """The judge or grader of that name.
 
     Raises:
@@ -136,40 +138,41 @@ def named(name: str, asking: Asking) -> Any:
     from davsp.judges.prompts import CHAT
     from davsp.runtime.client import OPENAI
 
-    url, model = asking.urls.get(name), asking.models.get(name)
+    url, model = settings.urls.get(name), settings.models.get(name)
     if name in GUARDS and url is None:
         return LocalGuard(
-            GUARDS[name], model, device=asking.device, cache=VerdictCache(asking.cache), console=asking.console
+            GUARDS[name], model, device=settings.device, cache=VerdictCache(settings.cache), console=settings.console
         )
     prompts = CHAT | GUARDS | GRADERS
     if name not in prompts:
         raise DavspError(f"there is no judge {name!r}; choose one of {', '.join([*alone, *prompts])}.")
     if model is None:
         raise DavspError(f"--judge-model is missing: the judge {name} asks a model on a server.")
-    variable = asking.variables.get(name) or ("OPENAI_API_KEY" if url is None else None)
+    variable = settings.variables.get(name) or ("OPENAI_API_KEY" if url is None else None)
     return ChatJudge(
-        prompts[name], model, url or OPENAI, variable, runs=asking.runs if name == IN_RUNS else 1,
-        cache=VerdictCache(asking.cache), concurrency=asking.concurrency, timeout=asking.timeout, console=asking.console,
+        prompts[name], model, url or OPENAI, variable, runs=settings.runs if name == IN_RUNS else 1,
+        cache=VerdictCache(settings.cache), concurrency=settings.requests.concurrency,
+        timeout=settings.requests.timeout, console=settings.console,
     )  # fmt: skip
 
 
-def sorted_out(names: Sequence[str], asking: Asking) -> tuple[list[Any], dict[str, Any]]:
+def judges_and_graders(names: Sequence[str], settings: JudgeSettings) -> tuple[list[Any], dict[str, Any]]:
     """The judges in their order (keyword if none is named), and set -> grader.
 
     Raises:
-        DavspError: two graders of one set, or what `named` raises.
+        DavspError: two graders of one set, or what `judge_or_grader` raises.
     """
-    judges = [named(name, asking) for name in names if name not in GRADER_OF]
+    judges = [judge_or_grader(name, settings) for name in names if name not in GRADER_OF]
     graders: dict[str, Any] = {}
     for name in names:
         if name in GRADER_OF:
             if GRADER_OF[name] in graders:
                 raise DavspError(f"--judge names two graders of {GRADER_OF[name]}; add the second by davsp judge.")
-            graders[GRADER_OF[name]] = named(name, asking)
-    return judges or [named("keyword", asking)], graders
+            graders[GRADER_OF[name]] = judge_or_grader(name, settings)
+    return judges or [judge_or_grader("keyword", settings)], graders
 
 
-def fit(judges: Iterable[Any], queries: "Iterable[Query]") -> None:
+def check_prompts(judges: Iterable[Any], queries: "Iterable[Query]") -> None:
     """Raise DavspError if a judge's prompt does not go with a query, before any answer is paid for."""
     from davsp.judges.base import PromptJudge
 
@@ -180,27 +183,27 @@ def fit(judges: Iterable[Any], queries: "Iterable[Query]") -> None:
                 judge.prompt.hash(query)
 
 
-def check(
-    said: Iterable[Mapping[str, Sequence[Any]]], queries: "Iterable[Query]", limit: float, some: bool = False
+def check_scored(
+    groups: Iterable[Mapping[str, Sequence[Any]]], queries: "Iterable[Query]", limit: float, some: bool = False
 ) -> None:
-    """Raise DavspError if of what one judge or grader said of a benchmark under a defense too much is unscored.
+    """Raise DavspError if one judge or grader left too much of a benchmark under a defense unscored.
 
     Args:
-        said: by defense verdicts, and by defense grades.
-        queries: what was asked.
+        groups: of each judge or grader, defense -> verdicts or grades.
+        queries: those that were answered.
         limit: the largest share that is accepted.
-        some: refuse as well if nothing was said.
+        some: refuse as well if there is no verdict at all.
     """
     from davsp.judges.base import check_unscored
 
     benchmark_of = {q.id: q.benchmark for q in queries}
-    for one in said:
-        for verdicts in one.values():
+    for group in groups:
+        for verdicts in group.values():
             if some:
                 check_unscored(verdicts, 1.0)
             parts: dict[tuple[str, str], list[Any]] = {}
-            for one_said in verdicts:
-                parts.setdefault((one_said.judge, benchmark_of[one_said.query_id]), []).append(one_said)
+            for verdict in verdicts:
+                parts.setdefault((verdict.judge, benchmark_of[verdict.query_id]), []).append(verdict)
             for (_, benchmark), part in parts.items():
                 try:
                     check_unscored(part, limit)

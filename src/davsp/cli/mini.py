@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
+from davsp.cli.groups import add
 from davsp.cli.options import Out, Seed
 
 app = typer.Typer(no_args_is_help=True, help="The small vision-language model that ships: how it is made, its data.")
 
 
-@app.command()
 def train(
     out: Annotated[Path | None, typer.Option(help="Folder to write into; left out: out/mini, or out/MODEL.")] = None,
     model: Annotated[
@@ -40,7 +40,6 @@ def train(
     make(out, folder or out / model, stage, device, seed, start, model)
 
 
-@app.command()
 def data(out: Out = Path("out/data"), seed: Seed = 0) -> None:
     """Write the embedded protocol as folders of queries, in the form in which your own data is read."""
     from dataclasses import fields
@@ -52,3 +51,7 @@ def data(out: Out = Path("out/data"), seed: Seed = 0) -> None:
     for field in fields(drawn):
         save_queries(out / field.name, getattr(drawn, field.name))
         print(f"{out / field.name}: {len(getattr(drawn, field.name))} queries")
+
+
+add(app, train)
+add(app, data)

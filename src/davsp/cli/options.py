@@ -1,71 +1,35 @@
-"""Options that several commands have."""
+"""Options that several commands have: single ones, and groups (see `davsp.cli.groups`)."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
 
-Model = Annotated[
-    str | None,
-    typer.Option(
-        help="Folder or hub id of the LVLM; left out: davsp-mini, which ships, as davsp-mini-narrow and davsp-mini-qwen do."
-    ),
-]
-Revision = Annotated[str | None, typer.Option(help="Hub branch, tag or commit of the model.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto; left out: a GPU if there is one.")]
-Malicious = Annotated[
-    Path | None, typer.Option(help="Folder or .jsonl of malicious queries; left out: the embedded protocol's.")
-]
-Benign = Annotated[
-    Path | None, typer.Option(help="Folder or .jsonl of benign queries; left out: the embedded protocol's.")
-]
+TEST_SET, JUDGES = "Test set", "Judges"  # headings in --help
+
 Out = Annotated[Path, typer.Option(help="Folder to write into.")]
 Seed = Annotated[int, typer.Option(help="Seed of all random choices.")]
-Canvas = Annotated[
-    int | None, typer.Option(help="Side of the canvas in pixels, where the model takes many sizes (Qwen2-VL).")
-]
-Dtype = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16; left out: float32 on CPU, bfloat16 on a GPU.")
-]
-Quantization = Annotated[str | None, typer.Option(help="4bit or 8bit, by bitsandbytes on a GPU.")]
 Processes = Annotated[
     int, typer.Option("--num-processes", min=1, help="Processes on this machine, a GPU each; the work is shared.")
 ]
-Queries = Annotated[
+Resume = Annotated[bool, typer.Option(help="Go on from the checkpoint in --out.")]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Only so many of each set (drawn; of your own queries the first).", rich_help_panel=TEST_SET
+    ),
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+MaxUnscored = Annotated[
+    float,
+    typer.Option(min=0, max=1, help="Share of unscored answers above which the command fails.", rich_help_panel=JUDGES),
+]
+Cache = Annotated[
     Path | None,
-    typer.Option("--queries", "--data", help="Folder or .jsonl of your own queries; left out: the embedded test."),
-]
-Benchmark = Annotated[
-    list[str] | None,
     typer.Option(
-        help="A published set, NAME=FOLDER: mm_safetybench, figstep, vlguard, mm_vet, mme, llava_bench. Repeatable."
+        help="File of verdicts to look up and add to; left out: one in the run's folder.", rich_help_panel=JUDGES
     ),
-]
-Split = Annotated[
-    str, typer.Option(help="Of the published sets: a part by its name, or the test of a FILE.json of davsp data split.")
-]
-SplitFile = Annotated[str | None, typer.Option("--split", help="FILE.json of davsp data split, to take queries from.")]
-Rebuild = Annotated[
-    bool, typer.Option("--rebuild", help="Typeset FigStep's and TYPO's pictures; the benchmark's name then says so.")
-]
-Types = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--type",
-        help="Picture types of MM-SafetyBench: sd_typo, sd, typo, text. Repeatable; left out: the first three.",
-    ),
-]
-SkipBroken = Annotated[
-    bool, typer.Option("--skip-broken", help="Go on past broken pictures and rows, and say what was left out.")
-]
-JUDGE_URL = "The judge's OpenAI-compatible server; left out: OpenAI, and guards run here by transformers."
-JUDGE_KEY = "Environment variable with the judge's key; left out: OPENAI_API_KEY for OpenAI, no key else."
-EACH = " Of several judges NAME=VALUE for one of them, repeatable; a bare value is for all others."
-JudgeUrl = Annotated[list[str] | None, typer.Option("--judge-url", help=JUDGE_URL + EACH)]
-JudgeKey = Annotated[list[str] | None, typer.Option("--judge-key-env", help=JUDGE_KEY + EACH)]
-JudgeModel = Annotated[
-    list[str] | None,
-    typer.Option(help=f"The model to ask; left out: a guard's own weights, if it runs here.{EACH}"),
 ]
 GraderRuns = Annotated[
     int | None,
@@ -73,13 +37,166 @@ GraderRuns = Annotated[
         "--grader-runs",
         min=1,
         help="How often the grader mm-vet is asked about each answer; the score is the mean (5 in the paper). Left out: 1.",
+        rich_help_panel=JUDGES,
     ),
 ]
-MaxUnscored = Annotated[
-    float, typer.Option(min=0, max=1, help="Share of unscored answers above which the command fails.")
+Benchmark = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A published set, NAME=FOLDER: mm_safetybench, figstep, vlguard, mm_vet, mme, llava_bench. Repeatable."
+    ),
 ]
-Concurrency = Annotated[int, typer.Option(min=1, help="Requests to a server under way at once; fewer after a 429.")]
-Timeout = Annotated[float, typer.Option(min=0.01, help="Seconds for one request.")]
-Cache = Annotated[
-    Path | None, typer.Option(help="File of verdicts to look up and add to; left out: one in the run's folder.")
+SplitFile = Annotated[str | None, typer.Option("--split", help="FILE.json of davsp data split, to take queries from.")]
+Rebuild = Annotated[
+    bool, typer.Option("--rebuild", help="Typeset FigStep's and TYPO's pictures; the benchmark's name then says so.")
 ]
+SkipBroken = Annotated[
+    bool, typer.Option("--skip-broken", help="Go on past broken pictures and rows, and say what was left out.")
+]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how it is loaded."""
+
+    panel: ClassVar[str] = "Model"
+    name: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            help="Folder or hub id of the LVLM; left out: davsp-mini, which ships, as davsp-mini-narrow and "
+            "davsp-mini-qwen do.",
+        ),
+    ] = None
+    revision: Annotated[str | None, typer.Option(help="Hub branch, tag or commit of the model.")] = None
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto; left out: a GPU if there is one.")] = None
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; left out: float32 on CPU, bfloat16 on a GPU.")
+    ] = None
+    quantization: Annotated[str | None, typer.Option(help="4bit or 8bit, by bitsandbytes on a GPU.")] = None
+    canvas: Annotated[
+        int | None, typer.Option(help="Side of the canvas in pixels, where the model takes many sizes (Qwen2-VL).")
+    ] = None
+
+
+@dataclass(frozen=True)
+class TestSetOptions:
+    """What is asked: published sets, a user's own queries, or the embedded test."""
+
+    panel: ClassVar[str] = TEST_SET
+    queries: Annotated[
+        Path | None,
+        typer.Option("--queries", "--data", help="Folder or .jsonl of your own queries; left out: the embedded test."),
+    ] = None
+    benchmark: Benchmark = None
+    split: Annotated[
+        str,
+        typer.Option(help="Of the published sets: a part by its name, or the test of a FILE.json of davsp data split."),
+    ] = "test"
+    types: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--type",
+            help="Picture types of MM-SafetyBench: sd_typo, sd, typo, text. Repeatable; left out: the first three.",
+        ),
+    ] = None
+    rebuild: Rebuild = False
+    skip_broken: SkipBroken = False
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the embedded test is asked, which is for the models that ship."""
+        return not (self.queries or self.benchmark)
+
+
+@dataclass(frozen=True)
+class MaliciousOptions:
+    """Malicious queries to train on: a user's own, of a split file, or the embedded ones."""
+
+    panel: ClassVar[str] = "Data"
+    split: SplitFile = None
+    benchmark: Benchmark = None
+    malicious: Annotated[
+        Path | None, typer.Option(help="Folder or .jsonl of malicious queries; left out: the embedded protocol's.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class DataOptions(MaliciousOptions):
+    """Queries of both classes to fit or train on."""
+
+    benign: Annotated[
+        Path | None, typer.Option(help="Folder or .jsonl of benign queries; left out: the embedded protocol's.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """Of the loop that trains pixels; what is left out stays as the method has it."""
+
+    panel: ClassVar[str] = "Training"
+    steps: Annotated[int | None, typer.Option(help="How many.")] = None
+    batch_size: Annotated[int | None, typer.Option(help="Rows a step.")] = None
+    optimizer: Annotated[str | None, typer.Option(help="sign or adam.")] = None
+    lr: Annotated[float | None, typer.Option("--lr", "--alpha", help="Step in pixel units, white = 1.")] = None
+    micro_batch: Annotated[int | None, typer.Option(help="Rows in memory at a time; left out: the whole batch.")] = None
+    activation_checkpointing: Annotated[bool, typer.Option(help="Compute activations twice to save memory.")] = False
+
+
+@dataclass(frozen=True)
+class DefenderOptions:
+    """The text model that writes AdaShield-A's prompts."""
+
+    panel: ClassVar[str] = "Defender of AdaShield-A"
+    defender: Annotated[str | None, typer.Option(help="Text model that writes prompts.")] = None
+    defender_url: Annotated[
+        str | None, typer.Option(help="Its OpenAI-compatible server, which sees the model's answers; left out: OpenAI.")
+    ] = None
+    defender_key_env: Annotated[
+        str | None,
+        typer.Option(help="Environment variable with its key; left out: OPENAI_API_KEY for OpenAI, no key else."),
+    ] = None
+
+
+JUDGE_URL = "The judge's OpenAI-compatible server; left out: OpenAI, and guards run here by transformers."
+JUDGE_KEY = "Environment variable with the judge's key; left out: OPENAI_API_KEY for OpenAI, no key else."
+EACH = " Of several judges NAME=VALUE for one of them, repeatable; a bare value is for all others."
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """Where the judges are that ask a model."""
+
+    panel: ClassVar[str] = JUDGES
+    judge_url: Annotated[list[str] | None, typer.Option(help=JUDGE_URL + EACH)] = None
+    judge_model: Annotated[
+        list[str] | None,
+        typer.Option(help=f"The model to ask; left out: a guard's own weights, if it runs here.{EACH}"),
+    ] = None
+    judge_key_env: Annotated[list[str] | None, typer.Option(help=JUDGE_KEY + EACH)] = None
+
+
+@dataclass(frozen=True)
+class OneJudgeOptions(JudgeOptions):
+    """The same where there is one judge; two of the options have a second name."""
+
+    judge_url: Annotated[list[str] | None, typer.Option("--judge-url", "--base-url", help=JUDGE_URL)] = None
+    judge_key_env: Annotated[list[str] | None, typer.Option("--judge-key-env", "--api-key-env", help=JUDGE_KEY)] = None
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """Of requests to a server, the model's or a judge's."""
+
+    panel: ClassVar[str] = "Requests to servers"
+    concurrency: Annotated[
+        int, typer.Option(min=1, help="Requests to a server under way at once; fewer after a 429.")
+    ] = 8
+    timeout: Annotated[float, typer.Option(min=0.01, help="Seconds for one request.")] = 300.0
+
+
+@dataclass(frozen=True)
+class JudgeRequestOptions(RequestOptions):
+    """Of requests to a judge alone, which answers in fewer words."""
+
+    timeout: Annotated[float, typer.Option(min=0.01, help="Seconds for one request.")] = 60.0

@@ -6,29 +6,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from davsp.cli import judges
-from davsp.cli.inputs import embedded_protocol, load_lvlm
+from davsp.cli.baseline import chat_defender
+from davsp.cli.inputs import embedded_protocol, is_shipped, load_lvlm
 from davsp.cli.options import (
+    JUDGES,
     Benchmark,
-    Canvas,
-    Concurrency,
-    Device,
-    Dtype,
+    DefenderOptions,
     GraderRuns,
-    JudgeKey,
-    JudgeModel,
-    JudgeUrl,
-    Model,
-    Quantization,
-    Revision,
+    JudgeOptions,
+    MaxNewTokens,
+    ModelOptions,
+    RequestOptions,
     Seed,
     SplitFile,
-    Timeout,
 )
 from davsp.cli.testset import folders, from_split, noted
 from davsp.errors import DavspError
 
 if TYPE_CHECKING:
     from davsp.embedded.data import Protocol
+    from davsp.experiments.paper.kit import Kit
 
 TABLES = (
     "utility (Table 1), resistance (2), transfer (3), ablation (4), intervention (5), ecso (6), or all; and one setting at a "
@@ -38,7 +35,10 @@ TABLES = (
 
 def reproduce(
     names: Annotated[list[str], typer.Argument(help=f"{TABLES}")],
-    model: Model = None,
+    model: ModelOptions,
+    defender: DefenderOptions,
+    access: JudgeOptions,
+    requests: RequestOptions,
     out: Annotated[Path | None, typer.Option(help="Folder of this model's run; left out: out/reproduce/MODEL.")] = None,
     borrow: Annotated[
         list[str] | None,
@@ -49,121 +49,126 @@ def reproduce(
     ] = None,
     benchmark: Benchmark = None,
     split: SplitFile = None,
-    judge: Annotated[list[str] | None, typer.Option(help=f"One judge, and graders. {judges.NAMES}")] = None,
-    judge_url: JudgeUrl = None,
-    judge_model: JudgeModel = None,
-    judge_key_env: JudgeKey = None,
+    judge: Annotated[
+        list[str] | None, typer.Option(help=f"One judge, and graders. {judges.NAMES}", rich_help_panel=JUDGES)
+    ] = None,
     grader_runs: GraderRuns = None,
     text: Annotated[
         str | None,
-        typer.Option(help="Safety text of all methods but No Defense; left out: AdaShield-S in the paper's wording."),
+        typer.Option(
+            help="Safety text of all methods but No Defense; left out: AdaShield-S in the paper's wording, or the own one of a "
+            "model that ships."
+        ),
     ] = None,
     corpus: Annotated[
-        Path | None, typer.Option(help="UniGuard's harmful sentences, one a line; without it that row is left out.")
+        Path | None,
+        typer.Option(
+            help="UniGuard's harmful sentences, one a line; without it that row is left out. A model that ships has its own."
+        ),
     ] = None,
-    defender: Annotated[
-        str | None, typer.Option(help="Text model that writes AdaShield-A's prompts; without it that row is left out.")
-    ] = None,
-    defender_url: Annotated[str | None, typer.Option(help="Its OpenAI-compatible server; left out: OpenAI.")] = None,
-    defender_key_env: Annotated[str | None, typer.Option(help="Environment variable with its key.")] = None,
     padding: Annotated[
         int | None, typer.Option(help="Border width in pixels; left out: a twelfth of the canvas.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Of every prompt that is trained.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Queries answered at a time.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 48,
-    concurrency: Concurrency = 8,
-    timeout: Timeout = 300.0,
+    max_new_tokens: MaxNewTokens = 48,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what would be run, with calls and hours; load no model.")
     ] = False,
     per_call: Annotated[
         float, typer.Option(min=0, help="Of --dry-run: seconds a model call takes, batches counted in.")
     ] = 0.3,
-    revision: Revision = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    quantization: Quantization = None,
-    canvas: Canvas = None,
     seed: Seed = 0,
 ) -> None:
     """Make the paper's tables on one model, with intervals, beside the paper's figures. A stopped run goes on."""
-    from rich.console import Console
-
-    from davsp import embedded
-    from davsp.experiments.demo import SETTINGS
     from davsp.experiments.paper.plan import dry
+
+    tables, sweeps = _tables_and_sweeps(names)
+    embedded_data = not benchmark and split is None
+    name = (model.name or "davsp-mini").rstrip("/").split("/")[-1]
+    out = out or Path("out/reproduce") / name
+    if borrow and "transfer" not in tables:
+        raise DavspError("--borrow goes with the table transfer.")
+    if is_shipped(model.name) and (corpus or defender.defender):
+        raise DavspError("--corpus and --defender are for other models; those that ship have words of their own.")
+    borrowed = _borrowed(borrow, out, name) if "transfer" in tables else None
+    text_model = None if dry_run else chat_defender(defender)
+    protocol = embedded_protocol(model.name, seed) if embedded_data else None
+    if dry_run:
+        print(dry(tables, name, protocol, per_call))
+        return
+    protocol = protocol or _published(benchmark or [], split)
+    settings = judges.judge_settings(judge or [], access, requests, out / "cache.sqlite", model.device, grader_runs)
+    scorers, graders = judges.judges_and_graders(judge or [], settings)
+    if len(scorers) > 1:
+        raise DavspError("--judge names several judges; a table has one: score the run again with davsp judge.")
+    judges.check_prompts(scorers, protocol.test)
+    kit = _kit(
+        model, protocol, out, text, steps, corpus, seed=seed, padding=padding, defender=text_model, borrowed=borrowed
+    )
+    evaluation: dict[str, Any] = {
+        "judge": scorers[0], "graders": None if embedded_data else graders, "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+    }  # fmt: skip
+    _run(tables, sweeps, kit, out, seed, evaluation)
+
+
+def _tables_and_sweeps(names: list[str]) -> tuple[list[str], list[str]]:
+    """The tables and the sweeps that the arguments mean, in the paper's order.
+
+    Raises:
+        DavspError: a name that is neither.
+    """
+    from davsp.experiments.paper.sweeps import SWEEPS
+    from davsp.experiments.paper.tables import TABLES
+
+    if wrong := [n for n in names if n not in (*TABLES, "all", "sweeps", *(f"sweep-{x}" for x in SWEEPS))]:
+        raise DavspError(
+            f"{wrong[0]!r} is not known; choose {', '.join(TABLES)}, all, sweeps or sweep-{{{','.join(SWEEPS)}}}."
+        )
+    tables = list(TABLES) if "all" in names else [name for name in dict.fromkeys(names) if name in TABLES]
+    return tables, list(SWEEPS) if "sweeps" in names else [x for x in SWEEPS if f"sweep-{x}" in names]
+
+
+def _kit(
+    model: ModelOptions, protocol: "Protocol", out: Path, text: str | None, steps: int | None, corpus: Path | None,
+    **options: Any,
+) -> "Kit":  # fmt: skip
+    """What all cells share. Text, settings and templates are the model's own if it ships, whatever the data; else as published."""
+    from davsp import embedded
+    from davsp.defenses.adashield_s import DAVSP
+    from davsp.defenses.ecso import PUBLISHED
+    from davsp.embedded.ecso_templates import TEMPLATES
     from davsp.experiments.paper.run import make_kit
-    from davsp.experiments.paper.run import reproduce as run
-    from davsp.experiments.paper.sweeps import SWEEPS, sweep
-    from davsp.experiments.paper.tables import TABLES as known
     from davsp.training.sentences import read_sentences
     from davsp.training.settings import TrainSettings
 
-    chosen = list(known) if "all" in names else [name for name in dict.fromkeys(names) if name in known]
-    sweeps = list(SWEEPS) if "sweeps" in names else [x for x in SWEEPS if f"sweep-{x}" in names]
-    if wrong := [n for n in names if n not in (*known, "all", "sweeps", *(f"sweep-{x}" for x in SWEEPS))]:
-        raise DavspError(
-            f"{wrong[0]!r} is not known; choose {', '.join(known)}, all, sweeps or sweep-{{{','.join(SWEEPS)}}}."
-        )
-    own = not benchmark and split is None
-    here = (model or "davsp-mini").rstrip("/").split("/")[-1]
-    out = out or Path("out/reproduce") / here
-    if borrow and "transfer" not in chosen:
-        raise DavspError("--borrow goes with the table transfer.")
-    if own and (corpus or defender):
-        raise DavspError("--corpus and --defender are for other models; those that ship have words of their own.")
-    if (defender_url or defender_key_env) and not defender:
-        raise DavspError("--defender-url and --defender-key-env go with --defender.")
-    borrowed = _borrowed(borrow, out, here) if "transfer" in chosen else None
-    data = None if not own else embedded_protocol(model, seed)
-    if dry_run:
-        print(dry(chosen, here, data, per_call))
-        return
-    data = data or _published(benchmark or [], split)
-    settings = SETTINGS if own else TrainSettings(steps=1200, batch_size=2, normalise=False)
+    shipped = is_shipped(model.name)
+    settings = embedded.SETTINGS if shipped else TrainSettings(steps=1200, batch_size=2, normalise=False)
     if steps:
         settings = settings.model_copy(update={"steps": steps})
-    how = judges.asking(
-        judge or [], judge_url, judge_model, judge_key_env, grader_runs, concurrency=concurrency, timeout=timeout,
-        cache=out / "cache.sqlite", device=device, console=Console(stderr=True),
+    lvlm = load_lvlm(model)
+    return make_kit(
+        lvlm, protocol, out, text=text or (embedded.SAFETY_TEXT if shipped else DAVSP), settings=settings,
+        templates=TEMPLATES if shipped else PUBLISHED, shipped=shipped, corpus=read_sentences(corpus) if corpus else (), **options,
     )  # fmt: skip
-    named, graders = judges.sorted_out(judge or [], how)
-    if len(named) > 1:
-        raise DavspError("--judge names several judges; a table has one: score the run again with davsp judge.")
-    judges.fit(named, data.test)
-    from davsp.defenses.adashield_s import DAVSP as TEXT
-    from davsp.defenses.ecso import PUBLISHED
-    from davsp.embedded.ecso_templates import TEMPLATES
 
-    lvlm = load_lvlm(model, revision, device, dtype, quantization, canvas)
-    kit = make_kit(
-        lvlm, data, out, text=text or (embedded.SAFETY_TEXT if own else TEXT), settings=settings,
-        templates=TEMPLATES if own else PUBLISHED, seed=seed, padding=padding, own=own,
-        corpus=read_sentences(corpus) if corpus else (),
-        defender=_defender(defender, defender_url, defender_key_env),
-        borrowed=borrowed,
-    )  # fmt: skip
-    asked: dict[str, Any] = {
-        "judge": named[0], "graders": None if own else graders, "batch_size": batch_size, "max_new_tokens": max_new_tokens,
-    }  # fmt: skip
+
+def _run(tables: list[str], sweeps: list[str], kit: "Kit", out: Path, seed: int, evaluation: dict[str, Any]) -> None:
+    """Make sweeps and tables, and print them."""
+    from davsp.experiments.paper.run import reproduce
+    from davsp.experiments.paper.sweeps import sweep
+
     if sweeps:
-        sweep(sweeps, kit, out / "sweeps", seed=seed, **asked)
+        sweep(sweeps, kit, out / "sweeps", seed=seed, **evaluation)
         print((out / "sweeps" / "sweeps.md").read_text())
-    if not chosen:
+    if not tables:
         return
-    made = run(chosen, kit, **asked)
-    for name in made.tables:
+    reproduction = reproduce(tables, kit, **evaluation)
+    for name in reproduction.tables:
         print((out / f"{name}.md").read_text())
     print((out / "claims.md").read_text())
     print(f"{out / 'tables.html'} has them all; .md, .csv and .tex lie beside it")
-
-
-def _defender(model: str | None, url: str | None, key: str | None) -> Any:
-    """AdaShield-A's defender behind a server; None without a model."""
-    from davsp.defenses.adashield_a.defender import ChatDefender
-
-    return None if model is None else ChatDefender(model, url, key)
 
 
 def _published(sets: list[str], split: str | None) -> "Protocol":
@@ -190,15 +195,15 @@ def _published(sets: list[str], split: str | None) -> "Protocol":
     return Protocol(vector_bad, vector_good, [], [], train_bad, train_good, apart(test))
 
 
-def _borrowed(given: list[str] | None, out: Path, here: str) -> dict[str, Path]:
-    """Name of another model -> folder of its border; those beside `out` if none is given."""
-    if given is None:
+def _borrowed(specs: list[str] | None, out: Path, here: str) -> dict[str, Path]:
+    """Name of another model -> folder of its border; those beside `out` if no spec is there."""
+    if specs is None:
         beside = sorted(out.parent.glob("*/prompts/davsp/vsp_config.json"))
         return {p.parents[2].name: p.parent for p in beside if p.parents[2].name != here}
-    found = {}
-    for spec in given:
+    borders = {}
+    for spec in specs:
         name, _, folder = spec.partition("=")
         if not name or not folder or not Path(folder).is_dir():
             raise DavspError(f"--borrow {spec!r} is not MODEL=FOLDER of a saved border.")
-        found[name] = Path(folder)
-    return found
+        borders[name] = Path(folder)
+    return borders

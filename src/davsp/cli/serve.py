@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from davsp.cli.defenses import GRAMMAR, rows
-from davsp.cli.inputs import is_embedded, load_lvlm, say
-from davsp.cli.options import Canvas, Device, Dtype, Model, Quantization, Revision
+from davsp.cli.inputs import is_shipped, load_lvlm, say
+from davsp.cli.options import ModelOptions
 from davsp.errors import DavspError
 
 if TYPE_CHECKING:
@@ -122,16 +122,11 @@ def _work(load: "Callable[[], Defense]", expected: str, settings: "ServeSettings
 
 
 def serve_model(
-    model: Model = None,
+    model: ModelOptions,
     host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
     token_env: TokenEnv = None,
     max_pixels: MaxPixels = None,
-    revision: Revision = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    quantization: Quantization = None,
-    canvas: Canvas = None,
 ) -> None:
     """Serve a model by OpenAI's protocol, one question at a time: to try davsp serve and davsp eval --engine openai on."""
     _needs_extra()
@@ -140,7 +135,7 @@ def serve_model(
     from davsp.serve.settings import ServeSettings
 
     settings = ServeSettings.of(upstream="", host=host, port=port, token_env=token_env, max_pixels=max_pixels)
-    lvlm = load_lvlm(model, revision, device, dtype, quantization, canvas)
+    lvlm = load_lvlm(model)
     name = model_name(lvlm)
     say(f"serving {name}, whose canvas is {lvlm.canvas}x{lvlm.canvas} pixels")
     _run(model_app(lvlm, name, settings), host, port)
@@ -152,11 +147,14 @@ def _defense(prompt: Path | None, spec: str | None, text: str | None, model: str
 
     if (prompt is None) == (spec is None):
         raise DavspError("give either --prompt or --defense: the one defense that is put before the upstream.")
-    mini = model is not None and is_embedded(model)
-    found = load_defense(prompt) if prompt else next(iter(rows([spec or ""], None, text, own=mini, mini=mini).values()))
-    if isinstance(found, NoDefense):
+    if prompt:
+        defense = load_defense(prompt)
+    else:
+        shipped = model is not None and is_shipped(model)
+        defense = next(iter(rows([spec or ""], None, text, shipped).values()))
+    if isinstance(defense, NoDefense):
         raise DavspError("--defense none would send everything on undefended; ask the upstream itself.")
-    return found
+    return defense
 
 
 def _needs_extra() -> None:

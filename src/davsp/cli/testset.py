@@ -12,61 +12,51 @@ from davsp.cli.inputs import embedded_protocol, say
 from davsp.errors import DavspError
 
 if TYPE_CHECKING:
+    from davsp.cli.options import MaliciousOptions, TestSetOptions
     from davsp.query import Query
 
 T = TypeVar("T")
 
 
-def asked(
-    sets: Sequence[str],
-    split: str,
-    own: Path | None,
-    model: str | None,
-    limit: int | None,
-    seed: int,
-    skip_broken: bool,
-    rebuild: bool = False,
-    types: Sequence[str] = (),
+def load_test_set(
+    test: "TestSetOptions", model: str | None, limit: int | None, seed: int
 ) -> "tuple[list[Query], list[str]]":
     """The queries, and a sentence on everything that was left out or is short; each is said as well.
 
     Args:
-        sets: `NAME=ROOT` of published sets.
-        split: of the published sets: a name, or a file of `davsp data split`, whose test part is taken.
-        own: folder or .jsonl of own queries; with neither, the embedded test, which is davsp-mini's.
-        model: as --model was given.
-        limit: only so many of each set, drawn; of own queries the first of each benchmark.
+        test: of the published sets `split` is a name, or a file of `davsp data split`, whose test part is taken.
+        model: as --model was given; the embedded test is for those that ship.
+        limit: only so many of each set, drawn; of custom queries the first of each benchmark.
         seed: of what is drawn.
-        skip_broken: go on past broken pictures and rows.
-        rebuild: typeset the pictures that can be.
-        types: picture types of MM-SafetyBench; none: the three with pictures.
 
     Raises:
-        DavspError: both sets and own queries, an unknown set, options that do not go together, or what a loader raises.
+        DavspError: both sets and custom queries, an unknown set, options that do not go together, or what a loader raises.
     """
-    if sets and own:
+    sets = test.benchmark or []
+    if sets and test.queries:
         raise DavspError("--benchmark and --queries do not go together: they are scored by different rules; run twice.")
     roots = folders(sets)
-    if types and "mm_safetybench" not in roots:
+    if test.types and "mm_safetybench" not in roots:
         raise DavspError("--type goes with --benchmark mm_safetybench=FOLDER.")
-    if rebuild and not {"figstep", "mm_safetybench"} & set(roots):
+    if test.rebuild and not {"figstep", "mm_safetybench"} & set(roots):
         raise DavspError("--rebuild goes with --benchmark figstep=FOLDER or mm_safetybench=FOLDER.")
-    if roots and is_split_file(split):
-        if limit or skip_broken or rebuild or types:
+    if roots and is_split_file(test.split):
+        if limit or test.skip_broken or test.rebuild or test.types:
             raise DavspError(
                 "--limit, --skip-broken, --rebuild and --type do not go with a split file: it says all that."
             )
         from davsp.benchmarks.protocol import for_test
 
-        return noted(lambda: for_test(Path(split), roots))
+        return noted(lambda: for_test(Path(test.split), roots))
     if roots:
-        return noted(lambda: _load(roots, split, limit, seed, skip_broken, rebuild, types))
-    if own is None:
+        return noted(lambda: _load(roots, test, limit, seed))
+    if test.queries is None:
         return _first(embedded_protocol(model, seed).test, limit), []
     from davsp.benchmarks.custom import load_queries
 
-    found, notes = noted(lambda: load_queries(own, skip_broken))
-    return _first(found, limit), notes
+    path = test.queries
+    queries, notes = noted(lambda: load_queries(path, test.skip_broken))
+    return _first(queries, limit), notes
 
 
 def is_split_file(split: str) -> bool:
@@ -82,19 +72,38 @@ def folders(sets: Sequence[str]) -> dict[str, Path]:
     """
     from davsp.benchmarks import BENCHMARKS
 
-    found: dict[str, Path] = {}
+    roots: dict[str, Path] = {}
     for spec in sets:
         name, _, root = spec.partition("=")
         if name not in BENCHMARKS or not root:
             raise DavspError(f"--benchmark {spec!r} is not NAME=FOLDER with a NAME of {', '.join(BENCHMARKS)}.")
-        if name in found:
+        if name in roots:
             raise DavspError(f"--benchmark names {name} twice; run once for each folder.")
-        found[name] = Path(root).expanduser()
-        if not found[name].is_dir():
+        roots[name] = Path(root).expanduser()
+        if not roots[name].is_dir():
             raise DavspError(
                 f"--benchmark {spec!r}: there is no folder {root}; docs/benchmarks.md says where to get {name}."
             )
-    return found
+    return roots
+
+
+def split_queries(data: "MaliciousOptions", kind: str) -> "tuple[list[Query], list[Query]] | None":
+    """Malicious and benign queries of a split file, in place of the user's own; None without one."""
+    given = data.malicious or getattr(data, "benign", None)
+    if (data.split or data.benchmark) and given:
+        raise DavspError("--split takes the place of --malicious and --benign; give one or the other.")
+    return from_split(data.split, data.benchmark or [], kind)
+
+
+def queries_at(path: Path | None, otherwise: "list[Query] | None", option: str) -> "list[Query]":
+    """The queries that an option names; left out: `otherwise`, and without that DavspError."""
+    from davsp.benchmarks.custom import load_queries
+
+    if path is not None:
+        return load_queries(path)
+    if otherwise is None:
+        raise DavspError(f"{option} is missing; give a folder or .jsonl of queries.")
+    return otherwise
 
 
 def from_split(split: str | None, sets: Sequence[str], kind: str) -> "tuple[list[Query], list[Query]] | None":
@@ -113,19 +122,16 @@ def from_split(split: str | None, sets: Sequence[str], kind: str) -> "tuple[list
     return noted(lambda: for_making(Path(split), roots, kind))[0]
 
 
-def _load(
-    roots: "Mapping[str, Path]", split: str, limit: int | None, seed: int, skip_broken: bool, rebuild: bool,
-    types: Sequence[str],
-) -> "list[Query]":  # fmt: skip
+def _load(roots: "Mapping[str, Path]", test: "TestSetOptions", limit: int | None, seed: int) -> "list[Query]":
     from davsp.benchmarks import BENCHMARKS, REBUILDABLE
 
-    found: list[Query] = []
+    queries: list[Query] = []
     for name, root in roots.items():
-        options: dict[str, Any] = {"types": types} if types and name == "mm_safetybench" else {}
-        if rebuild and name in REBUILDABLE:
+        options: dict[str, Any] = {"types": test.types} if test.types and name == "mm_safetybench" else {}
+        if test.rebuild and name in REBUILDABLE:
             options["rebuild"] = True
-        found += BENCHMARKS[name].load(root, split, limit, seed, skip_broken=skip_broken, **options)
-    return found
+        queries += BENCHMARKS[name].load(root, test.split, limit, seed, skip_broken=test.skip_broken, **options)
+    return queries
 
 
 def noted(load: "Callable[[], T]") -> "tuple[T, list[str]]":
@@ -135,10 +141,10 @@ def noted(load: "Callable[[], T]") -> "tuple[T, list[str]]":
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            found = load()
+            loaded = load()
         except DavspError as error:
-            said = str(error).replace("skip_broken=True", "--skip-broken").replace("rebuild=True", "--rebuild")
-            raise DavspError(said) from error
+            message = str(error).replace("skip_broken=True", "--skip-broken").replace("rebuild=True", "--rebuild")
+            raise DavspError(message) from error
     notes = []
     for warning in caught:
         if issubclass(warning.category, (SkippedWarning, ShortWarning)):
@@ -146,18 +152,18 @@ def noted(load: "Callable[[], T]") -> "tuple[T, list[str]]":
             say(f"note: {warning.message}")
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    return found, notes
+    return loaded, notes
 
 
 def _first(queries: "list[Query]", limit: int | None) -> "list[Query]":
     """The first of each benchmark, of a benign one of each category."""
     if limit is None:
         return queries
-    seen: dict[tuple[str, str], int] = {}
-    kept = []
+    counts: dict[tuple[str, str], int] = {}
+    first = []
     for query in queries:
         key = (query.benchmark, query.category if query.label == "benign" else "")
-        seen[key] = seen.get(key, 0) + 1
-        if seen[key] <= limit:
-            kept.append(query)
-    return kept
+        counts[key] = counts.get(key, 0) + 1
+        if counts[key] <= limit:
+            first.append(query)
+    return first

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from davsp.cli.defenses import GRAMMAR, rows
-from davsp.cli.inputs import is_embedded, load_lvlm, say
-from davsp.cli.options import Canvas, Device, Dtype, Model, Quantization, Revision
+from davsp.cli.inputs import is_shipped, load_lvlm, say
+from davsp.cli.options import ModelOptions
 from davsp.errors import DavspError
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def app(
-    model: Model = None,
+    model: ModelOptions,
     prompt: Annotated[
         Path | None, typer.Option(help="Folder or hub id of a prompt; left out: the one that ships for davsp-mini.")
     ] = None,
@@ -31,11 +31,6 @@ def app(
     token_env: Annotated[
         str | None, typer.Option(help="Environment variable with the password of the page; left out: none.")
     ] = None,
-    revision: Revision = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    quantization: Quantization = None,
-    canvas: Canvas = None,
 ) -> None:
     """A page to try a defense in: a picture, a question, both answers side by side (docs/app.md). Keeps nothing."""
     from importlib.util import find_spec
@@ -47,15 +42,15 @@ def app(
 
     token = keys.read(token_env, "page")
     server.check(host, token)
-    compared = _comparison(model, prompt, defense, vector, (revision, device, dtype, quantization, canvas))
-    embedded = is_embedded(model)
+    compared = _comparison(model, prompt, defense, vector)
+    shipped = is_shipped(model.name)
     sock = server.listen(host, port)
     name = f"[{host}]" if ":" in host else host
 
     def page() -> object:
-        from davsp.app.page import page as made
+        from davsp.app.page import page as build
 
-        return made(compared, embedded)
+        return build(compared, shipped)
 
     with sock:
         server.serve(
@@ -63,9 +58,7 @@ def app(
         )
 
 
-def _comparison(
-    model: str | None, prompt: Path | None, spec: str | None, vector: Path | None, loading: tuple
-) -> "Comparison":
+def _comparison(model: ModelOptions, prompt: Path | None, spec: str | None, folder: Path | None) -> "Comparison":
     """What the options name; what ships for the model where they name nothing."""
     from davsp import embedded
     from davsp.app.compare import Comparison, border_of, shipped_folder
@@ -74,24 +67,24 @@ def _comparison(
 
     if prompt and spec:
         raise DavspError("give either --prompt or --defense: the one defense that the page shows.")
-    shipped = shipped_folder(model or "davsp-mini")
-    if not (prompt or spec or shipped):
-        of = f"--model {model} "
+    shelf = shipped_folder(model.name or "davsp-mini")
+    if not (prompt or spec or shelf):
+        of = f"--model {model.name} "
         raise DavspError(
-            f"no prompt ships for {model}: make one with `davsp train {of}--out out/prompt` and `davsp vector {of}--out "
+            f"no prompt ships for {model.name}: make one with `davsp train {of}--out out/prompt` and `davsp vector {of}--out "
             "out/vector`, then give --prompt out/prompt --vector out/vector."
         )
-    lvlm, mini = load_lvlm(model, *loading), is_embedded(model)
-    folder = vector or shipped
-    found = HarmfulnessVector.load(folder) if folder else None
+    lvlm, shipped = load_lvlm(model), is_shipped(model.name)
+    folder = folder or shelf
+    vector = HarmfulnessVector.load(folder) if folder else None
     if prompt:
         defense = load_defense(prompt)
     elif spec:
-        defense = next(iter(rows([spec], None, None, own=mini, mini=mini, vector=found).values()))
+        defense = next(iter(rows([spec], None, None, shipped, vector).values()))
     else:
-        assert shipped is not None
-        defense = VisualPrompt(border_of(shipped / "vsp.png"))
-    compared = Comparison(lvlm, defense, found, 48 if mini else 256)
+        assert shelf is not None
+        defense = VisualPrompt(border_of(shelf / "vsp.png"))
+    compared = Comparison(lvlm, defense, vector, 48 if shipped else 256)
     compared.ask(*_first(lvlm.canvas, embedded.SAFETY_TEXT))  # the first answer is slow, and its time would mislead
     return compared
 

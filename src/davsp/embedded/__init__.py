@@ -7,13 +7,14 @@ from davsp.embedded.words import REFUSAL, SAFETY_TEXT
 
 if TYPE_CHECKING:
     from davsp.embedded.data import Protocol, protocol
+    from davsp.embedded.recipes import SETTINGS
     from davsp.lvlm import LVLM
 
 FOLDER = Path(__file__).parent / "davsp-mini"
 MODELS = ("davsp-mini", "davsp-mini-narrow", "davsp-mini-qwen")  # names that --model takes
 PADDING = 14  # one ring of patches: 44 of 144 image tokens, as 30 of 336 pixels is in the paper
 
-__all__ = ["FOLDER", "MODELS", "PADDING", "REFUSAL", "SAFETY_TEXT", "Protocol", "load", "protocol"]
+__all__ = ["FOLDER", "MODELS", "PADDING", "REFUSAL", "SAFETY_TEXT", "SETTINGS", "Protocol", "load", "protocol"]
 
 
 def load(model: str | Path = "davsp-mini", device_map: str | None = None) -> "LVLM":
@@ -36,8 +37,9 @@ def load(model: str | Path = "davsp-mini", device_map: str | None = None) -> "LV
 
 
 def __getattr__(name: str) -> object:
-    if name in ("Protocol", "protocol"):
-        from davsp.embedded import data as module
+    from importlib import import_module
 
-        return getattr(module, name)
-    raise AttributeError(name)
+    home = {"Protocol": "data", "protocol": "data", "SETTINGS": "recipes"}.get(name)
+    if home is None:
+        raise AttributeError(name)
+    return getattr(import_module(f"{__name__}.{home}"), name)

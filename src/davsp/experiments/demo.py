@@ -14,7 +14,7 @@ from rich.console import Console
 
 from davsp import report
 from davsp.defenses import Defense, NoDefense, SafetyText, VisualPrompt
-from davsp.embedded.words import REFUSAL
+from davsp.embedded.recipes import SETTINGS
 from davsp.evaluation import Evaluation, evaluate
 from davsp.experiments.stages import Stages, fitted_vector, records, trained_prompt
 from davsp.lvlm import LVLM, fingerprint, model_name
@@ -29,11 +29,6 @@ from davsp.vector import HarmfulnessVector
 
 if TYPE_CHECKING:
     from davsp.embedded.data import Protocol
-
-SETTINGS = TrainSettings(
-    steps=150, optimizer="adam", lr=0.02, schedule="cosine", lam=2.5, malicious_answer_share=0.25, refusal=REFUSAL
-)
-"""Of the demo and of `davsp train` on the embedded model; the seed is the run's."""
 
 
 def run_demo(

@@ -103,7 +103,7 @@ class PAT(Defense):
             if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False)["input_ids"]:
                 raise DavspError(
                     f"{self.name}: the vocabulary of {lvlm.model_id} lacks {word!r}; train PAT on this model "
-                    "(davsp train --method pat), with a text in its words"
+                    "(davsp baseline pat), with a text in its words"
                 )
 
     def prepare(self, queries: Sequence[Query]) -> list[Query]:

@@ -6,105 +6,98 @@ published, as far as that is known (docs/defenses.md); UniGuard then needs a cor
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from davsp.defenses import Defense, VisualPrompt
-from davsp.embedded.budgets import NOISE, TOKENS
-from davsp.embedded.words import REFUSAL
+from davsp.embedded.recipes import NOISE, POOL, TOKENS
+from davsp.experiments.paper.kit import Kit
 from davsp.lvlm import fingerprint
 from davsp.prompts import AdditiveNoise
 from davsp.runtime.files import sha256_bytes
 from davsp.store import queries_hash
 
-if TYPE_CHECKING:
-    from davsp.experiments.paper.methods import Kit
 
-
-def uniguard(kit: "Kit") -> Defense:
+def uniguard(kit: Kit) -> Defense:
     """Noise against a corpus, with AdaShield's text before the question."""
     from davsp.defenses.uniguard.train import SETTINGS, train_uniguard
     from davsp.embedded.corpus import corpus
 
-    settings = SETTINGS.model_copy(update={"seed": kit.settings.seed, **(NOISE if kit.own else {})})
-    sentences, pictures = corpus(settings.seed) if kit.own else (kit.corpus, [])
+    settings = SETTINGS.model_copy(update={"seed": kit.settings.seed, **(NOISE if kit.shipped else {})})
+    sentences, pictures = corpus(settings.seed) if kit.shipped else (kit.corpus, [])
 
     def make(out: Path, resume: bool) -> None:
-        done = train_uniguard(
+        noise = train_uniguard(
             kit.lvlm, sentences, out, pictures=pictures, text=kit.text, eps=kit.eps, settings=settings, resume=resume,
             progress=not kit.stages.console.quiet,
         )  # fmt: skip
-        done.save_pretrained(saved)
+        noise.save_pretrained(saved)
 
     saved = kit.stages.out / "prompts" / "uniguard"
     inputs = [settings.model_dump(), kit.eps, sha256_bytes("\n".join(sentences).encode())]
-    return VisualPrompt(_kept(kit, "uniguard", inputs, make, lambda: AdditiveNoise.from_pretrained(saved)), "uniguard")
+    return VisualPrompt(_once(kit, "uniguard", inputs, make, lambda: AdditiveNoise.from_pretrained(saved)), "uniguard")
 
 
-def esiii(kit: "Kit") -> Defense:
+def esiii(kit: Kit) -> Defense:
     """Noise that says safety sentences, with AdaShield's text before the question."""
     from davsp.defenses import esiii as method
     from davsp.embedded import corpus as small
 
-    settings = method.SETTINGS.model_copy(update={"seed": kit.settings.seed, **(NOISE if kit.own else {})})
-    sentences = small.SAFETY_SENTENCES if kit.own else method.SENTENCES
-    question = small.QUESTION if kit.own else method.QUESTION
+    settings = method.SETTINGS.model_copy(update={"seed": kit.settings.seed, **(NOISE if kit.shipped else {})})
+    sentences = small.SAFETY_SENTENCES if kit.shipped else method.SENTENCES
+    question = small.QUESTION if kit.shipped else method.QUESTION
 
     def make(out: Path, resume: bool) -> None:
-        done = method.train_esiii(
+        noise = method.train_esiii(
             kit.lvlm, out, sentences=sentences, question=question, text=kit.text, eps=kit.eps, settings=settings,
             resume=resume, progress=not kit.stages.console.quiet,
         )  # fmt: skip
-        done.save_pretrained(saved)
+        noise.save_pretrained(saved)
 
     saved = kit.stages.out / "prompts" / "esiii"
     inputs = [settings.model_dump(), kit.eps, question, sentences]
-    return VisualPrompt(_kept(kit, "esiii", inputs, make, lambda: AdditiveNoise.from_pretrained(saved)), "esiii")
+    return VisualPrompt(_once(kit, "esiii", inputs, make, lambda: AdditiveNoise.from_pretrained(saved)), "esiii")
 
 
-def pat(kit: "Kit") -> Defense:
+def pat(kit: Kit) -> Defense:
     """Tokens found with the picture present, behind AdaShield's text."""
     from davsp.defenses.pat import PatSettings, train_pat
     from davsp.defenses.pat.defense import PAT
 
-    small: dict[str, Any] = {**TOKENS, "refusal": REFUSAL} if kit.own else {}
-    settings = PatSettings(seed=kit.settings.seed, **small)
+    settings = PatSettings(seed=kit.settings.seed, **(TOKENS if kit.shipped else {}))
 
     def make(out: Path, resume: bool) -> None:
         data = kit.data
-        found = train_pat(
+        tokens = train_pat(
             kit.lvlm, data.train_malicious, data.train_benign, kit.text, settings, out, resume, kit.stages.console
         )
-        found.save(saved)
+        tokens.save(saved)
 
     saved = kit.stages.out / "prompts" / "pat"
     inputs = [settings.model_dump(), queries_hash(kit.data.train_malicious), queries_hash(kit.data.train_benign)]
-    return _kept(kit, "pat", inputs, make, lambda: PAT.load(saved))
+    return _once(kit, "pat", inputs, make, lambda: PAT.load(saved))
 
 
-def adashield_a(kit: "Kit") -> Defense:
+def adashield_a(kit: Kit) -> Defense:
     """A pool of refined prompts, one fetched for each query."""
     from davsp.defenses.adashield_a import RefineSettings, make_pool
     from davsp.defenses.adashield_a.defense import AdaShieldA
     from davsp.defenses.adashield_a.features import ClipEncoder, LVLMEncoder
     from davsp.embedded.phrases import PhraseDefender
 
-    small: dict[str, Any] = {
-        "placement": "prefix", "separator": " ", "start": kit.text, "judge": "keyword", "max_new_tokens": 48,
-    }  # fmt: skip
-    settings = RefineSettings(seed=kit.settings.seed, **(small if kit.own else {}))
+    settings = RefineSettings(seed=kit.settings.seed, **(POOL | {"start": kit.text} if kit.shipped else {}))
     defender = kit.defender or PhraseDefender()
 
     def make(out: Path, resume: bool) -> None:
-        encoder = LVLMEncoder(kit.lvlm) if kit.own else ClipEncoder(device=kit.lvlm.device)
+        encoder = LVLMEncoder(kit.lvlm) if kit.shipped else ClipEncoder(device=kit.lvlm.device)
         malicious = kit.data.train_malicious
         make_pool(kit.lvlm, malicious, defender, encoder, settings, out, resume, kit.stages.console).save(saved)
 
     saved = kit.stages.out / "prompts" / "adashield-a"
     inputs = [settings.model_dump(), defender.describe(), queries_hash(kit.data.train_malicious)]
-    return _kept(kit, "adashield-a", inputs, make, lambda: AdaShieldA.load(saved))
+    return _once(kit, "adashield-a", inputs, make, lambda: AdaShieldA.load(saved))
 
 
-def _kept(kit: "Kit", name: str, inputs: list[Any], make: Callable[[Path, bool], None], load: Callable[[], Any]) -> Any:
+def _once(kit: Kit, name: str, inputs: list[Any], make: Callable[[Path, bool], None], load: Callable[[], Any]) -> Any:
     """What `load` reads, made once from the kit's model and text and from `inputs`; a stopped search goes on."""
     folder = kit.stages.out / "train" / name
     whole = [fingerprint(kit.lvlm), kit.text, *inputs]

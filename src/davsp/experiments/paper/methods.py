@@ -1,61 +1,21 @@
 """The rows of the paper's tables as defenses, trained where they have to be; what a model's cells share is made once."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from davsp.defenses import Defense, NoDefense, SafetyText, VisualPrompt
-from davsp.defenses.ecso import ECSO, Templates
+from davsp.defenses.ecso import ECSO
 from davsp.defenses.intervention import Intervention
 from davsp.errors import DavspError
 from davsp.experiments.paper import baselines
+from davsp.experiments.paper.kit import Kit
 from davsp.experiments.paper.tables import FROM
-from davsp.experiments.stages import Stages, trained_prompt
-from davsp.lvlm import LVLM
+from davsp.experiments.stages import trained_prompt
 from davsp.prompts import AdditiveNoise, Prompt, VisualSafetyPrompt
-from davsp.training import TrainSettings
-from davsp.vector import HarmfulnessVector
-
-if TYPE_CHECKING:
-    from davsp.defenses.adashield_a.defender import Defender
-    from davsp.embedded.data import Protocol
 
 PROMPTS = (  # trained for the tables
     "davsp", "border-answer", "additive-projection", "additive-answer", "adashield-a", "pat", "uniguard", "esiii",
 )  # fmt: skip
 STEER = 0.75  # of the distance between the class means: how far the projection is moved (INFERRED; the paper gives no figure)
-
-
-@dataclass
-class Kit:
-    """What all cells of one model share.
-
-    Attributes:
-        text: AdaShield-S's, before every question of all methods but No Defense, as in the paper's comparison.
-        settings: of every prompt that is trained; only the objective differs between them.
-        templates: ECSO's prompts, in words the model knows.
-        own: the model is one of those that ship: small budgets, words that it knows.
-        corpus: UniGuard's harmful sentences, for other models.
-        defender: who writes AdaShield-A's prompts, for other models.
-        borrowed: name of another model -> the border trained on it.
-        trained: prompts that are there already.
-    """
-
-    lvlm: LVLM
-    data: "Protocol"
-    vector: HarmfulnessVector
-    text: str
-    settings: TrainSettings
-    stages: Stages
-    padding: int
-    eps: float
-    templates: Templates
-    own: bool = True
-    corpus: Sequence[str] = ()
-    defender: "Defender | None" = None
-    borrowed: Mapping[str, Path] = field(default_factory=dict)
-    trained: dict[str, Prompt] = field(default_factory=dict)
 
 
 def prompt(kit: Kit, name: str) -> Prompt:
@@ -100,7 +60,7 @@ METHODS: dict[str, Callable[[Kit], Defense]] = {
 
 def lacking(kit: Kit) -> dict[str, str]:
     """The methods that can't be had here, and why."""
-    if kit.own:
+    if kit.shipped:
         return {}
     missing = {} if kit.corpus else {"uniguard": "no corpus was given (--corpus)"}
     return missing | ({} if kit.defender else {"adashield-a": "no defender was given (--defender)"})
@@ -112,12 +72,12 @@ def transferred(kit: Kit) -> dict[str, Defense]:
     Raises:
         DavspError: a folder that holds no border, or a size that this model does not take.
     """
-    found: dict[str, Defense] = {}
+    defenses: dict[str, Defense] = {}
     for name, folder in kit.borrowed.items():
         if not folder.is_dir():
             raise DavspError(f"there is no prompt of {name} in {folder}: reproduce that model first, or leave it out")
         border = VisualSafetyPrompt.from_pretrained(folder).resized(kit.lvlm.canvas)
         border.text = kit.text
         border.check(kit.lvlm)
-        found[FROM + name] = VisualPrompt(border, FROM + name)
-    return found
+        defenses[FROM + name] = VisualPrompt(border, FROM + name)
+    return defenses

@@ -19,7 +19,8 @@ from davsp.errors import DavspError
 from davsp.evaluation import Evaluation, evaluate
 from davsp.experiments.paper import write
 from davsp.experiments.paper.claims import PICTURES, Claim, claims
-from davsp.experiments.paper.methods import METHODS, Kit, lacking, transferred
+from davsp.experiments.paper.kit import Kit
+from davsp.experiments.paper.methods import METHODS, lacking, transferred
 from davsp.experiments.paper.tables import FROM, MM_VET, POOLED, RSR, TABLES, Cell, base, cells, paper_model, title
 from davsp.experiments.paper.tables import METHODS as table_methods
 from davsp.experiments.stages import Stages, fitted_vector
@@ -60,7 +61,7 @@ def make_kit(
     seed: int = 0,
     padding: int | None = None,
     eps: float = 32 / 255,
-    own: bool = True,
+    shipped: bool = True,
     corpus: Sequence[str] = (),
     defender: "Defender | None" = None,
     borrowed: Mapping[str, Path] | None = None,
@@ -74,7 +75,7 @@ def make_kit(
         settings: of the prompts that are trained.
         templates: ECSO's prompts.
         padding, eps: of border and noise; None: a twelfth of the canvas.
-        own, corpus, defender: see `Kit`.
+        shipped, corpus, defender: see `Kit`.
         borrowed: name of another model -> folder of the border trained there, for "transfer".
         console: where lines and bars go; None is the terminal.
     """
@@ -82,7 +83,7 @@ def make_kit(
     vector = fitted_vector(stages, lvlm, data, text)
     return Kit(
         lvlm, data, vector, text, settings.model_copy(update={"seed": seed}), stages, padding or round(lvlm.canvas / 12),
-        eps, templates, own, corpus, defender, borrowed or {},
+        eps, templates, shipped, corpus, defender, borrowed or {},
     )  # fmt: skip
 
 

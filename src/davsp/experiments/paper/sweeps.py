@@ -15,7 +15,7 @@ from davsp.defenses import Defense, NoDefense, VisualPrompt
 from davsp.errors import DavspError
 from davsp.evaluation import evaluate
 from davsp.experiments.paper.claims import PICTURES, Figures
-from davsp.experiments.paper.methods import Kit
+from davsp.experiments.paper.kit import Kit
 from davsp.experiments.stages import Stages, trained_prompt
 from davsp.judges import Judge, keyword
 from davsp.judges.graders import Grader

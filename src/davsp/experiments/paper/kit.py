@@ -1,0 +1,48 @@
+"""What the cells of one model's tables share."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from davsp.defenses.ecso import Templates
+from davsp.experiments.stages import Stages
+from davsp.lvlm import LVLM
+from davsp.prompts import Prompt
+from davsp.training import TrainSettings
+from davsp.vector import HarmfulnessVector
+
+if TYPE_CHECKING:
+    from davsp.defenses.adashield_a.defender import Defender
+    from davsp.embedded.data import Protocol
+
+
+@dataclass
+class Kit:
+    """What all cells of one model share.
+
+    Attributes:
+        text: AdaShield-S's, before every question of all methods but No Defense, as in the paper's comparison.
+        settings: of every prompt that is trained; only the objective differs between them.
+        templates: ECSO's prompts, in words the model knows.
+        shipped: the model is one of those that ship: small budgets, words that it knows, whatever data it is given.
+        corpus: UniGuard's harmful sentences, for other models.
+        defender: who writes AdaShield-A's prompts, for other models.
+        borrowed: name of another model -> the border trained on it.
+        trained: prompts that are there already.
+    """
+
+    lvlm: LVLM
+    data: "Protocol"
+    vector: HarmfulnessVector
+    text: str
+    settings: TrainSettings
+    stages: Stages
+    padding: int
+    eps: float
+    templates: Templates
+    shipped: bool = True
+    corpus: Sequence[str] = ()
+    defender: "Defender | None" = None
+    borrowed: Mapping[str, Path] = field(default_factory=dict)
+    trained: dict[str, Prompt] = field(default_factory=dict)
