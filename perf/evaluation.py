@@ -46,9 +46,9 @@ class Timed(Defense):
 
     def respond(self, *args: Any, **options: Any) -> list[Response]:
         cpu, wall = time.process_time(), time.perf_counter()
-        found = self.inner.respond(*args, **options)
+        responses = self.inner.respond(*args, **options)
         self.cpu, self.wall = self.cpu + time.process_time() - cpu, self.wall + time.perf_counter() - wall
-        return found
+        return responses
 
 
 def measure(
@@ -59,16 +59,16 @@ def measure(
     rng, rows, answers = random.Random(seed), [], {}
     for number in range(rounds + 1):
         for size in rng.sample(list(sizes), len(sizes)):
-            asked = list(queries) if number else list(queries)[:8]
+            queries_now = list(queries) if number else list(queries)[:8]
             with tempfile.TemporaryDirectory() as out:
                 timed: dict[str, Defense] = {name: Timed(defense) for name, defense in defenses.items()}
                 cpu, wall = time.process_time(), time.perf_counter()
-                found = evaluate(lvlm, timed, asked, Path(out), batch_size=size, max_new_tokens=new_tokens)
+                evaluation = evaluate(lvlm, timed, queries_now, Path(out), batch_size=size, max_new_tokens=new_tokens)
                 cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
             if number:
                 row: dict[str, Any] = {"round": number, "batch": size, "run_cpu": cpu, "run_wall": wall}
                 rows.append(row | {clock: sum(getattr(t, clock) for t in timed.values()) for clock in ("cpu", "wall")})
-                answers[size] = {name: [r.text for r in one] for name, one in found.responses.items()}
+                answers[size] = {name: [r.text for r in one] for name, one in evaluation.responses.items()}
             CONSOLE.print(f"round {number} of {rounds}, batches of {size}: {cpu:.1f} s of CPU, {wall:.1f} s")
     return rows, answers
 
@@ -79,7 +79,7 @@ def parts(lvlm: LVLM, queries: Sequence[Query], size: int, rounds: int, new_toke
     batch = planned([q for q in queries if q.image is not None])[:size]
     canvas, questions = lvlm.preprocess([p for q in batch if (p := q.picture())]), [q.question for q in batch]
 
-    def answered(new: int, each: int) -> list[str]:
+    def answers(new: int, each: int) -> list[str]:
         spans = [slice(at, at + each) for at in range(0, len(questions), each)]
         return [a for s in spans for a in lvlm.generate(canvas[s], questions[s], max_new_tokens=new)]
 
@@ -92,14 +92,14 @@ def parts(lvlm: LVLM, queries: Sequence[Query], size: int, rounds: int, new_toke
         pixels = lvlm.pixel_inputs(canvas if isinstance(canvas, torch.Tensor) else list(canvas))
         calls: dict[str, Callable[[], Any]] = {
             "tower": lambda: lvlm.model.get_image_features(**pixels),
-            "prompts": lambda: answered(1, size),
-            "batch": lambda: answered(new_tokens, size),
-            "prompts_alone": lambda: answered(1, 1),
-            "alone": lambda: answered(new_tokens, 1),
+            "prompts": lambda: answers(1, size),
+            "batch": lambda: answers(new_tokens, size),
+            "prompts_alone": lambda: answers(1, 1),
+            "alone": lambda: answers(new_tokens, 1),
         }
-        lengths = [len(lvlm.tokenizer(a)["input_ids"]) for a in answered(new_tokens, size)]
-        kept = sum(lengths) / (len(lengths) * max(lengths))
-        return [{name: seconds(call) for name, call in calls.items()} | {"rows_kept": kept} for _ in range(rounds)]
+        lengths = [len(lvlm.tokenizer(a)["input_ids"]) for a in answers(new_tokens, size)]
+        rows_kept = sum(lengths) / (len(lengths) * max(lengths))
+        return [{name: seconds(call) for name, call in calls.items()} | {"rows_kept": rows_kept} for _ in range(rounds)]
 
 
 def summary(
@@ -138,17 +138,17 @@ def main(
     """Compare batches with one query at a time."""
     torch.set_num_threads(1)
     lvlm = LVLM.from_pretrained(model, device_map=device) if model else embedded.load(device_map=device)
-    found = load_queries(data) if data else embedded.protocol(seed).test
-    queries = random.Random(seed).sample(found, min(count, len(found)))
+    pool = load_queries(data) if data else embedded.protocol(seed).test
+    queries = random.Random(seed).sample(pool, min(count, len(pool)))
     border = VisualSafetyPrompt.create(lvlm.canvas, round(lvlm.canvas / 12), "random", text=embedded.SAFETY_TEXT)
     defenses: dict[str, Defense] = {"none": NoDefense(), "davsp": VisualPrompt(border)}
     sizes = [1, *(batch or [32])]
     if only_parts:
-        found_parts = parts(lvlm, queries, sizes[1], rounds, new_tokens)
-        for row in found_parts:
+        seconds_by_round = parts(lvlm, queries, sizes[1], rounds, new_tokens)
+        for row in seconds_by_round:
             CONSOLE.print(", ".join(f"{name} {value:.2f}" for name, value in row.items()))
         if out:
-            write_json(out, {"manifest": manifest(device=device, beside=beside), "parts": found_parts})
+            write_json(out, {"manifest": manifest(device=device, beside=beside), "parts": seconds_by_round})
         return
     rows, answers = measure(lvlm, defenses, queries, sizes, rounds, new_tokens, seed)
     clock = "wall" if lvlm.device.type == "cuda" else "cpu"
@@ -158,7 +158,7 @@ def main(
         for size in sizes[1:]
     }
     ratio = table[str(sizes[1])]["ratio"]
-    shown = Table(
+    printed = Table(
         "batch",
         "answers a second",
         "times one at a time",
@@ -168,10 +168,10 @@ def main(
     )
     for size, row in table.items():
         times = f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
-        shown.add_row(
+        printed.add_row(
             size, f"{row['answers_a_second']:.1f}", times, f"{row['whole_run_ratio']:.2f}", str(differing.get(size, ""))
         )
-    CONSOLE.print(shown)
+    CONSOLE.print(printed)
     if out:
         facts = manifest(device=device, dtype=str(lvlm.dtype), rounds=rounds, seed=seed, beside=beside)
         result = {"model": model_name(lvlm), "clock": clock, "queries": len(queries), "defenses": list(defenses)}

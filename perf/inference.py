@@ -91,12 +91,12 @@ def measure(
 
 def canvas_seconds(lvlm: LVLM, defense: Defense, queries: Sequence[Query]) -> float:
     """Median CPU seconds from a picture to the canvas the model is given."""
-    taken = []
+    seconds = []
     for query in queries:
         start = time.process_time()
         lvlm.preprocess([picture for q in defense.prepare([query]) if (picture := q.picture()) is not None])
-        taken.append(time.process_time() - start)
-    return median(taken)
+        seconds.append(time.process_time() - start)
+    return median(seconds)
 
 
 def summary(rows: Sequence[dict[str, Any]], clock: str, seed: int) -> dict[str, dict[str, Any]]:
@@ -105,8 +105,8 @@ def summary(rows: Sequence[dict[str, Any]], clock: str, seed: int) -> dict[str, 
     apart = {name: [row for row in rows if row["form"] == name] for name in (NONE, BORDER, TEXT, BOTH)}
     for name, mine in apart.items():
         ratios = by_query(mine, apart[NONE], clock)
-        drawn = np.random.default_rng(seed).choice(ratios, size=(10_000, len(ratios)))
-        low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
+        resampled = np.random.default_rng(seed).choice(ratios, size=(10_000, len(ratios)))
+        low, high = np.quantile(np.median(resampled, axis=1), [0.025, 0.975])
         table[name] = {
             "seconds": median(row[clock] for row in mine),
             "wall": median(row["wall"] for row in mine),
@@ -120,10 +120,10 @@ def summary(rows: Sequence[dict[str, Any]], clock: str, seed: int) -> dict[str, 
 
 def by_query(mine: Sequence[dict[str, Any]], plain: Sequence[dict[str, Any]], clock: str) -> list[float]:
     """Each query's median ratio; round by round, a query's answers stand in the same place of both lists."""
-    found: dict[str, list[float]] = {}
+    ratios_of: dict[str, list[float]] = {}
     for a, b in zip(mine, plain, strict=True):
-        found.setdefault(a["query"], []).append(a[clock] / b[clock])
-    return [median(ratios) for ratios in found.values()]
+        ratios_of.setdefault(a["query"], []).append(a[clock] / b[clock])
+    return [median(ratios) for ratios in ratios_of.values()]
 
 
 def show(result: dict[str, Any]) -> None:
@@ -153,8 +153,8 @@ def main(
     """Compare defended with undefended answers."""
     torch.set_num_threads(1)
     lvlm = LVLM.from_pretrained(model, device_map=device) if model else embedded.load(device_map=device)
-    found = [q for q in (load_queries(data) if data else embedded.protocol(seed).test) if q.image is not None]
-    queries = random.Random(seed).sample(found, min(count, len(found)))
+    pool = [q for q in (load_queries(data) if data else embedded.protocol(seed).test) if q.image is not None]
+    queries = random.Random(seed).sample(pool, min(count, len(pool)))
     defenses = forms(lvlm, padding or round(lvlm.canvas / 12), text)
     rows = measure(lvlm, defenses, queries, rounds, new_tokens, seed)
     clock = "wall" if lvlm.device.type == "cuda" else "cpu"

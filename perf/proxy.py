@@ -99,7 +99,7 @@ async def ask(
     port: int, content: bytes, clients: int, left: Iterable[Any], apart: float = 0
 ) -> list[tuple[float, float]]:
     """When each reply came, and seconds that it took. The clients share what is `left` and start over `apart` seconds."""
-    taken: list[tuple[float, float]] = []
+    replies: list[tuple[float, float]] = []
     left = iter(left)
 
     async def client(number: int) -> None:
@@ -113,11 +113,11 @@ async def ask(
             if not head.startswith(b"HTTP/1.1 200"):
                 raise RuntimeError(head.decode())
             end = time.perf_counter()
-            taken.append((end, end - start))
+            replies.append((end, end - start))
         writer.close()
 
     await asyncio.gather(*map(client, range(clients)))
-    return taken
+    return replies
 
 
 @dataclass
@@ -141,7 +141,7 @@ class Served:
 def processes(prompt: str, core: int | None, *options: str) -> Iterator[Served]:
     """They run, warmed up."""
     ports, run = [free_port(), free_port()], [sys.executable, __file__, "--serve"]
-    given = [
+    options_of_proxy = [
         "--prompt",
         prompt,
         "--canvas",
@@ -151,14 +151,14 @@ def processes(prompt: str, core: int | None, *options: str) -> Iterator[Served]:
         "--port",
         str(ports[1]),
     ]
-    told = json.dumps([core, [*given, "--no-probe", "--plain-names", *options]])
-    started = [subprocess.Popen([*run, one]) for one in (str(ports[0]), told)]
+    proxy_task = json.dumps([core, [*options_of_proxy, "--no-probe", "--plain-names", *options]])
+    started = [subprocess.Popen([*run, one]) for one in (str(ports[0]), proxy_task)]
     try:
         for port in ports:
             wait(port)
-        made = Served(*ports, *(psutil.Process(one.pid) for one in started))
-        asyncio.run(ask(made.port, request(made.port, 0, True), 64, range(256)))
-        yield made
+        served = Served(*ports, *(psutil.Process(one.pid) for one in started))
+        asyncio.run(ask(served.port, request(served.port, 0, True), 64, range(256)))
+        yield served
     finally:
         for one in started:
             one.terminate()
@@ -201,17 +201,19 @@ async def stretch(
 
     until_end = iter(lambda: time.perf_counter() < end, False)
     done, cpu = await asyncio.gather(ask(port, request(port, latency, picture), clients, until_end, latency), used())
-    taken = [took for at, took in done if start <= at < end]
-    each = {f"{name}_cpu_ms": total / len(taken) * 1e3 for name, total in cpu.items()}
-    return {"taken": taken, "a_second": len(taken) / seconds, **each}
+    seconds_each = [took for at, took in done if start <= at < end]
+    each = {f"{name}_cpu_ms": total / len(seconds_each) * 1e3 for name, total in cpu.items()}
+    return {"seconds_each": seconds_each, "a_second": len(seconds_each) / seconds, **each}
 
 
 def compare(served: Served, latency: float, picture: bool, seconds: float, clients: int) -> dict[str, Any]:
     """One round: the stub itself, then through the proxy."""
     direct, through = (asyncio.run(stretch(served, way, latency, picture, seconds, clients)) for way in (False, True))
-    p50, p99 = ((np.quantile(through["taken"], q) - np.quantile(direct["taken"], q)) * 1e3 for q in (0.5, 0.99))
+    p50, p99 = (
+        (np.quantile(through["seconds_each"], q) - np.quantile(direct["seconds_each"], q)) * 1e3 for q in (0.5, 0.99)
+    )
     return {
-        "latency_s": latency, "picture": picture, "clients": clients, "requests": len(through["taken"]),
+        "latency_s": latency, "picture": picture, "clients": clients, "requests": len(through["seconds_each"]),
         "added_p50_ms": float(p50), "added_p99_ms": float(p99), "direct_a_second": direct["a_second"],
         "proxy_a_second": through["a_second"], "throughput_ratio": through["a_second"] / direct["a_second"],
         **{name: through[name] for name in ("proxy_cpu_ms", "stub_cpu_ms", "client_cpu_ms")},
@@ -232,30 +234,30 @@ def main(
 ) -> None:
     """Measure, print, and write."""
     if serve:
-        told = json.loads(serve)
-        return asyncio.run(stub(told)) if isinstance(told, int) else proxy(*told)
+        task = json.loads(serve)
+        return asyncio.run(stub(task)) if isinstance(task, int) else proxy(*task)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     options = ["--workers", str(workers or cores), *(["--threads", str(threads)] if threads else [])]
-    told = {"seconds": seconds, "cores": cores, "many_clients_options": options}
-    found: dict[str, Any] = {"manifest": manifest(rounds=rounds, beside=beside, **told), "targets": TARGETS}
+    facts = {"seconds": seconds, "cores": cores, "many_clients_options": options}
+    result: dict[str, Any] = {"manifest": manifest(rounds=rounds, beside=beside, **facts), "targets": TARGETS}
     with TemporaryDirectory() as folder:
         VisualSafetyPrompt.create(336, 30, "random", text="please be safe").save_pretrained(folder)
         one = min(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else None
         with processes(folder, one, "--threads", "1") as served:
             each = [(number, picture) for number in range(rounds) for picture in (False, True)]
-            found["one_client"] = [compare(served, 0.02, picture, seconds, 1) for _, picture in each]
+            result["one_client"] = [compare(served, 0.02, picture, seconds, 1) for _, picture in each]
         with processes(folder, None, *options) as served:
-            found["many_clients"] = [
+            result["many_clients"] = [
                 compare(served, float(latency), picture, seconds, clients)
                 for _ in range(rounds)
                 for latency in latencies.split(",")
                 for picture in (False, True)
             ]
-            found["figures"] = figures(found, cores)
-            for found["memory"] in memory(served, requests, clients):
+            result["figures"] = figures(result, cores)
+            for result["memory"] in memory(served, requests, clients):
                 if out:
-                    write_json(out, found)  # what there is, should it be stopped
-    print(json.dumps([*found["figures"], found["memory"]], indent=1))
+                    write_json(out, result)  # what there is, should it be stopped
+    print(json.dumps([*result["figures"], result["memory"]], indent=1))
 
 
 def memory(served: Served, count: int, clients: int) -> Iterator[dict[str, Any]]:
@@ -272,21 +274,21 @@ def memory(served: Served, count: int, clients: int) -> Iterator[dict[str, Any]]
         }
 
 
-def figures(found: dict[str, Any], cores: int) -> list[dict[str, Any]]:
+def figures(result: dict[str, Any], cores: int) -> list[dict[str, Any]]:
     """Medians over the rounds, a row a setting, and what CPU milliseconds bound."""
     table = []
-    rows = found["one_client"] + found["many_clients"]
+    rows = result["one_client"] + result["many_clients"]
     setting = ("clients", "latency_s", "picture")
     for key in dict.fromkeys(tuple(row[name] for name in setting) for row in rows):
         mine = [row for row in rows if tuple(row[name] for name in setting) == key]
-        made = {name: median(row[name] for row in mine) for name in mine[0] if name not in setting}
+        medians = {name: median(row[name] for row in mine) for name in mine[0] if name not in setting}
         if key[0] > 1:  # with one, the proxy has one core
-            together = made["proxy_cpu_ms"] + made["stub_cpu_ms"] + made["client_cpu_ms"]
-            made["bound_proxy_alone_a_second"] = cores * 1e3 / made["proxy_cpu_ms"]
-            made["bound_all_three_a_second"] = cores * 1e3 / together
-            wanted = TARGETS["throughput_ratio"] * made["direct_a_second"]
-            made["cores_for_target"] = wanted * made["proxy_cpu_ms"] / 1e3
-        table.append(dict(zip(setting, key, strict=True)) | {name: round(value, 3) for name, value in made.items()})
+            together = medians["proxy_cpu_ms"] + medians["stub_cpu_ms"] + medians["client_cpu_ms"]
+            medians["bound_proxy_alone_a_second"] = cores * 1e3 / medians["proxy_cpu_ms"]
+            medians["bound_all_three_a_second"] = cores * 1e3 / together
+            goal = TARGETS["throughput_ratio"] * medians["direct_a_second"]
+            medians["cores_for_target"] = goal * medians["proxy_cpu_ms"] / 1e3
+        table.append(dict(zip(setting, key, strict=True)) | {name: round(value, 3) for name, value in medians.items()})
     return table
 
 

@@ -76,7 +76,7 @@ def build(folder: Path, size: Size) -> None:
 
 def queries(label: str, size: Size) -> list[Query]:
     """Two of a class: noise pictures, questions and answers of random words."""
-    rng, made = random.Random(label), []
+    rng, queries_of_class = random.Random(label), []
 
     def words(between: tuple[int, int]) -> str:
         return " ".join(f"w{rng.randrange(size.vocabulary - 5)}" for _ in range(rng.randint(*between)))
@@ -84,5 +84,5 @@ def queries(label: str, size: Size) -> list[Query]:
     for i in range(2):
         image = Image.frombytes("RGB", (size.canvas,) * 2, rng.randbytes(3 * size.canvas**2))
         question, answer = words(size.questions), words(size.answers)
-        made.append(Query(f"{label}-{i}", question, label, "perf", reference=answer, image=image))
-    return made
+        queries_of_class.append(Query(f"{label}-{i}", question, label, "perf", reference=answer, image=image))
+    return queries_of_class

@@ -99,11 +99,13 @@ def epoch(run: Run, label: str, rng: Random) -> list[Batch]:
 def quality(lvlm: LVLM, defense: Defense, test: Sequence[Query]) -> dict[str, float]:
     """RSR of all forms together, and utility."""
     answers = defense.respond(lvlm, test)
-    found = metrics.outcomes(test, answers, verdicts_of(test, answers, keyword))
+    outcomes = metrics.outcomes(test, answers, verdicts_of(test, answers, keyword))
 
     def rate(metric: str, benchmark: str | None = None) -> float:
-        chosen = (o for o in found if (o.metric, o.split) == (metric, "total") and benchmark in (None, o.benchmark))
-        values = [o.value for o in chosen if o.value is not None]  # None: the judge could not tell
+        matching = (
+            o for o in outcomes if (o.metric, o.split) == (metric, "total") and benchmark in (None, o.benchmark)
+        )
+        values = [o.value for o in matching if o.value is not None]  # None: the judge could not tell
         return sum(values) / len(values)
 
     return {"rsr": rate("rsr"), "utility": rate("accuracy", "utility")}
@@ -140,9 +142,9 @@ def until_good(
     return {"reached": good(curve[-1], floor), "steps": step, "cpu": cpu, "wall": wall, "curve": curve}
 
 
-def good(seen: dict[str, float], floor: float) -> bool:
+def good(rates: dict[str, float], floor: float) -> bool:
     """Whether both bars are met."""
-    return seen["rsr"] >= RSR and seen["utility"] >= floor
+    return rates["rsr"] >= RSR and rates["utility"] >= floor
 
 
 def compare(
@@ -172,11 +174,11 @@ def compare(
         default = Run(*common, settings, Path(place), [])
         theirs = Run(*common, published_settings(vector, settings.refusal), Path(place), [])
         limit = min(max_steps, settings.steps)
-        found = {
+        recipes = {
             "default": until_good(ours(default), border, look, floor, limit, every[0], "default"),
             "published": until_good(published(theirs, seed), mean, look, floor, max_steps, every[1], "published"),
         }
-    return {"no_defense": plain, "floor": floor, "layer": vector.layer, "queries": len(test), "recipes": found}
+    return {"no_defense": plain, "floor": floor, "layer": vector.layer, "queries": len(test), "recipes": recipes}
 
 
 def times_as_fast(recipes: dict[str, dict[str, Any]], clock: str) -> dict[str, Any]:

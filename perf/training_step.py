@@ -177,7 +177,7 @@ TERMS = {  # objective and batch
 
 def gradients(bench: Bench) -> list[dict[str, Any]]:
     """How far each of our ways is from the published gradient, for each term of the loss."""
-    found, largest, lam = [], {}, 0.0
+    rows, largest, lam = [], {}, 0.0
     for term, (objective, label) in TERMS.items():
         if objective == "both":
             lam = largest["benign, hinge"] / largest["benign, answer"]
@@ -186,10 +186,10 @@ def gradients(bench: Bench) -> list[dict[str, Any]]:
             bench.step(way, bench.run(objective, way, lam))() for way in track(ways, term, console=CONSOLE)
         )
         largest[term] = float(expected.abs().max())
-        found += [
+        rows += [
             {"term": term, "way": way.name, **agreement(expected, g)} for way, g in zip(ways[1:], ours, strict=True)
         ]
-    return found
+    return rows
 
 
 def agreement(expected: Tensor, gradient: Tensor) -> dict[str, float]:
@@ -204,24 +204,24 @@ def agreement(expected: Tensor, gradient: Tensor) -> dict[str, float]:
 
 def times(bench: Bench, rounds: int) -> dict[str, list[tuple[float, float]]]:
     """CPU and wall seconds per sample of every way, all ways in turn; a first round warms up and is not counted."""
-    found: dict[str, list[tuple[float, float]]] = {way.name: [] for way in WAYS}
+    seconds_of: dict[str, list[tuple[float, float]]] = {way.name: [] for way in WAYS}
     runs = {way.name: bench.run("both", way) for way in WAYS}
     for number in range(rounds + 1):
         for way in track(WAYS, f"round {number} of {rounds}", console=CONSOLE):
-            taken = seconds(bench, bench.step(way, runs[way.name]))
+            cpu_and_wall = seconds(bench, bench.step(way, runs[way.name]))
             if number:
-                found[way.name].append(taken)
-    return found
+                seconds_of[way.name].append(cpu_and_wall)
+    return seconds_of
 
 
 def peaks(folder: Path, size: Size, device: str, dtype: str) -> dict[str, int | None]:
     """Peak bytes of every way, each in a process of its own, so that no way finds the memory of another."""
-    found = {}
+    peak_bytes = {}
     for way in track(WAYS, "memory", console=CONSOLE):
         command = [sys.executable, __file__, "--peak-of", way.name, "--folder", str(folder), "--device", device]
         command += ["--dtype", dtype, *["--small"] * (size == SMALL)]
-        found[way.name] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-    return found
+        peak_bytes[way.name] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    return peak_bytes
 
 
 # -- saying it ---------------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def targets(rows: dict[str, dict[str, Any]], grads: list[dict[str, Any]], dtype:
 
     benign, malicious = "benign ours sdpa", "malicious ours sdpa"
     one, both = f"{benign} micro-batch 1", f"{benign} micro-batch 1 checkpointing"
-    found: list[tuple[str, str, float | None, float]] = [
+    goals: list[tuple[str, str, float | None, float]] = [
         ("benign step, times as fast as SDPA", ">=", faster("benign published sdpa", benign), 3.5),
         ("the same, micro-batch 1", ">=", faster("benign published sdpa", one), 3.5),
         ("malicious step, times as fast as SDPA", ">=", faster("malicious published sdpa", malicious), 1.5),
@@ -249,14 +249,14 @@ def targets(rows: dict[str, dict[str, Any]], grads: list[dict[str, Any]], dtype:
         ("the same, micro-batch 1", "<=", smaller("benign published sdpa", one), 1 / 3),
         ("the same, micro-batch 1 and checkpointing", "<=", smaller("benign published sdpa", both), 1 / 3),
     ]
-    found += [
+    goals += [
         (f"gradient, {term}: largest difference", "<=", max(g["relative"] for g in grads if g["term"] == term), 1e-5)
         for term in (TERMS if dtype == "float32" else ())
     ]
     return [
-        {"target": name, "wanted": f"{sign} {wanted:.3g}", "measured": value,
-         "met": None if value is None else value >= wanted if sign == ">=" else value <= wanted}
-        for name, sign, value, wanted in found
+        {"target": name, "wanted": f"{sign} {bound:.3g}", "measured": value,
+         "met": None if value is None else value >= bound if sign == ">=" else value <= bound}
+        for name, sign, value, bound in goals
     ]  # fmt: skip
 
 
@@ -283,19 +283,19 @@ def show(result: dict[str, Any]) -> None:
 def measure(folder: Path, size: Size, device: str, dtype: str, rounds: int, apart: bool = True) -> dict[str, Any]:
     """All figures. Without `apart` no processes are started, and there is no peak memory on a CPU."""
     bench = Bench(folder, size, device, dtype)
-    grads, taken = gradients(bench), times(bench, rounds)
-    memory = peaks(folder, size, device, dtype) if apart else dict.fromkeys(taken)
+    grads, seconds_of = gradients(bench), times(bench, rounds)
+    memory = peaks(folder, size, device, dtype) if apart else dict.fromkeys(seconds_of)
     clock = "wall" if bench.lvlm.device.type == "cuda" else "CPU"
     rows = {
         way.name: asdict(way) | {
-            "seconds": [wall if clock == "wall" else cpu for cpu, wall in taken[way.name]],
-            "wall": [wall for _, wall in taken[way.name]],
+            "seconds": [wall if clock == "wall" else cpu for cpu, wall in seconds_of[way.name]],
+            "wall": [wall for _, wall in seconds_of[way.name]],
             "peak": memory[way.name],
         }
         for way in WAYS
     }  # fmt: skip
-    found = {"clock": clock, "size": asdict(size), "ways": rows, "gradients": grads}
-    return found | {"targets": targets(rows, grads, dtype)}
+    result = {"clock": clock, "size": asdict(size), "ways": rows, "gradients": grads}
+    return result | {"targets": targets(rows, grads, dtype)}
 
 
 def main(

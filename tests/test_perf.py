@@ -32,10 +32,10 @@ def steps(tmp_path_factory):
 
 def test_the_published_step_and_ours_have_the_same_gradient(steps):
     """Each term apart, early stop and whole depth, micro-batches and checkpointing."""
-    found = {(g["term"], g["way"].removeprefix("benign ").removeprefix("malicious ")) for g in steps["gradients"]}
+    compared = {(g["term"], g["way"].removeprefix("benign ").removeprefix("malicious ")) for g in steps["gradients"]}
     ours = {"ours sdpa", "ours sdpa micro-batch 1"}
     less_memory = {"ours sdpa checkpointing", "ours sdpa micro-batch 1 checkpointing"}
-    assert found == {(term, way) for term in training_step.TERMS for way in ours} | {
+    assert compared == {(term, way) for term in training_step.TERMS for way in ours} | {
         (term, way) for term in training_step.TERMS if term.startswith("benign") for way in less_memory
     }
     for g in steps["gradients"]:
@@ -56,8 +56,10 @@ def test_what_each_way_computes(tmp_path):
     """(rows, tokens) that reach the last block: published two passes a sample, the second of 16 + 64; ours one of all."""
     random_llava.build(tmp_path, random_llava.SMALL)
     bench, ways = training_step.Bench(tmp_path, random_llava.SMALL), {way.name: way for way in training_step.WAYS}
-    seen: list[tuple[int, int]] = []
-    bench.lvlm.layers[-1].register_forward_hook(lambda block, inputs, output: seen.append(tuple(output.shape[:2])))
+    shapes_seen: list[tuple[int, int]] = []
+    bench.lvlm.layers[-1].register_forward_hook(
+        lambda block, inputs, output: shapes_seen.append(tuple(output.shape[:2]))
+    )
     expected = {
         "benign published sdpa": [(1, 31), (1, 80), (1, 31), (1, 80)],
         "malicious published eager": [(1, 31), (1, 31)],
@@ -67,8 +69,8 @@ def test_what_each_way_computes(tmp_path):
     }
     for name, shapes in expected.items():
         bench.step(ways[name], bench.run("both", ways[name]))()
-        assert seen == shapes, name
-        seen.clear()
+        assert shapes_seen == shapes, name
+        shapes_seen.clear()
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
@@ -85,12 +87,12 @@ def test_peak_memory_is_of_the_step(tmp_path, monkeypatch):
 def test_every_answer_has_the_same_length(lvlm):
     """Also where the model would have ended; and the model is as it was."""
     before = lvlm.model.generation_config.eos_token_id
-    asked = queries("malicious", 3) + queries("benign", 3)
+    mixed = queries("malicious", 3) + queries("benign", 3)
     defenses = inference.forms(lvlm, 9, "please be safe")
-    rows = inference.measure(lvlm, defenses, asked, rounds=2, new_tokens=7, seed=0)
+    rows = inference.measure(lvlm, defenses, mixed, rounds=2, new_tokens=7, seed=0)
     assert lvlm.model.generation_config.eos_token_id == before and not lvlm.layers[0]._forward_pre_hooks
     assert sorted((row["query"], row["form"]) for row in rows) == sorted(
-        2 * [(q.id, d) for q in asked for d in defenses]
+        2 * [(q.id, d) for q in mixed for d in defenses]
     )
     table = inference.summary(rows, "cpu", 0)
     tokens = {name: row["prompt_tokens"] for name, row in table.items()}
@@ -115,8 +117,8 @@ def test_ratios_are_of_the_same_query():
         for query, base in (("a", 1.0), ("b", 10.0), ("c", 2.0))
         for form, factor in ((inference.NONE, 1), (inference.BORDER, 1.5), (inference.TEXT, 2), (inference.BOTH, 3))
     ]
-    found = {name: (row["low"], row["ratio"], row["high"]) for name, row in inference.summary(rows, "cpu", 0).items()}
-    assert [found[name] for name in (inference.BORDER, inference.BOTH)] == [(1.5,) * 3, (3.0,) * 3]
+    ratios = {name: (row["low"], row["ratio"], row["high"]) for name, row in inference.summary(rows, "cpu", 0).items()}
+    assert [ratios[name] for name in (inference.BORDER, inference.BOTH)] == [(1.5,) * 3, (3.0,) * 3]
 
 
 # -- time_to_quality
@@ -132,24 +134,25 @@ def recipe(lvlm, vector, tmp_path):
 
 def test_the_published_recipe(lvlm, vector, recipe, monkeypatch):
     """Batches of one class that come again in the same order, signs of a level each, mean colour, no clamp."""
-    seen, gradient = [], recipe.gradient
+    steps_taken, gradient = [], recipe.gradient
 
     def spy(delta, batch):
-        seen.append((delta, batch))
+        steps_taken.append((delta, batch))
         return torch.sign(recipe.prompt.delta), {}  # always the same way, so that the border leaves [0, 1]
 
     monkeypatch.setattr(recipe, "gradient", spy)
     steps = time_to_quality.published(recipe, seed=0)
     prompts = [next(steps) for _ in range(200)]
     mask = recipe.prompt.mask
-    torch.testing.assert_close(seen[0][0], lvlm.mean.view(3, 1, 1) * mask)
-    torch.testing.assert_close(seen[1][0], seen[0][0] - mask / 255)
-    assert seen[199][0].min() < 0 and prompts[-1].delta.min() == 0
+    torch.testing.assert_close(steps_taken[0][0], lvlm.mean.view(3, 1, 1) * mask)
+    torch.testing.assert_close(steps_taken[1][0], steps_taken[0][0] - mask / 255)
+    assert steps_taken[199][0].min() < 0 and prompts[-1].delta.min() == 0
     batches = {
-        label: [b for _, b in seen if bool(b.malicious[0]) == (label == "malicious")] for label in recipe.__dict__
+        label: [b for _, b in steps_taken if bool(b.malicious[0]) == (label == "malicious")]
+        for label in recipe.__dict__
     }
     bad, good = batches["malicious"], batches["benign"]
-    assert 70 < len(bad) < 130 and all(bool(b.malicious.all()) != bool((~b.malicious).all()) for _, b in seen)
+    assert 70 < len(bad) < 130 and all(bool(b.malicious.all()) != bool((~b.malicious).all()) for _, b in steps_taken)
     assert [b.questions for b in bad[:9]] == [b.questions for b in bad[3:12]]  # five queries: three batches
     assert [b.interiors.sum() for b in good[:9]] == [b.interiors.sum() for b in good[3:12]]
     assert all(b.answered == len(b) for b in good) and 0 < sum(b.answered > 0 for b in bad) < 25
@@ -170,8 +173,12 @@ def test_until_good_stops_at_the_first_good_look():
     def look(prompt):
         return dict(zip(("rsr", "utility"), next(looks), strict=True))
 
-    found = time_to_quality.until_good(iter([border] * 100), border, look, 0.7, 100, 10, "")
-    assert (found["reached"], found["steps"]) == (True, 20) and [row["step"] for row in found["curve"]] == [0, 10, 20]
+    result = time_to_quality.until_good(iter([border] * 100), border, look, 0.7, 100, 10, "")
+    assert (result["reached"], result["steps"]) == (True, 20) and [row["step"] for row in result["curve"]] == [
+        0,
+        10,
+        20,
+    ]
     never = time_to_quality.until_good(iter([border] * 7), border, lambda p: {"rsr": 1, "utility": 0}, 0.7, 7, 5, "")
     assert (never["reached"], never["steps"]) == (False, 7) and never["curve"][-1]["step"] == 7
 
@@ -191,18 +198,18 @@ def test_both_recipes_run(lvlm):
     data = embedded.protocol(0, vector=6, sweep=6, train=6, harm=1, utility=1, mme=1, llava_bench=1)
     settings = TrainSettings(steps=3, batch_size=4, mu_plus=99.0, mu_minus=-99.0, refusal=embedded.REFUSAL)
     result = time_to_quality.compare(lvlm, data, "please be safe", settings, 9, 4, (2, 2), 0)
-    assert {name: [row["step"] for row in found["curve"]] for name, found in result["recipes"].items()} == {
+    assert {name: [row["step"] for row in recipe["curve"]] for name, recipe in result["recipes"].items()} == {
         "default": [0, 2, 3], "published": [0, 2, 4],
     }  # fmt: skip
-    assert result["queries"] == 4 + 7 and all(found["cpu"] > 0 for found in result["recipes"].values())
+    assert result["queries"] == 4 + 7 and all(recipe["cpu"] > 0 for recipe in result["recipes"].values())
 
 
 # -- evaluation
 
 
 def test_batches_give_the_answers_of_one_at_a_time(lvlm):
-    asked = [*queries("malicious", 3), *queries("benign", 3)]
-    rows, answers = evaluation.measure(lvlm, {"none": NoDefense()}, asked, [1, 4], rounds=1, new_tokens=3, seed=0)
+    mixed = [*queries("malicious", 3), *queries("benign", 3)]
+    rows, answers = evaluation.measure(lvlm, {"none": NoDefense()}, mixed, [1, 4], rounds=1, new_tokens=3, seed=0)
     assert answers[1] == answers[4] and len(answers[1]["none"]) == 6
     table = evaluation.summary(rows, [1, 4], "cpu", 6)
     assert table["1"]["ratio"] == 1 and table["4"]["answers_a_second"] > 0
