@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sets() -> Path:
     """The embedded counterparts."""
-    return inspect_tasks._embedded(0)
+    return Path(inspect_tasks._embedded(0).name)
 
 
 def run(name: str, folder: Path, logs: Path, limit: int = 4, **arguments: Any) -> EvalLog:

@@ -39,7 +39,7 @@ class DefendedModel:
             options: revision, device_map, dtype, quantization, canvas of the model, as `LVLM.from_pretrained` takes them.
 
         Raises:
-            DavspError: either cannot be had, or they do not go together.
+            DavspError: either cannot be loaded, or they do not go together.
         """
         from davsp import embedded
 
@@ -116,4 +116,6 @@ class DefendedModel:
             images = images if isinstance(images, list | tuple) else [images]
             text = [text]
         answers = self.generate(images, text, max_new_tokens, batch_size)
-        return [{"input_text": asked, "generated_text": said} for asked, said in zip(text, answers, strict=True)]
+        return [
+            {"input_text": question, "generated_text": answer} for question, answer in zip(text, answers, strict=True)
+        ]

@@ -79,18 +79,18 @@ class Comparison:
         return self._side(NoDefense(), query), self._side(self.defense, query)
 
     def _side(self, defense: Defense, query: Query) -> Side:
-        (seen,) = defense.prepare([query])
-        picture = seen.picture()
+        (prepared,) = defense.prepare([query])
+        picture = prepared.picture()
         assert picture is not None
         canvas = self.lvlm.preprocess([picture])
         (response,) = defense.respond(self.lvlm, [query], max_new_tokens=self.max_new_tokens)
         curve: tuple[float, ...] = ()
         if self.vector is not None:
             layers = range(1, self.lvlm.num_layers)
-            states = self.lvlm.states(canvas, [seen.question], layers)[0].cpu()  # (L, D)
+            states = self.lvlm.states(canvas, [prepared.question], layers)[0].cpu()  # (L, D)
             curve = tuple(float(self.vector.project(states[layer - 1], layer)) for layer in layers)
         return Side(
-            Image.fromarray(to_bytes(canvas[0])), seen.question, response.text, withheld(response.text), curve, response.seconds,
+            Image.fromarray(to_bytes(canvas[0])), prepared.question, response.text, withheld(response.text), curve, response.seconds,
             response.calls or 0, response.prompt_tokens or 0, response.image_tokens or 0,
         )  # fmt: skip
 

@@ -48,9 +48,9 @@ def axis(
 
 
 def layers(
-    undefended: Sequence[float], defended: Sequence[float], margins: Sequence[tuple[float, float]], chosen: int
+    undefended: Sequence[float], defended: Sequence[float], margins: Sequence[tuple[float, float]], layer: int
 ) -> str:
-    """Both projections at every layer, 1 first, between the margins of each; `chosen` is the layer in use."""
+    """Both projections at every layer, 1 first, between the margins of each; `layer` is the one in use."""
     x = range(1, len(undefended) + 1)
     plus, minus = zip(*margins, strict=True)
     with matplotlib.rc_context(STYLE):
@@ -60,7 +60,7 @@ def layers(
         ax.plot(x, minus, color=BENIGN, linestyle=(0, (4, 2)), linewidth=1.2, label="μ₋")
         ax.plot(x, undefended, color=UNDEFENDED, marker="o", markersize=4, label="undefended")
         ax.plot(x, defended, color=DEFENDED, marker="*", markersize=8, label="defended")
-        ax.axvline(chosen, color=LINE, linewidth=6, zorder=0)
+        ax.axvline(layer, color=LINE, linewidth=6, zorder=0)
         ax.set_xlabel("layer")
         ax.set_ylabel("projection")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))

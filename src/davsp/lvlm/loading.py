@@ -17,7 +17,7 @@ def load_weights(
     """The transformers model on its device.
 
     Raises:
-        DavspError: weights are missing, or the quantization can't be had.
+        DavspError: weights are missing, or the quantization is not possible here.
     """
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     single = str(device_map).split(":")[0] in ("cpu", "cuda", "mps")  # a single device needs no accelerate

@@ -68,7 +68,7 @@ class DavspAPI(ModelAPI):
         options: revision, device_map, dtype, quantization, canvas of the model.
 
     Raises:
-        DavspError: no defense was named, or model and defense cannot be had or do not go together.
+        DavspError: no defense was named, or model and defense cannot be loaded or do not go together.
     """
 
     def __init__(

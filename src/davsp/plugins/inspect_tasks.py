@@ -51,7 +51,9 @@ def _task(name: str) -> Callable[..., Task]:
         judge_key_env: str | None = None,
         max_new_tokens: int = 256,
     ) -> Task:
-        queries = BENCHMARKS[name].load(_embedded(seed) / name if folder is None else Path(folder), split, limit, seed)
+        queries = BENCHMARKS[name].load(
+            Path(_embedded(seed).name, name) if folder is None else Path(folder), split, limit, seed
+        )
         whole = name if folder else f"{name}_embedded"
         alone = len({query.benchmark for query in queries}) == 1
         return Task(
@@ -85,12 +87,13 @@ mm_vet, mme, llava_bench = _task("mm_vet"), _task("mme"), _task("llava_bench")
 
 
 @cache
-def _embedded(seed: int) -> Path:
-    """All six counterparts, until the process ends."""
+def _embedded(seed: int) -> tempfile.TemporaryDirectory[str]:
+    """A folder with all six counterparts; the cache keeps it until the process ends."""
     from davsp.embedded.counterparts import write
 
-    _embedded.folder = tempfile.TemporaryDirectory(prefix="davsp-")  # type: ignore[attr-defined]  # kept from being removed
-    return write(Path(_embedded.folder.name), seed)  # type: ignore[attr-defined]
+    folder = tempfile.TemporaryDirectory(prefix="davsp-")
+    write(Path(folder.name), seed)
+    return folder
 
 
 def _sample(query: Query) -> Sample:

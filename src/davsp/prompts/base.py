@@ -59,7 +59,7 @@ class Prompt:
     Attributes:
         delta: (3, s, s) float32 on the whole canvas; the one thing that is trained.
         text: safety text before the question; "" for none.
-        config: what is known of its making (model, layer, margins, data hashes, figures), and how the texts are placed.
+        config: how it was trained (model, layer, margins, data hashes, figures), and how the texts are placed.
         kind: "border" or "additive".
     """
 

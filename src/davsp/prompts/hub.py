@@ -16,7 +16,7 @@ def fetch(source: str | Path, revision: str | None, files: Sequence[str]) -> Pat
         files: to be fetched; nothing else is.
 
     Raises:
-        DavspError: a revision of a folder, two revisions, or a hub id that cannot be had (offline: that is not in the cache).
+        DavspError: a revision of a folder, two revisions, or a hub id that cannot be loaded (offline: that is not in the cache).
     """
     if Path(source).is_dir():
         if revision is not None:

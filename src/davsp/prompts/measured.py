@@ -110,8 +110,8 @@ def measurement(run: str | Path, pixels: str, text: str) -> Measurement:
 def _figures(rows: Sequence[Mapping[str, Any]], defense: str) -> list[Figure]:
     at = {(row["defense"], row["benchmark"], row["metric"]): row for row in rows}
 
-    def of(*key: Any) -> tuple[float, float | None, float | None] | None:
-        row = at.get(key)  # type: ignore[arg-type]
+    def of(defense: str, benchmark: str, metric: str) -> tuple[float, float | None, float | None] | None:
+        row = at.get((defense, benchmark, metric))
         return None if row is None or row["value"] is None else (row["value"], row["low"], row["high"])
 
     figures = []

@@ -142,7 +142,7 @@ def answer(
     """Ask as often as the defense does. Runs in a thread, while the loop of `lvlm` goes on.
 
     Raises:
-        Refusal, DavspError: no answer could be had; none is made up.
+        Refusal, DavspError: there is no answer; none is made up.
     """
     query = Query("", question, "benign", "", image=picture)
     (response,) = defense.respond(lvlm, [query], max_new_tokens=max_new_tokens)

@@ -1,4 +1,4 @@
-"""What Prometheus is told: counts and times, never a text."""
+"""What Prometheus reads: counts and times, never a text."""
 
 import os
 

@@ -107,7 +107,7 @@ def defended(
     send: Send,
     text: bool = True,
 ) -> list[dict[str, Any]]:
-    """The messages as the model is to see them; the given ones are left as they are.
+    """The messages as the model is to see them; `messages` itself is left as it is.
 
     Args:
         defense: one that only changes the input.

@@ -81,7 +81,7 @@ async def _first_model(upstream: Upstream) -> str:
 
 
 async def _ask(upstream: Upstream, model: str, parts: list[dict[str, Any]]) -> tuple[int | None, Any]:
-    """Tokens of the prompt, if they are told, and the reply's headers."""
+    """Tokens of the prompt, if the upstream counts them, and the reply's headers."""
     message = {"role": "user", "content": parts}
     body = {"model": model, "messages": [message], "max_tokens": 1, "temperature": 0}
     status, reply, headers = await upstream.ask("POST", "/chat/completions", {}, body)

@@ -14,7 +14,7 @@ MIB = 2**20
 
 
 class ServeSettings(BaseModel):
-    """What `davsp serve` is told; an unknown field is refused.
+    """The options of `davsp serve`; an unknown field is refused.
 
     Attributes:
         upstream: the server's address, up to and with `/v1`.

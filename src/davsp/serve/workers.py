@@ -31,7 +31,7 @@ def run(serve: Serve, count: int, host: str, port: int) -> None:
             loaded torch may hang).
 
     Raises:
-        DavspError: the address can't be had, or a worker ended unasked.
+        DavspError: the address can't be listened at, or a worker ended by itself.
     """
     sockets = bound(host, port, count)
     context, workers, signals = multiprocessing.get_context("spawn"), list[BaseProcess](), list[int]()
@@ -69,7 +69,7 @@ def bound(host: str, port: int, count: int) -> list[socket.socket]:
     """As many sockets at one address, among which Linux spreads the connections; elsewhere the same one as often.
 
     Raises:
-        DavspError: it can't be had.
+        DavspError: the address can't be listened at.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

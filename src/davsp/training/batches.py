@@ -77,7 +77,7 @@ def prepare(prompt: Prompt, queries: Sequence[Query], answer: Callable[[Query], 
 
 
 def reference(query: Query) -> str:
-    """The answer wanted of a benign query.
+    """The answer that a benign query is to get.
 
     Raises:
         DavspError: it has none.

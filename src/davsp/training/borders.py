@@ -40,7 +40,7 @@ def train(
     Args:
         prompt: where to start; left as it is.
         malicious: training queries, each with a picture.
-        benign: the same; `reference` is the wanted answer.
+        benign: the same; `reference` is the answer they are to get.
         vector: the harmfulness vector of this model.
         resume: go on from the checkpoint in `out`, if there is one; False starts anew.
         progress: show a bar with loss and the mean projections of both classes.
@@ -49,7 +49,7 @@ def train(
             logged.
 
     Returns:
-        A new prompt with float32 delta, and the facts of its making in `config`; `save_pretrained` makes it 8-bit.
+        A new prompt with float32 delta, and how it was trained in `config`; `save_pretrained` makes it 8-bit.
 
     Raises:
         DavspError: bad data or settings; a checkpoint of other settings; a full disk.

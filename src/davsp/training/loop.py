@@ -185,7 +185,7 @@ class Loop:
         return Checkpoint(out, identity)
 
     def finish(self, state: TrainState) -> Prompt:
-        """The trained prompt with the facts of its making."""
+        """The trained prompt, with how it was trained in `config`."""
         prompt = self.prompt.with_delta(state.delta.cpu())
         figures = {f"train_{name}": value for name, value in self.checkpoint.last().items()}
         prompt.config |= {
@@ -215,9 +215,9 @@ def _together(projections: list[ClassProjections], terms: dict[str, float]) -> d
     summed = {name: sum(one.get(name, 0.0) for _, one in shares) for name in names}
     if pairs := [pair for share, _ in shares for pair in share]:
         rows, s = torch.cat([malicious for malicious, _ in pairs]), torch.cat([one for _, one in pairs])
-        for label, chosen in (("malicious", rows), ("benign", ~rows)):
-            if chosen.any():
-                summed[f"projection_{label}"] = s[chosen].mean().item()
+        for label, of_class in (("malicious", rows), ("benign", ~rows)):
+            if of_class.any():
+                summed[f"projection_{label}"] = s[of_class].mean().item()
     return summed
 
 

@@ -44,7 +44,7 @@ def train_sentences(
         resume, progress: as in `davsp.train`.
 
     Returns:
-        A new prompt with float32 delta, and the facts of its making in `config`; `save_pretrained` makes it 8-bit.
+        A new prompt with float32 delta, and how it was trained in `config`; `save_pretrained` makes it 8-bit.
 
     Raises:
         DavspError: no sentence or no picture; else as `davsp.train`.

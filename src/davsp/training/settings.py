@@ -24,7 +24,7 @@ class TrainSettings(BaseModel):
         normalise: divide the hinge by half the distance between the class means, so that `lam` means the same for
             every model and layer; False is the raw sum of the slides.
         layer, mu_plus, mu_minus: None: the vector's.
-        refusal: the answer wanted for malicious queries.
+        refusal: the answer that malicious queries are to get.
         seed: of data order and choice of rows that carry an answer.
         micro_batch: rows in memory at a time; their gradients are summed to that of the whole batch. None: all.
         activation_checkpointing: keep only the input of each block and compute the block again on the way back. These
