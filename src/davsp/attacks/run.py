@@ -196,16 +196,16 @@ class _Run:
         """The queries with the words of `suffix` after them; those that are there already are read."""
         folder, records = self._open(name, "suffix", None)
         settings = self.settings
-        with bar(self.console) as shown:
+        with bar(self.console) as bars:
             total, done = (settings.word_steps * n for n in (len(self.queries), len(records)))
-            task = shown.add_task("suffix", total=total, completed=done)
+            task = bars.add_task("suffix", total=total, completed=done)
             for q in self.queries:
                 if q.id in records:
                     continue
                 best = search_suffix(
                     self.lvlm, defense, q, settings.target, length=settings.words, steps=settings.word_steps,
                     candidates=settings.word_candidates, batch_size=settings.batch_size, seed=settings.seed,
-                    progress=lambda n: shown.advance(task, n),
+                    progress=lambda n: bars.advance(task, n),
                 )  # fmt: skip
                 records[q.id] = {"query_id": q.id, "words": best.text, **curve_points(best.curve)}
                 append(folder, [records[q.id]])
@@ -218,14 +218,14 @@ class _Run:
         folder, records = self._open(name, attack, eps)
         (folder / "pictures").mkdir(parents=True, exist_ok=True)
         size, passes = self.settings.batch_size, self.settings.passes(attack)
-        with bar(self.console) as shown:
-            task = shown.add_task(f"{attack} {eps}", total=passes * len(queries), completed=passes * len(records))
+        with bar(self.console) as bars:
+            task = bars.add_task(f"{attack} {eps}", total=passes * len(queries), completed=passes * len(records))
             for at in range(0, len(queries), size):
                 batch = queries[at : at + size]
                 if all(q.id in records for q in batch):
                     continue
                 for places, surface in surfaces(self.lvlm, defense, batch, self.settings.target):
-                    losses = losses_of(attack, surface, self.vector, lambda n: shown.advance(task, n))
+                    losses = losses_of(attack, surface, self.vector, lambda n: bars.advance(task, n))
                     best = search(attack, losses, surface.pictures, eps / 255, self.settings, at)
                     save_batch(folder, [batch[i] for i in places], [at + i for i in places], best, records)
         sent = [replace(q, image=picture_file(folder, records[q.id])) for q in queries]

@@ -61,18 +61,18 @@ class Defense(ABC):
         """
         self.check(lvlm)
         prepared = self.prepare(queries)
-        answers: dict[int, Response] = {}
+        responses: dict[int, Response] = {}
         for batch in _batches(prepared, batch_size):
             start = time.perf_counter()
             pictures = [picture for i in batch if (picture := prepared[i].picture()) is not None]
             questions = [prepared[i].question for i in batch]
-            said, projections = _answer(lvlm, pictures, questions, vector, max_new_tokens)
+            answers, projections = _answer(lvlm, pictures, questions, vector, max_new_tokens)
             seconds = (time.perf_counter() - start) / len(batch)
-            for i, (text, *tokens), projection in zip(batch, said, projections, strict=True):
-                answers[i] = Response(queries[i].id, self.name, text, projection, seconds, 1, *tokens)
+            for i, (text, *tokens), projection in zip(batch, answers, projections, strict=True):
+                responses[i] = Response(queries[i].id, self.name, text, projection, seconds, 1, *tokens)
             if progress is not None:
                 progress(len(batch))
-        return [answers[i] for i in range(len(queries))]
+        return [responses[i] for i in range(len(queries))]
 
 
 def _batches(queries: Sequence[Query], size: int) -> list[list[int]]:
@@ -90,8 +90,8 @@ def _answer(
 ) -> tuple[list[Answer], list[float | None]]:
     """Answers and projections of one batch; without pictures the canvas is None."""
     canvas = lvlm.preprocess(pictures) if pictures else None
-    said = lvlm.ask(canvas, questions, max_new_tokens)
+    answers = lvlm.ask(canvas, questions, max_new_tokens)
     if vector is None:
-        return said, [None] * len(said)
+        return answers, [None] * len(answers)
     states = loaded(lvlm).states(canvas, questions, [vector.layer])  # (b, 1, d)
-    return said, [float(s) for s in vector.project(states[:, 0])]
+    return answers, [float(s) for s in vector.project(states[:, 0])]

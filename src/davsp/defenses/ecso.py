@@ -122,8 +122,8 @@ class ECSO(Defense):
         calls = [[r] for r in self.inner.respond(lvlm, queries, vector, batch_size, None, max_new_tokens)]
         later = self._later(queries)
         harm = [
-            replace(seen, question=self.templates.harm.format(query=q.question, response=said.text[:CUT]))
-            for seen, q, (said,) in zip(later, queries, calls, strict=True)
+            replace(one, question=self.templates.harm.format(query=q.question, response=answer.text[:CUT]))
+            for one, q, (answer,) in zip(later, queries, calls, strict=True)
         ]
         asker = self.inner if self.follow == "whole" else NoDefense()
         verdicts = asker.respond(lvlm, harm, None, batch_size, None, min(VERDICT_TOKENS, max_new_tokens))
@@ -134,12 +134,17 @@ class ECSO(Defense):
         if self.instead is not None:
             again = self.instead.respond(lvlm, [queries[i] for i in harmful], vector, batch_size, None, max_new_tokens)
         else:
-            pictured = [i for i in harmful if queries[i].image is not None]
-            asked = [
-                replace(later[i], question=self.templates.caption.format(query=queries[i].question)) for i in pictured
+            with_picture = [i for i in harmful if queries[i].image is not None]
+            caption_queries = [
+                replace(later[i], question=self.templates.caption.format(query=queries[i].question))
+                for i in with_picture
             ]
             captions = dict(
-                zip(pictured, asker.respond(lvlm, asked, None, batch_size, None, max_new_tokens), strict=True)
+                zip(
+                    with_picture,
+                    asker.respond(lvlm, caption_queries, None, batch_size, None, max_new_tokens),
+                    strict=True,
+                )
             )
             for i, caption in captions.items():
                 calls[i].append(caption)
@@ -166,8 +171,8 @@ class ECSO(Defense):
 
     def _together(self, calls: Sequence[Response], final: Response) -> Response:
         """The answer that stands, with what all calls took."""
-        known = {name: [getattr(r, name) for r in calls] for name in COST}
-        cost: dict[str, Any] = {name: None if None in values else sum(values) for name, values in known.items()}
+        costs = {name: [getattr(r, name) for r in calls] for name in COST}
+        cost: dict[str, Any] = {name: None if None in values else sum(values) for name, values in costs.items()}
         return replace(final, defense=self.name, seconds=sum(r.seconds for r in calls), **cost)
 
     def describe(self) -> dict[str, Any]:
@@ -183,8 +188,8 @@ class ECSO(Defense):
 
 def _first_word(reply: str) -> bool:
     """Harmful unless the first word is no."""
-    found = re.match(r"[\W_]*(yes|no)(?![\w'’-])", reply.lower())
-    return found is None or found[1] == "yes"
+    word = re.match(r"[\W_]*(yes|no)(?![\w'’-])", reply.lower())
+    return word is None or word[1] == "yes"
 
 
 def _published(reply: str) -> bool:

@@ -38,9 +38,9 @@ def load_defense(source: str | Path, name: str | None = None) -> Defense:
         DavspError: the folder holds none of the known kinds, or two; else as the kind's own reader.
     """
     folder = Path(source)
-    found = {LOADERS[file]: file for file in LOADERS if (folder / file).exists()}
-    if len(found) > 1:
-        raise DavspError(f"{folder} holds {' and '.join(found.values())}; take the files of one away.")
-    if not found and folder.is_dir():
+    kinds = {LOADERS[file]: file for file in LOADERS if (folder / file).exists()}
+    if len(kinds) > 1:
+        raise DavspError(f"{folder} holds {' and '.join(kinds.values())}; take the files of one away.")
+    if not kinds and folder.is_dir():
         raise DavspError(f"{folder} holds no defense: none of {', '.join(LOADERS)} is there.")
-    return next(iter(found), _visual)(source, name)
+    return next(iter(kinds), _visual)(source, name)

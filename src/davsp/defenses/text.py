@@ -41,7 +41,7 @@ class SafetyText(Defense):
         return self.separator.join(parts[self.placement])
 
     def describe(self) -> dict[str, Any]:
-        told = {"kind": "text", "text": self.text}
+        facts = {"kind": "text", "text": self.text}
         if (self.placement, self.separator) != ("prefix", " "):  # else as in run folders from before there was a choice
-            told |= {"placement": self.placement, "separator": self.separator}
-        return told
+            facts |= {"placement": self.placement, "separator": self.separator}
+        return facts

@@ -35,11 +35,11 @@ class VisualPrompt(Defense):
 
     def describe(self) -> dict[str, Any]:
         padding = getattr(self.prompt, "padding", None)
-        told = {
+        facts = {
             "kind": self.prompt.kind,
             "text": self.prompt.text,
             "padding": padding,
             "delta": self.prompt.pixels_sha256(),
         }
-        placed = {"separator": self.prompt.separator, "suffix": self.prompt.suffix}
-        return told if placed == {"separator": " ", "suffix": ""} else told | placed  # else as in folders from before
+        texts = {"separator": self.prompt.separator, "suffix": self.prompt.suffix}
+        return facts if texts == {"separator": " ", "suffix": ""} else facts | texts  # else as in folders from before

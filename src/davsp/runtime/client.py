@@ -145,10 +145,10 @@ class Client:
         unread = 0
         for attempt in range(1, self.attempts + 1):
             async with current.limit as era:
-                reply, found = await self._try(current, request(unread))
-                if not isinstance(found, Failure):
+                reply, result = await self._try(current, request(unread))
+                if not isinstance(result, Failure):
                     current.limit.grow()
-                    current.keep(key, found)
+                    current.keep(key, result)
                     return
                 code = 0 if isinstance(reply, str) else reply.status_code
                 unread += code == 200
@@ -160,10 +160,10 @@ class Client:
             if wait is None or attempt == self.attempts:
                 if not current.reached:  # with a thousand answers to judge, all would wait as long
                     raise DavspError(
-                        f"the {self.whose}'s server {self.where} cannot be reached ({attempt} times {found.reason}); see its "
+                        f"the {self.whose}'s server {self.where} cannot be reached ({attempt} times {result.reason}); see its "
                         "address and whether it runs, and give the same command again to go on."
                     )
-                current.keep(key, found)
+                current.keep(key, result)
                 return
             await asyncio.sleep(wait)
 
@@ -172,10 +172,10 @@ class Client:
         me: Any = asyncio.current_task()
         current.under_way.add(me)
         reply = await self._post(current, body)
-        found = self._read(reply, current.read)
-        if isinstance(found, Failure):
+        result = self._read(reply, current.read)
+        if isinstance(result, Failure):
             current.under_way.discard(me)
-        return reply, found
+        return reply, result
 
     async def _post(self, current: "_Round", body: Mapping[str, Any]) -> Reply:
         """The response, or why there is none."""
@@ -218,16 +218,16 @@ class Client:
 
     def _wait(self, reply: Reply, attempt: int) -> float | None:
         """Seconds until the next attempt; None if there is no use in one."""
-        drawn = min(LONGEST_BACKOFF, self.backoff * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
+        backoff = min(LONGEST_BACKOFF, self.backoff * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
         if isinstance(reply, str):
-            return drawn
+            return backoff
         code = reply.status_code
         if 400 <= code < 500 and code not in _AGAIN and not _filtered(_json(reply)):
             return None
-        asked = retry_after(reply.headers.get("retry-after"), datetime.now(UTC)) if code != 200 else None
-        if asked is None:
-            return drawn
-        return asked + min(drawn, 1.0) if asked <= LONGEST_WAIT else None
+        server_wait = retry_after(reply.headers.get("retry-after"), datetime.now(UTC)) if code != 200 else None
+        if server_wait is None:
+            return backoff
+        return server_wait + min(backoff, 1.0) if server_wait <= LONGEST_WAIT else None
 
     def _without_key(self, text: str) -> str:
         """Servers quote a key that they refuse."""

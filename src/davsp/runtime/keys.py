@@ -21,10 +21,10 @@ def read(variable: str | None, whose: str) -> str | None:
     """
     if variable is None:
         return None
-    found = os.environ.get(variable, "").strip()
-    if found and found.isascii() and found.isprintable():
-        return found
-    if found:
+    key = os.environ.get(variable, "").strip()
+    if key and key.isascii() and key.isprintable():
+        return key
+    if key:
         raise DavspError(f"what is in the environment variable {variable} is no key: it holds odd characters.")
     if _SURELY_A_NAME.fullmatch(variable):
         raise DavspError(f"the environment variable {variable} is empty; put the {whose}'s key there.")

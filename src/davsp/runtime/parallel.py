@@ -57,8 +57,8 @@ def gathered(item: Any) -> list[Any]:
     from accelerate.utils import gather_object
 
     _join()
-    found: list[Any] = gather_object([item])
-    return found
+    items: list[Any] = gather_object([item])
+    return items
 
 
 @cache

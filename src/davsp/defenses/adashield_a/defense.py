@@ -53,7 +53,7 @@ class AdaShieldA(Defense):
         return cls(Pool.load(folder), name or "adashield-a")
 
     def check(self, lvlm: AnsweringLVLM) -> None:
-        """Loads the pool's encoder; raises DavspError if its keys are another model's own features."""
+        """Loads the pool's encoder; raises DavspError if its keys are features of another LVLM."""
         if self.encoder is None:
             self.encoder = encoder_of(self.pool.config.encoder, lvlm)
 

@@ -135,13 +135,13 @@ def _search(
         state = {"identity": identity, "rows": []}
         write_json(out / FILE, state)  # a folder one can't write to is known before the work
     plan = [(query, held) for train, held in scenarios.values() for query in train]
-    with bar(console) as shown:
-        task = shown.add_task("adashield-a", total=len(plan), completed=len(state["rows"]))
+    with bar(console) as bars:
+        task = bars.add_task("adashield-a", total=len(plan), completed=len(state["rows"]))
         try:
             for query, held in plan[len(state["rows"]) :]:
                 state["rows"].append(refine(lvlm, query, held, defender, settings).model_dump())
                 write_json(out / FILE, state)
-                shown.advance(task)
+                bars.advance(task)
         except KeyboardInterrupt:
             raise Interrupted(
                 f"stopped after {len(state['rows'])} of {len(plan)} queries; they are in {out / FILE}: give the same command "

@@ -97,14 +97,14 @@ def _train(
     tokens = search.start()
     if history:
         tokens = Tokens(len(history), history[-1]["defence"], history[-1]["attack"])
-    with bar(console) as shown:
-        task = shown.add_task("pat", total=settings.steps, completed=tokens.step)
+    with bar(console) as bars:
+        task = bars.add_task("pat", total=settings.steps, completed=tokens.step)
         try:
             while tokens.step < settings.steps:
                 tokens, figures = search.advance(tokens)
                 history.append(figures)
                 write_json(out / FILE, state)
-                shown.update(task, completed=tokens.step)
+                bars.update(task, completed=tokens.step)
         except KeyboardInterrupt:
             raise Interrupted(
                 f"stopped at step {tokens.step} of {settings.steps}; the tokens are in {out / FILE}: give the same "

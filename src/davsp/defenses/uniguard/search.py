@@ -70,8 +70,8 @@ def search_text(
     identity = search.identity()
     state = journal.restore(path, identity, step=int, ids=list, cross_entropy=list) if resume else None
     state = state or {"identity": identity, "step": 0, "ids": search.start(), "cross_entropy": []}
-    with bar(Console(quiet=not progress)) as shown:
-        task = shown.add_task("text", total=total, completed=state["step"])
+    with bar(Console(quiet=not progress)) as bars:
+        task = bars.add_task("text", total=total, completed=state["step"])
         try:
             while state["step"] < total:
                 ids, value = search.position(state["ids"], state["step"])
@@ -79,7 +79,7 @@ def search_text(
                 state |= {"step": state["step"] + 1, "ids": ids, "text": search.text(ids), "cross_entropy": curve}
                 if parallel.rank() == 0:
                     write_json(path, state)
-                shown.update(task, completed=state["step"])
+                bars.update(task, completed=state["step"])
         except KeyboardInterrupt:
             raise Interrupted(
                 f"stopped at position {state['step']} of {total} of the text; the state is in {path}: "

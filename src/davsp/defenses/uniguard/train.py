@@ -86,7 +86,7 @@ def train_uniguard(
     if text_part == "searched":
         run = SentenceRun(lvlm, start, pictures, question, corpus, settings, Path(out))
         search = search or SearchSettings(seed=settings.seed)
-        found = search_text(run, trained.delta, search, Path(out) / "text.json", resume, progress)
+        prefix = search_text(run, trained.delta, search, Path(out) / "text.json", resume, progress)
     else:
-        found = OPTIMISED
-    return trained.with_texts(f"{text} {found}" if text else found, separator="\n")
+        prefix = OPTIMISED
+    return trained.with_texts(f"{text} {prefix}" if text else prefix, separator="\n")
