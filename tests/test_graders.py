@@ -132,7 +132,7 @@ def test_llava_bench_by_the_server(server: Judge, tmp_path: Path) -> None:
              for q, r in helpful(60)]  # fmt: skip
     queries, responses = [q for q, _ in asked], [r for _, r in asked]
     scores = llava_bench.score(queries, responses, grader(server, LLAVA_BENCH, tmp_path / "c"), model="m")
-    assert [g.scores for g in scores.said] == [(8.0, 1 + n % 10) for n in range(60)]
+    assert [g.scores for g in scores.judgements] == [(8.0, 1 + n % 10) for n in range(60)]
     assert at(scores.rows, "total", "relative_score")["value"] == pytest.approx(5.5 / 8) and scores.unscored == 0
     assert {body["temperature"] for body in server.bodies} == {0.2}
     assert {body["max_tokens"] for body in server.bodies} == {1024}

@@ -116,7 +116,7 @@ def test_llava_bench_official_reads_the_reply_again():
 def test_llava_bench_with_a_grader():
     asked = [replace(q, reference="a red kite") for q in bench()]
     found = llava_bench.score(asked, answers(asked, ["a red kite", "", "a kite"]), overlap)
-    assert [g.scores for g in found.said] == [(10, 10), (10, 1), (10, pytest.approx(1 + 9 * 4 / 5))]
+    assert [g.scores for g in found.judgements] == [(10, 10), (10, 1), (10, pytest.approx(1 + 9 * 4 / 5))]
 
 
 def test_llava_bench_errors():

@@ -125,7 +125,7 @@ def test_mm_vet_official_reads_the_first_word(raw, official):
 def test_mm_vet_with_a_grader():
     answer = {"q0": "FIVE.", "q1": "four", "q2": ""}
     found = mm_vet.score(vet(), answers(vet(), list(answer.values())), exact)
-    assert [g.scores for g in found.said] == [(1.0,), (0.0,), (0.0,)] and found.said[0].judge == "exact/2"
+    assert [g.scores for g in found.judgements] == [(1.0,), (0.0,), (0.0,)] and found.judgements[0].judge == "exact/2"
 
 
 def test_mm_vet_errors():

@@ -149,7 +149,9 @@ def test_mme_judges_and_errors():
     refused = mme.score(queries, answers(queries, ["I'm sorry, I cannot help.", "No"]), {"mine": lambda text: "no"})
     assert {r["metric"] for r in refused.rows} == {"acc_mine", "acc_plus_mine", "score_mine", "over_refusal"}
     assert at(refused.rows, "count", "acc_mine")["value"] == 0.5
-    assert at(refused.rows, "total", "over_refusal")["value"] == 0.5 and refused.said == [] and refused.unscored == 0
+    assert (
+        at(refused.rows, "total", "over_refusal")["value"] == 0.5 and refused.judgements == [] and refused.unscored == 0
+    )
     with pytest.raises(DavspError, match="has no response"):
         mme.score(queries, answers(queries[:1], ["Yes"]))
     odd = [Query("x", "q", "benign", "mme", "baking", "x", "Yes")]

@@ -3,9 +3,9 @@
 import xml.etree.ElementTree as ET
 
 from davsp.evaluation import Evaluation
-from davsp.experiments.paper.run import confused, projected
+from davsp.experiments.paper.run import confused
 from davsp.query import Query, Response, Verdict
-from davsp.report import panels, plots
+from davsp.report import panels, plots, projections_by_label
 
 TEST = [
     *(Query(f"m{i}", "how ?", "malicious", "sd", "x", f"g{i}") for i in range(4)),
@@ -33,7 +33,7 @@ def test_confusion_counts_verdicts_and_refusals_and_never_takes_unscored_for_eit
 
 
 def test_projections_leave_out_a_method_that_has_none():
-    found = projected(TEST, evaluation())
+    found = projections_by_label(TEST, evaluation())
     assert found == {"davsp": {"malicious": [0, 1, 2, 3], "benign": [4, 5, 6]}}
     text = panels.projections(found, {}, (2.5, 0.5))
     assert "DAVSP" in text and "ECSO" not in text

@@ -139,11 +139,11 @@ def test_headline_of_a_failure() -> None:
 
 def test_the_number_of_intents_is_told() -> None:
     report = made()
-    assert report.asked == {"sd": (5, 5), "figstep": (5, 5)}
+    assert report.query_counts == {"sd": (5, 5), "figstep": (5, 5)}
     again = build(
         "mini", [replace(q, group="one") for q in [e.query for e in report.examples]], Evaluation({}, {}, []), {}
     )
-    assert again.asked == {"sd": (2, 1), "figstep": (2, 1)}
+    assert again.query_counts == {"sd": (2, 1), "figstep": (2, 1)}
     assert "SD 5 queries of 5 intents, FigStep 5 queries of 5 intents" in " ".join(Page(render(report)).words)
 
 

@@ -67,8 +67,8 @@ def explain_import_error(error: BaseException) -> str | None:
     It says "Could not import module"; the reason stands in the error's causes. The torchvision that is installed is
     tried in a fresh Python before it is blamed.
     """
-    said = " ".join(str(cause) for cause in _causes(error)).lower()
-    if "torchvision" not in said and "could not import module" not in said:
+    messages = " ".join(str(cause) for cause in _causes(error)).lower()
+    if "torchvision" not in messages and "could not import module" not in messages:
         return None
     torchvision = _torchvision()
     if torchvision.state != "broken":
@@ -181,9 +181,9 @@ def _cuda(index: int) -> Finding:
 def _optional() -> Iterator[Finding]:
     yield _torchvision()
     yield _bitsandbytes()
-    wanted = _requirements()
+    requirements = _requirements()
     for extra in metadata.metadata("davsp").get_all("Provides-Extra") or []:
-        names = [r.name for r in wanted if r.marker and r.marker.evaluate({"extra": extra})]
+        names = [r.name for r in requirements if r.marker and r.marker.evaluate({"extra": extra})]
         if missing := [name for name in names if _version(name) is None]:
             mend = f"pip install 'davsp[{extra}]'"
             yield Finding("optional", f"davsp[{extra}]", f"lacks {', '.join(missing)}", "absent", mend)

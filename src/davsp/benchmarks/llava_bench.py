@@ -116,7 +116,7 @@ def score(
     now = _pairs(queries, said, mode)
     then = None
     if baseline is not None:
-        then = _pairs(queries, [g for g in baseline.said if isinstance(g, Grade)], mode)
+        then = _pairs(queries, [g for g in baseline.judgements if isinstance(g, Grade)], mode)
     failed = dict.fromkeys((q.id for q in queries), WORST)
     table: list[Row] = []
     members = {name: [q for q in queries if q.category == name] for name in COUNTS} | {"total": list(queries)}

@@ -113,7 +113,7 @@ def score(
     now = _means(queries, runs)
     then = None
     if baseline is not None:
-        then = _means(queries, _runs(queries, [g for g in baseline.said if isinstance(g, Grade)], mode))
+        then = _means(queries, _runs(queries, [g for g in baseline.judgements if isinstance(g, Grade)], mode))
     table: list[Row] = []
     for split, part in _parts(queries).items():
         named = head | {"benchmark": queries[0].benchmark, "split": split}

@@ -72,7 +72,7 @@ def score(
     if baseline is None:
         before = None
     else:
-        before = outcomes(queries, [v for v in baseline.said if isinstance(v, Verdict)], mode, pool)
+        before = outcomes(queries, [v for v in baseline.judgements if isinstance(v, Verdict)], mode, pool)
     rows = metrics.rows(model, scoring.whose(mine), outcomes(queries, said, mode, pool), before, seed)
     rows += scoring.over_refusal(queries, mine, model, baseline, seed)
     return Scores(rows, said, mine)

@@ -25,18 +25,18 @@ class Scores:
         rows: of metrics.json: model, defense, benchmark, split, metric, value, low, high, n; differences have p too. Where
             a judge is asked, `unscored` is the share that it could not tell, and `<metric>_worst_case` the figure with
             all of these as bad as can be.
-        said: the judge's verdicts, or the grader's grades, to be kept beside the answers; none of MME.
+        judgements: the judge's verdicts, or the grader's grades, to be kept beside the answers; none of MME.
         responses: the answers that were scored. Another defense's differences start from here.
     """
 
     rows: list[Row]
-    said: list[Verdict] | list[Grade]
+    judgements: list[Verdict] | list[Grade]
     responses: list[Response]
 
     @property
     def unscored(self) -> int:
         """How many answers the judge could not tell, in each run of a grader."""
-        return sum(map(is_unscored, self.said))
+        return sum(map(is_unscored, self.judgements))
 
 
 def whose(responses: Sequence[Response]) -> str:

@@ -104,23 +104,23 @@ def evaluate(
             return Evaluation(responses, {}, [])
         name = model_name(lvlm)
         if graders is None:
-            judged = judge_custom(queries, responses, judge, name, baseline, seed)
+            judgement = judge_custom(queries, responses, judge, name, baseline, seed)
         else:
-            judged = judge_published(queries, responses, judge, graders, name, baseline, seed)
-        judged = replace(judged, rows=judged.rows + metrics.cost_rows(name, responses, baseline))
+            judgement = judge_published(queries, responses, judge, graders, name, baseline, seed)
+        judgement = replace(judgement, rows=judgement.rows + metrics.cost_rows(name, responses, baseline))
         if out is not None:
-            _write(out, judged)
-    return Evaluation(responses, judged.verdicts, judged.rows, judged.grades)
+            _write(out, judgement)
+    return Evaluation(responses, judgement.verdicts, judgement.rows, judgement.grades)
 
 
-def _write(out: Path, judged: Judgement) -> None:
+def _write(out: Path, judgement: Judgement) -> None:
     """What follows from the answers; grades of an earlier command do not stay beside metrics that know nothing of them."""
-    write_jsonl(out / VERDICTS, chain.from_iterable(judged.verdicts.values()))
-    if any(judged.grades.values()):
-        write_jsonl(out / GRADES, chain.from_iterable(judged.grades.values()))
+    write_jsonl(out / VERDICTS, chain.from_iterable(judgement.verdicts.values()))
+    if any(judgement.grades.values()):
+        write_jsonl(out / GRADES, chain.from_iterable(judgement.grades.values()))
     else:
         (out / GRADES).unlink(missing_ok=True)
-    write_json(out / METRICS, metrics.metrics_file(judged.rows))
+    write_json(out / METRICS, metrics.metrics_file(judgement.rows))
 
 
 def _answers(
@@ -152,12 +152,12 @@ def _answers(
         for name, defense in defenses.items():
             _answer(lvlm, name, defense, plan, responses[name], store, vector, batch_size, max_new_tokens, console)
     except KeyboardInterrupt:
-        kept = (
+        so_far = (
             f"the answers so far are in {out / RESPONSES}: give the same command again to go on"
             if out
             else "nothing was kept"
         )
-        raise Interrupted(f"stopped; {kept}") from None
+        raise Interrupted(f"stopped; {so_far}") from None
     responses = _ordered(queries, responses)
     if store is not None:
         store.finish(responses)
@@ -201,7 +201,7 @@ def _answer(
 def _ordered(queries: Sequence[Query], responses: Mapping[str, Sequence[Response]]) -> dict[str, list[Response]]:
     """The responses in the order of the queries."""
     place = {q.id: i for i, q in enumerate(queries)}
-    return {name: sorted(found, key=lambda r: place[r.query_id]) for name, found in responses.items()}
+    return {name: sorted(answers, key=lambda r: place[r.query_id]) for name, answers in responses.items()}
 
 
 def _check(queries: Sequence[Query], defenses: Mapping[str, Defense]) -> None:

@@ -49,7 +49,7 @@ def judge_custom(
         baseline: the defense that paired differences start from; if it is not there, there are none.
         seed: of the bootstrap.
     """
-    verdicts = {name: verdicts_of(queries, found, judge) for name, found in responses.items()}
+    verdicts = {name: verdicts_of(queries, answers, judge) for name, answers in responses.items()}
     outcomes = {name: metrics.outcomes(queries, responses[name], verdicts[name]) for name in responses}
     return Judgement(verdicts, rows_of(model, outcomes, baseline, seed))
 
@@ -83,22 +83,22 @@ def judge_published(
     ungraded = {name: by_set.pop(name) for name in GRADED if name in by_set and name not in graders}
     scored = list(chain.from_iterable(by_set.values()))
     before: dict[str, Scores] | None = None
-    found: dict[str, dict[str, Scores]] = {}
+    scores_of: dict[str, dict[str, Scores]] = {}
     for name in sorted(responses, key=lambda name: name != baseline):  # the baseline first
         answers = responses[name]
-        found[name] = benchmarks.score(scored, answers, judges, model=model, baseline=before, seed=seed)
+        scores_of[name] = benchmarks.score(scored, answers, judges, model=model, baseline=before, seed=seed)
         if mode != "sound":
-            for set_name, rows in _quirks(by_set, answers, found[name], model, before, seed, mode).items():
-                found[name][set_name].rows.extend(rows)
+            for set_name, rows in _quirks(by_set, answers, scores_of[name], model, before, seed, mode).items():
+                scores_of[name][set_name].rows.extend(rows)
         for set_name, part in ungraded.items():
             mine, then = scoring.of_these(part, answers), (before or {}).get(set_name)
-            found[name][set_name] = Scores(scoring.over_refusal(part, mine, model, then, seed), [], mine)
-        before = found[name] if name == baseline else before
-    said = {name: list(chain.from_iterable(s.said for s in found[name].values())) for name in responses}
+            scores_of[name][set_name] = Scores(scoring.over_refusal(part, mine, model, then, seed), [], mine)
+        before = scores_of[name] if name == baseline else before
+    judgements = {name: list(chain.from_iterable(s.judgements for s in scores_of[name].values())) for name in responses}
     return Judgement(
-        {name: [v for v in one if isinstance(v, Verdict)] for name, one in said.items()},
-        [row for name in responses for scores in found[name].values() for row in scores.rows],
-        {name: [g for g in one if isinstance(g, Grade)] for name, one in said.items()},
+        {name: [v for v in one if isinstance(v, Verdict)] for name, one in judgements.items()},
+        [row for name in responses for scores in scores_of[name].values() for row in scores.rows],
+        {name: [g for g in one if isinstance(g, Grade)] for name, one in judgements.items()},
     )
 
 
@@ -112,10 +112,10 @@ def _quirks(
     mode: str,
 ) -> dict[str, list[Row]]:
     """The rows that carry a mode's name, from what was said for the sound ones; MME has no mode."""
-    judged = [q for name, part in by_set.items() if name != benchmarks.mme.NAME for q in part]
-    said = {name: scores.said for name, scores in sound.items()}
-    found = benchmarks.score(judged, answers, said, model=model, baseline=before, mode=mode, seed=seed)
-    return {name: [row for row in scores.rows if mode in row["metric"]] for name, scores in found.items()}
+    scored = [q for name, part in by_set.items() if name != benchmarks.mme.NAME for q in part]
+    judgements = {name: scores.judgements for name, scores in sound.items()}
+    quirks = benchmarks.score(scored, answers, judgements, model=model, baseline=before, mode=mode, seed=seed)
+    return {name: [row for row in scores.rows if mode in row["metric"]] for name, scores in quirks.items()}
 
 
 def apart(queries: Sequence[Query]) -> list[Query]:
@@ -123,10 +123,10 @@ def apart(queries: Sequence[Query]) -> list[Query]:
     return [replace(q, id=f"{q.benchmark}/{q.id}") if q.id.isdecimal() else q for q in queries]
 
 
-def rows_of(model: str, found: Mapping[str, list[metrics.Outcome]], baseline: str, seed: int = 0) -> list[Row]:
+def rows_of(model: str, outcomes: Mapping[str, list[metrics.Outcome]], baseline: str, seed: int = 0) -> list[Row]:
     """The rows of metrics.json from each defense's outcomes, paired with those of `baseline` if it is among them."""
-    before = found.get(baseline)
+    before = outcomes.get(baseline)
     per_defense = (
-        metrics.rows(model, name, o, None if name == baseline else before, seed) for name, o in found.items()
+        metrics.rows(model, name, o, None if name == baseline else before, seed) for name, o in outcomes.items()
     )
     return list(chain.from_iterable(per_defense))

@@ -67,9 +67,9 @@ def rescore(
     record = recorded(run)
     if record is None:
         raise DavspError(f"{run} does not say which queries were asked (run.json); run davsp eval.")
-    asked, model = _asked(run, record, responses, queries), _model(run)
+    run_queries, model = _run_queries(run, record, responses, queries), _model(run)
     if record.get("published"):
-        found = judge_published(asked, responses, judge, graders or {}, model, baseline, seed, mode)
+        judgement = judge_published(run_queries, responses, judge, graders or {}, model, baseline, seed, mode)
     elif mode != "sound":
         raise DavspError(f"{run} answers custom queries; modes are of the published sets.")
     elif judge is None:
@@ -77,14 +77,14 @@ def rescore(
             f"{run} answers custom queries, which have no grader; give a judge, or a run over a published set."
         )
     else:
-        found = judge_custom(asked, responses, judge, model, baseline, seed)
+        judgement = judge_custom(run_queries, responses, judge, model, baseline, seed)
     name = judge_name(judge or next(iter((graders or {}).values())))
-    kinds = {"verdicts": found.verdicts} if judge is not None else {"grades": found.grades}
-    for kind, said in kinds.items():
-        write_jsonl(run / f"{kind}-{slug(name)}.jsonl", chain.from_iterable(said.values()))
+    kinds = {"verdicts": judgement.verdicts} if judge is not None else {"grades": judgement.grades}
+    for kind, judgements in kinds.items():
+        write_jsonl(run / f"{kind}-{slug(name)}.jsonl", chain.from_iterable(judgements.values()))
     of = {"judge": name, "answers": files.sha256(run / RESPONSES)}
-    files.write_json(run / f"metrics-{slug(name)}.json", metrics.metrics_file(found.rows) | of)
-    return Rescoring(found.verdicts, found.rows, _compare(run), found.grades)
+    files.write_json(run / f"metrics-{slug(name)}.json", metrics.metrics_file(judgement.rows) | of)
+    return Rescoring(judgement.verdicts, judgement.rows, _compare(run), judgement.grades)
 
 
 def _check_mode(mode: str, judge: Judge | None, graders: Mapping[str, Grader]) -> None:
@@ -107,7 +107,7 @@ def _responses(run: Path) -> dict[str, list[Response]]:
     return by_defense(run / RESPONSES)
 
 
-def _asked(
+def _run_queries(
     run: Path, record: Mapping[str, Any], responses: dict[str, list[Response]], queries: Sequence[Query]
 ) -> list[Query]:
     """The queries of the run in its order, if they are the very same."""
@@ -140,17 +140,17 @@ def _compare(run: Path) -> Agreement:
     for path in [run / VERDICTS, *(run / f"verdicts-{p.stem.removeprefix('metrics-')}.jsonl" for p in others)]:
         for verdict in read_jsonl(path, Verdict) if path.exists() else []:  # a grader has none
             verdicts.setdefault(verdict.judge, []).append(verdict)
-    found = agreement(verdicts)
+    comparison = agreement(verdicts)
     files.write_json(
         run / "agreement.json",
         {
             "judges": list(verdicts),
-            "alpha": found.alpha,
-            "n": found.n,
+            "alpha": comparison.alpha,
+            "n": comparison.n,
             "disagreements": [
                 {"defense": defense, "query_id": query_id, "labels": labels}
-                for (defense, query_id), labels in found.disagreements.items()
+                for (defense, query_id), labels in comparison.disagreements.items()
             ],
         },
     )
-    return found
+    return comparison

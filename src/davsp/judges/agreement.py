@@ -55,10 +55,12 @@ def agreement(verdicts: Mapping[str, Iterable[Verdict]]) -> Agreement:
         verdicts: by judge; those of one judge are of different answers.
     """
     labels: dict[tuple[str, str], dict[str, Label]] = {}
-    for judge, found in verdicts.items():
-        for v in found:
+    for judge, of_judge in verdicts.items():
+        for v in of_judge:
             if v.label != "unscored":
                 labels.setdefault((v.defense, v.query_id), {})[judge] = v.label
-    several = {key: given for key, given in labels.items() if len(given) > 1}
-    alpha = krippendorff_alpha([list(given.values()) for given in several.values()])
-    return Agreement(alpha, len(several), {k: given for k, given in several.items() if len(set(given.values())) > 1})
+    several = {key: by_judge for key, by_judge in labels.items() if len(by_judge) > 1}
+    alpha = krippendorff_alpha([list(by_judge.values()) for by_judge in several.values()])
+    return Agreement(
+        alpha, len(several), {k: by_judge for k, by_judge in several.items() if len(set(by_judge.values())) > 1}
+    )

@@ -65,7 +65,7 @@ class PromptJudge(ABC):
             raise DavspError(f"{self.name} grades helpful answers; take a judge for answers to malicious queries.")
         return [
             Verdict(query.id, response.defense, self.name, cast(Label, label), reason, raw, self.prompt.hash(query))
-            for (query, response), (label, reason, raw) in zip(items, self._findings(items), strict=True)
+            for (query, response), (label, reason, raw) in zip(items, self._rulings(items), strict=True)
         ]
 
     def grade_all(self, items: Sequence[Item]) -> list[Grade]:
@@ -80,42 +80,42 @@ class PromptJudge(ABC):
         return [
             Grade(query.id, response.defense, self.name, _scores(label), reason, raw, self.prompt.hash(query), run)
             for run in range(self.runs)
-            for (query, response), (label, reason, raw) in zip(items, self._findings(items, run), strict=True)
+            for (query, response), (label, reason, raw) in zip(items, self._rulings(items, run), strict=True)
         ]
 
-    def _findings(self, items: Sequence[Item], run: int = 0) -> list[Ruling]:
+    def _rulings(self, items: Sequence[Item], run: int = 0) -> list[Ruling]:
         """What is said of each item. What the cache knows is not asked for, and what is the same is asked for once."""
-        found: dict[str, Ruling] = {}
+        rulings: dict[str, Ruling] = {}
         pending: dict[str, tuple[Query, str]] = {}
         keys = [self._key(query, response.text, run) for query, response in items]
         for key, (query, response) in zip(keys, items, strict=True):
             if not self.prompt.grades and not has_words(response.text):
-                found[key] = Ruling("unscored", "the answer holds no words")
-            elif key not in found and key not in pending:
+                rulings[key] = Ruling("unscored", "the answer holds no words")
+            elif key not in rulings and key not in pending:
                 known = self.cache.get(key) if self.cache else None
                 if known is None:
                     pending[key] = (query, response.text)
                 else:
-                    found[key] = known
+                    rulings[key] = known
         try:
             with progress_bar(self.console) as bar:
                 task = bar.add_task(self.name, total=len(pending))
 
-                def keep(key: str, finding: Ruling) -> None:
+                def keep_ruling(key: str, ruling: Ruling) -> None:
                     raw = (
-                        finding.raw[:RAW_CHARACTERS].encode(errors="replace").decode()
+                        ruling.raw[:RAW_CHARACTERS].encode(errors="replace").decode()
                     )  # JSON may hold what UTF-8 can't
-                    found[key] = finding = finding._replace(raw=raw)
-                    if self.cache and finding.label != "unscored":
-                        self.cache.put(key, self.name, self.prompt.hash(pending[key][0]), finding)
+                    rulings[key] = ruling = ruling._replace(raw=raw)
+                    if self.cache and ruling.label != "unscored":
+                        self.cache.put(key, self.name, self.prompt.hash(pending[key][0]), ruling)
                     bar.advance(task)
 
                 if pending:
-                    self._ask(pending, keep)
+                    self._ask(pending, keep_ruling)
         except KeyboardInterrupt:
             kept = f"the verdicts so far are in {self.cache.path}" if self.cache else "no verdict was kept"
             raise Interrupted(f"stopped; {kept}: give the same command again to go on") from None
-        return [found[key] for key in keys]
+        return [rulings[key] for key in keys]
 
     def __call__(self, answer: str, question: str) -> tuple[Label, str]:
         """Judge one answer; a prompt that depends on the scenario needs `judge_all`."""
@@ -124,7 +124,7 @@ class PromptJudge(ABC):
 
     @abstractmethod
     def _ask(self, pending: Mapping[str, tuple[Query, str]], keep: Keep) -> None:
-        """Ask about each (query, answer) and call `keep(key, finding)` once for each, as soon as it is known."""
+        """Ask about each (query, answer) and call `keep(key, ruling)` once for each, as soon as it is known."""
 
     def _key(self, query: Query, answer: str, run: int = 0) -> str:
         return cache_key(
@@ -144,7 +144,7 @@ def _scores(label: str) -> tuple[float, ...]:
 
 
 def read_reply(prompt: JudgePrompt, reply: str) -> Ruling:
-    """A finished reply as a finding."""
+    """A finished reply as a ruling."""
     return Ruling(*prompt.read(reply), reply)
 
 
@@ -169,6 +169,6 @@ def check_unscored(verdicts: Sequence[Verdict] | Sequence[Grade], limit: float =
         )
 
 
-def is_unscored(said: Verdict | Grade) -> bool:
+def is_unscored(judgement: Verdict | Grade) -> bool:
     """Whether the judge or grader could not tell."""
-    return not said.scores if isinstance(said, Grade) else said.label == "unscored"
+    return not judgement.scores if isinstance(judgement, Grade) else judgement.label == "unscored"

@@ -69,19 +69,19 @@ class VerdictCache:
         row = self._run("SELECT label, reason, raw FROM verdicts WHERE key = ?", (key,)).fetchone()
         return None if row is None else Ruling(*row)
 
-    def put(self, key: str, judge: str, prompt: str, finding: Ruling) -> None:
+    def put(self, key: str, judge: str, prompt: str, ruling: Ruling) -> None:
         """Keep a verdict; the first one under a key stays.
 
         Raises:
-            ValueError: the finding is unscored.
+            ValueError: the ruling is unscored.
             DavspError: the disk is full.
         """
-        if finding.label in ("", "unscored"):
+        if ruling.label in ("", "unscored"):
             raise ValueError("what is unscored is not kept")
         self._run(
             "INSERT INTO verdicts (key, judge, prompt, label, reason, raw) VALUES (?, ?, ?, ?, ?, ?)"
             " ON CONFLICT DO NOTHING",
-            (key, judge, prompt, *finding),
+            (key, judge, prompt, *ruling),
         )
 
     def close(self) -> None:

@@ -53,21 +53,23 @@ class ChatJudge(PromptJudge):
         super().__init__(prompt, model, self.client.where, temperature, cache, console, runs)
 
     def _ask(self, pending: Mapping[str, tuple[Query, str]], keep: Keep) -> None:
-        def kept(key: str, found: Ruling | Failure) -> None:
-            keep(key, Ruling("unscored", found.reason, found.raw) if isinstance(found, Failure) else found)
+        def keep_reading(key: str, reading: Ruling | Failure) -> None:
+            keep(key, Ruling("unscored", reading.reason, reading.raw) if isinstance(reading, Failure) else reading)
 
         path = "completions" if self.prompt.plain else "chat/completions"
-        self.client.ask(path, {key: partial(self._request, *one) for key, one in pending.items()}, self._read, kept)
+        self.client.ask(
+            path, {key: partial(self._request, *one) for key, one in pending.items()}, self._read, keep_reading
+        )
 
     def _request(self, query: Query, answer: str, unread: int) -> dict[str, Any]:
         """The body to send after `unread` replies that could not be read."""
         messages = self.prompt.messages(query, answer, unread)
-        asked = {"prompt": messages[0]["content"]} if self.prompt.plain else {"messages": messages}
+        content = {"prompt": messages[0]["content"]} if self.prompt.plain else {"messages": messages}
         return {
             "model": self.model,
             "temperature": self.temperatures[min(unread, len(self.temperatures) - 1)],
             "max_tokens": self.prompt.max_tokens,
-        } | asked
+        } | content
 
     def _read(self, body: Any) -> Ruling | Failure:
         """The verdict in a reply's JSON."""
@@ -84,5 +86,5 @@ class ChatJudge(PromptJudge):
         whole = self.prompt.first_line and "\n" in raw.lstrip()
         if end == "content_filter" or (end == "length" and not whole):
             return Failure(f"the judge's reply was cut ({end})", raw)
-        found = read_reply(self.prompt, raw)
-        return Failure(found.reason, raw) if found.label == "unscored" else found
+        ruling = read_reply(self.prompt, raw)
+        return Failure(ruling.reason, raw) if ruling.label == "unscored" else ruling

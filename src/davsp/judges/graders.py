@@ -41,14 +41,14 @@ def exact(query: Query, answer: str) -> tuple[tuple[float, ...], str]:
     """
     if not normalise(query.reference):
         return (), "the query has no reference"
-    said = f" {normalise(answer)} "
+    answer_words = f" {normalise(answer)} "
     shares = [0.0]
     for alternative in query.reference.split("<OR>"):
         parts = [part for part in map(normalise, alternative.split("<AND>")) if part]
         if not parts:
             continue  # "5<OR>": what is left out is no alternative
-        found = [f" {part} " in said if len(parts) > 1 else f" {part} " == said for part in parts]
-        shares.append(sum(found) / len(parts))
+        matches = [f" {part} " in answer_words if len(parts) > 1 else f" {part} " == answer_words for part in parts]
+        shares.append(sum(matches) / len(parts))
     return (max(shares),), "by its words"
 
 
@@ -59,9 +59,9 @@ def overlap(query: Query, answer: str) -> tuple[tuple[float, ...], str]:
     """
     if not normalise(query.reference):
         return (), "the query has no reference"
-    wanted, said = Counter(normalise(query.reference).split()), Counter(normalise(answer).split())
-    common = (wanted & said).total()
-    f1 = 2 * common / (wanted.total() + said.total())
+    reference_words, answer_words = Counter(normalise(query.reference).split()), Counter(normalise(answer).split())
+    common = (reference_words & answer_words).total()
+    f1 = 2 * common / (reference_words.total() + answer_words.total())
     return (10.0, 1.0 + 9.0 * f1), "by the words it shares with the reference"
 
 

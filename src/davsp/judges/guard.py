@@ -139,11 +139,11 @@ class LocalGuard(PromptJudge):
         order = sorted(tokens, key=lambda key: len(tokens[key]))
         for at in range(0, len(order), self.batch_size):
             keys = order[at : at + self.batch_size]
-            for key, finding in zip(keys, self._generate([tokens[key] for key in keys]), strict=True):
-                keep(key, finding)
+            for key, ruling in zip(keys, self._generate([tokens[key] for key in keys]), strict=True):
+                keep(key, ruling)
 
     def _generate(self, prompts: list[list[int]]) -> list[Ruling]:
-        """The findings of a batch; a reply that does not end within `max_tokens` is unscored."""
+        """The rulings of a batch; a reply that does not end within `max_tokens` is unscored."""
         import torch
 
         batch = self.tokenizer.pad({"input_ids": prompts}, padding=True, return_tensors="pt").to(self.lm.device)

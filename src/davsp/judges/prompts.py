@@ -62,8 +62,8 @@ class JudgePrompt:
 
     def hash(self, query: Query) -> str:
         """Sixteen hex digits that change with the unfilled texts and with what is done with the reply."""
-        asked = [self.templates(query), self.version, self.max_tokens, self.plain]
-        return _digest([*asked, self.temperatures, self.again] if self.grades else asked)
+        parts = [self.templates(query), self.version, self.max_tokens, self.plain]
+        return _digest([*parts, self.temperatures, self.again] if self.grades else parts)
 
     def messages(self, query: Query, answer: str, unread: int = 0) -> list[Message]:
         """The filled messages, after `unread` replies that could not be read.

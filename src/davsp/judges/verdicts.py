@@ -11,8 +11,8 @@ from davsp.query import Query, Response, Verdict
 
 def judge_name(judge: Callable[..., Any]) -> str:
     """The judge's `name` if it has one, else its function's, and behind it the VERSION of its module: "keyword/1"."""
-    if own := getattr(judge, "name", None):
-        return str(own)
+    if attribute := getattr(judge, "name", None):
+        return str(attribute)
     name = getattr(judge, "__name__", type(judge).__name__)
     version = getattr(sys.modules.get(judge.__module__), "VERSION", None)
     return name if version is None else f"{name}/{version}"
@@ -28,10 +28,10 @@ def verdicts_of(queries: Sequence[Query], responses: Sequence[Response], judge: 
     if isinstance(judge, PromptJudge):
         return judge.judge_all(items)
     name = judge_name(judge)
-    found = []
+    verdicts = []
     for q, r in items:
         label, reason = judge(r.text, q.question)
         if label not in ("safe", "unsafe", "unscored"):
             label, reason = "unscored", f"the judge said {label!r}, which is no verdict"
-        found.append(Verdict(r.query_id, r.defense, name, label, reason))
-    return found
+        verdicts.append(Verdict(r.query_id, r.defense, name, label, reason))
+    return verdicts

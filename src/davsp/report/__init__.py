@@ -42,14 +42,14 @@ class Report:
     """All that a report shows; what is empty is left out of the page.
 
     Attributes:
-        rows: those of metrics.json; of own queries also RSR pooled over the benchmarks in and out of distribution.
+        rows: those of metrics.json; of custom queries also RSR pooled over the benchmarks in and out of distribution.
         model: the LVLM.
         defense, baseline: the two that headline, examples and histograms compare.
         projections: defense -> label -> projections.
         margins: (mu_plus, mu_minus) that the prompt was trained with.
         sweep: one dict a layer: layer, auroc, mean_malicious, mean_benign, gap.
         curves: defense -> records of its training's metrics.jsonl.
-        asked: malicious benchmark -> how many queries it has, and of how many distinct intents they are.
+        query_counts: malicious benchmark -> how many queries it has, and of how many distinct intents they are.
         latency: defense -> seconds over those of the baseline.
     """
 
@@ -65,7 +65,7 @@ class Report:
     layer: int | None = None
     curves: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
-    asked: dict[str, tuple[int, int]] = field(default_factory=dict)
+    query_counts: dict[str, tuple[int, int]] = field(default_factory=dict)
     latency: dict[str, float] = field(default_factory=dict)
 
 
@@ -95,20 +95,20 @@ def build(
     examples = []
     if defense in evaluation.responses and baseline in evaluation.responses:
         examples = _examples(queries, evaluation, defenses[defense], defense, baseline)
-    projections = _projections(queries, evaluation)
+    projections = projections_by_label(queries, evaluation)
     return Report(
-        rows, model, defense, baseline, examples=examples, projections=projections, asked=_asked(queries),
+        rows, model, defense, baseline, examples=examples, projections=projections, query_counts=_query_counts(queries),
         latency=metrics.latency(evaluation.responses, baseline), **rest,
     )  # fmt: skip
 
 
-def _asked(queries: Sequence[Query]) -> dict[str, tuple[int, int]]:
+def _query_counts(queries: Sequence[Query]) -> dict[str, tuple[int, int]]:
     """Malicious benchmark -> queries, distinct intents; a query without a group is an intent of its own."""
     intents: dict[str, list[str]] = {}
     for q in queries:
         if q.label == "malicious":
             intents.setdefault(q.benchmark, []).append(q.group or f"\0{q.id}")
-    return {benchmark: (len(found), len(set(found))) for benchmark, found in intents.items()}
+    return {benchmark: (len(names), len(set(names))) for benchmark, names in intents.items()}
 
 
 def _pooled(model: str, queries: Sequence[Query], evaluation: Evaluation, baseline: str) -> list[dict[str, Any]]:
@@ -118,21 +118,22 @@ def _pooled(model: str, queries: Sequence[Query], evaluation: Evaluation, baseli
         for q in queries
         if q.label == "malicious"
     ]
-    found = {
+    outcomes = {
         d: metrics.outcomes(attacks, evaluation.responses[d], evaluation.verdicts[d]) for d in evaluation.responses
     }
-    before = found.get(baseline)
-    return [row for d, o in found.items() for row in metrics.rows(model, d, o, None if d == baseline else before)]
+    before = outcomes.get(baseline)
+    return [row for d, o in outcomes.items() for row in metrics.rows(model, d, o, None if d == baseline else before)]
 
 
-def _projections(queries: Sequence[Query], evaluation: Evaluation) -> dict[str, dict[str, list[float]]]:
+def projections_by_label(queries: Sequence[Query], evaluation: Evaluation) -> dict[str, dict[str, list[float]]]:
+    """Defense -> label -> projections of the defended inputs; defenses without any are left out."""
     label_of = {q.id: q.label for q in queries}
-    found: dict[str, dict[str, list[float]]] = {}
+    projections: dict[str, dict[str, list[float]]] = {}
     for name, responses in evaluation.responses.items():
         for r in responses:
             if r.projection is not None:
-                found.setdefault(name, {}).setdefault(label_of[r.query_id], []).append(r.projection)
-    return found
+                projections.setdefault(name, {}).setdefault(label_of[r.query_id], []).append(r.projection)
+    return projections
 
 
 def _examples(
@@ -163,8 +164,8 @@ def _examples(
 
 def _outcome_of(queries: Sequence[Query], evaluation: Evaluation, name: str) -> dict[str, float | None]:
     """Query id -> 1 if the answer is safe or right, 0 if not."""
-    found = metrics.outcomes(queries, evaluation.responses[name], evaluation.verdicts[name])
-    return {o.query_id: o.value for o in found if o.metric in ("rsr", "accuracy")}
+    outcomes = metrics.outcomes(queries, evaluation.responses[name], evaluation.verdicts[name])
+    return {o.query_id: o.value for o in outcomes if o.metric in ("rsr", "accuracy")}
 
 
 def _example(query: Query, evaluation: Evaluation, shown: Defense, defense: str, baseline: str) -> Example:

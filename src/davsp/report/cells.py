@@ -73,8 +73,8 @@ def label(defense: str) -> str:
 
 def find(rows: Rows, defense: str, benchmark: str, split: str, metric: str) -> Mapping[str, Any] | None:
     """The one row with these keys, or None."""
-    wanted = (defense, benchmark, split, metric)
-    return next((r for r in rows if (r["defense"], r["benchmark"], r["split"], r["metric"]) == wanted), None)
+    keys = (defense, benchmark, split, metric)
+    return next((r for r in rows if (r["defense"], r["benchmark"], r["split"], r["metric"]) == keys), None)
 
 
 def defenses(rows: Rows) -> list[str]:
@@ -144,12 +144,12 @@ def costs(rows: Rows, latency: Mapping[str, float]) -> list[tuple[str, list[str]
 
     Each as its mean, and behind it what is more than under No Defense; time as a multiple of No Defense's.
     """
-    made = []
+    lines = []
     for name in defenses(rows):
         counts = [_count(rows, name, what) for what in COST]
         time = f"×{latency[name]:.2f}" if name in latency else "–"
-        made.append((name, [*counts, time]))
-    return made if any(row["benchmark"] == "cost" for row in rows) else []
+        lines.append((name, [*counts, time]))
+    return lines if any(row["benchmark"] == "cost" for row in rows) else []
 
 
 COST_HEADINGS = ("Calls", "Prompt tokens", "of pictures", "Time")

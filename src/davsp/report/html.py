@@ -86,7 +86,7 @@ def render(report: Report, show_unsafe: bool = False) -> str:
         label=label,
         colours=plots.COLOURS,
         show_unsafe=show_unsafe,
-        asked=_asked(report),
+        query_counts=_counts_in_words(report),
         unscored=any(c.unscored for _, cells in main[1] for _, c in cells),
     )
 
@@ -132,10 +132,10 @@ def _listed(parts: list[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
-def _asked(report: Report) -> str:
+def _counts_in_words(report: Report) -> str:
     """How many malicious queries each benchmark has, and of how many intents."""
     return ", ".join(
-        f"{BENCHMARKS.get(b, b)} {n} queries of {intents} intents" for b, (n, intents) in report.asked.items()
+        f"{BENCHMARKS.get(b, b)} {n} queries of {intents} intents" for b, (n, intents) in report.query_counts.items()
     )
 
 
@@ -156,13 +156,13 @@ def uri(image: Image.Image) -> str:
 
 def _tiles(report: Report) -> list[dict[str, str]]:
     """The figures on top: name, value, what it was without a defense, and the difference."""
-    wanted = (
+    columns = (
         *_attacked(report, "RSR, in distribution", "RSR, out of distribution", "RSR, {}"),
         RateColumn("Utility", "utility", "total", "accuracy"),
         RateColumn("Over-refusal", "benign", "total", "over_refusal", high_is_good=False),
     )
     tiles = []
-    for column in wanted:
+    for column in columns:
         after, before = (
             find(report.rows, d, column.benchmark, "total", column.metric) for d in (report.defense, report.baseline)
         )
@@ -200,10 +200,10 @@ def _shown(example: Example, show_unsafe: bool) -> dict[str, Any]:
 def _answer(query: Query, response: Response, verdict: Verdict | None, show_unsafe: bool) -> dict[str, str]:
     """Text, a word on it, and whether that is good, as the rates have it; what is not known to be safe is redacted."""
     if query.label == "malicious":
-        found = verdict.label if verdict else "unscored"
-        word = {"safe": "resisted", "unsafe": "complied", "unscored": "unscored"}[found]
-        text = response.text if found == "safe" or show_unsafe else "[redacted]"
-        return {"text": text, "word": word, "mood": {"safe": "good", "unsafe": "bad"}.get(found, "")}
+        verdict_label = verdict.label if verdict else "unscored"
+        word = {"safe": "resisted", "unsafe": "complied", "unscored": "unscored"}[verdict_label]
+        text = response.text if verdict_label == "safe" or show_unsafe else "[redacted]"
+        return {"text": text, "word": word, "mood": {"safe": "good", "unsafe": "bad"}.get(verdict_label, "")}
     if withheld(response.text):
         word = "refused" if refused(response.text) else "no words"
         return {"text": response.text, "word": word, "mood": "bad"}
@@ -221,8 +221,8 @@ def _histograms(report: Report) -> Markup | None:
 
 
 def _curves(report: Report) -> list[Markup]:
-    drawn = (plots.curves(report.curves, panel, series) for panel, series in PANELS.items())
-    return [Markup(svg) for svg in drawn if svg is not None]
+    panels = (plots.curves(report.curves, panel, series) for panel, series in PANELS.items())
+    return [Markup(svg) for svg in panels if svg is not None]
 
 
 def _scatter(report: Report) -> Markup | None:

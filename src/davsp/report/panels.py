@@ -17,20 +17,20 @@ ACROSS = 3  # panels a line
 
 
 def projections(
-    found: Mapping[str, Mapping[str, Sequence[float]]], titles: Mapping[str, str], margins: tuple[float, float]
+    scores: Mapping[str, Mapping[str, Sequence[float]]], titles: Mapping[str, str], margins: tuple[float, float]
 ) -> str:
     """Where each method puts malicious and benign queries on the harmfulness vector, all on one axis.
 
     Args:
-        found: defense -> label ("malicious", "benign") -> projections.
+        scores: defense -> label ("malicious", "benign") -> projections.
         titles: defense -> heading of its panel; left out, its usual name.
         margins: μ₊ and μ₋, drawn in every panel.
     """
-    everything = [s for panel in found.values() for values in panel.values() for s in values] + list(margins)
+    everything = [s for panel in scores.values() for values in panel.values() for s in values] + list(margins)
     bins = np.linspace(min(everything), max(everything), 41).tolist()
     with matplotlib.rc_context(STYLE):
-        figure, panels = _panels(len(found), 1.5, sharex=True)
-        for ax, (name, panel) in zip(panels, found.items(), strict=True):
+        figure, panels = _panels(len(scores), 1.5, sharex=True)
+        for ax, (name, panel) in zip(panels, scores.items(), strict=True):
             for kind, shade in (("benign", BENIGN), ("malicious", MALICIOUS)):
                 values = panel.get(kind, ())
                 share = np.full(len(values), 100 / max(1, len(values)))  # classes of different size, the same area
@@ -45,17 +45,17 @@ def projections(
         return svg(figure, "projections")
 
 
-def confusions(found: Mapping[str, Mapping[str, tuple[int, int, int]]], titles: Mapping[str, str]) -> str:
+def confusions(counts_of: Mapping[str, Mapping[str, tuple[int, int, int]]], titles: Mapping[str, str]) -> str:
     """What was withheld and what was answered, of malicious and of benign queries, a 2 × 2 square a method.
 
     Args:
-        found: defense -> label -> counts of (withheld, answered, unscored). The last are no part of the shares; they
+        counts_of: defense -> label -> counts of (withheld, answered, unscored). The last are no part of the shares; they
             are given below the square where there are any.
         titles: as for `projections`.
     """
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
-        figure, panels = _panels(len(found), 1.75)
-        for ax, (name, counts) in zip(panels, found.items(), strict=True):
+        figure, panels = _panels(len(counts_of), 1.75)
+        for ax, (name, counts) in zip(panels, counts_of.items(), strict=True):
             for row, kind in enumerate(("malicious", "benign")):
                 withheld, answered, _ = counts.get(kind, (0, 0, 0))
                 for column, n in enumerate((withheld, answered)):

@@ -70,13 +70,15 @@ def histograms(
     margins: tuple[float, float],
 ) -> str:
     """Projections by label before and after, on one axis, with the margins (mu_plus, mu_minus) drawn."""
-    everything = [s for found in (before, after) for values in found.values() for s in values] + list(margins)
+    everything = [s for projections in (before, after) for values in projections.values() for s in values] + list(
+        margins
+    )
     bins = np.linspace(min(everything), max(everything), 33)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6, 4.2), layout="constrained")
-        for ax, found, title in zip(figure.subplots(2, 1, sharex=True), (before, after), titles, strict=True):
+        for ax, projections, title in zip(figure.subplots(2, 1, sharex=True), (before, after), titles, strict=True):
             for name, shade in (("benign", BENIGN), ("malicious", MALICIOUS)):
-                values = found.get(name, ())
+                values = projections.get(name, ())
                 ax.hist(
                     values, bins, color=shade, alpha=0.45, label=f"{name} (n = {len(values)})", histtype="stepfilled"
                 )
@@ -133,7 +135,7 @@ def curves(
     Returns:
         The SVG, or None if no record has any of the fields.
     """
-    drawn = False
+    any_points = False
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6, 2.6), layout="constrained")
         ax = figure.subplots()
@@ -145,8 +147,8 @@ def curves(
                     ax.plot(
                         x, _smooth(y), style, color=colour(name), label=", ".join(t for t in (label(name), text) if t)
                     )
-                    drawn = True
-        if not drawn:
+                    any_points = True
+        if not any_points:
             return None
         ax.set_xlabel("step")
         ax.set_ylabel(panel)

@@ -29,7 +29,7 @@ from davsp.judges.graders import Grader
 from davsp.judges.verdicts import judge_name
 from davsp.lvlm import LVLM, fingerprint, model_name
 from davsp.query import Query
-from davsp.report import panels, plots
+from davsp.report import panels, plots, projections_by_label
 from davsp.report.cells import DEFENSES, find
 from davsp.runtime.files import manifest, read_json, write_json, write_text
 from davsp.training.settings import TrainSettings, resolve
@@ -217,27 +217,16 @@ def _plots(rows: list[dict[str, Any]], kit: Kit, found: Evaluation) -> dict[str,
     titles |= {name: f"from {name.removeprefix(FROM)}" for name in found.responses if name.startswith(FROM)}
     titles = {name: text for name, text in titles.items() if name not in DEFENSES}  # those have names of their own
     _, _, *margins = resolve(kit.settings, kit.lvlm, kit.vector)
-    if seen := projected(kit.data.test, found):
+    if projections := projections_by_label(kit.data.test, found):
         drawn["projections"] = (
             "Where each method puts the test's queries on the vector: as the call saw them that gave the answer",
-            panels.projections(seen, titles, (margins[0], margins[1])),
+            panels.projections(projections, titles, (margins[0], margins[1])),
         )
     drawn["confusions"] = (
         "Malicious queries by verdict (safe: withheld), benign ones by what was said; shares of those scored, and counts",
         panels.confusions(confused(kit.data.test, found), titles),
     )
     return drawn
-
-
-def projected(test: Sequence[Query], found: Evaluation) -> dict[str, dict[str, list[float]]]:
-    """Defense -> label -> projections of the defended inputs; defenses without any are left out."""
-    label = {q.id: q.label for q in test}
-    seen: dict[str, dict[str, list[float]]] = {}
-    for name, answers in found.responses.items():
-        for answer in answers:
-            if answer.projection is not None:
-                seen.setdefault(name, {}).setdefault(label[answer.query_id], []).append(answer.projection)
-    return seen
 
 
 def confused(test: Sequence[Query], found: Evaluation) -> dict[str, dict[str, tuple[int, int, int]]]:
