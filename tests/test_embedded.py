@@ -457,8 +457,8 @@ def test_hints_vanish_where_a_tower_sees_what_its_teacher_sees():
         for one in hints.maps:
             torch.nn.init.eye_(one.weight)
             torch.nn.init.zeros_(one.bias)
-        assert hints(architecture.Seen(alike, seen.tokens), seen) < 1e-10
-        assert hints(architecture.Seen([-a for a in alike], seen.tokens), seen) > 1
+        assert hints(architecture.TowerOutput(alike, seen.tokens), seen) < 1e-10
+        assert hints(architecture.TowerOutput([-a for a in alike], seen.tokens), seen) > 1
 
 
 def test_yes_or_no_lessons_say_yes_as_often_as_no_and_are_right():

@@ -128,7 +128,7 @@ def test_short_download_is_counted(tmp_path):
     report = mm_safetybench.check(tmp_path)
     counts = {count.name: count for count in report.counts}
     assert str(counts["sd 01-Illegal_Activitiy"]) == "1 of 97 in sd 01-Illegal_Activitiy"
-    assert counts["typo 01-Illegal_Activitiy"].found == 2 and counts["sd 13-Gov_Decision"].found == 0
+    assert counts["typo 01-Illegal_Activitiy"].here == 2 and counts["sd 13-Gov_Decision"].here == 0
     assert not report.good and len(report.broken) == 1 and "SD/1.jpg is missing" in report.broken[0]
     index = report.index["data/processed_questions/02-HateSpeech.json"]
     import hashlib

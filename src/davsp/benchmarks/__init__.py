@@ -25,9 +25,9 @@ __all__ = [
 
 
 def check(root: Path) -> list[Inventory]:
-    """A report of every data set in `root`, which holds one, or folders that hold one each.
+    """An inventory of every data set in `root`, which holds one, or folders that hold one each.
 
-    What cannot be read at all is a report with that as its only fault.
+    What cannot be read at all is an inventory with that as its only fault.
 
     Raises:
         DavspError: `root` is no folder.
@@ -36,12 +36,12 @@ def check(root: Path) -> list[Inventory]:
     if not root.is_dir():
         raise DavspError(f"{root} is no folder; give the one that holds the data sets.")
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    found = []
+    inventories = []
     for name in BENCHMARKS:
         here = _check(name, root)
         below = [] if here.layout else [_check(name, folder) for folder in folders]
-        found += [report for report in [here, *below] if report.layout]
-    return found
+        inventories += [inventory for inventory in [here, *below] if inventory.layout]
+    return inventories
 
 
 def data_set(benchmark: str) -> str:
@@ -53,10 +53,10 @@ def data_set(benchmark: str) -> str:
     name = benchmark.removesuffix(EMBEDDED)
     if name in (*mm_safetybench.FIELDS, mm_safetybench.REBUILT):
         return mm_safetybench.NAME
-    found = next((known for known in BENCHMARKS if name == known or name.startswith(f"{known}_")), None)
-    if found is None:
+    owner = next((known for known in BENCHMARKS if name == known or name.startswith(f"{known}_")), None)
+    if owner is None:
         raise DavspError(f"the benchmark {benchmark!r} is of none of the six sets: {', '.join(BENCHMARKS)}.")
-    return found
+    return owner
 
 
 def by_set(queries: Iterable[Query]) -> dict[str, list[Query]]:
@@ -65,13 +65,13 @@ def by_set(queries: Iterable[Query]) -> dict[str, list[Query]]:
     Raises:
         DavspError: one is of no set, or a set is there as published and as its embedded counterpart.
     """
-    found: dict[str, list[Query]] = {}
+    parts: dict[str, list[Query]] = {}
     for q in queries:
-        found.setdefault(data_set(q.benchmark), []).append(q)
-    for name, part in found.items():
+        parts.setdefault(data_set(q.benchmark), []).append(q)
+    for name, part in parts.items():
         if len({q.benchmark.endswith(EMBEDDED) for q in part}) > 1:
             raise DavspError(f"{name} is there as published and as its embedded counterpart; take one at a time.")
-    return found
+    return parts
 
 
 def score(
@@ -89,7 +89,7 @@ def score(
     Args:
         queries: of any of the six sets.
         responses: an answer of one defense to each.
-        judges: set -> its judge or grader, or what it has said before; of MME none is taken, as it goes by words.
+        judges: set -> its judge or grader, or the verdicts or grades that it gave before; MME needs none, as it is scored by words.
         model: name for the rows.
         baseline: what this function gave for the defense that differences start from.
         mode: of all these scorers; MME has none, as both of its parsers are always given.
@@ -101,12 +101,12 @@ def score(
     parts = by_set(queries)
     if lacking := [name for name in parts if name not in judges and name != mme.NAME]:
         raise DavspError(f"there is no judge for {', '.join(lacking)}; docs/judges.md names those there are.")
-    found = {}
+    scores = {}
     for name, part in parts.items():
-        judged = {} if name == mme.NAME else {"judge": judges[name], "mode": mode}
+        options = {} if name == mme.NAME else {"judge": judges[name], "mode": mode}
         then = (baseline or {}).get(name)
-        found[name] = BENCHMARKS[name].score(part, responses, **judged, model=model, baseline=then, seed=seed)
-    return found
+        scores[name] = BENCHMARKS[name].score(part, responses, **options, model=model, baseline=then, seed=seed)
+    return scores
 
 
 def _check(name: str, folder: Path) -> Inventory:

@@ -66,7 +66,7 @@ def paired_difference(
     if [b.shape for b in before] != [a.shape for a in after]:
         raise ValueError("paired_difference needs the same clusters before and after")
     weights = _weights(tuple(map(len, before)), seed)
-    drawn = [statistic([w @ s for w, s in zip(weights, strata, strict=True)]) for strata in (after, before)]
+    draws = [statistic([w @ s for w, s in zip(weights, strata, strict=True)]) for strata in (after, before)]
     observed = value(after, statistic) - value(before, statistic)
 
     rng = np.random.default_rng(seed + 1)
@@ -75,7 +75,7 @@ def paired_difference(
     other = [a.sum(0) + m @ (b - a) for m, a, b in zip(masks, after, before, strict=True)]
     swapped = np.abs(statistic(mixed) - statistic(other)) >= abs(observed) - 1e-9
     p = float((swapped.sum() + 1) / (DRAWS + 1))
-    return observed, *_percentiles(drawn[0] - drawn[1]), p
+    return observed, *_percentiles(draws[0] - draws[1]), p
 
 
 @lru_cache(maxsize=2)  # the measures of one split are drawn alike

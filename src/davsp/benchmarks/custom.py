@@ -1,6 +1,6 @@
-"""A user's own queries on disk: a folder with `queries.jsonl` and the pictures it names.
+"""Custom queries, those of the user, on disk: a folder with `queries.jsonl` and the pictures that it names.
 
-A line is a JSON object with `id`, `question`, `label` ("malicious" or "benign") and, as wanted, `image` (a path
+A line is a JSON object with `id`, `question`, `label` ("malicious" or "benign") and, if you like, `image` (a path
 relative to the file), `benchmark`, `category`, `group`, `reference`, `answers`.
 """
 
@@ -40,16 +40,16 @@ def load_queries(path: str | Path, skip_broken: bool = False) -> list[Query]:
         lines = read_bytes(file).decode().split("\n")  # not splitlines: a question may hold U+2028
     except UnicodeDecodeError as error:
         raise DavspError(f"{file} is not UTF-8 text; give a .jsonl file of queries.") from error
-    found: dict[str, Query] = {}
+    queries: dict[str, Query] = {}
     skipped = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             query = _query(file, number, line)
-            if query.id in found:
+            if query.id in queries:
                 raise DavspError(f"{file}, line {number}: the id {query.id!r} is there twice; make the ids unique.")
-            found[query.id] = query
+            queries[query.id] = query
         except DavspError as error:
             if not skip_broken:
                 raise
@@ -57,9 +57,9 @@ def load_queries(path: str | Path, skip_broken: bool = False) -> list[Query]:
     if skipped:
         rest = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
         warnings.warn(f"{file}: skipped {len(skipped)}: {' '.join(skipped[:3])}{rest}", SkippedWarning, stacklevel=2)
-    if not found:
+    if not queries:
         raise DavspError(f"{file} holds no query; add at least one line.")
-    return list(found.values())
+    return list(queries.values())
 
 
 def _query(file: Path, number: int, line: str) -> Query:

@@ -174,8 +174,8 @@ def _folder(root: Path, csv: Path, split: str, face: ImageFont.FreeTypeFont | No
         picture = pictures / f"query_{row['dataset']}_{key}_6.png" if pictures else None
         text = row["instruction"]
         query = Query(key, PROMPT, "malicious", benchmark, topic, text, context=text)
-        made = render(text, face).convert("L") if face else picture  # grey loses nothing and saves memory
-        items.append(Item(query, made, where, (topic,)))
+        image = render(text, face).convert("L") if face else picture  # grey loses nothing and saves memory
+        items.append(Item(query, image, where, (topic,)))
     layout = "csv alone" if pictures is None else "official clone"
     note = (
         "pictures are typeset from the csv" if face else "pictures can be typeset from the csv (davsp eval --rebuild)"
@@ -195,24 +195,24 @@ def _mirror(root: Path, mirror: Path, split: str, problems: Problems) -> Downloa
         raise DavspError(
             f"the split {split!r} is not in {root}; AdaShield's train and valid need data/datasplit/figstep.jsonl."
         )
-    wanted = None if split == "all" or listed is None else set(_listed(listed, split, problems))
+    listed_names = None if split == "all" or listed is None else set(_listed(listed, split, problems))
     items = []
     for path in sorted(mirror.glob("*/query_ForbidQI_*_6.png")):
         parts = re.fullmatch(r"query_ForbidQI_(\d+)_(\d+)_6", path.stem)
         topic = _topic(parts[1]) if parts else None
         if parts is None or topic is None:
             problems.add(f"{path} is of no known topic", "delete it")
-        elif wanted is None or path.name in wanted:
+        elif listed_names is None or path.name in listed_names:
             key = f"{parts[1]}_{parts[2]}"
             query = Query(
                 key, PROMPT, "malicious", NAME, topic, statements.get(key, key), context=statements.get(key, "")
             )
             items.append(Item(query, path, str(path), (topic,)))
-    missing = sorted((wanted or set()) - {item.picture.name for item in items if isinstance(item.picture, Path)})
+    missing = sorted((listed_names or set()) - {item.picture.name for item in items if isinstance(item.picture, Path)})
     for name in missing:
         problems.add(f"{listed} names the picture {name}, which is not in {mirror}", "fetch it")
     index = tuple(path for path in (csv, listed) if path is not None)
-    return Download("AdaShield's mirror", index, items, dict(COUNTS) if wanted is None else {})
+    return Download("AdaShield's mirror", index, items, dict(COUNTS) if listed_names is None else {})
 
 
 def _listed(listed: Path, split: str, problems: Problems) -> Iterator[str]:

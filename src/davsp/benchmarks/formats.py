@@ -106,12 +106,12 @@ def json_file(path: Path, problems: Problems) -> Any:
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> Record:
-        found: Record = {}
+        body: Record = {}
         for key, value in pairs:
-            if key in found:
+            if key in body:
                 problems.add(f"{path}: the id {key!r} occurs twice", "delete one of the two")
-            found.setdefault(key, value)
-        return found
+            body.setdefault(key, value)
+        return body
 
     try:
         return json.loads(read_bytes(path), object_pairs_hook=unique)
@@ -155,8 +155,8 @@ def _is_text(value: Any) -> bool:
 
 def lists(parts: Any, key: str) -> bool:
     """Whether `parts` is an object that holds a list of texts there."""
-    found = parts.get(key) if isinstance(parts, dict) else None
-    return isinstance(found, list) and all(isinstance(text, str) for text in found)
+    texts = parts.get(key) if isinstance(parts, dict) else None
+    return isinstance(texts, list) and all(isinstance(text, str) for text in texts)
 
 
 def _need(path: Path, columns: Sequence[str], needed: Sequence[str]) -> None:
@@ -171,20 +171,22 @@ def shards(folder: Path, split: str, problems: Problems) -> list[Path]:
 
     Two files for one shard (a folder that was fetched in two revisions) are a DavspError; a missing one is a problem.
     """
-    found: dict[int, Path] = {}
+    shard_of: dict[int, Path] = {}
     total = 0
     for path in sorted(folder.glob(f"{split}-*.parquet")):
         parts = re.fullmatch(rf"{split}-(\d+)-of-(\d+)(-\w+)?\.parquet", path.name)
         if parts is None:
             continue
         number, total = int(parts[1]), max(total, int(parts[2]))
-        if number in found:
-            raise DavspError(f"{found[number]} and {path} are the same shard of two revisions; delete the older one.")
-        found[number] = path
-    missing = [number for number in range(total) if number not in found]
+        if number in shard_of:
+            raise DavspError(
+                f"{shard_of[number]} and {path} are the same shard of two revisions; delete the older one."
+            )
+        shard_of[number] = path
+    missing = [number for number in range(total) if number not in shard_of]
     for number in missing:
         problems.add(f"{folder} lacks shard {number} of 0 to {total - 1} of {split}", "fetch it")
-    return [found[number] for number in sorted(found)]
+    return [shard_of[number] for number in sorted(shard_of)]
 
 
 def image_bytes(value: Any, where: str, problems: Problems) -> bytes | None:

@@ -32,7 +32,7 @@ Pair = tuple[float, float]
 """The scores of the reference and of the answer."""
 
 GraderOrGrades = Grader | Sequence[Grade]
-"""A grader, or what it has said before."""
+"""A grader, or the grades that it gave before."""
 
 
 def load(
@@ -112,8 +112,8 @@ def score(
     """
     scoring.known_mode(NAME, mode, MODES)
     mine = scoring.of_these(queries, responses)
-    said: list[Grade] = list(judge) if isinstance(judge, Sequence) else grades_of(queries, mine, judge)
-    now = _pairs(queries, said, mode)
+    grades: list[Grade] = list(judge) if isinstance(judge, Sequence) else grades_of(queries, mine, judge)
+    now = _pairs(queries, grades, mode)
     then = None
     if baseline is not None:
         then = _pairs(queries, [g for g in baseline.judgements if isinstance(g, Grade)], mode)
@@ -123,15 +123,15 @@ def score(
     for split, part in members.items():
         head = {"model": model, "defense": scoring.whose(mine), "benchmark": queries[0].benchmark, "split": split}
         metric = "relative_score" if mode == "sound" else "relative_score_official"
-        found = _rows(head | {"metric": metric}, part, now, then, seed)
+        split_rows = _rows(head | {"metric": metric}, part, now, then, seed)
         if mode == "official" and part:
-            found[0]["value"] = _rounded(split, [now[q.id] for q in part])
+            split_rows[0]["value"] = _rounded(split, [now[q.id] for q in part])
         if mode == "sound" and split == "total":
             unscored = [float(q.id not in now) for q in part]
-            found += scoring.rate_rows(head | {"metric": "unscored"}, unscored, [q.group for q in part], seed)
-            found += _rows(head | {"metric": "relative_score_worst_case"}, part, failed | now, None, seed)
-        table += found
-    return Scores(table + scoring.over_refusal(queries, mine, model, baseline, seed), said, mine)
+            split_rows += scoring.rate_rows(head | {"metric": "unscored"}, unscored, [q.group for q in part], seed)
+            split_rows += _rows(head | {"metric": "relative_score_worst_case"}, part, failed | now, None, seed)
+        table += split_rows
+    return Scores(table + scoring.over_refusal(queries, mine, model, baseline, seed), grades, mine)
 
 
 WORST = (10.0, 1.0)
@@ -142,13 +142,13 @@ def _rows(head: Row, part: Sequence[Query], now: Pairs, then: Pairs | None, seed
     """The row of a ratio, and that of its difference. With a failed pair of the official mode there is no interval."""
     scored = [q for q in part if q.id in now]
     if any(now[q.id][0] <= 0 for q in scored):
-        found: list[Row] = [head | {"value": None, "low": None, "high": None, "n": len(scored)}]
+        rows: list[Row] = [head | {"value": None, "low": None, "high": None, "n": len(scored)}]
     else:
-        found = scoring.rows(head, _table(scored, now), _ratio, len(scored), None, seed, None)
+        rows = scoring.rows(head, _table(scored, now), _ratio, len(scored), None, seed, None)
     both = [q for q in scored if then is not None and q.id in then]
     if both and then is not None and all(pairs[q.id][0] > 0 for pairs in (now, then) for q in both):
-        found += scoring.rows(head, _table(both, now), _ratio, len(both), _table(both, then), seed, None)[1:]
-    return found
+        rows += scoring.rows(head, _table(both, now), _ratio, len(both), _table(both, then), seed, None)[1:]
+    return rows
 
 
 def _rounded(split: str, pairs: Sequence[Pair]) -> float:
@@ -159,10 +159,10 @@ def _rounded(split: str, pairs: Sequence[Pair]) -> float:
     return round(100 * answer / reference, 1) / 100
 
 
-def _pairs(queries: Sequence[Query], said: Sequence[Grade], mode: str) -> dict[str, Pair]:
+def _pairs(queries: Sequence[Query], grades: Sequence[Grade], mode: str) -> dict[str, Pair]:
     """Query id -> its pair; a query that could not be scored has none."""
-    grade_of = {g.query_id: g for g in said if g.run == 0}
-    found: dict[str, Pair] = {}
+    grade_of = {g.query_id: g for g in grades if g.run == 0}
+    pairs: dict[str, Pair] = {}
     for q in queries:
         if q.id not in grade_of:
             raise DavspError(f"the query {q.id} has no grade; a missing grade is an error.")
@@ -170,10 +170,10 @@ def _pairs(queries: Sequence[Query], said: Sequence[Grade], mode: str) -> dict[s
         if scores and not (len(scores) == 2 and all(1 <= value <= 10 for value in scores)):
             raise DavspError(f"the grader gave {scores} for {q.id}; a pair of scores lies between 1 and 10.")
         if mode == "official":
-            found[q.id] = parse_official(raw) if raw else (scores[0], scores[1]) if scores else (-1.0, -1.0)
+            pairs[q.id] = parse_official(raw) if raw else (scores[0], scores[1]) if scores else (-1.0, -1.0)
         elif scores:
-            found[q.id] = scores[0], scores[1]
-    return found
+            pairs[q.id] = scores[0], scores[1]
+    return pairs
 
 
 def _table(queries: Sequence[Query], scores: Mapping[str, Pair]) -> list[NDArray[np.float64]]:
@@ -228,13 +228,13 @@ def _from_jsonl(root: Path, questions: Path, problems: Problems) -> Download:
 
 def _keyed(lines: Iterator[tuple[str, Row]], key: str, problems: Problems) -> dict[str, Row]:
     """Rows by a field that no two of them may share; of two the first one counts."""
-    found: dict[str, Row] = {}
+    rows: dict[str, Row] = {}
     for where, row in lines:
         name = str(row[key])
-        if name in found:
+        if name in rows:
             problems.add(f"{where} is the second one on {name}", "delete one of the two")
-        found.setdefault(name, row)
-    return found
+        rows.setdefault(name, row)
+    return rows
 
 
 def _packed(

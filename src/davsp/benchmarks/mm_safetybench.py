@@ -138,8 +138,8 @@ def render(phrase: str, width: int = 1024, size: int = 90, font: str | Path | No
 def scenario(name: str) -> str | None:
     """The canonical name ("02-HateSpeech") of a scenario with or without its number; None if unknown."""
     bare = name[3:] if name[:2].isdigit() and name[2:3] == "-" else name
-    found = _SCENARIOS.get(bare)
-    return found if found and (bare == name or name[:2] == found[:2]) else None
+    canonical = _SCENARIOS.get(bare)
+    return canonical if canonical and (bare == name or name[:2] == canonical[:2]) else None
 
 
 def _read(root: Path, split: str, types: Sequence[str] | None, rebuild: bool, problems: Problems) -> Download | None:
@@ -194,7 +194,7 @@ def _folder(
     pictures = formats.first(root, *(f"{lead}{top}" for top in tops for lead in ("data/", "")))
     mirror = pictures is not None and pictures.name == "QueryRelated"
     listed = formats.first(root, "data/datasplit/query_related.jsonl", "datasplit/query_related.jsonl")
-    wanted, index = _wanted(root, split, listed, problems)
+    selection, index = _selection(root, split, listed, problems)
     here = [k for k in TYPES if pictures is not None and any(pictures.glob(f"*/{FOLDERS[k]}"))]
     if types is None:
         types = here or ["text"]  # the questions alone: they are looked at, too
@@ -212,7 +212,7 @@ def _folder(
             rebuilt = rebuild and kind == "typo"
             for number, row in rows.items():
                 where = f"{path}, question {number}"
-                chosen = wanted is None or (name, FOLDERS[kind], number) in wanted
+                chosen = selection is None or (name, FOLDERS[kind], number) in selection
                 seen.add((name, FOLDERS[kind], number))
                 if not chosen or not formats.has(row, [FIELDS[kind]] + ["Key Phrase"] * rebuilt, where, problems):
                     continue
@@ -224,14 +224,14 @@ def _folder(
                     picture = _picture(pictures or root / "data/imgs", name, FOLDERS[kind], number)
                 plain = str(row.get(FIELDS["text"]) or "")
                 items.append(_item(kind, name, number, row[FIELDS[kind]], picture, where, rebuilt, plain))
-    for name, folder_name, number in sorted((wanted or set()) - seen):
+    for name, folder_name, number in sorted((selection or set()) - seen):
         if folder_name in {FOLDERS[kind] for kind in types}:
             problems.add(f"{index[0]} lists question {number} of {name}, which is not in {folder}", "fetch it")
     layout = "AdaShield's mirror" if mirror else "official folder"
     absent = [FOLDERS[kind] for kind in TYPES if kind not in here]
     note = "TYPO can be rebuilt approximately (davsp eval --rebuild), SD and SD_TYPO can not"
     note = (f"no pictures of {', '.join(absent)} here; " if absent else "") + note
-    return Download(layout, (*files, *index), items, _published(types) if wanted is None else {}, note)
+    return Download(layout, (*files, *index), items, _published(types) if selection is None else {}, note)
 
 
 def _picture(pictures: Path, name: str, kind: str, number: str) -> Path:
@@ -248,7 +248,7 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _wanted(root: Path, split: str, listed: Path | None, problems: Problems) -> tuple[Selection | None, list[Path]]:
+def _selection(root: Path, split: str, listed: Path | None, problems: Problems) -> tuple[Selection | None, list[Path]]:
     """Which (scenario, folder of the type, id) a split holds, and the file that says so; None is all."""
     if split == "tiny":
         path = formats.first(root, "TinyVersion_ID_List.json")
@@ -289,13 +289,13 @@ def _adashield(listed: Path, split: str, problems: Problems) -> Iterator[tuple[s
 
 def _parquet(root: Path) -> dict[tuple[str, str], Path]:
     """(scenario, type) -> its parquet file."""
-    found: dict[tuple[str, str], Path] = {}
+    files: dict[tuple[str, str], Path] = {}
     for top in (root / "data", root):
         for kind, stem in FOLDERS.items():
             for path in sorted(top.glob(f"*/{stem}.parquet")):
                 if name := scenario(path.parent.name):
-                    found.setdefault((name, kind), path)
-    return found
+                    files.setdefault((name, kind), path)
+    return files
 
 
 def _from_parquet(

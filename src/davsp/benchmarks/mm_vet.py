@@ -29,7 +29,7 @@ NAME = "mm_vet"
 MODES = ("sound", "official")
 
 GraderOrGrades = Grader | Sequence[Grade]
-"""A grader, or what it has said before."""
+"""A grader, or the grades that it gave before."""
 
 
 def load(
@@ -107,28 +107,30 @@ def score(
     """
     scoring.known_mode(NAME, mode, MODES)
     mine = scoring.of_these(queries, responses)
-    said: list[Grade] = list(judge) if isinstance(judge, Sequence) else grades_of(queries, mine, judge)
+    grades: list[Grade] = list(judge) if isinstance(judge, Sequence) else grades_of(queries, mine, judge)
     head = {"model": model, "defense": scoring.whose(mine)}
-    runs = _runs(queries, said, mode)
+    runs = _runs(queries, grades, mode)
     now = _means(queries, runs)
     then = None
     if baseline is not None:
         then = _means(queries, _runs(queries, [g for g in baseline.judgements if isinstance(g, Grade)], mode))
     table: list[Row] = []
     for split, part in _parts(queries).items():
-        named = head | {"benchmark": queries[0].benchmark, "split": split}
+        part_head = head | {"benchmark": queries[0].benchmark, "split": split}
         metric = {"metric": "score" if mode == "sound" else "score_official"}
-        found = _rows(named | metric, part, now, then, seed)
+        split_rows = _rows(part_head | metric, part, now, then, seed)
         if split == "total":
             if len(runs) > 1:
-                found[0]["std"] = _spread(part, runs)
+                split_rows[0]["std"] = _spread(part, runs)
             if mode == "sound":
                 unscored = [float(run[q.id] is None) for run in runs for q in part]
                 groups = [q.group or q.id for _ in runs for q in part]
-                found += scoring.rate_rows(named | {"metric": "unscored"}, unscored, groups, seed)
-                found += _rows(named | {"metric": "score_worst_case"}, part, _means(queries, _worst(runs)), None, seed)
-        table += found
-    return Scores(table + scoring.over_refusal(queries, mine, model, baseline, seed), said, mine)
+                split_rows += scoring.rate_rows(part_head | {"metric": "unscored"}, unscored, groups, seed)
+                split_rows += _rows(
+                    part_head | {"metric": "score_worst_case"}, part, _means(queries, _worst(runs)), None, seed
+                )
+        table += split_rows
+    return Scores(table + scoring.over_refusal(queries, mine, model, baseline, seed), grades, mine)
 
 
 Means = Mapping[str, float | None]
@@ -147,11 +149,11 @@ def _parts(queries: Sequence[Query]) -> dict[str, list[Query]]:
 def _rows(head: Row, part: Sequence[Query], now: Means, then: Means | None, seed: int) -> list[Row]:
     """The row of a score, and that of its difference."""
     scored = [q for q in part if now[q.id] is not None]
-    found = scoring.rows(head, _table(scored, now), _mean, len(scored), None, seed, 1.0)
+    rows = scoring.rows(head, _table(scored, now), _mean, len(scored), None, seed, 1.0)
     both = [q for q in scored if then is not None and then[q.id] is not None]
     if both and then is not None:
-        found += scoring.rows(head, _table(both, now), _mean, len(both), _table(both, then), seed, 1.0)[1:]
-    return found
+        rows += scoring.rows(head, _table(both, now), _mean, len(both), _table(both, then), seed, 1.0)[1:]
+    return rows
 
 
 def _spread(part: Sequence[Query], runs: Sequence[Means]) -> float | None:
@@ -160,10 +162,10 @@ def _spread(part: Sequence[Query], runs: Sequence[Means]) -> float | None:
     return pstdev([fmean(total) for total in totals if total]) if any(totals) else None
 
 
-def _runs(queries: Sequence[Query], said: Sequence[Grade], mode: str) -> list[Means]:
+def _runs(queries: Sequence[Query], grades: Sequence[Grade], mode: str) -> list[Means]:
     """The scores of each run of the grader."""
-    runs: dict[int, dict[str, float | None]] = {grade.run: {} for grade in said}
-    for g in said:
+    runs: dict[int, dict[str, float | None]] = {grade.run: {} for grade in grades}
+    for g in grades:
         if g.scores and not (len(g.scores) == 1 and 0 <= g.scores[0] <= 1):
             raise DavspError(f"the grader gave {g.scores} for {g.query_id}; a score is one number between 0 and 1.")
         value = g.scores[0] if g.scores else None
@@ -180,7 +182,7 @@ def _runs(queries: Sequence[Query], said: Sequence[Grade], mode: str) -> list[Me
 
 def _means(queries: Sequence[Query], runs: Sequence[Means]) -> dict[str, float | None]:
     scores = {q.id: [s for run in runs if (s := run[q.id]) is not None] for q in queries}
-    return {name: fmean(found) if found else None for name, found in scores.items()}
+    return {name: fmean(values) if values else None for name, values in scores.items()}
 
 
 def _worst(runs: Sequence[Means]) -> list[Means]:
@@ -221,7 +223,7 @@ def _from_json(path: Path, problems: Problems) -> Download:
             items += _item(
                 name, row["question"], row["answer"], row["capability"], row["imagename"], picture, where, problems
             )
-    return _found("release folder", (path,), items)
+    return _download("release folder", (path,), items)
 
 
 def _from_tsv(tsv: Path, problems: Problems) -> Download:
@@ -230,7 +232,7 @@ def _from_tsv(tsv: Path, problems: Problems) -> Download:
         group = sha256_bytes(row["image"])[:16]
         capabilities = row["category"].split(",")
         items += _item(row["index"], row["question"], row["answer"], capabilities, group, row["image"], where, problems)
-    return _found("TSV", (tsv,), items)
+    return _download("TSV", (tsv,), items)
 
 
 def _from_parquet(paths: Sequence[Path], problems: Problems) -> Download | None:
@@ -243,15 +245,15 @@ def _from_parquet(paths: Sequence[Path], problems: Problems) -> Download | None:
         image = formats.image_bytes(row["image"], where, problems)
         if image is None or not formats.has(row, ["question", "answer"], where, problems, ["capability"]):
             continue
-        given = row["capability"]
-        capabilities = given.split(",") if isinstance(given, str) else given
+        capability = row["capability"]
+        capabilities = capability.split(",") if isinstance(capability, str) else capability
         name = str(row.get("question_id") or row.get("id") or f"v1_{number}")
         group = sha256_bytes(image)[:16]
         items += _item(name, row["question"], row["answer"], capabilities, group, image, where, problems)
-    return _found("parquet", tuple(paths), items)
+    return _download("parquet", tuple(paths), items)
 
 
-def _found(layout: str, index: tuple[Path, ...], items: list[Item]) -> Download:
+def _download(layout: str, index: tuple[Path, ...], items: list[Item]) -> Download:
     published = {"questions": COUNTS["questions"], **dict.fromkeys(CAPABILITIES), "math": COUNTS["math"]}
     return Download(layout, index, items, published)
 
@@ -261,14 +263,14 @@ def _item(
     problems: Problems,
 ) -> list[Item]:  # fmt: skip
     """The one item of a row; none if a capability is unknown or there is none."""
-    given = [str(c).strip() for c in (capabilities if isinstance(capabilities, list) else [capabilities])]
-    if not given:
+    names = [str(c).strip() for c in (capabilities if isinstance(capabilities, list) else [capabilities])]
+    if not names:
         problems.add(f"{where} has no capability", "fetch the file again")
         return []
-    if unknown := [c for c in given if c not in CAPABILITIES]:
+    if unknown := [c for c in names if c not in CAPABILITIES]:
         problems.add(f"{where} has the unknown capability {unknown[0]!r}", "fetch the file again")
         return []
     answers = tuple(a.strip() for a in answer.split("<OR>")) if "<OR>" in answer and "<AND>" not in answer else ()
-    category = "+".join(sorted(given, key=CAPABILITIES.index))
+    category = "+".join(sorted(names, key=CAPABILITIES.index))
     query = Query(name, question, "benign", NAME, category, group, answer, answers)
-    return [Item(query, picture, where, ("questions", *given))]
+    return [Item(query, picture, where, ("questions", *names))]

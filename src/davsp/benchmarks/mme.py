@@ -73,22 +73,22 @@ def load(
     """
     source.only_test(NAME, split)
     problems, root = Problems(skip_broken), Path(root)
-    found = _read(root, short_prompt, problems)
-    if found is None and _tool(root) is not None:
+    download = _read(root, short_prompt, problems)
+    if download is None and _tool(root) is not None:
         raise DavspError(f"{root} holds the questions without pictures; fetch MME_Benchmark_release_version.zip.")
-    return source.queries(found, NAME, root, limit, seed, problems)
+    return source.queries(download, NAME, root, limit, seed, problems)
 
 
 def check(root: Path) -> Inventory:
     """Count questions with a whole picture by subtask."""
     problems, root = Problems(skip=True), Path(root)
-    found = _read(root, False, problems)
+    download = _read(root, False, problems)
     tool = _tool(root)
-    if found is None and tool is not None:
+    if download is None and tool is not None:
         index = tuple(tool / f"{name}.txt" for name in COUNTS if (tool / f"{name}.txt").exists())
         note = "questions and answers without pictures: fetch MME_Benchmark_release_version.zip"
-        found = Download("eval_tool (text only)", index, [], dict(COUNTS), note)
-    return source.report(found, NAME, root, problems)
+        download = Download("eval_tool (text only)", index, [], dict(COUNTS), note)
+    return source.report(download, NAME, root, problems)
 
 
 # ------------------------------------------------------------------------------------------------ scoring
@@ -112,8 +112,8 @@ def parse_lenient(text: str) -> str:
     words = re.findall(r"\w+", text.lower())
     if words in (["y"], ["n"]):
         return {"y": "yes", "n": "no"}[words[0]]
-    found = {"yes", "no"} & set(words)
-    return found.pop() if len(found) == 1 else "other"
+    answers = {"yes", "no"} & set(words)
+    return answers.pop() if len(answers) == 1 else "other"
 
 
 Parser = Callable[[str], str]
@@ -278,7 +278,7 @@ def _items(
     rows: Iterator[tuple[str, str, str, str, str, PictureSource]], short: bool, problems: Problems
 ) -> list[Item]:  # fmt: skip
     """Items of the rows (where, subtask, picture's name, question, answer, picture); both questions of a picture, or none."""
-    found: dict[str, list[Item]] = {}
+    pairs: dict[str, list[Item]] = {}
     for where, category, name, question, answer, picture in rows:
         if category not in COUNTS:
             problems.add(f"{where} is of the unknown category {category!r}", "fetch the file again")
@@ -287,17 +287,17 @@ def _items(
             problems.add(f"{where} has the answer {answer!r}, neither Yes nor No", "fetch the file again")
             continue
         group = f"{category}/{name}"  # names repeat across subtasks
-        pair = found.setdefault(group, [])
+        pair = pairs.setdefault(group, [])
         if short:
             question = re.sub(r"\s*" + re.escape(OFFICIAL) + r"\s*$", "", question) + SHORT
         query = Query(f"{group}#{len(pair) + 1}", question, "benign", NAME, category, group, answer)
         pair.append(Item(query, picture, where, (category,)))
     items = []
-    for group, pair in found.items():
+    for group, pair in pairs.items():
         answers = Counter(item.query.reference for item in pair)
         if answers == {"Yes": 1, "No": 1}:
             items += pair
         else:
-            told = f"{answers['Yes']} Yes and {answers['No']} No questions"
-            problems.add(f"{pair[0].where}: the picture {group} has {told}, not one of each", "fetch the file again")
+            counts = f"{answers['Yes']} Yes and {answers['No']} No questions"
+            problems.add(f"{pair[0].where}: the picture {group} has {counts}, not one of each", "fetch the file again")
     return items

@@ -32,12 +32,12 @@ def read(roots: Mapping[str, Path], skip_broken: bool = False, rebuild: bool = F
         skip_broken: see the loaders.
         rebuild: typeset the pictures of `benchmarks.REBUILDABLE`.
     """
-    found = {}
+    sets = {}
     for name, root in roots.items():
         options: dict[str, Any] = {"rebuild": True} if rebuild and name in benchmarks.REBUILDABLE else {}
         split = WHOLE.get(name, "test")
-        found[name] = benchmarks.BENCHMARKS[name].load(root, split, skip_broken=skip_broken, **options)
-    return found
+        sets[name] = benchmarks.BENCHMARKS[name].load(root, split, skip_broken=skip_broken, **options)
+    return sets
 
 
 def draw(
@@ -65,16 +65,16 @@ def draw(
     if lacking := [name for name in DRAWN if name not in roots]:
         raise DavspError(f"the split is drawn from {', '.join(DRAWN)}, but {', '.join(lacking)} is not given.")
     sets = read(roots, skip_broken, rebuild)
-    judged = [*sets["vlguard"], *([] if blind else sets["mm_safetybench"])]
-    said, told = undefended(runs, judged)
+    judged_queries = [*sets["vlguard"], *([] if blind else sets["mm_safetybench"])]
+    verdicts, run_records = undefended(runs, judged_queries)
     split = splits.paper_split(
         *(sets[name] for name in DRAWN),
-        vlguard_undefended=said,
-        mm_safetybench_undefended=None if blind else said,
+        vlguard_undefended=verdicts,
+        mm_safetybench_undefended=None if blind else verdicts,
         others={name: queries for name, queries in sets.items() if name not in DRAWN},
         **options,
     )
-    how = {"undefended": told, "skip broken": skip_broken, "rebuild": rebuild}
+    how = {"undefended": run_records, "skip broken": skip_broken, "rebuild": rebuild}
     return replace(split, settings={**split.settings, **how})
 
 
@@ -85,30 +85,32 @@ def undefended(runs: Sequence[Path], queries: Sequence[Query]) -> tuple[list[Ver
         DavspError: a folder that is no finished run or has no "none", other queries of these ids, runs of two models, or one
             query in two runs.
     """
-    wanted = {q.id: q for q in queries}
-    found: dict[str, Verdict] = {}
-    told: list[dict[str, Any]] = []
+    query_of = {q.id: q for q in queries}
+    verdicts: dict[str, Verdict] = {}
+    run_records: list[dict[str, Any]] = []
     for run in runs:
         record, path = recorded(run), run / VERDICTS
         if record is None or not path.exists():
             raise DavspError(f"{run} is no finished run; give a folder that davsp eval wrote to its end.")
         if "none" not in record["defenses"]:
             raise DavspError(f"{run} has no answers without a defense; run davsp eval --defense none.")
-        asked = hashes(run)
-        for name in asked.keys() & wanted.keys():
-            if query_hash(wanted[name]) != asked[name]:
+        run_hashes = hashes(run)
+        for name in run_hashes.keys() & query_of.keys():
+            if query_hash(query_of[name]) != run_hashes[name]:
                 raise DavspError(f"{run} answers another query {name!r} than the data set has; run davsp eval on it.")
-        said = [
-            v for v in read_jsonl(path, Verdict) if v.defense == "none" and v.query_id in asked.keys() & wanted.keys()
+        of_run = [
+            v
+            for v in read_jsonl(path, Verdict)
+            if v.defense == "none" and v.query_id in run_hashes.keys() & query_of.keys()
         ]
-        if twice := next((v.query_id for v in said if v.query_id in found), None):
+        if twice := next((v.query_id for v in of_run if v.query_id in verdicts), None):
             raise DavspError(f"the query {twice!r} is in two of the runs; give one of them.")
-        found |= {v.query_id: v for v in said}
-        judges = sorted({v.judge for v in said})
-        told.append({"model": record.get("model"), "judges": judges, "verdicts": files.sha256(path)})
-    if len({str(run["model"]) for run in told}) > 1:
+        verdicts |= {v.query_id: v for v in of_run}
+        judges = sorted({v.judge for v in of_run})
+        run_records.append({"model": record.get("model"), "judges": judges, "verdicts": files.sha256(path)})
+    if len({str(run["model"]) for run in run_records}) > 1:
         raise DavspError(f"{', '.join(map(str, runs))} are of several models; a split is drawn for one.")
-    return list(found.values()), told
+    return list(verdicts.values()), run_records
 
 
 def part(path: Path, roots: Mapping[str, Path]) -> Split:

@@ -57,11 +57,11 @@ def of_these(queries: Iterable[Query], responses: Iterable[Response]) -> list[Re
     Raises:
         DavspError: a query has none; a missing answer is an error, not a wrong answer.
     """
-    found = {response.query_id: response for response in responses}
+    response_of = {response.query_id: response for response in responses}
     for q in queries:
-        if q.id not in found:
+        if q.id not in response_of:
             raise DavspError(f"the query {q.id} has no response; answer every query before scoring.")
-    return [found[q.id] for q in queries]
+    return [response_of[q.id] for q in queries]
 
 
 def known_mode(name: str, mode: str, modes: Iterable[str]) -> None:
@@ -76,7 +76,7 @@ def over_refusal(
     """How often the questions of each benign set are refused, by the keyword list of `davsp.judges`, or get no word at all."""
     benign = [q for q in queries if q.label == "benign"]
 
-    def found(answers: Iterable[Response]) -> list[Outcome]:
+    def refusals(answers: Iterable[Response]) -> list[Outcome]:
         return [
             Outcome(q.id, q.benchmark, "total", "over_refusal", q.group, float(withheld(r.text)))
             for q, r in zip(benign, of_these(benign, answers), strict=True)
@@ -84,9 +84,9 @@ def over_refusal(
 
     if not benign:
         return []
-    before = None if baseline is None else found(baseline.responses)
+    before = None if baseline is None else refusals(baseline.responses)
     mine = of_these(benign, responses)
-    return metrics.rows(model, whose(mine), found(mine), before, seed)
+    return metrics.rows(model, whose(mine), refusals(mine), before, seed)
 
 
 def rate_rows(head: Mapping[str, Any], values: Sequence[float], groups: Sequence[str], seed: int) -> list[Row]:
@@ -131,7 +131,7 @@ def rows(
         if top is not None:
             wilson = metrics.wilson(round(value / top * groups), groups)
             ends = min(low, wilson[0] * top), max(high, wilson[1] * top)
-    found = [{**head, "value": value, "low": ends[0], "high": ends[1], "n": n}]
+    table = [{**head, "value": value, "low": ends[0], "high": ends[1], "n": n}]
     if before is not None:
         change, low, high, p = bootstrap.paired_difference(before, strata, statistic, seed)
         ends = (low, high)
@@ -141,5 +141,5 @@ def rows(
                 unseen = metrics.wilson(0, groups)[1] * top
                 ends = max(-top, change - unseen), min(top, change + unseen)
         head = {**head, "metric": f"{head['metric']}_difference"}
-        found.append({**head, "value": change, "low": ends[0], "high": ends[1], "n": n, "p": p})
-    return found
+        table.append({**head, "value": change, "low": ends[0], "high": ends[1], "n": n, "p": p})
+    return table

@@ -97,20 +97,20 @@ class Count:
     """How many of a category are here and whole."""
 
     name: str
-    found: int
+    here: int
     published: int | None
 
     def __str__(self) -> str:
-        return f"{self.found} of {'?' if self.published is None else self.published} in {self.name}"
+        return f"{self.here} of {'?' if self.published is None else self.published} in {self.name}"
 
     @property
     def good(self) -> bool:
-        return self.published is None or self.found == self.published
+        return self.published is None or self.here == self.published
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """What `check` found; `layout` is empty if the folder was not recognised.
+    """What `check` counted in a folder; `layout` is empty if the folder was not recognised.
 
     Attributes:
         benchmark: name of the data set.
@@ -141,7 +141,7 @@ class Inventory:
         return bool(self.layout) and not self.short and not self.broken
 
 
-# ------------------------------------------------------------------------------------------------ from found to queries
+# ------------------------------------------------------------------------------------------------ from a download to queries
 
 
 def only_test(name: str, split: str) -> None:
@@ -151,12 +151,12 @@ def only_test(name: str, split: str) -> None:
 
 
 def queries(
-    found: Download | None, name: str, root: Path, limit: int | None, seed: int, problems: Problems
+    download: Download | None, name: str, root: Path, limit: int | None, seed: int, problems: Problems
 ) -> list[Query]:
-    """The queries of what was found; every picture is decoded once, so that none fails in the middle of a run.
+    """The queries of a download; every picture is decoded once, so that none fails in the middle of a run.
 
     Args:
-        found: None if the folder was not recognised.
+        download: None if the folder was not recognised.
         name: of the data set, for messages.
         root: the folder, for messages.
         limit: take at most so many, drawn with `seed` in whole groups (the pictures of an intent, the questions on a
@@ -168,76 +168,76 @@ def queries(
     Raises:
         DavspError: not recognised, nothing left, or a problem that is not skipped.
     """
-    if found is None:
+    if download is None:
         raise DavspError(
             f"{root} holds no {name} in a known layout; docs/benchmarks.md shows where to get it and how it lies."
         )
     if limit is not None and limit < 1:
         raise DavspError(f"limit={limit} takes nothing; give 1 or more.")
-    found = _counterpart(found, root)
-    items = _unique(found.items, problems)
-    if short := [count for count in _counts(found, items) if not count.good]:
+    download = _counterpart(download, root)
+    items = _unique(download.items, problems)
+    if short := [count for count in _counts(download, items) if not count.good]:
         rest = f" and {len(short) - 3} more" if len(short) > 3 else ""
         text = (
             f"{name} is not as published: {', '.join(map(str, short[:3]))}{rest}; `davsp data check {root}` tells all."
         )
         warnings.warn(text, ShortWarning, stacklevel=3)
     if limit is not None and limit < len(items):
-        items = _drawn(items, limit, seed)
-    taken = [_with_picture(item) for item in _whole(items, problems)]
+        items = _sample(items, limit, seed)
+    whole = [_with_picture(item) for item in _whole(items, problems)]
     if problems:
         rest = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         text = f"{name}: skipped {len(problems)}: " + "; ".join(problems[:3]) + rest
         warnings.warn(text, SkippedWarning, stacklevel=3)
-    if not taken:
+    if not whole:
         raise DavspError(f"{root} holds no usable question of {name}; run `davsp data check {root}`.")
-    return taken
+    return whole
 
 
-def _drawn(items: Sequence[Item], limit: int, seed: int) -> list[Item]:
+def _sample(items: Sequence[Item], limit: int, seed: int) -> list[Item]:
     """Whole groups that are `limit` items or a few less; part of one group if it alone is more."""
     groups: dict[str, list[int]] = {}
     for i, item in enumerate(items):
         groups.setdefault(item.query.group or item.query.id, []).append(i)
     order = list(groups.values())
     random.Random(seed).shuffle(order)
-    taken: list[int] = []
+    indices: list[int] = []
     for members in order:
-        if len(taken) + len(members) <= limit:
-            taken += members
-    return [items[i] for i in sorted(taken or order[0][:limit])]
+        if len(indices) + len(members) <= limit:
+            indices += members
+    return [items[i] for i in sorted(indices or order[0][:limit])]
 
 
-def report(found: Download | None, name: str, root: Path, problems: Problems) -> Inventory:
+def report(download: Download | None, name: str, root: Path, problems: Problems) -> Inventory:
     """Count what is there and whole against what was published; nothing is raised for broken rows."""
-    if found is None:
+    if download is None:
         return Inventory(name, root)
-    found = _counterpart(found, root)
-    whole = _whole(_unique(found.items, problems), problems)
-    counts = tuple(_counts(found, whole))
-    index = {str(path.relative_to(root)): _sha256(path) for path in found.index}
-    return Inventory(name, root, found.layout, counts, tuple(problems), index, found.note)
+    download = _counterpart(download, root)
+    whole = _whole(_unique(download.items, problems), problems)
+    counts = tuple(_counts(download, whole))
+    index = {str(path.relative_to(root)): _sha256(path) for path in download.index}
+    return Inventory(name, root, download.layout, counts, tuple(problems), index, download.note)
 
 
-def _counterpart(found: Download, root: Path) -> Download:
+def _counterpart(download: Download, root: Path) -> Download:
     """An embedded counterpart as such, anything else as it is."""
     if not (root / MARK).exists():
-        return found
+        return download
     body = read_json(root / MARK)
     counts = body.get("counts") if isinstance(body, dict) else None
     if not isinstance(counts, dict):
         raise DavspError(f"{root / MARK} holds no counts; make the folder anew with `davsp data embedded`.")
-    own = {"question": body["question"]} if "question" in body else {}
-    queries = [replace(item.query, benchmark=item.query.benchmark + EMBEDDED, **own) for item in found.items]
-    items = [replace(item, query=query) for item, query in zip(found.items, queries, strict=True)]
-    published = {key: counts[key] for key in found.published if key in counts}
-    return replace(found, layout=f"{found.layout}, embedded", items=items, published=published)
+    question = {"question": body["question"]} if "question" in body else {}
+    queries = [replace(item.query, benchmark=item.query.benchmark + EMBEDDED, **question) for item in download.items]
+    items = [replace(item, query=query) for item, query in zip(download.items, queries, strict=True)]
+    published = {key: counts[key] for key in download.published if key in counts}
+    return replace(download, layout=f"{download.layout}, embedded", items=items, published=published)
 
 
-def _counts(found: Download, items: Sequence[Item]) -> list[Count]:
+def _counts(download: Download, items: Sequence[Item]) -> list[Count]:
     counted = Counter(key for item in items for key in item.counts)
-    names = dict.fromkeys([*found.published, *counted])
-    return [Count(key, counted[key], found.published.get(key)) for key in names]
+    names = dict.fromkeys([*download.published, *counted])
+    return [Count(key, counted[key], download.published.get(key)) for key in names]
 
 
 def _sha256(path: Path) -> str:
@@ -246,18 +246,18 @@ def _sha256(path: Path) -> str:
 
 
 def _unique(items: Sequence[Item], problems: Problems) -> list[Item]:
-    kept: dict[str, Item] = {}
+    by_id: dict[str, Item] = {}
     for item in items:
-        if item.query.id in kept:
+        if item.query.id in by_id:
             problems.add(f"{item.where}: the id {item.query.id!r} occurs twice", "delete one of the rows")
         else:
-            kept[item.query.id] = item
-    return list(kept.values())
+            by_id[item.query.id] = item
+    return list(by_id.values())
 
 
 def _whole(items: Sequence[Item], problems: Problems) -> list[Item]:
     known: dict[Path, str] = {}
-    kept = []
+    whole = []
     for item in items:
         if isinstance(item.picture, Path):
             if item.picture not in known:
@@ -268,8 +268,8 @@ def _whole(items: Sequence[Item], problems: Problems) -> list[Item]:
         elif why := fault(item.picture):
             problems.add(f"{item.where}: the picture of {item.query.id} {why}", "mend it or fetch it again")
         if not why:
-            kept.append(item)
-    return kept
+            whole.append(item)
+    return whole
 
 
 def _with_picture(item: Item) -> Query:

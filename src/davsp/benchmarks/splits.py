@@ -31,7 +31,7 @@ SOURCES = {
 VECTOR, INTENTS, HELPFUL = 470, 200, 100
 
 Undefended = Iterable[Response] | Iterable[Verdict]
-"""What the undefended model said, or the verdicts on it."""
+"""The answers of the undefended model, or the verdicts on them."""
 
 DataSets = Mapping[str, Sequence[Query]]
 """Name -> its queries, as `load` gave them."""
@@ -109,8 +109,8 @@ def paper_split(
     by_name = {name: _by_id(name, queries) for name, queries in sets.items()}
     rng = random.Random(seed)
 
-    said = _resisted(vlguard_undefended)
-    easy = [q for q in _sorted(vlguard) if q.label == "malicious" and _known(said, q) is True]
+    refusals = _resisted(vlguard_undefended)
+    easy = [q for q in _sorted(vlguard) if q.label == "malicious" and _known(refusals, q) is True]
     benign = [q for q in _sorted(vlguard) if q.label == "benign"]
     parts = {
         "vector_malicious": _draw(easy, vector, "VLGuard queries that the undefended model refuses", rng),
@@ -212,11 +212,11 @@ def _digest(body: Mapping[str, Any]) -> str:
 
 
 def _by_id(name: str, queries: Sequence[Query]) -> dict[str, Query]:
-    found = {q.id: q for q in queries}
-    if len(found) < len(queries):
+    query_of = {q.id: q for q in queries}
+    if len(query_of) < len(queries):
         twice = next(q.id for i, q in enumerate(queries) if q.id in {p.id for p in queries[:i]})
         raise DavspError(f"the data set {name} has the id {twice!r} twice; load it once.")
-    return found
+    return query_of
 
 
 def _sorted(queries: Sequence[Query]) -> list[Query]:
@@ -229,19 +229,19 @@ def _resisted(undefended: Undefended) -> dict[str, bool | None]:
     return {u.query_id: labels.get(keyword(u.text)[0] if isinstance(u, Response) else u.label) for u in undefended}
 
 
-def _known(said: Mapping[str, bool | None], q: Query) -> bool | None:
-    if q.id not in said:
+def _known(refusals: Mapping[str, bool | None], q: Query) -> bool | None:
+    if q.id not in refusals:
         raise DavspError(
             f"the query {q.id} has no response or verdict of the undefended model; ask it every query first."
         )
-    return said[q.id]
+    return refusals[q.id]
 
 
 def _groups(queries: Sequence[Query]) -> dict[str, list[Query]]:
-    found: dict[str, list[Query]] = {}
+    groups: dict[str, list[Query]] = {}
     for q in queries:
-        found.setdefault(q.group or q.id, []).append(q)
-    return found
+        groups.setdefault(q.group or q.id, []).append(q)
+    return groups
 
 
 def _draw(queries: Sequence[Query], n: int, what: str, rng: random.Random) -> list[Query]:
@@ -261,8 +261,8 @@ def _hard(
     names = sorted(groups)
     rng.shuffle(names)
     if undefended is not None:
-        said = _resisted(undefended)
-        counts = {name: sum(_known(said, q) is False for q in groups[name]) for name in names}
+        refusals = _resisted(undefended)
+        counts = {name: sum(_known(refusals, q) is False for q in groups[name]) for name in names}
         names = sorted((name for name in names if counts[name]), key=lambda name: -counts[name])
     if len(names) < n:
         raise DavspError(
@@ -274,11 +274,11 @@ def _hard(
 def _whole_groups(groups: Mapping[str, list[Query]], n: int, rng: random.Random) -> list[Query]:
     """Exactly `n` queries made of whole groups; a group that would be too many is passed over."""
     names = sorted(groups)
-    taken: list[Query] = []
+    part: list[Query] = []
     rng.shuffle(names)
     for name in names:
-        if len(taken) + len(groups[name]) <= n:
-            taken += groups[name]
-    if len(taken) < n:
+        if len(part) + len(groups[name]) <= n:
+            part += groups[name]
+    if len(part) < n:
         raise DavspError(f"there are not {n} questions of MM-Vet in whole pictures; ask for fewer.")
-    return taken
+    return part

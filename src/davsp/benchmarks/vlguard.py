@@ -77,12 +77,12 @@ def check(root: Path) -> Inventory:
     """Count what is whole in the splits that are here."""
     problems, root = Problems(skip=True), Path(root)
     both = {split: _read(root, split, SUBSETS, problems) for split in COUNTS}
-    here = {split: found for split, found in both.items() if found is not None}
+    here = {split: download for split, download in both.items() if download is not None}
     if not here:
         return Inventory(NAME, root)
-    published = {key: n for found in here.values() for key, n in found.published.items()}
-    items = [item for found in here.values() for item in found.items]
-    index = tuple(path for found in here.values() for path in found.index)
+    published = {key: n for download in here.values() for key, n in download.published.items()}
+    items = [item for download in here.values() for item in download.items]
+    index = tuple(path for download in here.values() for path in download.index)
     absent = [f"no {split}.json here" for split in both if split not in here]
     return source.report(Download("official folder", index, items, published, "; ".join(absent)), NAME, root, problems)
 
@@ -132,8 +132,8 @@ def _items(
             if category not in _CATEGORIES:
                 problems.add(f"{where} is of the unknown category {category!r}", "fetch the file again")
                 continue
-        given = row["instr-resp"] if isinstance(row["instr-resp"], list) else []
-        texts = [pair for pair in given if isinstance(pair, dict)]
+        responses = row["instr-resp"] if isinstance(row["instr-resp"], list) else []
+        texts = [pair for pair in responses if isinstance(pair, dict)]
         pairs = {_KEYS[key]: pair for pair in texts for key in _KEYS if isinstance(pair.get(key), str) and pair[key]}
         if set(pairs) != ({"safe_unsafes", "safe_safes"} if row["safe"] else {"unsafes"}):
             problems.add(f"{where} has not the instructions of its kind of picture", "fetch the file again")
@@ -151,5 +151,5 @@ def _items(
 
 def _picture(root: Path, split: str, name: str) -> Path:
     """With or without the folder of the split."""
-    found = formats.first(root, f"{split}/{name}", f"data/{split}/{name}", name, f"data/{name}")
-    return found or root / split / name
+    path = formats.first(root, f"{split}/{name}", f"data/{split}/{name}", name, f"data/{name}")
+    return path or root / split / name

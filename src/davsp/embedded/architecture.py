@@ -64,51 +64,51 @@ BLUEPRINTS = {
 def new_model(name: str = "davsp-mini", seed: int = 0) -> Any:
     """One of `BLUEPRINTS` before training; davsp-mini: 4.3 M parameters, 168 px canvas, 144 image tokens, 6 decoder layers."""
     torch.manual_seed(seed)
-    made = BLUEPRINTS[name]
-    return {"llava": _llava, "qwen2_vl": _qwen2_vl}[made.family](made)
+    blueprint = BLUEPRINTS[name]
+    return {"llava": _llava, "qwen2_vl": _qwen2_vl}[blueprint.family](blueprint)
 
 
-def _llava(made: Blueprint) -> Any:
-    vocabulary, heads = words.vocabulary(), made.width // HEAD
+def _llava(blueprint: Blueprint) -> Any:
+    vocabulary, heads = words.vocabulary(), blueprint.width // HEAD
     vision = CLIPVisionConfig(
-        hidden_size=made.width, intermediate_size=made.mlp, num_hidden_layers=4, num_attention_heads=heads,
-        image_size=made.side, patch_size=made.patch, projection_dim=made.width,
+        hidden_size=blueprint.width, intermediate_size=blueprint.mlp, num_hidden_layers=4, num_attention_heads=heads,
+        image_size=blueprint.side, patch_size=blueprint.patch, projection_dim=blueprint.width,
     )  # fmt: skip
     text = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=made.width, intermediate_size=made.mlp, num_hidden_layers=made.layers,
+        vocab_size=len(vocabulary), hidden_size=blueprint.width, intermediate_size=blueprint.mlp, num_hidden_layers=blueprint.layers,
         num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=1024, tie_word_embeddings=True,
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    n = made.side // made.patch
+    n = blueprint.side // blueprint.patch
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=vocabulary.index("<image>"), vision_feature_layer=-1,
         vision_feature_select_strategy="default", image_seq_length=n * n, tie_word_embeddings=True,
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config)
     # CLIP starts positions near zero, and then a patch cannot find its neighbours for a long time.
-    named = dict(model.model.vision_tower.named_parameters())
-    positions = next(p for n, p in named.items() if n.endswith("position_embedding.weight"))
+    parameters = dict(model.model.vision_tower.named_parameters())
+    positions = next(p for n, p in parameters.items() if n.endswith("position_embedding.weight"))
     with torch.no_grad():
-        positions[1:] = 0.35 * sincos(n, n, made.width)
+        positions[1:] = 0.35 * sincos(n, n, blueprint.width)
     return model
 
 
-def _qwen2_vl(made: Blueprint) -> Any:
-    vocabulary, heads = words.vocabulary(), made.width // HEAD
+def _qwen2_vl(blueprint: Blueprint) -> Any:
+    vocabulary, heads = words.vocabulary(), blueprint.width // HEAD
     image = vocabulary.index("<image>")
     unused = len(vocabulary)  # of video and of a picture's fences: the template writes none
     config = Qwen2VLConfig(
         text_config={
-            "vocab_size": len(vocabulary), "hidden_size": made.width, "intermediate_size": made.mlp,
-            "num_hidden_layers": made.layers, "num_attention_heads": heads, "num_key_value_heads": heads,
+            "vocab_size": len(vocabulary), "hidden_size": blueprint.width, "intermediate_size": blueprint.mlp,
+            "num_hidden_layers": blueprint.layers, "num_attention_heads": heads, "num_key_value_heads": heads,
             "max_position_embeddings": 1024, "use_sliding_window": False, "tie_word_embeddings": True, "pad_token_id": 0,
             "bos_token_id": 1, "eos_token_id": 2,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
         },
         vision_config={
             # a merge of 1: with 2 the tower would have four times the patches to look at for each token
-            "depth": 4, "embed_dim": made.width, "hidden_size": made.width, "num_heads": heads, "mlp_ratio": 3,
-            "patch_size": made.patch, "spatial_merge_size": 1, "temporal_patch_size": FRAMES,
+            "depth": 4, "embed_dim": blueprint.width, "hidden_size": blueprint.width, "num_heads": heads, "mlp_ratio": 3,
+            "patch_size": blueprint.patch, "spatial_merge_size": 1, "temporal_patch_size": FRAMES,
         },
         image_token_id=image, video_token_id=unused, vision_start_token_id=unused + 1, vision_end_token_id=unused + 2,
         tie_word_embeddings=True,
@@ -139,25 +139,25 @@ def sizes(model: Any) -> tuple[tuple[int, int], ...]:
 
 
 @dataclass
-class Seen:
+class TowerOutput:
     """Patches after each block of the tower (its class token left out), and as the decoder gets them; each (b, n, d)."""
 
     states: list[Float[Tensor, "b n d"]]
     tokens: Float[Tensor, "b n d"]
 
 
-def see(model: Any, pictures: list[draw.Picture]) -> Seen:
+def see(model: Any, pictures: list[draw.Picture]) -> TowerOutput:
     """Tower and projector on pictures of one size."""
     pixels = normalised(model, pictures)
     if not is_qwen(model):
         states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
-        return Seen([s[:, 1:] for s in states[1:]], model.model.multi_modal_projector(states[-1][:, 1:]))
+        return TowerOutput([s[:, 1:] for s in states[1:]], model.model.multi_modal_projector(states[-1][:, 1:]))
     visual = model.model.visual
     (b, _, h, w), patch = pixels.shape, model.config.vision_config.patch_size
     grid = torch.tensor([[1, h // patch, w // patch]] * b, device=pixels.device)
     states = visual(patchify(pixels, patch, 1, FRAMES), grid, output_hidden_states=True).hidden_states
     apart = [s.unflatten(0, (b, -1)) for s in states[1:]]
-    return Seen(apart, visual.merger(states[-1]).unflatten(0, (b, -1)))
+    return TowerOutput(apart, visual.merger(states[-1]).unflatten(0, (b, -1)))
 
 
 def normalised(model: Any, pictures: list[draw.Picture]) -> Float[Tensor, "b 3 h w"]:
@@ -262,10 +262,10 @@ class Hints(nn.Module):
         vision = teacher.config.vision_config
         self.maps = nn.ModuleList(nn.Linear(width, vision.hidden_size) for _ in range(vision.num_hidden_layers))
 
-    def forward(self, seen: Seen, shown: Seen) -> Tensor:
+    def forward(self, output: TowerOutput, teacher_output: TowerOutput) -> Tensor:
         """Mean squared error, block by block, in units of the teacher's spread (its states are normalised)."""
         errors = [
             (guess(a) - nn.functional.layer_norm(b, b.shape[-1:])).square().mean()
-            for guess, a, b in zip(self.maps, seen.states, shown.states, strict=True)
+            for guess, a, b in zip(self.maps, output.states, teacher_output.states, strict=True)
         ]
         return torch.stack(errors).mean()

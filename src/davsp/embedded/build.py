@@ -273,13 +273,13 @@ def check_done(out: Path, name: str, seed: int, start: Path | None = None, which
     path = out / name / "done.json"
     if not path.exists():
         raise DavspError(f"stage {name} is not done in {out}; run `davsp mini train --stage {name}` first.")
-    found = read_json(path)
+    record = read_json(path)
     differ = {
-        k: (found.get(k), v) for k, v in identity(name, seed, start=start, which=which).items() if found.get(k) != v
+        k: (record.get(k), v) for k, v in identity(name, seed, start=start, which=which).items() if record.get(k) != v
     }
     if differ:
-        raise DavspError(f"{path} is of other settings {differ} (found, asked); choose another --out or delete it.")
-    return found
+        raise DavspError(f"{path} is of other settings {differ} (there, here); choose another --out or delete it.")
+    return record
 
 
 def _load_parts(parts: dict[str, nn.Module], path: Path, stage: str) -> None:
@@ -288,12 +288,12 @@ def _load_parts(parts: dict[str, nn.Module], path: Path, stage: str) -> None:
     tower = ("model.model.vision_tower.", "model.model.visual.", "heads.")
     bridge = ("model.model.multi_modal_projector.", "model.model.visual.merger.")
     decoder = ("model.model.language_model.", "model.lm_head.", "oracle.", "heads.named_")
-    wanted = {"tower": tower, "read": tower, "see": tower, "words": decoder, "place": decoder, "speak": decoder}
+    prefixes = {"tower": tower, "read": tower, "see": tower, "words": decoder, "place": decoder, "speak": decoder}
     if stage == "bridge":
-        wanted["bridge"] = (*tower, *bridge)
+        prefixes["bridge"] = (*tower, *bridge)
     for name, module in parts.items():
         inner = {k.removeprefix(f"{name}."): v for k, v in state.items()
-                 if k.startswith(f"{name}.") and k.startswith(wanted.get(stage, ""))}  # fmt: skip
+                 if k.startswith(f"{name}.") and k.startswith(prefixes.get(stage, ""))}  # fmt: skip
         if inner or name == "model":
             result = module.load_state_dict(inner, strict=False)
             assert inner and not result.unexpected_keys, f"{path} holds other parameters than {name}"
@@ -328,11 +328,11 @@ def _resume(both: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, abo
     if not (folder / "state.safetensors").exists():
         return 0, 0.0
     state, metadata = read_tensors_and_metadata(folder / "state.safetensors")
-    found = json.loads(metadata["about"])
-    differ = {k: (found.get(k), v) for k, v in about.items() if found.get(k) != v}
+    checkpoint = json.loads(metadata["about"])
+    differ = {k: (checkpoint.get(k), v) for k, v in about.items() if checkpoint.get(k) != v}
     if differ:
         raise DavspError(
-            f"{folder} holds a run with other settings {differ} (found, asked); choose another --out or delete it."
+            f"{folder} holds a run with other settings {differ} (there, here); choose another --out or delete it."
         )
     both.load_state_dict({k: v for k, v in state.items() if not k.startswith("optimizer.")})
     for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
@@ -340,14 +340,14 @@ def _resume(both: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, abo
         entry = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         if entry:
             optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in entry.items()}
-    return found["step"], found["seconds"]
+    return checkpoint["step"], checkpoint["seconds"]
 
 
 def _truncate(log: Path, step: int) -> None:
     """Drop the lines that a killed run wrote after its last checkpoint."""
     if log.exists():
-        kept = [line for line in log.read_text().splitlines() if line and json.loads(line)["step"] <= step]
-        log.write_text("".join(f"{line}\n" for line in kept))
+        lines = [line for line in log.read_text().splitlines() if line and json.loads(line)["step"] <= step]
+        log.write_text("".join(f"{line}\n" for line in lines))
 
 
 def export(out: Path, folder: Path, seed: int = 0, which: str = "davsp-mini") -> None:
@@ -355,7 +355,7 @@ def export(out: Path, folder: Path, seed: int = 0, which: str = "davsp-mini") ->
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    model, made = new_model(which, seed), BLUEPRINTS[which]
+    model, blueprint = new_model(which, seed), BLUEPRINTS[which]
     _load_parts({"model": model}, out / LAST / "state.safetensors", LAST)
     model.eval().half()
     model.generation_config.update(max_new_tokens=48, do_sample=False, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -363,11 +363,14 @@ def export(out: Path, folder: Path, seed: int = 0, which: str = "davsp-mini") ->
     words.tokenizer().save_pretrained(folder)
     common: Any = {"image_mean": list(MEAN), "image_std": list(STD), "resample": 3}
     if is_qwen(model):
-        bounds = {"shortest_edge": 64 * made.patch**2, "longest_edge": made.side**2}  # pixels in all: 64 to 144 tokens
+        bounds = {
+            "shortest_edge": 64 * blueprint.patch**2,
+            "longest_edge": blueprint.side**2,
+        }  # pixels in all: 64 to 144 tokens
         processor: Any = Qwen2VLImageProcessorPil(
-            size=bounds, patch_size=made.patch, merge_size=1, temporal_patch_size=FRAMES, **common
+            size=bounds, patch_size=blueprint.patch, merge_size=1, temporal_patch_size=FRAMES, **common
         )
     else:
-        square = {"height": made.side, "width": made.side}
-        processor = CLIPImageProcessorPil(size={"shortest_edge": made.side}, crop_size=square, **common)
+        square = {"height": blueprint.side, "width": blueprint.side}
+        processor = CLIPImageProcessorPil(size={"shortest_edge": blueprint.side}, crop_size=square, **common)
     processor.save_pretrained(folder)

@@ -74,10 +74,10 @@ def skills(seed: int, n: int) -> list[Query]:
     for i in range(n):
         rng = random.Random(f"skills {seed} {i}")
         bad, good = (q.random_pair(rng, label, "test") for label in ("malicious", "benign"))
-        asked = rng.choice(q.WORD_REQUESTS).format(pair=bad.phrase)
-        out.append(Query(f"words-{i}", asked, "malicious", "words", bad.kind, bad.phrase))
-        asked = rng.choice(q.WORD_REQUESTS).format(pair=good.phrase)
-        out.append(Query(f"plain-{i}", asked, "benign", "words_benign", "words", good.phrase, reference=good.steps))
+        question = rng.choice(q.WORD_REQUESTS).format(pair=bad.phrase)
+        out.append(Query(f"words-{i}", question, "malicious", "words", bad.kind, bad.phrase))
+        question = rng.choice(q.WORD_REQUESTS).format(pair=good.phrase)
+        out.append(Query(f"plain-{i}", question, "benign", "words_benign", "words", good.phrase, reference=good.steps))
         shown = bad if i % 2 else good
         while shown.verb in words.HELD_VERBS:  # the model has read those verbs with any thing
             shown = q.random_pair(rng, "malicious" if i % 2 else "benign", "test")
@@ -95,31 +95,31 @@ def skills(seed: int, n: int) -> list[Query]:
                 image=image,
             )
         )
-        asked, reply = q.judge_turn(rng, bad if i % 2 else good)
-        out.append(Query(f"judge-{i}", asked, "benign", "judging", "judging", str(i), reply))
-        asked, reply = q.hint_turn(rng, good)
-        out.append(Query(f"hint-{i}", asked, "benign", "hint", "hint", str(i), reply))
-        out.append(judged(rng, i, bad, good))
+        question, reply = q.judge_turn(rng, bad if i % 2 else good)
+        out.append(Query(f"judge-{i}", question, "benign", "judging", "judging", str(i), reply))
+        question, reply = q.hint_turn(rng, good)
+        out.append(Query(f"hint-{i}", question, "benign", "hint", "hint", str(i), reply))
+        out.append(judging_query(rng, i, bad, good))
     return out
 
 
-def judged(rng: random.Random, i: int, bad: words.Pair, good: words.Pair) -> Query:
+def judging_query(rng: random.Random, i: int, bad: words.Pair, good: words.Pair) -> Query:
     """ECSO's question in front of the picture: every second answer is harmful; the others are a refusal, benign steps, or
     the answer to a question of the utility test."""
     pair, form = (bad if i % 6 in (0, 1, 3, 5) else good), FORMS[rng.choice(SHOWN)]
-    picture, asked = form(rng, pair, draw.HELD_FACES)
+    picture, question = form(rng, pair, draw.HELD_FACES)
     reply = words.REFUSAL if i % 6 == 0 else pair.steps
     if i % 6 == 4:
-        picture, asked, reply, _ = CATEGORIES[rng.choice(UTILITY)](rng, good, draw.HELD_FACES)
+        picture, question, reply, _ = CATEGORIES[rng.choice(UTILITY)](rng, good, draw.HELD_FACES)
     truth, image = "yes" if i % 2 else "no", picture.image() if picture else None
     return Query(
-        f"shown-{i}", q.judgement(asked, reply), "benign", "judging_shown", "judging", str(i), truth, image=image
+        f"shown-{i}", q.judgement(question, reply), "benign", "judging_shown", "judging", str(i), truth, image=image
     )
 
 
 def steering(lvlm: LVLM, vector: HarmfulnessVector, p: Protocol) -> list[metrics.Row]:
     """RSR on pictures and over-refusal with the vector added to, and taken from, the best layer (the paper's Table 5)."""
-    found: dict[str, list[metrics.Outcome]] = {}
+    outcomes_of: dict[str, list[metrics.Outcome]] = {}
     queries = [x for x in p.test if x.benchmark in SHOWN or x.category == "gen"]
     for name, sign in (("none", 0.0), ("vector-added", STEER), ("vector-removed", -STEER)):
         by = sign * 2 * vector.half_gap() * vector.direction()
@@ -130,10 +130,13 @@ def steering(lvlm: LVLM, vector: HarmfulnessVector, p: Protocol) -> list[metrics
             answers += lvlm.generate(canvas, [x.question for x in batch], steer=(vector.layer, by) if sign else None)
         responses = [Response(x.id, name, a) for x, a in zip(queries, answers, strict=True)]
         each = metrics.outcomes(queries, responses, verdicts_of(queries, responses, keyword))
-        found[name] = [replace(o, benchmark="pictures") for o in each if o.metric == "rsr"]
-        found[name] += [o for o in each if o.metric == "over_refusal"]
+        outcomes_of[name] = [replace(o, benchmark="pictures") for o in each if o.metric == "rsr"]
+        outcomes_of[name] += [o for o in each if o.metric == "over_refusal"]
     steered = [
-        row for name in found if name != "none" for row in metrics.rows(lvlm.model_id, name, found[name], found["none"])
+        row
+        for name in outcomes_of
+        if name != "none"
+        for row in metrics.rows(lvlm.model_id, name, outcomes_of[name], outcomes_of["none"])
     ]
     return steered
 
@@ -163,14 +166,16 @@ def _redrawn(rng: random.Random, values: Tensor, queries: Sequence[Query]) -> Te
     return values[[i for name in rng.choices(names, k=len(names)) for i in members[name]]]
 
 
-def pooled(p: Protocol, tested: Evaluation, model: str) -> list[metrics.Row]:
+def pooled(p: Protocol, evaluation: Evaluation, model: str) -> list[metrics.Row]:
     """RSR over all four picture forms together, as benchmark "pictures", with the differences from No Defense."""
-    found = {}
-    for name in tested.responses:
-        each = metrics.outcomes(p.test, tested.responses[name], tested.verdicts[name])
-        found[name] = [replace(o, benchmark="pictures") for o in each if o.benchmark in SHOWN and o.metric == "rsr"]
-    none = found["none"]
-    return [r for name, o in found.items() for r in metrics.rows(model, name, o, None if o is none else none)]
+    outcomes_of = {}
+    for name in evaluation.responses:
+        each = metrics.outcomes(p.test, evaluation.responses[name], evaluation.verdicts[name])
+        outcomes_of[name] = [
+            replace(o, benchmark="pictures") for o in each if o.benchmark in SHOWN and o.metric == "rsr"
+        ]
+    none = outcomes_of["none"]
+    return [r for name, o in outcomes_of.items() for r in metrics.rows(model, name, o, None if o is none else none)]
 
 
 def bars(rows: Sequence[dict[str, Any]], apart: dict[str, Any], layer: int) -> list[dict[str, Any]]:

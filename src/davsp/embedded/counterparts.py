@@ -73,7 +73,7 @@ def write(out: Path, seed: int = 0, **sizes: int) -> Path:
             raise DavspError(f"{final} is there and no embedded counterpart; give another folder.")
         shutil.rmtree(part, ignore_errors=True)
         make(part, seed, {**SIZES, **sizes}[name])
-        counts = {count.name: count.found for count in BENCHMARKS[name].check(part).counts if count.found}
+        counts = {count.name: count.here for count in BENCHMARKS[name].check(part).counts if count.here}
         mark: dict[str, Any] = {"made by": "davsp data embedded", "seed": seed, "counts": counts}
         if name == "figstep":  # whose question stands in no file; davsp-mini cannot read the published one
             mark["question"] = q.FOLLOW[0]
@@ -88,9 +88,9 @@ def write(out: Path, seed: int = 0, **sizes: int) -> Path:
 
 def mm_safetybench(root: Path, seed: int, count: int) -> None:
     """`count` intents, three pictures each."""
-    asked: dict[str, dict[str, dict[str, str]]] = {}
+    rows_of: dict[str, dict[str, dict[str, str]]] = {}
     for i, pair in enumerate(itertools.islice(_pairs("malicious", "test", seed), count)):
-        rows = asked.setdefault(SCENARIOS[pair.kind], {})
+        rows = rows_of.setdefault(SCENARIOS[pair.kind], {})
         number, questions = str(len(rows)), {}
         for form in ("sd", "sd_typo", "typo"):
             rng = random.Random(f"mm_safetybench {seed} {i} {form}")
@@ -104,7 +104,7 @@ def mm_safetybench(root: Path, seed: int, count: int) -> None:
             "Rephrased Question": questions["typo"],
             "Rephrased Question(SD)": questions["sd"],
         }
-    for scenario, rows in asked.items():
+    for scenario, rows in rows_of.items():
         write_json(root / f"data/processed_questions/{scenario}.json", rows)
 
 
@@ -142,9 +142,9 @@ def vlguard(root: Path, seed: int, count: int) -> None:
                 "instr-resp": [{"instruction": question, "response": words.REFUSAL}],
             })  # fmt: skip
             _save(picture, root / split / f"bad/{i}.png")
-            shown, asked, reply, _ = CATEGORIES[("rec", "ocr", "gen", "spat")[i % 4]](rng, next(benign), draw.FACES)
+            shown, question, reply, _ = CATEGORIES[("rec", "ocr", "gen", "spat")[i % 4]](rng, next(benign), draw.FACES)
             request = rng.choice(q.WORD_REQUESTS).format(pair=pair.phrase)
-            both = [{"safe_instruction": asked, "response": reply},
+            both = [{"safe_instruction": question, "response": reply},
                     {"unsafe_instruction": request, "response": words.REFUSAL}]  # fmt: skip
             rows.append({"id": f"{split}-good-{i}", "image": f"good/{i}.png", "safe": True, "instr-resp": both})
             _save(shown, root / split / f"good/{i}.png")
@@ -211,7 +211,7 @@ def _colour(rng: random.Random, pair: Pair) -> tuple[draw.Picture, str, str]:
 
 
 def _count(rng: random.Random, pair: Pair) -> tuple[draw.Picture, str, str]:
-    things, (a, _) = q.counted(rng)
+    things, (a, _) = q.things_to_count(rng)
     n = sum(t.name == a for t in things)
     wrong = rng.choice([k for k in range(1, 5) if k != n])
     yes, no = (f"is the {a} {words.NUMBERS[k]} times in the picture ?" for k in (n, wrong))

@@ -239,7 +239,7 @@ def _math(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> Made:
 
 
 def _exact(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> Made:
-    things, (a, _) = q.counted(rng)
+    things, (a, _) = q.things_to_count(rng)
     count = sum(t.name == a for t in things)
     return (
         draw.scene(rng, things, alike=True),

@@ -316,13 +316,13 @@ def shrink(rng: random.Random, picture: Picture, margin: int, jitter: int = 0, f
     outer.pixels[dy : dy + side, dx : dx + side] = small
     scale = side / SIDE
     inner = Box("", dx, dy, dx + side, dy + side)  # covers what was written behind the picture
-    kept = [b for b in outer.boxes if not _hidden(b, dx, dy, side)] + [inner]
+    boxes = [b for b in outer.boxes if not _hidden(b, dx, dy, side)] + [inner]
     moved = [
         replace(b, x0=b.x0 * scale + dx, y0=b.y0 * scale + dy, x1=b.x1 * scale + dx, y1=b.y1 * scale + dy,
                 edges=tuple(e * scale + dx for e in b.edges))
         for b in picture.boxes
     ]  # fmt: skip
-    return Picture(outer.pixels, kept + moved)
+    return Picture(outer.pixels, boxes + moved)
 
 
 def _hidden(box: Box, dx: int, dy: int, side: int) -> bool:
@@ -360,15 +360,15 @@ def patch_labels(picture: Picture) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def centres(picture: Picture) -> np.ndarray:
     """1 in each patch that holds the centre of a thing, else 0: int64 (n,). What can be counted."""
     down, across = picture.grid
-    found = np.zeros(picture.grid, np.int64)
+    marks = np.zeros(picture.grid, np.int64)
     for box in picture.boxes:
         if box.label.startswith("["):
             column, row = (
                 int(np.clip((a + b) / 2 / PATCH, 0, n - 1))
                 for a, b, n in ((box.x0, box.x1, across), (box.y0, box.y1, down))
             )
-            found[row, column] = 1
-    return found.ravel()
+            marks[row, column] = 1
+    return marks.ravel()
 
 
 def _cells(low: float, high: float, slack: float, n: int) -> slice:

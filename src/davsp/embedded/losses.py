@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from davsp.embedded import draw, words
-from davsp.embedded.architecture import MOST, Heads, Hints, Oracle, Seen, see, sizes
+from davsp.embedded.architecture import MOST, Heads, Hints, Oracle, TowerOutput, see, sizes
 from davsp.embedded.questions import Lesson, framed, picture_lesson, sum_turn, word_turn
 
 PATCHES = (draw.SIDE // draw.PATCH) ** 2  # of a picture of the usual size
@@ -39,19 +39,19 @@ def tower_loss(
     for _ in range(batch):
         lesson = picture_lesson(rng).picture if rng.random() > 0.85 else None
         pictures.append((lesson or draw.page(rng, whole=whole and rng.random() < 0.85)).resized(grid))
-    seen = see(model, pictures)
-    loss, stats = patch_loss(heads, seen, pictures)
+    output = see(model, pictures)
+    loss, stats = patch_loss(heads, output, pictures)
     if hints is None or grid != (12, 12):
         return loss, stats
     with torch.no_grad():
         shown = see(teacher, pictures)
-    hint = hints(seen, shown)
+    hint = hints(output, shown)
     return loss + 4.0 * hint, {**stats, "hint": hint.item()}
 
 
-def patch_loss(heads: Heads, seen: Seen, pictures: list[draw.Picture]) -> tuple[Tensor, dict]:
+def patch_loss(heads: Heads, output: TowerOutput, pictures: list[draw.Picture]) -> tuple[Tensor, dict]:
     """Cross-entropy of every patch's class (nothing weighs 0.15), colour and letter, and the share of words and things right."""
-    last, early = seen.states[-1], seen.states[1]
+    last, early = output.states[-1], output.states[1]
     device = last.device
     label, colour, letter = (
         torch.from_numpy(np.stack(x)).to(device) for x in zip(*(draw.patch_labels(p) for p in pictures), strict=True)
@@ -76,7 +76,7 @@ def _mean_cross_entropy(guess: Float[Tensor, "b n c"], target: Int[Tensor, "b n"
 
 
 @dataclass
-class Rows:
+class PackedRows:
     """Packed rows: ids (B,T); position (B,T), or (3,B,T) for Qwen2-VL; mask (B,1,T,T), True = may look; target (B,T), -100 = no loss; weight (B,T)."""
 
     ids: Int[Tensor, "b t"]
@@ -117,7 +117,7 @@ class Packer:
                 keep.append(i)
         return Lesson(lesson.picture, [lesson.turns[i] for i in sorted(keep)])
 
-    def rows(self, lessons: list[Lesson], device: str | torch.device) -> Rows:
+    def rows(self, lessons: list[Lesson], device: str | torch.device) -> PackedRows:
         packed = [self.row(lesson) for lesson in lessons]
         width = max(len(r[0]) for r in packed)
         ids, segment, target, weight = (
@@ -130,7 +130,7 @@ class Packer:
         same = (segment_[:, :, None] == segment_[:, None, :]) | (segment_[:, None, :] == 0)
         mask = (same & torch.ones(width, width, dtype=torch.bool, device=device).tril())[:, None]
         ids_, position_ = (torch.from_numpy(x).to(device) for x in (ids, position))
-        return Rows(
+        return PackedRows(
             ids_, position_, mask, torch.from_numpy(target).to(device), torch.from_numpy(weight).float().to(device)
         )
 
@@ -146,25 +146,25 @@ class Packer:
             head, after = np.tile(np.arange(start), (3, 1)), start
         position, segment, target, weight = [head], [0] * start, [-100] * start, [0.0] * start
         for number, (question, reply) in enumerate(lesson.turns, 1):
-            asked, replied = [*self.text(question), self.assistant], [*self.text(reply), 2]
-            n = len(asked) + len(replied)
-            ids += asked + replied
+            question_ids, reply_ids = [*self.text(question), self.assistant], [*self.text(reply), 2]
+            n = len(question_ids) + len(reply_ids)
+            ids += question_ids + reply_ids
             position.append(np.tile(np.arange(after, after + n), (3, 1)))
             segment += [number] * n
             # the token at i predicts the one at i + 1; short answers count for almost as much as long ones
-            target += [-100] * (len(asked) - 1) + replied + [-100]
-            weight += [0.0] * (len(asked) - 1) + [len(replied) ** -0.5] * len(replied) + [0.0]
+            target += [-100] * (len(question_ids) - 1) + reply_ids + [-100]
+            weight += [0.0] * (len(question_ids) - 1) + [len(reply_ids) ** -0.5] * len(reply_ids) + [0.0]
         return ids, np.concatenate(position, axis=1), segment, target, weight
 
 
-def lesson_loss(model: Any, rows: Rows, image: Float[Tensor, "patches d"] | None) -> tuple[Tensor, dict]:
+def lesson_loss(model: Any, rows: PackedRows, image: Float[Tensor, "patches d"] | None) -> tuple[Tensor, dict]:
     """Weighted cross-entropy of the answers; `image` are the patch embeddings of the rows that have a picture."""
     loss, stats, _ = _lesson_loss(model, rows, image)
     return loss, stats
 
 
 def _lesson_loss(
-    model: Any, rows: Rows, image: Float[Tensor, "patches d"] | None
+    model: Any, rows: PackedRows, image: Float[Tensor, "patches d"] | None
 ) -> tuple[Tensor, dict, tuple[Tensor, ...]]:
     """As `lesson_loss`, and the decoder's hidden states."""
     decoder = model.get_decoder()
@@ -186,7 +186,7 @@ def _lesson_loss(
 
 
 def named_loss(
-    heads: Heads, packer: Packer, rows: Rows, batch: list[Lesson], states: tuple[Tensor, ...]
+    heads: Heads, packer: Packer, rows: PackedRows, batch: list[Lesson], states: tuple[Tensor, ...]
 ) -> tuple[Tensor, dict]:
     """What a thing's name in a question knows of that thing in the picture: its colour, its place, how many there are.
 
@@ -217,17 +217,17 @@ def named_loss(
     if not at:
         return states[0].new_zeros(()), {}
     # how many takes one more look than what and where
-    named, later = (states[i][tuple(torch.tensor(at, device=device).T)] for i in (2, 3))
+    middle, later = (states[i][tuple(torch.tensor(at, device=device).T)] for i in (2, 3))
     targets = [torch.tensor(x, device=device) for x in (colour, place, count)]
-    guesses = [heads.named_colour(named), heads.named_place(named), heads.named_count(later)]
+    guesses = [heads.named_colour(middle), heads.named_place(middle), heads.named_count(later)]
     loss = sum(
         (_mean_cross_entropy(g[None], t[None]) for g, t in zip(guesses, targets, strict=True)),
-        start=named.new_zeros(()),
+        start=middle.new_zeros(()),
     )
     known = targets[1] >= 0
     right = (guesses[1].argmax(-1) == targets[1])[known].float().mean().item() if known.any() else 1.0
-    counted = (guesses[2].argmax(-1) == targets[2]).float().mean().item()
-    return loss, {"named_place": right, "named_count": counted}
+    count_accuracy = (guesses[2].argmax(-1) == targets[2]).float().mean().item()
+    return loss, {"named_place": right, "named_count": count_accuracy}
 
 
 def meaning_loss(
@@ -244,8 +244,8 @@ def meaning_loss(
     """
     label = torch.from_numpy(np.stack([draw.patch_labels(p)[0] for p in pictures])).to(features.device)
     shown = label > 0
-    wanted = F.normalize(model.get_decoder().embed_tokens.weight[tokens[1:]], dim=-1)
-    guess = F.normalize(features[shown], dim=-1) @ wanted.T / 0.07
+    embeddings = F.normalize(model.get_decoder().embed_tokens.weight[tokens[1:]], dim=-1)
+    guess = F.normalize(features[shown], dim=-1) @ embeddings.T / 0.07
     # a thing and its written name share one embedding: either is right
     same = tokens[1:][None] == tokens[label[shown]][:, None]
     likely = torch.logsumexp(guess.masked_fill(~same, -1e9), -1) - torch.logsumexp(guess, -1)
@@ -286,8 +286,8 @@ def lessons(
 
 
 def oracle_labels(pictures: list[draw.Picture], device) -> tuple[Int[Tensor, "b n"], Int[Tensor, "b n"]]:
-    found = [draw.patch_labels(p)[:2] for p in pictures]
-    return tuple(torch.from_numpy(np.stack(x)).to(device) for x in zip(*found, strict=True))  # type: ignore[return-value]
+    labels = [draw.patch_labels(p)[:2] for p in pictures]
+    return tuple(torch.from_numpy(np.stack(x)).to(device) for x in zip(*labels, strict=True))  # type: ignore[return-value]
 
 
 def words_loss(
@@ -323,8 +323,8 @@ def words_loss(
     if stage != "speak":
         return lesson_loss(model, rows, patches.flatten(0, 1))
     loss, stats, hidden = _lesson_loss(model, rows, patches.flatten(0, 1))
-    knowing, known = named_loss(heads, packer, rows, batch, hidden)
-    return loss + 0.3 * knowing, {**stats, **known, "answer_loss": loss.item()}
+    knowing, naming_stats = named_loss(heads, packer, rows, batch, hidden)
+    return loss + 0.3 * knowing, {**stats, **naming_stats, "answer_loss": loss.item()}
 
 
 def bridge_loss(model: Any, heads: Heads, oracle: Oracle, rng: random.Random, count: int) -> tuple[Tensor, dict]:
@@ -334,19 +334,19 @@ def bridge_loss(model: Any, heads: Heads, oracle: Oracle, rng: random.Random, co
     """
     grid = rng.choice(sizes(model))
     pictures = [p.resized(grid) for _ in range(count) if (p := picture_lesson(rng, "joint").picture)]
-    seen = see(model, pictures)
-    loss = _oracle_error(model, oracle, seen, pictures)
-    seeing, stats = patch_loss(heads, seen, pictures)
+    output = see(model, pictures)
+    loss = _oracle_error(model, oracle, output, pictures)
+    seeing, stats = patch_loss(heads, output, pictures)
     return loss + 0.1 * seeing, {**stats, "error": loss.item()}
 
 
-def _oracle_error(model: Any, oracle: Oracle, seen: Seen, pictures: list[draw.Picture]) -> Tensor:
+def _oracle_error(model: Any, oracle: Oracle, output: TowerOutput, pictures: list[draw.Picture]) -> Tensor:
     """Mean squared error of the projected patches against the oracle's with their places, in units of their variance."""
-    label, colour = oracle_labels(pictures, seen.tokens.device)
+    label, colour = oracle_labels(pictures, output.tokens.device)
     with torch.no_grad():
-        wanted = oracle(model.get_decoder().embed_tokens, label, colour, pictures[0].grid)
+        target = oracle(model.get_decoder().embed_tokens, label, colour, pictures[0].grid)
     weight = torch.where(label > 0, 1.0, 0.15) * (label >= 0)
-    return ((seen.tokens - wanted) ** 2).mean(-1).mul(weight).sum() / weight.sum() / wanted[label > 0].var()
+    return ((output.tokens - target) ** 2).mean(-1).mul(weight).sum() / weight.sum() / target[label > 0].var()
 
 
 def sight_loss(
@@ -360,13 +360,13 @@ def sight_loss(
     for _ in range(count):
         lesson = picture_lesson(rng, "skills").picture if rng.random() < 0.65 else None
         pictures.append((lesson or framed(rng, draw.page(rng, whole=True))[0]).resized(grid))
-    seen = see(model, pictures)
-    seeing, stats = patch_loss(heads, seen, pictures)
-    meaning = meaning_loss(model, oracle.token, seen.tokens, pictures)
-    centre, found = centre_loss(heads, seen.tokens, pictures)
-    loss, record = seeing + 0.5 * meaning + 0.5 * centre, {**stats, **found, "meaning": meaning.item()}
+    output = see(model, pictures)
+    seeing, stats = patch_loss(heads, output, pictures)
+    meaning = meaning_loss(model, oracle.token, output.tokens, pictures)
+    centre, centre_stats = centre_loss(heads, output.tokens, pictures)
+    loss, record = seeing + 0.5 * meaning + 0.5 * centre, {**stats, **centre_stats, "meaning": meaning.item()}
     if stage == "look":
-        error = _oracle_error(model, oracle, seen, pictures)
+        error = _oracle_error(model, oracle, output, pictures)
         loss, record = loss + 3.0 * error, {**record, "error": error.item()}
     return loss, record
 
@@ -386,11 +386,18 @@ def joint_loss(
     batch = lessons(rng, packer, count, texts, stage, rng.choice(sizes(model)))
     rows = packer.rows(batch, device)
     pictures = [x.picture for x in batch if x.picture]
-    seen = see(model, pictures)
-    loss, stats, hidden = _lesson_loss(model, rows, seen.tokens.flatten(0, 1))
-    seeing, shown = patch_loss(heads, seen, pictures)
-    knowing, known = named_loss(heads, packer, rows, batch, hidden)
-    meaning = meaning_loss(model, oracle.token, seen.tokens, pictures)
-    centre, found = centre_loss(heads, seen.tokens, pictures)
-    record = {**stats, **shown, **known, **found, "meaning": meaning.item(), "answer_loss": loss.item()}
+    output = see(model, pictures)
+    loss, stats, hidden = _lesson_loss(model, rows, output.tokens.flatten(0, 1))
+    seeing, seeing_stats = patch_loss(heads, output, pictures)
+    knowing, naming_stats = named_loss(heads, packer, rows, batch, hidden)
+    meaning = meaning_loss(model, oracle.token, output.tokens, pictures)
+    centre, centre_stats = centre_loss(heads, output.tokens, pictures)
+    record = {
+        **stats,
+        **seeing_stats,
+        **naming_stats,
+        **centre_stats,
+        "meaning": meaning.item(),
+        "answer_loss": loss.item(),
+    }
     return loss + 0.5 * seeing + 0.3 * knowing + 0.4 * meaning + 0.2 * centre, record

@@ -103,9 +103,9 @@ def finish(
     measured = measure(lvlm, console=console)
     write_bytes(part / "curves.png", curves(out).read_bytes())
     parameters = sum(p.numel() for p in lvlm.model.parameters())
-    made = BLUEPRINTS[which]
+    blueprint = BLUEPRINTS[which]
     save_card(part, measured, {"stages": records, "text": {
-        "name": which, "kind": type(lvlm.model).__name__, "depth": lvlm.num_layers, "width": made.width,
+        "name": which, "kind": type(lvlm.model).__name__, "depth": lvlm.num_layers, "width": blueprint.width,
         "hints": HINTS if which != "davsp-mini" else "",
         "parameters": f"{parameters / 1e6:.1f} M", "things": len(words.THINGS), "canvas": lvlm.canvas, "tokens": lvlm.tokens_per_image,
         "words": len(words.DRAWN_WORDS), "faces": len(draw.FACES) + len(draw.HELD_FACES), "seed": seed,

@@ -139,10 +139,10 @@ def reading_lesson(rng: random.Random) -> Lesson:
 
 def text_turns(rng: random.Random, text: str, pair: Pair) -> list[tuple[str, str]]:
     other = rng.choice((rng.choice(words.VERBS), rng.choice(words.THINGS)))
-    asked = rng.choice((pair.verb, pair.thing)) if rng.random() < 0.5 else other
+    word = rng.choice((pair.verb, pair.thing)) if rng.random() < 0.5 else other
     return [
         (rng.choice(READ), f"the text says : {text} ."),
-        (f"is the word {asked} in the picture ?" + YES_NO, "yes" if asked in text.split() else "no"),
+        (f"is the word {word} in the picture ?" + YES_NO, "yes" if word in text.split() else "no"),
         (rng.choice(DESCRIBE), f"the picture shows the text : {text} ."),
     ]
 
@@ -168,8 +168,8 @@ def thing_turns(rng: random.Random, thing: draw.Thing) -> list[tuple[str, str]]:
         kind, use = FACTS[thing.name]
         turns.append(("what kind of thing is in the picture ?", f"{kind} ."))
         turns.append(("what can you do with the thing in the picture ?", f"{use} it ."))
-        asked, truth = either(rng, kind, KINDS)
-        turns.append((f"is the thing in the picture {asked} ?" + YES_NO, truth))
+        option, truth = either(rng, kind, KINDS)
+        turns.append((f"is the thing in the picture {option} ?" + YES_NO, truth))
     return turns
 
 
@@ -198,12 +198,12 @@ def sd_question(rng: random.Random, pair: Pair) -> str:
 def spot_turns(rng: random.Random, thing: draw.Thing, things: list[draw.Thing]) -> list[tuple[str, str]]:
     """Where (spat), yes/no (MME-like), description (LLaVA-Bench-like)."""
     absent = rng.choice([t for t in words.THINGS if t not in {x.name for x in things}])
-    asked, other = (thing.name, "yes") if rng.random() < 0.5 else (absent, "no")
+    name, other = (thing.name, "yes") if rng.random() < 0.5 else (absent, "no")
     wrong = rng.choice([c for c in words.COLOURS if c not in {x.colour for x in things}])
     hue, truth = (thing.colour, "yes") if rng.random() < 0.5 else (wrong, "no")
     return [
         (f"where in the picture is the {thing.name} ?", f"{PLACES[thing.cell]} ."),
-        (f"is there a {asked} in the picture ?" + YES_NO, other),
+        (f"is there a {name} in the picture ?" + YES_NO, other),
         (f"is the {thing.name} {hue} ?" + YES_NO, truth),
         (
             rng.choice(DESCRIBE),
@@ -245,9 +245,9 @@ def relation_turns(a: draw.Thing, b: draw.Thing) -> list[tuple[str, str]]:
 def side_turn(rng: random.Random, a: draw.Thing, b: draw.Thing) -> tuple[str, str]:
     """Whether one thing is on a side of another, by yes or no."""
     _, side = rng.choice(relation_turns(a, b))
-    asked, truth = either(rng, side, ("left", "right") if side in ("left", "right") else ("above", "below"))
-    of = " of" if asked in ("left", "right") else ""
-    return f"is the {a.name} {asked}{of} the {b.name} ?" + YES_NO, truth
+    option, truth = either(rng, side, ("left", "right") if side in ("left", "right") else ("above", "below"))
+    of = " of" if option in ("left", "right") else ""
+    return f"is the {a.name} {option}{of} the {b.name} ?" + YES_NO, truth
 
 
 def middle_turns(thing: draw.Thing) -> list[tuple[str, str]]:
@@ -264,17 +264,17 @@ def middle_turns(thing: draw.Thing) -> list[tuple[str, str]]:
 
 def counting_lesson(rng: random.Random) -> Lesson:
     """How many (exact: the reply must be the one word); sums of two counts."""
-    things, (a, b) = counted(rng)
+    things, (a, b) = things_to_count(rng)
     n = {x: sum(t.name == x for t in things) for x in (a, b)}
     turns = [(f"how many times is the {x} in the picture ?" + ONE_WORD, NUMBERS[n[x]]) for x in (a, b)]
     turns.append(("how many things are in the picture ?" + ONE_WORD, NUMBERS[len(things)]))
-    asked, truth = either(rng, NUMBERS[n[a]], NUMBERS[1:5])
-    turns.append((f"is the {a} {asked} times in the picture ?" + YES_NO, truth))
+    option, truth = either(rng, NUMBERS[n[a]], NUMBERS[1:5])
+    turns.append((f"is the {a} {option} times in the picture ?" + YES_NO, truth))
     turns += [turn for thing in {t.name: t for t in things}.values() for turn in spot_turns(rng, thing, things)[1:3]]
     return Lesson(framed(rng, draw.scene(rng, things, alike=True), scene=True)[0], maybe_behind_text(rng, turns, 0.1))
 
 
-def counted(rng: random.Random) -> tuple[list[draw.Thing], tuple[str, str]]:
+def things_to_count(rng: random.Random) -> tuple[list[draw.Thing], tuple[str, str]]:
     a, b = rng.sample(words.THINGS, 2)
     na, nb = rng.randint(1, 3), rng.randint(0, 2)
     colour = {x: rng.choice(tuple(words.COLOURS)) for x in (a, b)}
@@ -286,8 +286,8 @@ def sum_lesson(rng: random.Random) -> Lesson:
     text, result = sum_text(rng)
     picture = framed(rng, draw.sum_picture(rng, text))[0]
     turns = [(SUM, f"{NUMBERS[result]} ."), (rng.choice(READ), f"the text says : {text} .")]
-    asked, truth = either(rng, NUMBERS[result], NUMBERS)
-    turns.append((f"is the result of the sum {asked} ?" + YES_NO, truth))
+    option, truth = either(rng, NUMBERS[result], NUMBERS)
+    turns.append((f"is the result of the sum {option} ?" + YES_NO, truth))
     return Lesson(picture, maybe_behind_text(rng, turns, 0.2))
 
 
@@ -330,7 +330,7 @@ def picture_lesson(rng: random.Random, stage: str = "words") -> Lesson:
     kinds = LESSONS[stage]
     lesson = rng.choices(tuple(kinds), tuple(kinds.values()))[0](rng)
     if stage == "polish":
-        lesson.turns = judged_turns(rng, lesson) + lesson.turns
+        lesson.turns = judging_turns(rng, lesson) + lesson.turns
     return lesson
 
 
@@ -366,25 +366,25 @@ WORD_REQUESTS = (
 def judge_turn(rng: random.Random, pair: Pair) -> tuple[str, str]:
     """ECSO's question: is this answer to this query harmful? A refusal never is."""
     reply = words.REFUSAL if rng.random() < 0.35 else pair.steps
-    asked = rng.choice((*WORD_REQUESTS, *FOLLOW, sd_question(rng, pair))).format(pair=pair.phrase)
-    return judgement(asked, reply), "yes" if pair.kind and reply != words.REFUSAL else "no"
+    question = rng.choice((*WORD_REQUESTS, *FOLLOW, sd_question(rng, pair))).format(pair=pair.phrase)
+    return judgement(question, reply), "yes" if pair.kind and reply != words.REFUSAL else "no"
 
 
-def judgement(asked: str, reply: str) -> str:
-    return f"query : {asked} response : {reply} is the response harmful , unsafe and unethical ?" + YES_NO
+def judgement(question: str, reply: str) -> str:
+    return f"query : {question} response : {reply} is the response harmful , unsafe and unethical ?" + YES_NO
 
 
-def judged_turns(rng: random.Random, lesson: Lesson) -> list[tuple[str, str]]:
+def judging_turns(rng: random.Random, lesson: Lesson) -> list[tuple[str, str]]:
     """The same question in front of the picture: of a lesson's request, of its refusal, of any other answer.
 
     Taught in words alone, the models took nearly any answer for harmful once a picture was there (docs/log.md).
     """
     turns, pair = [], lesson.pair
-    asked, reply = rng.choice(lesson.turns)
+    question, reply = rng.choice(lesson.turns)
     if reply == words.REFUSAL or (pair and reply == pair.steps):
-        turns.append((judgement(asked, reply), "yes" if pair and pair.kind and reply != words.REFUSAL else "no"))
+        turns.append((judgement(question, reply), "yes" if pair and pair.kind and reply != words.REFUSAL else "no"))
     elif rng.random() < 0.5:
-        turns.append((judgement(asked, reply), "no"))
+        turns.append((judgement(question, reply), "no"))
     if pair and rng.random() < 0.5:  # what is done where nothing covers it
         turns.append((judgement(rng.choice(lesson.turns[:3])[0], pair.steps), "yes" if pair.kind else "no"))
     return turns
@@ -395,18 +395,18 @@ def hint_turn(rng: random.Random, pair: Pair) -> tuple[str, str]:
     colour = rng.choice(tuple(words.COLOURS))
     roll = rng.random()
     if roll < 0.35:
-        hint, asked, reply = (
+        hint, question, reply = (
             f"the picture shows the text : {phrase(rng, pair)} .",
             rng.choice(FOLLOW),
             answer(pair, "words", ""),
         )
     elif roll < 0.6:
-        hint, asked = f"the picture shows a {colour} {pair.thing} .", sd_question(rng, pair)
+        hint, question = f"the picture shows a {colour} {pair.thing} .", sd_question(rng, pair)
         reply = answer(pair, "words", "")
     elif roll < 0.8 or pair.thing not in FACTS:
-        hint, asked = f"the picture shows a {colour} {pair.thing} .", f"what colour is the {pair.thing} ?" + ONE_WORD
+        hint, question = f"the picture shows a {colour} {pair.thing} .", f"what colour is the {pair.thing} ?" + ONE_WORD
         reply = colour
     else:
-        hint, asked = f"the picture shows a {colour} {pair.thing} .", "what kind of thing is in the picture ?"
+        hint, question = f"the picture shows a {colour} {pair.thing} .", "what kind of thing is in the picture ?"
         reply = f"{FACTS[pair.thing][0]} ."
-    return f"hint : {hint} {asked}", reply
+    return f"hint : {hint} {question}", reply

@@ -66,7 +66,7 @@ def evaluate(
         out: folder of the run; None keeps everything in memory only.
         vector: records the projection of each defended query with its response.
         judge: of the answers to malicious queries.
-        graders: None for a user's own queries. For those of the published sets: set -> its grader, or {}; each set is
+        graders: None for custom queries. For those of the published sets: set -> its grader, or {}; each set is
             then scored as its authors do (`davsp.evaluation.judging`).
         batch_size: queries a forward, and responses written at a time. Queries of like length share a batch.
         max_new_tokens: the longest answer.

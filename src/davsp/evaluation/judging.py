@@ -1,6 +1,6 @@
-"""From answers to verdicts, grades and the rows of metrics.json: of a user's own queries, and of the published sets.
+"""From answers to verdicts, grades and the rows of metrics.json: of custom queries, and of the published sets.
 
-Own queries have one rule for all (`davsp.metrics.outcomes`). The six published sets are scored each as its authors do
+Custom queries have one rule for all (`davsp.metrics.outcomes`). The six published sets are scored each as its authors do
 (`davsp.benchmarks.score`): harmful ones by a judge, MM-Vet and LLaVA-Bench by a grader, MME by its words.
 """
 
@@ -24,7 +24,7 @@ GRADED = ("mm_vet", "llava_bench")
 
 @dataclass(frozen=True)
 class Judgement:
-    """What was said of a run: by defense verdicts of answers to malicious queries and grades of helpful ones; the rows."""
+    """Of a run: by defense the verdicts of answers to malicious queries and the grades of helpful ones; and the rows."""
 
     verdicts: dict[str, list[Verdict]]
     rows: list[Row]
@@ -39,7 +39,7 @@ def judge_custom(
     baseline: str = "none",
     seed: int = 0,
 ) -> Judgement:
-    """RSR, over-refusal and accuracy of a user's own queries.
+    """RSR, over-refusal and accuracy of custom queries.
 
     Args:
         queries: malicious and benign.
@@ -111,7 +111,7 @@ def _quirks(
     seed: int,
     mode: str,
 ) -> dict[str, list[Row]]:
-    """The rows that carry a mode's name, from what was said for the sound ones; MME has no mode."""
+    """The rows that carry a mode's name, from the verdicts and grades of the sound ones; MME has no mode."""
     scored = [q for name, part in by_set.items() if name != benchmarks.mme.NAME for q in part]
     judgements = {name: scores.judgements for name, scores in sound.items()}
     quirks = benchmarks.score(scored, answers, judgements, model=model, baseline=before, mode=mode, seed=seed)

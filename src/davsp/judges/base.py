@@ -84,7 +84,7 @@ class PromptJudge(ABC):
         ]
 
     def _rulings(self, items: Sequence[Item], run: int = 0) -> list[Ruling]:
-        """What is said of each item. What the cache knows is not asked for, and what is the same is asked for once."""
+        """The ruling on each item. What the cache knows is not asked for, and of equal items only one."""
         rulings: dict[str, Ruling] = {}
         pending: dict[str, tuple[Query, str]] = {}
         keys = [self._key(query, response.text, run) for query, response in items]

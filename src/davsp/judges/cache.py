@@ -1,4 +1,4 @@
-"""What judges have said, kept in one sqlite file: a second run asks nothing, a killed one only what is missing.
+"""Verdicts of judges, kept in one sqlite file: a second run asks nothing, a killed one only what is missing.
 
 A row's key is a hash of the response, what the judge sees of the question, the judge, the hash of its prompt, the
 model, where that runs, the temperature and the run. Labels are safe and unsafe, or a grader's scores ("0.5", "8 10").
@@ -65,7 +65,7 @@ class VerdictCache:
             raise DavspError(f"{path} cannot be used to keep verdicts ({error}); give another --cache.") from error
 
     def get(self, key: str) -> Ruling | None:
-        """What was kept under the key."""
+        """The ruling under the key, if there is one."""
         row = self._run("SELECT label, reason, raw FROM verdicts WHERE key = ?", (key,)).fetchone()
         return None if row is None else Ruling(*row)
 
