@@ -281,12 +281,18 @@ def test_matching_heads_look_for_what_is_alike():
         )
 
 
-@pytest.fixture
-def short(monkeypatch):
-    """All stages, four steps of two pictures each."""
+@pytest.fixture(params=[pytest.param(2, id="two steps"), pytest.param(4, id="four steps", marks=pytest.mark.slow)])
+def short(monkeypatch, request):
+    """All stages, two or four steps of two pictures each; four in the first, which is stopped in the middle."""
     for road in ("STAGES", "SHORT"):
-        small = {n: build.Stage(4, 2, s.lr, min(s.texts, 1), s.after) for n, s in getattr(build, road).items()}
+        steps = {n: 4 if n in ("tower", "see") else request.param for n in getattr(build, road)}
+        small = {n: build.Stage(steps[n], 2, s.lr, min(s.texts, 1), s.after) for n, s in getattr(build, road).items()}
         monkeypatch.setattr(build, road, small)
+
+
+def counted(stage: str, which: str = "davsp-mini") -> list[int]:
+    """The numbers of all of a stage's steps."""
+    return list(range(1, build.road(which)[stage].steps + 1))
 
 
 def test_every_stage_runs_resumes_to_the_same_bits_and_exports(short, tmp_path: Path):
@@ -295,7 +301,7 @@ def test_every_stage_runs_resumes_to_the_same_bits_and_exports(short, tmp_path: 
 
     for name in build.STAGES:
         records = list(build.run_stage(name, tmp_path / "whole"))
-        assert [r["step"] for r in records] == [1, 2, 3, 4] and all(np.isfinite(r["loss"]) for r in records)
+        assert [r["step"] for r in records] == counted(name) and all(np.isfinite(r["loss"]) for r in records)
     for record in build.run_stage("tower", tmp_path / "parts", save_every=2):
         if record["step"] == 3:
             break  # killed between two checkpoints
@@ -324,7 +330,7 @@ def test_the_last_stage_can_start_from_a_finished_model(short, tmp_path: Path, m
     from davsp.embedded import make
     from davsp.runtime.files import read_json, write_json
 
-    monkeypatch.setattr(build, "START_HEADS", 2)
+    monkeypatch.setattr(build, "START_HEADS", 1)
     bars = {"bars": [], "rows": [], "layers": []}
     monkeypatch.setattr(make, "measure", lambda lvlm, console: bars)
     model = architecture.new_model(seed=3)
@@ -353,20 +359,23 @@ def test_the_last_stage_can_start_from_a_finished_model(short, tmp_path: Path, m
         build.check_done(tmp_path / "out", "skills", 0, tmp_path / "model")
 
 
-def test_the_card_is_made_of_measured_figures_and_says_what_is_missed(short, tmp_path: Path):
+@pytest.mark.parametrize("tokens", [2, pytest.param(48, marks=pytest.mark.slow)])
+def test_the_card_is_made_of_measured_figures_and_says_what_is_missed(tokens: int, tmp_path: Path, monkeypatch):
     """On a model that has learnt nothing: every bar is there, few are met, and the card carries what was measured."""
     from davsp.embedded import load
     from davsp.embedded.card import card, measure
+    from davsp.lvlm import LVLM
 
-    model = architecture.new_model()
-    list(build.run_stage("tower", tmp_path))
+    generate, model = LVLM.generate, architecture.new_model()
+    monkeypatch.setattr(LVLM, "generate", lambda *args, max_new_tokens=48, **more: generate(*args, tokens, **more))
     build._save(
         torch.nn.ModuleDict({"model": model}), torch.optim.SGD(model.parameters()), tmp_path / build.LAST, {"step": 1}
     )
     build.export(tmp_path, tmp_path / "model")
     measured = measure(
-        load(tmp_path / "model"), **{k: 4 for k in ("harm", "utility", "mme", "llava_bench", "vector", "sweep")}
-    )
+        load(tmp_path / "model"),
+        train=1, **{k: 4 for k in ("harm", "utility", "mme", "llava_bench", "vector", "sweep")},
+    )  # fmt: skip
     assert len(measured["bars"]) == 30 and not all(b["met"] for b in measured["bars"])
     names = [b["behaviour"] for b in measured["bars"]]
     assert len(set(names)) == len(names)
@@ -379,7 +388,7 @@ def test_the_card_is_made_of_measured_figures_and_says_what_is_missed(short, tmp
     assert all(name in page for name in names) and "| tower | 1 | 1 | 1 min | a test |" in page
 
 
-SIBLINGS = ["davsp-mini-narrow", "davsp-mini-qwen"]
+SIBLINGS = [pytest.param("davsp-mini-narrow", marks=pytest.mark.slow), "davsp-mini-qwen"]
 
 
 @pytest.mark.parametrize("which", SIBLINGS)
@@ -389,7 +398,7 @@ def test_a_sibling_is_made_by_the_same_script_resumes_and_exports(short, tmp_pat
 
     for name in build.road(which):
         records = list(build.run_stage(name, tmp_path, 3, which=which))
-        assert [r["step"] for r in records] == [1, 2, 3, 4] and all(np.isfinite(r["loss"]) for r in records)
+        assert [r["step"] for r in records] == counted(name, which) and all(np.isfinite(r["loss"]) for r in records)
     for record in build.run_stage("see", tmp_path / "parts", 3, save_every=2, which=which):
         if record["step"] == 3:
             break  # killed between two checkpoints

@@ -9,6 +9,7 @@ import pytest
 
 from davsp import DavspError, Query, Response, Verdict, embedded
 from davsp.benchmarks.custom import load_queries, save_queries
+from davsp.embedded.data import SIZES
 from davsp.evaluation.rescore import rescore, slug
 from davsp.judges.keyword import keyword
 from davsp.judges.keyword_lists import GCG
@@ -116,7 +117,11 @@ def test_disagreements_are_listed(folder: Path, data: Path) -> None:
     assert "keyword-gcg/1" not in json.loads((folder / "agreement.json").read_text())["judges"]  # of other answers
 
 
-def test_the_embedded_test_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_embedded_test_is_made_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in ("vector", "sweep", "train"):  # drawn twice, and never looked at
+        monkeypatch.setitem(SIZES, part, 1)
     asked = embedded.protocol(3).test
     texts = ["I'm sorry." if i % 2 else "take it" for i in range(len(asked))]
     run = write_run(tmp_path / "run", asked, {"none": texts})
