@@ -2,13 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format docs app-deps clean
+# As many workers as cores, four at most: each imports torch and transformers anew.
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+
+.PHONY: demo test test-slow lint format docs app-deps clean
 
 demo: .venv/installed  ## train a visual safety prompt on the embedded model and show that it works
 	$(BIN)/davsp demo --out out/demo
 
-test: .venv/installed  ## all tests
-	$(BIN)/python -m pytest
+test: .venv/installed  ## everything that guards a change, in three minutes
+	$(PYTEST) -m "not slow"
+
+test-slow: .venv/installed  ## the long tests whole; make test has a short form of each
+	$(PYTEST) -m slow
 
 lint: .venv/installed  ## style, types and the order of the rooms
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[lint]'
