@@ -32,7 +32,7 @@ from davsp.cli.testset import queries_at, split_queries
 from davsp.errors import DavspError
 
 if TYPE_CHECKING:
-    from davsp.defenses.adashield_a.defender import ChatDefender
+    from davsp.defenses.adashield_a import ChatDefender
     from davsp.prompts import Prompt
     from davsp.query import Query
 
@@ -76,8 +76,7 @@ def uniguard(
     seed: Seed = 0,
 ) -> None:
     """UniGuard: train noise that makes harmful sentences unlikely, with a text beside it or without."""
-    from davsp.defenses.uniguard import EPS, FIXED, train_uniguard
-    from davsp.defenses.uniguard.search import SearchSettings
+    from davsp.defenses.uniguard import EPS, FIXED, SearchSettings, train_uniguard
     from davsp.embedded import corpus as embedded
     from davsp.query import open_picture
     from davsp.training.sentences import read_sentences
@@ -250,7 +249,7 @@ def chat_defender(options: DefenderOptions) -> "ChatDefender | None":
     Raises:
         DavspError: a server or a key without the model, or what the defender raises.
     """
-    from davsp.defenses.adashield_a.defender import ChatDefender
+    from davsp.defenses.adashield_a import ChatDefender
 
     if options.defender is None:
         if options.defender_url or options.defender_key_env:

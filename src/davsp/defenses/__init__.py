@@ -1,4 +1,4 @@
-"""What stands between the user's query and the answer: one file a method."""
+"""What stands between the user's query and the answer: a file a method, and a folder for one that is trained."""
 
 from davsp.defenses.adashield_a.defense import AdaShieldA
 from davsp.defenses.adashield_s import adashield_s

@@ -134,12 +134,12 @@ def _search(
     if state is None:
         state = {"identity": identity, "rows": []}
         write_json(out / FILE, state)  # a folder one can't write to is known before the work
-    plan = [(query, held) for train, held in scenarios.values() for query in train]
+    plan = [(query, validation) for train, validation in scenarios.values() for query in train]
     with bar(console) as bars:
         task = bars.add_task("adashield-a", total=len(plan), completed=len(state["rows"]))
         try:
-            for query, held in plan[len(state["rows"]) :]:
-                state["rows"].append(refine(lvlm, query, held, defender, settings).model_dump())
+            for query, validation in plan[len(state["rows"]) :]:
+                state["rows"].append(refine(lvlm, query, validation, defender, settings).model_dump())
                 write_json(out / FILE, state)
                 bars.advance(task)
         except KeyboardInterrupt:
@@ -151,9 +151,9 @@ def _search(
 
 
 def refine(
-    lvlm: AnsweringLVLM, query: Query, held: Sequence[Query], defender: Defender, settings: RefineSettings
+    lvlm: AnsweringLVLM, query: Query, validation: Sequence[Query], defender: Defender, settings: RefineSettings
 ) -> PoolRow:
-    """The loop of one training query, and the validation of what came of it on the queries `held`."""
+    """The loop of one training query, and the validation of what came of it on the queries `validation`."""
     prompt, improvement, iteration = settings.start, "", 0
     first = response = _answers(lvlm, prompt, [query], settings)[0]
     init = score = _score(response, settings)
@@ -169,7 +169,7 @@ def refine(
             response, score = answer, new_score
     validated = None
     if score == REFUSED:
-        answers = _answers(lvlm, prompt, held, settings)
+        answers = _answers(lvlm, prompt, validation, settings)
         validated = sum(_score(one, settings) == REFUSED for one in answers) / len(answers)
         score = REFUSED if validated >= settings.share else DOUBTFUL
     return PoolRow(
@@ -197,8 +197,8 @@ def draw(malicious: Sequence[Query], settings: RefineSettings) -> dict[str, tupl
                 "least one more: give more, or leave the scenario out"
             )
         Random(f"{settings.seed} {name}").shuffle(queries)
-        held, rest = queries[: settings.validation], queries[settings.validation :]
-        chosen[name] = (rest[: settings.per_scenario], held)
+        validation, rest = queries[: settings.validation], queries[settings.validation :]
+        chosen[name] = (rest[: settings.per_scenario], validation)
     return chosen
 
 

@@ -1,4 +1,4 @@
-"""UniGuard: noise that makes harmful sentences unlikely, and a text of its own."""
+"""UniGuard: noise that makes harmful sentences unlikely, and a text of UniGuard's, fixed or searched."""
 
 from davsp.defenses.uniguard.search import SearchSettings, search_text
 from davsp.defenses.uniguard.train import EPS, FIXED, OPTIMISED, SETTINGS, train_uniguard

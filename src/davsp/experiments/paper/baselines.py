@@ -19,7 +19,7 @@ from davsp.store import queries_hash
 
 def uniguard(kit: Kit) -> Defense:
     """Noise against a corpus, with AdaShield's text before the question."""
-    from davsp.defenses.uniguard.train import SETTINGS, train_uniguard
+    from davsp.defenses.uniguard import SETTINGS, train_uniguard
     from davsp.embedded.corpus import corpus
 
     settings = SETTINGS.model_copy(update={"seed": kit.settings.seed, **(NOISE if kit.shipped else {})})
@@ -60,8 +60,7 @@ def esiii(kit: Kit) -> Defense:
 
 def pat(kit: Kit) -> Defense:
     """Tokens found with the picture present, behind AdaShield's text."""
-    from davsp.defenses.pat import PatSettings, train_pat
-    from davsp.defenses.pat.defense import PAT
+    from davsp.defenses.pat import PAT, PatSettings, train_pat
 
     settings = PatSettings(seed=kit.settings.seed, **(TOKENS if kit.shipped else {}))
 
@@ -79,9 +78,7 @@ def pat(kit: Kit) -> Defense:
 
 def adashield_a(kit: Kit) -> Defense:
     """A pool of refined prompts, one fetched for each query."""
-    from davsp.defenses.adashield_a import RefineSettings, make_pool
-    from davsp.defenses.adashield_a.defense import AdaShieldA
-    from davsp.defenses.adashield_a.features import ClipEncoder, LVLMEncoder
+    from davsp.defenses.adashield_a import AdaShieldA, ClipEncoder, LVLMEncoder, RefineSettings, make_pool
     from davsp.embedded.phrases import PhraseDefender
 
     settings = RefineSettings(seed=kit.settings.seed, **(POOL | {"start": kit.text} if kit.shipped else {}))

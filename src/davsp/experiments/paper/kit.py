@@ -13,7 +13,7 @@ from davsp.training import TrainSettings
 from davsp.vector import HarmfulnessVector
 
 if TYPE_CHECKING:
-    from davsp.defenses.adashield_a.defender import Defender
+    from davsp.defenses.adashield_a import Defender
     from davsp.embedded.data import Protocol
 
 

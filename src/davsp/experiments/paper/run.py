@@ -35,7 +35,7 @@ from davsp.runtime.files import manifest, read_json, write_json, write_text
 from davsp.training.settings import TrainSettings, resolve
 
 if TYPE_CHECKING:
-    from davsp.defenses.adashield_a.defender import Defender
+    from davsp.defenses.adashield_a import Defender
     from davsp.embedded.data import Protocol
 
 INFERRED = "what of each method is as published and what is inferred: docs/defenses.md"
