@@ -164,7 +164,7 @@ def pat(
     resume: Resume = True,
     seed: Seed = 0,
 ) -> None:
-    """PAT: search tokens that go after the question, with the picture present."""
+    """PAT: search tokens that stand before the question, with the picture present."""
     from rich.console import Console
 
     from davsp.defenses.pat import PatSettings, train_pat
