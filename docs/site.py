@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: pages that are made of what the repository holds already, and links that leave docs/.
+"""Hooks of mkdocs: pages made from files that the repository holds already, and links that leave docs/.
 
 The start page is README.md. A link to another Markdown file of the repository (a model's card, a table of results) becomes a
 page of its own; a link to anything else outside docs/ is copied beside it.
@@ -24,29 +24,29 @@ What `import davsp` gives; it is cheap, torch comes with the first name that is 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the start page, both references, and what pages link to outside docs/."""
-    made: dict[str, str | bytes] = {
+    pages: dict[str, str | bytes] = {
         "index.md": (ROOT / "README.md").read_text(),
         "reference/cli.md": command_line(),
         "reference/api.md": API + "\n\n".join(f"::: {name}" for name in public()),
     }
     waiting = [(f.src_uri, f.content_string) for f in files.documentation_pages()] + [
-        ("index.md", str(made["index.md"]))
+        ("index.md", str(pages["index.md"]))
     ]
     while waiting:
         page, text = waiting.pop()
-        for found in LINK.finditer(text):
-            target = outside(page, found["to"])
-            if target is None or target.startswith("docs/") or site_name(target) in made:
+        for link in LINK.finditer(text):
+            target = outside(page, link["to"])
+            if target is None or target.startswith("docs/") or site_name(target) in pages:
                 continue
             path = ROOT / target
             if not path.exists():
-                raise PluginError(f"docs: {page} links to {found['to']}, which is not in the repository")
+                raise PluginError(f"docs: {page} links to {link['to']}, which is not in the repository")
             if path.is_dir():
                 continue
-            made[site_name(target)] = path.read_text() if path.suffix == ".md" else path.read_bytes()
+            pages[site_name(target)] = path.read_text() if path.suffix == ".md" else path.read_bytes()
             if path.suffix == ".md":
                 waiting.append((site_name(target), path.read_text()))
-    for name, content in made.items():
+    for name, content in pages.items():
         files.append(File.generated(config, name, content=content))
     return files
 
@@ -55,19 +55,19 @@ def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: File
     """Point links that leave docs/ to their pages; of a link to a folder only the words stay."""
     here = page.file.src_uri
 
-    def follow(found: re.Match[str]) -> str:
-        target = outside(here, found["to"])
+    def follow(link: re.Match[str]) -> str:
+        target = outside(here, link["to"])
         if target is None:
-            return found[0]
+            return link[0]
         if (ROOT / target).is_dir():
-            return found["text"]  # a folder has no page
-        return f"[{found['text']}]({relative(site_name(target), here)}{found['at'] or ''})"
+            return link["text"]  # a folder has no page
+        return f"[{link['text']}]({relative(site_name(target), here)}{link['at'] or ''})"
 
     return LINK.sub(follow, markdown)
 
 
 SOURCES = {"index.md": "README.md"}
-"""Page of the site -> the file of the repository that it was made of; the others are docs/PAGE."""
+"""Page of the site -> its file in the repository; the others are docs/PAGE."""
 
 
 def outside(page: str, link: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Draws docs/teaser.png from a finished demo: `python docs/teaser.py out/demo`. Picture, canvas and answers are the run's own."""
+"""Draws docs/teaser.png from a finished demo: `python docs/teaser.py out/demo`. Picture, canvas and answers are that run's."""
 
 import json
 import sys
@@ -12,7 +12,9 @@ from davsp.store import by_defense
 
 def main(out: Path) -> None:
     test = {q.id: q for q in embedded.protocol(json.loads((out / "manifest.json").read_text())["seed"]).test}
-    answers = {name: {r.query_id: r.text for r in found} for name, found in by_defense(out / "responses.jsonl").items()}
+    answers = {
+        name: {r.query_id: r.text for r in responses} for name, responses in by_defense(out / "responses.jsonl").items()
+    }
     harm = next(i for i, q in test.items() if q.benchmark == "sd_typo" and changed(answers, i))
     safe = next(
         i for i, q in test.items() if q.category == "gen" and answers["davsp"][i] == answers["none"][i] == q.reference

@@ -5,6 +5,7 @@ import re
 import tomllib
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -15,6 +16,9 @@ from davsp.cli import app
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "davsp"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS: Any = typer.main.get_command(app)
+OTHERS = {"--no-deps", "--no-log-images", "--mm-processor-kwargs", "--chat-template"}
+"""Options of other people's commands."""
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -48,29 +52,52 @@ def test_every_module_and_name_exists(page: Path) -> None:
 
 
 @each_page
+def test_every_import_works(page: Path) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "davsp":
+                parts = str(node.module).split(".")[1:]
+                assert [alias.name for alias in node.names if not _is_there([*parts, alias.name])] == []
+
+
+@each_page
 def test_every_command_has_the_options(page: Path) -> None:
+    """In blocks of commands, and in a line of text."""
     for line in _commands(page.read_text()):
-        words = line.split()
-        command, name = typer.main.get_command(app), "davsp"
+        command, name, words = COMMANDS, "davsp", line.split()
         while hasattr(command, "commands") and words and not words[0].startswith("-"):
             name, words = f"{name} {words[0]}", words[1:]
             assert name.split()[-1] in command.commands, name
             command = command.commands[name.split()[-1]]
-        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-        asked = {word.partition("=")[0] for word in words if re.match(r"--\w", word)}
-        assert asked <= known | {"--help"}, f"{name}: {asked - known}"
+        options = {word.partition("=")[0] for word in words if re.match(r"--\w", word)}
+        assert options <= {*_options(command), "--help"}, name
+
+
+@each_page
+def test_every_option_is_one_of_some_command(page: Path) -> None:
+    known = {option for command in _all(COMMANDS) for option in _options(command)}
+    scripts = "".join(path.read_text() for path in (ROOT / "perf").glob("*.py"))
+    options = re.findall(r"`(--[\w-]+)", page.read_text())
+    assert [o for o in options if o not in known | OTHERS and f'"{o}"' not in scripts] == []
+
+
+def _all(command: Any) -> list[Any]:
+    """A command and those below it."""
+    inner = getattr(command, "commands", {}).values()
+    return [command, *(one for each in inner for one in _all(each))]
+
+
+def _options(command: Any) -> set[str]:
+    return {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
 
 
 def _commands(text: str) -> list[str]:
-    """What follows `davsp` in every shell line of a page, continued lines joined, without comments."""
+    """What follows `davsp` in every shell line and code span of a page, continued lines joined, without comments."""
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     lines = "\n".join(block for language, block in blocks if language in ("", "sh")).replace("\\\n", " ").splitlines()
-    return [
-        found[1]
-        for line in lines
-        for part in re.split(r"&&|;", line.partition(" #")[0])
-        if (found := re.match(r"\s*davsp ((?:[a-z-].*)|--.*)", part))
-    ]
+    parts = [part.strip() for line in lines for part in re.split(r"&&|;", line.partition(" #")[0])]
+    spans = re.findall(r"`(davsp [^`\n]+)`", text)
+    return [line.removeprefix("davsp ") for line in (*parts, *spans) if re.match(r"davsp [a-z-]", line)]
 
 
 def _is_there(parts: list[str]) -> bool:

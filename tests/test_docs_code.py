@@ -32,9 +32,9 @@ def run(page: str) -> dict[str, Any]:
     """All Python of a page, top to bottom; the names that it leaves."""
     text = (ROOT / page).read_text()
     names: dict[str, Any] = {}
-    for found in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-        line = text[: found.start(1)].count("\n")
-        exec(compile("\n" * line + found[1], page, "exec"), names)
+    for block in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        line = text[: block.start(1)].count("\n")
+        exec(compile("\n" * line + block[1], page, "exec"), names)
     return names
 
 
