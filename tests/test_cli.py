@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, the road from data to a defended picture, and one sentence for every mistake."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -98,7 +99,15 @@ def test_help_has_a_panel_for_each_group_of_options(monkeypatch, capsys):
     assert run("eval", "--help") == 0
     help = capsys.readouterr().out
     titles = re.findall(r"╭─ (.+?) ─+╮", help)
-    assert titles == ["Options", "Test set", "Model", "Where the model runs", "Judges", "Requests to servers"]
+    assert titles == [
+        "Options",
+        "Defenses",
+        "Test set",
+        "Model",
+        "Where the model runs",
+        "Judges",
+        "Requests to servers",
+    ]
     panel = help.split("╭─ Model ─")[1].split("╰")[0]
     assert re.findall(r"^│ (--[\w-]+)", panel, re.M) == [
         "--model", "--revision", "--device", "--dtype", "--quantization", "--canvas",
@@ -121,8 +130,8 @@ def test_words_follow_the_model_and_not_the_data(
         calls.append((arguments, options))
         raise Enough("enough")
 
-    for name in ("vector.HarmfulnessVector.fit", "training.train", "evaluation.evaluate", "attacks.attack"):
-        monkeypatch.setattr(f"davsp.{name}", stop)
+    importlib.import_module("davsp.attacks")  # or it would take a name that stands for `stop` now
+    monkeypatch.setattr(f"davsp.{TARGETS[command]}", stop)
     monkeypatch.setattr(f"davsp.cli.{MODULES.get(command, command)}.is_shipped", lambda model: shipped)
     both = ["--malicious", data / "malicious", "--benign", data / "benign"]
     line = {
@@ -144,6 +153,10 @@ def test_words_follow_the_model_and_not_the_data(
         assert not shipped or defenses["safety-text"].text == text
 
 
+TARGETS = {
+    "vector": "vector.HarmfulnessVector.fit", "train": "training.train", "eval": "evaluation.evaluate",
+    "attack": "attacks.attack",
+}  # fmt: skip
 MODULES = {"vector": "train", "eval": "evaluate"}
 
 

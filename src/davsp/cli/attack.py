@@ -7,20 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 from davsp.cli import judges
-from davsp.cli.defenses import GRAMMAR, rows
+from davsp.cli.defenses import rows
 from davsp.cli.inputs import is_shipped, load_lvlm
 from davsp.cli.options import (
     JUDGES,
-    Cache,
-    JudgeOptions,
     Limit,
     MaxNewTokens,
-    MaxUnscored,
     ModelOptions,
     Out,
     RequestOptions,
+    RowOptions,
     Seed,
     TestSetOptions,
+    VerdictOptions,
 )
 from davsp.cli.testset import load_test_set
 from davsp.errors import DavspError, refused_as
@@ -32,6 +31,13 @@ if TYPE_CHECKING:
     from davsp.query import Query
 
 KINDS = "noise, transfer, comply, hide, both, square, redraw, suffix, joint"
+
+
+@dataclass(frozen=True)
+class AttackedOptions(RowOptions):
+    """The defenses that are attacked."""
+
+    vector: Annotated[Path | None, typer.Option(help="Folder of the defender's vector; hide and both need it.")] = None
 
 
 @dataclass(frozen=True)
@@ -62,31 +68,18 @@ class AttackOptions:
 
 
 def attack(
+    row: AttackedOptions,
     attacks: AttackOptions,
     test: TestSetOptions,
     model: ModelOptions,
-    access: JudgeOptions,
+    access: VerdictOptions,
     requests: RequestOptions,
-    prompt: Annotated[
-        Path | None, typer.Option(help="Folder or hub id of a prompt: adds the row davsp, or additive.")
-    ] = None,
-    defense: Annotated[
-        list[str] | None,
-        typer.Option(help=f"A row of the table, repeatable: {GRAMMAR} Left out: none, the safety text and --prompt."),
-    ] = None,
-    vector: Annotated[Path | None, typer.Option(help="Folder of the defender's vector; hide and both need it.")] = None,
     limit: Limit = None,
     judge: Annotated[
         list[str] | None, typer.Option(help=f"One judge. {judges.NAMES} Left out: keyword.", rich_help_panel=JUDGES)
     ] = None,
     out: Out = Path("out/attack"),
-    text: Annotated[
-        str | None,
-        typer.Option(help="Safety text of the row safety-text; left out: the own one of a model that ships."),
-    ] = None,
     max_new_tokens: MaxNewTokens = 48,
-    max_unscored: MaxUnscored = 0.02,
-    cache: Cache = None,
     show_unsafe: Annotated[bool, typer.Option("--show-unsafe", help="Print compliant answers in the report.")] = False,
     seed: Seed = 0,
 ) -> None:
@@ -97,12 +90,12 @@ def attack(
     from davsp.evaluation.judging import apart
     from davsp.vector import HarmfulnessVector
 
-    direction = HarmfulnessVector.load(vector) if vector else None
+    direction = HarmfulnessVector.load(row.vector) if row.vector else None
     shipped = is_shipped(model.name)
-    defenses = rows(defense or [], prompt, text, shipped, direction)
+    defenses = rows(row.defense or [], row.prompt, row.text, shipped, direction)
     settings = _attack_settings(attacks, defenses, direction is not None, shipped, seed)
     names = judge or []
-    judge_settings = judges.judge_settings(names, access, requests, cache or out / "cache.sqlite", model.device)
+    judge_settings = judges.judge_settings(names, access, requests, access.cache or out / "cache.sqlite", model.device)
     queries, notes = load_test_set(test, model.name, limit, seed)
     scorers, graders = judges.judges_and_graders(names, judge_settings)
     if len(scorers) > 1 or graders:
@@ -122,7 +115,7 @@ def attack(
     }  # fmt: skip
     _finish(out, lvlm, queries, results, defenses, facts, show_unsafe, seed)
     groups = [dict(result.evaluation.verdicts) for result in results]
-    judges.check_scored([*groups, *(_all(results, name) for name in defenses)], queries, max_unscored)
+    judges.check_scored([*groups, *(_all(results, name) for name in defenses)], queries, access.max_unscored)
 
 
 def _attack_settings(

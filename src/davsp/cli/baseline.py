@@ -98,8 +98,8 @@ def uniguard(
                 "note: without --picture the noise is trained on mid grey; UniGuard's own is an attack picture of Qi et al."
             )
     else:
-        sentences, drawn = embedded.corpus(seed)
-        pictures = pictures or drawn
+        sentences, attacked = embedded.corpus(seed)
+        pictures = pictures or attacked
     noise = train_uniguard(
         load_lvlm(model), sentences, out / "training", pictures=pictures, text=_before(text, shipped), eps=EPS if eps is None else eps,
         settings=settings, resume=resume, text_part=cast(Any, text_part), with_text=with_text,

@@ -53,11 +53,11 @@ def check(
             console.print(f"{name}: {'' if count.good else '[red]'}{escape(str(count))}")
         for file, digest in report.index.items() if every else ():
             console.print(f"{name}: {digest}  {escape(file)}", soft_wrap=True)
-        shown = report.broken if every else report.broken[:SHOWN]
-        for sentence in shown:
+        sentences = report.broken if every else report.broken[:SHOWN]
+        for sentence in sentences:
             console.print(f"{name}: [red]{escape(sentence)}", soft_wrap=True)
-        if len(shown) < len(report.broken):
-            console.print(f"{name}: and {len(report.broken) - len(shown)} more faults (--all shows them)")
+        if len(sentences) < len(report.broken):
+            console.print(f"{name}: and {len(report.broken) - len(sentences)} more faults (--all shows them)")
         if report.note:
             console.print(f"{name}: {escape(report.note)}", soft_wrap=True)
     absent = [name for name in BENCHMARKS if name not in {report.benchmark for report in reports}]
@@ -105,16 +105,16 @@ def split(
     if out.suffix != ".json":
         raise DavspError(f"{out} is to be called FILE.json, so that --split knows it for a file.")
     roots = folders(benchmark or [])
-    drawn, _ = noted(
+    new_split, _ = noted(
         lambda: draw(
             roots, run or [], blind=blind, skip_broken=skip_broken, rebuild=rebuild,
             seed=seed, vector=vector, intents=intents, helpful=helpful,
         )
     )  # fmt: skip
-    drawn.save(out)
-    for name, queries in drawn.parts.items():
+    new_split.save(out)
+    for name, queries in new_split.parts.items():
         print(f"{name}: {len(queries)}")
-    for queries in drawn.test.values():
+    for queries in new_split.test.values():
         counts = Counter(q.benchmark for q in queries)
         print("test: " + ", ".join(f"{count} of {name}" for name, count in counts.items()))
     print(f"the split is in {out}; davsp vector, train, eval and judge take it as --split {out}")

@@ -10,18 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from davsp.cli.inputs import safety_text
+from davsp.cli.options import GRAMMAR
 from davsp.errors import DavspError
 
 if TYPE_CHECKING:
     from davsp.defenses import Defense
     from davsp.vector import HarmfulnessVector
 
-GRAMMAR = (
-    "none; safety-text; safety-text=TEXT; NAME=FOLDER of a prompt; adashield-s; adashield-s:prefix; "
-    "pat:vicuna, pat:llama-2 or pat:transfer, the published strings behind AdaShield's text (pat:vicuna:alone without); ecso; ecso+INNER; "
-    "ecso-adaptive+INNER; intervention:TIMES, :plus, :minus or :to:NUMBER (with --vector), alone or +INNER. A text joins "
-    "what follows it, too: adashield-s:prefix+INNER. INNER is any of these, or a bare FOLDER."
-)
 METHODS = ("none", "safety-text", "adashield-s", "pat", "ecso", "ecso-adaptive", "intervention")
 
 

@@ -7,22 +7,21 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 from davsp.cli import judges
-from davsp.cli.defenses import GRAMMAR, rows
+from davsp.cli.defenses import rows
 from davsp.cli.inputs import compare_texts, in_processes, is_shipped, load_lvlm
 from davsp.cli.options import (
     JUDGES,
-    Cache,
     GraderRuns,
-    JudgeOptions,
     Limit,
     MaxNewTokens,
-    MaxUnscored,
     ModelOptions,
     Out,
     Processes,
     RequestOptions,
+    RowOptions,
     Seed,
     TestSetOptions,
+    VerdictOptions,
 )
 from davsp.cli.testset import load_test_set
 from davsp.errors import DavspError
@@ -52,20 +51,12 @@ class EngineOptions:
 
 
 def evaluate(
+    row: RowOptions,
     test: TestSetOptions,
     model: ModelOptions,
     engine: EngineOptions,
-    access: JudgeOptions,
+    access: VerdictOptions,
     requests: RequestOptions,
-    prompt: Annotated[
-        Path | None, typer.Option(help="Folder or hub id of a prompt: adds the row davsp, or additive for noise.")
-    ] = None,
-    defense: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=f"A row of the table, repeatable: {GRAMMAR} See docs/defenses.md. Left out: none, the safety text and --prompt."
-        ),
-    ] = None,
     judge: Annotated[
         list[str] | None,
         typer.Option(
@@ -74,15 +65,6 @@ def evaluate(
         ),
     ] = None,
     out: Out = Path("out/eval"),
-    text: Annotated[
-        str | None,
-        typer.Option(
-            help='Safety text of the row safety-text ("" leaves the row out); left out: the own one of a model that ships.'
-        ),
-    ] = None,
-    vector: Annotated[
-        Path | None, typer.Option(help="Folder of a vector: records the projection of every answer.")
-    ] = None,
     limit: Limit = None,
     max_new_tokens: MaxNewTokens = 48,
     batch_size: Annotated[
@@ -93,8 +75,6 @@ def evaluate(
         ),
     ] = None,
     grader_runs: GraderRuns = None,
-    max_unscored: MaxUnscored = 0.02,
-    cache: Cache = None,
     show_unsafe: Annotated[
         bool, typer.Option("--show-unsafe", help="Print compliant answers to malicious queries in the report.")
     ] = False,
@@ -112,17 +92,19 @@ def evaluate(
     server = _server(engine, model, num_processes)
     keys.read(engine.api_key_env, "model")  # a key given in place of its variable would get into the manifest
     names = judge or []
-    settings = judges.judge_settings(names, access, requests, cache or out / "cache.sqlite", model.device, grader_runs)
+    settings = judges.judge_settings(
+        names, access, requests, access.cache or out / "cache.sqlite", model.device, grader_runs
+    )
     in_processes(num_processes)
     _check_graders(names, test.benchmark or [])
     queries, notes = load_test_set(test, model.name, limit, seed)
     scorers, graders = judges.judges_and_graders(
         names, settings
     )  # makes the cache, so a refused test set leaves nothing
-    direction = HarmfulnessVector.load(vector) if vector else None
+    direction = HarmfulnessVector.load(row.vector) if row.vector else None
     # the embedded test is asked of models that ship alone, by whatever name a server calls them
     shipped = test.embedded or is_shipped(server[0] if server else model.name)
-    defenses = rows(defense or [], prompt, text, shipped, direction)
+    defenses = rows(row.defense or [], row.prompt, row.text, shipped, direction)
     judges.check_prompts(scorers, queries)
     if test.benchmark:
         queries = apart(queries)
@@ -136,7 +118,7 @@ def evaluate(
         max_new_tokens=max_new_tokens, seed=seed, console=Console(stderr=True), manifest=facts,
     )  # fmt: skip
     if parallel.rank() == 0:
-        _finish(out, queries, evaluation, defenses, scorers[1:], show_unsafe, max_unscored, seed)
+        _finish(out, queries, evaluation, defenses, scorers[1:], show_unsafe, access.max_unscored, seed)
 
 
 def _server(engine: EngineOptions, model: ModelOptions, processes: int) -> tuple[str, str] | None:

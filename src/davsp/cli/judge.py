@@ -8,10 +8,8 @@ import typer
 from davsp.cli import judges
 from davsp.cli.options import (
     JUDGES,
-    Cache,
     GraderRuns,
     JudgeRequestOptions,
-    MaxUnscored,
     OneJudgeOptions,
     Seed,
     TestSetOptions,
@@ -39,8 +37,6 @@ def judge(
         ),
     ] = "sound",
     grader_runs: GraderRuns = None,
-    max_unscored: MaxUnscored = 0.02,
-    cache: Cache = None,
     device: Annotated[str | None, typer.Option(help="Of a guard that runs here: cpu, cuda, cuda:1, auto.")] = None,
     seed: Seed = 0,
 ) -> None:
@@ -57,7 +53,9 @@ def judge(
     queries, _ = load_test_set(test, None, None, seed)
     if test.benchmark:
         queries = apart(queries)
-    settings = judges.judge_settings([judge], access, requests, cache or run / "cache.sqlite", device, grader_runs)
+    settings = judges.judge_settings(
+        [judge], access, requests, access.cache or run / "cache.sqlite", device, grader_runs
+    )
     scorer = judges.judge_or_grader(judge, settings)
     benchmark = judges.GRADER_OF.get(judge)
     if benchmark:
@@ -69,7 +67,7 @@ def judge(
     name = slug(judge_name(scorer))
     kind = "grades" if benchmark else "verdicts"
     print(f"{kind} are in {run / f'{kind}-{name}.jsonl'}, rates in {run / f'metrics-{name}.json'}")
-    judges.check_scored([scores.grades if benchmark else scores.verdicts], queries, max_unscored, some=True)
+    judges.check_scored([scores.grades if benchmark else scores.verdicts], queries, access.max_unscored, some=True)
 
 
 def _print(console: "Console", scores: "Rescoring") -> None:

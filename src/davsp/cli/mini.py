@@ -47,10 +47,10 @@ def data(out: Out = Path("out/data"), seed: Seed = 0) -> None:
     from davsp.benchmarks.custom import save_queries
     from davsp.embedded.data import protocol
 
-    drawn = protocol(seed)
-    for field in fields(drawn):
-        save_queries(out / field.name, getattr(drawn, field.name))
-        print(f"{out / field.name}: {len(getattr(drawn, field.name))} queries")
+    parts = protocol(seed)
+    for field in fields(parts):
+        save_queries(out / field.name, getattr(parts, field.name))
+        print(f"{out / field.name}: {len(getattr(parts, field.name))} queries")
 
 
 add(app, train)

@@ -8,6 +8,14 @@ import typer
 
 TEST_SET, JUDGES = "Test set", "Judges"  # headings in --help
 
+GRAMMAR = (
+    "none; safety-text; safety-text=TEXT; NAME=FOLDER of a prompt; adashield-s; adashield-s:prefix; "
+    "pat:vicuna, pat:llama-2 or pat:transfer, the published strings behind AdaShield's text (pat:vicuna:alone without); ecso; ecso+INNER; "
+    "ecso-adaptive+INNER; intervention:TIMES, :plus, :minus or :to:NUMBER (with --vector), alone or +INNER. A text joins "
+    "what follows it, too: adashield-s:prefix+INNER. INNER is any of these, or a bare FOLDER."
+)
+"""What --defense takes; `davsp.cli.defenses` reads it."""
+
 Out = Annotated[Path, typer.Option(help="Folder to write into.")]
 Seed = Annotated[int, typer.Option(help="Seed of all random choices.")]
 Processes = Annotated[
@@ -21,16 +29,6 @@ Limit = Annotated[
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-MaxUnscored = Annotated[
-    float,
-    typer.Option(min=0, max=1, help="Share of unscored answers above which the command fails.", rich_help_panel=JUDGES),
-]
-Cache = Annotated[
-    Path | None,
-    typer.Option(
-        help="File of verdicts to look up and add to; left out: one in the run's folder.", rich_help_panel=JUDGES
-    ),
-]
 GraderRuns = Annotated[
     int | None,
     typer.Option(
@@ -110,6 +108,32 @@ class TestSetOptions:
 
 
 @dataclass(frozen=True)
+class RowOptions:
+    """The defenses that are the rows of a table."""
+
+    panel: ClassVar[str] = "Defenses"
+    prompt: Annotated[
+        Path | None, typer.Option(help="Folder or hub id of a prompt: adds the row davsp, or additive for noise.")
+    ] = None
+    defense: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"A row of the table, repeatable: {GRAMMAR} See docs/defenses.md. Left out: none, the safety text and "
+            "--prompt."
+        ),
+    ] = None
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help='Safety text of the row safety-text ("" leaves the row out); left out: the own one of a model that ships.'
+        ),
+    ] = None
+    vector: Annotated[Path | None, typer.Option(help="Folder of a vector: records the projection of every answer.")] = (
+        None
+    )
+
+
+@dataclass(frozen=True)
 class MaliciousOptions:
     """Malicious queries to train on: a user's own, of a split file, or the embedded ones."""
 
@@ -177,7 +201,19 @@ class JudgeOptions:
 
 
 @dataclass(frozen=True)
-class OneJudgeOptions(JudgeOptions):
+class VerdictOptions(JudgeOptions):
+    """And what is done with their verdicts."""
+
+    max_unscored: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of unscored answers above which the command fails.")
+    ] = 0.02
+    cache: Annotated[
+        Path | None, typer.Option(help="File of verdicts to look up and add to; left out: one in the run's folder.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class OneJudgeOptions(VerdictOptions):
     """The same where there is one judge; two of the options have a second name."""
 
     judge_url: Annotated[list[str] | None, typer.Option("--judge-url", "--base-url", help=JUDGE_URL)] = None

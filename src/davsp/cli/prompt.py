@@ -29,10 +29,10 @@ def apply(
     loaded, buffer = load_prompt(prompt), io.BytesIO()
     loaded.image(open_picture(image)).save(buffer, "PNG")
     write_bytes(out, buffer.getvalue())
-    said = f"{out}: {loaded.canvas} x {loaded.canvas} pixels; ask with this text before the question: {loaded.text!r}"
+    note = f"{out}: {loaded.canvas} x {loaded.canvas} pixels; ask with this text before the question: {loaded.text!r}"
     if (loaded.separator, loaded.suffix) != (" ", ""):
-        said += f", {loaded.separator!r} between them, and {loaded.suffix!r} after it"
-    print(said)
+        note += f", {loaded.separator!r} between them, and {loaded.suffix!r} after it"
+    print(note)
 
 
 def info(
@@ -69,8 +69,8 @@ def info(
         else:
             table.add_row(name, Text(f"{value:.4g}" if isinstance(value, float) else str(value)))
     table.print(Console())
-    if told := loaded.config.get("measured"):
-        _print_measured(told)
+    if measured := loaded.config.get("measured"):
+        _print_measured(measured)
     agree = {
         "border": "configuration, tensor and picture are of one prompt, every value in [0, 1]",
         "additive": "configuration and tensor are of one prompt, every value within eps",
@@ -81,23 +81,23 @@ def info(
     print(f"files agree: {agree[loaded.kind]}")
 
 
-def _print_measured(told: dict[str, Any]) -> None:
+def _print_measured(measured: dict[str, Any]) -> None:
     """The table that the card has."""
     from rich.console import Console
 
     from davsp.prompts.measured import with_interval
     from davsp.runtime.table import TextTable
 
-    at = f" at {told['revision']}" if told["revision"] else ""
-    judges = ", ".join(told["judges"]) or "their words"
+    at = f" at {measured['revision']}" if measured["revision"] else ""
+    judges = ", ".join(measured["judges"]) or "their words"
     headings = ("benchmark", "figure", "n", "no defense", "this prompt", "difference")
-    title = f"measured on {told['model']}{at}, {told['queries']} queries, judged by {judges}"
+    title = f"measured on {measured['model']}{at}, {measured['queries']} queries, judged by {judges}"
     table = TextTable(*headings, keys=2, title=title)
-    for row in told["figures"]:
+    for row in measured["figures"]:
         values = with_interval(row["without"]), with_interval(row["value"]), with_interval(row["difference"], sign=True)
         table.add_row(row["benchmark"], row["metric"], str(row["n"]), *values)
     table.print(Console())
-    for name, digest in told["files"].items():
+    for name, digest in measured["files"].items():
         print(f"of the run, {name}: SHA-256 {digest}")
 
 
@@ -157,5 +157,5 @@ def import_published(
         figures = f"{row.values}", f"{row.outside}", f"{row.share:.2%}", f"{row.largest:.2f}", f"{row.mean:.2f}"
         table.add_row(row.channel, *figures)
     table.print(Console())
-    done = {"displayable": "clamped to [0, 1] and rounded to 8 bit", "exact": "kept as floats; it is no picture"}
-    print(f"saved to {out}: {prompt.canvas} x {prompt.canvas} pixels, padding {padding}, {done[form]}")
+    forms = {"displayable": "clamped to [0, 1] and rounded to 8 bit", "exact": "kept as floats; it is no picture"}
+    print(f"saved to {out}: {prompt.canvas} x {prompt.canvas} pixels, padding {padding}, {forms[form]}")

@@ -1,7 +1,8 @@
 """`davsp reproduce`: the paper's tables, one command each."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
@@ -24,6 +25,7 @@ from davsp.cli.testset import folders, from_split, noted
 from davsp.errors import DavspError
 
 if TYPE_CHECKING:
+    from davsp.defenses.adashield_a.defender import ChatDefender
     from davsp.embedded.data import Protocol
     from davsp.experiments.paper.kit import Kit
 
@@ -33,8 +35,33 @@ TABLES = (
 )
 
 
+@dataclass(frozen=True)
+class MethodOptions:
+    """How the methods of the tables are made."""
+
+    panel: ClassVar[str] = "Methods"
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="Safety text of all methods but No Defense; left out: AdaShield-S in the paper's wording, or the own one of a "
+            "model that ships."
+        ),
+    ] = None
+    corpus: Annotated[
+        Path | None,
+        typer.Option(
+            help="UniGuard's harmful sentences, one a line; without it that row is left out. A model that ships has its own."
+        ),
+    ] = None
+    padding: Annotated[int | None, typer.Option(help="Border width in pixels; left out: a twelfth of the canvas.")] = (
+        None
+    )
+    steps: Annotated[int | None, typer.Option(min=1, help="Of every prompt that is trained.")] = None
+
+
 def reproduce(
     names: Annotated[list[str], typer.Argument(help=f"{TABLES}")],
+    methods: MethodOptions,
     model: ModelOptions,
     defender: DefenderOptions,
     access: JudgeOptions,
@@ -53,23 +80,6 @@ def reproduce(
         list[str] | None, typer.Option(help=f"One judge, and graders. {judges.NAMES}", rich_help_panel=JUDGES)
     ] = None,
     grader_runs: GraderRuns = None,
-    text: Annotated[
-        str | None,
-        typer.Option(
-            help="Safety text of all methods but No Defense; left out: AdaShield-S in the paper's wording, or the own one of a "
-            "model that ships."
-        ),
-    ] = None,
-    corpus: Annotated[
-        Path | None,
-        typer.Option(
-            help="UniGuard's harmful sentences, one a line; without it that row is left out. A model that ships has its own."
-        ),
-    ] = None,
-    padding: Annotated[
-        int | None, typer.Option(help="Border width in pixels; left out: a twelfth of the canvas.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Of every prompt that is trained.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Queries answered at a time.")] = 32,
     max_new_tokens: MaxNewTokens = 48,
     dry_run: Annotated[
@@ -89,7 +99,7 @@ def reproduce(
     out = out or Path("out/reproduce") / name
     if borrow and "transfer" not in tables:
         raise DavspError("--borrow goes with the table transfer.")
-    if is_shipped(model.name) and (corpus or defender.defender):
+    if is_shipped(model.name) and (methods.corpus or defender.defender):
         raise DavspError("--corpus and --defender are for other models; those that ship have words of their own.")
     borrowed = _borrowed(borrow, out, name) if "transfer" in tables else None
     text_model = None if dry_run else chat_defender(defender)
@@ -103,9 +113,7 @@ def reproduce(
     if len(scorers) > 1:
         raise DavspError("--judge names several judges; a table has one: score the run again with davsp judge.")
     judges.check_prompts(scorers, protocol.test)
-    kit = _kit(
-        model, protocol, out, text, steps, corpus, seed=seed, padding=padding, defender=text_model, borrowed=borrowed
-    )
+    kit = _kit(model, protocol, out, methods, seed, text_model, borrowed)
     evaluation: dict[str, Any] = {
         "judge": scorers[0], "graders": None if embedded_data else graders, "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
@@ -131,8 +139,8 @@ def _tables_and_sweeps(names: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _kit(
-    model: ModelOptions, protocol: "Protocol", out: Path, text: str | None, steps: int | None, corpus: Path | None,
-    **options: Any,
+    model: ModelOptions, protocol: "Protocol", out: Path, methods: MethodOptions, seed: int,
+    defender: "ChatDefender | None", borrowed: dict[str, Path] | None,
 ) -> "Kit":  # fmt: skip
     """What all cells share. Text, settings and templates are the model's own if it ships, whatever the data; else as published."""
     from davsp import embedded
@@ -145,12 +153,13 @@ def _kit(
 
     shipped = is_shipped(model.name)
     settings = embedded.SETTINGS if shipped else TrainSettings(steps=1200, batch_size=2, normalise=False)
-    if steps:
-        settings = settings.model_copy(update={"steps": steps})
-    lvlm = load_lvlm(model)
+    if methods.steps:
+        settings = settings.model_copy(update={"steps": methods.steps})
+    corpus = read_sentences(methods.corpus) if methods.corpus else ()
     return make_kit(
-        lvlm, protocol, out, text=text or (embedded.SAFETY_TEXT if shipped else DAVSP), settings=settings,
-        templates=TEMPLATES if shipped else PUBLISHED, shipped=shipped, corpus=read_sentences(corpus) if corpus else (), **options,
+        load_lvlm(model), protocol, out, text=methods.text or (embedded.SAFETY_TEXT if shipped else DAVSP),
+        settings=settings, templates=TEMPLATES if shipped else PUBLISHED, seed=seed, padding=methods.padding, shipped=shipped,
+        corpus=corpus, defender=defender, borrowed=borrowed,
     )  # fmt: skip
 
 
@@ -186,9 +195,9 @@ def _published(sets: list[str], split: str | None) -> "Protocol":
         needed = {SOURCES[f"{kind}_malicious"], SOURCES[f"{kind}_benign"]}
         if lacking := sorted(needed - set(roots)):
             raise DavspError(f"--benchmark {lacking[0]}=FOLDER is missing: the {kind} set is drawn from it.")
-        drawn = from_split(split, [x for x in sets if x.partition("=")[0] in needed], kind)
-        assert drawn is not None
-        parts[kind] = drawn
+        queries = from_split(split, [x for x in sets if x.partition("=")[0] in needed], kind)
+        assert queries is not None
+        parts[kind] = queries
     tested = {name: root for name, root in roots.items() if name != "vlguard"}
     test, _ = noted(lambda: for_test(Path(split), tested))
     (vector_bad, vector_good), (train_bad, train_good) = parts["vector"], parts["train"]

@@ -1,15 +1,17 @@
 """`davsp serve` and `davsp serve-model`."""
 
 import gc
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from davsp.cli.defenses import GRAMMAR, rows
+from davsp.cli.defenses import rows
+from davsp.cli.groups import chosen
 from davsp.cli.inputs import is_shipped, load_lvlm, say
-from davsp.cli.options import ModelOptions
+from davsp.cli.options import GRAMMAR, ModelOptions
 from davsp.errors import DavspError
 
 if TYPE_CHECKING:
@@ -32,7 +34,27 @@ MaxPixels = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class LimitOptions:
+    """What a request may hold, and how many are served at once; what is left out stays as `ServeSettings` has it."""
+
+    panel: ClassVar[str] = "Limits"
+    max_body: Annotated[int | None, typer.Option(help="Bytes of a request; left out: 32 MiB.")] = None
+    max_images: Annotated[int | None, typer.Option(help="Pictures of a request; left out: 8.")] = None
+    max_picture_bytes: Annotated[int | None, typer.Option(help="Bytes of a picture; left out: 16 MiB.")] = None
+    max_pixels: MaxPixels = None
+    concurrency: Annotated[int | None, typer.Option(help="Requests under way at once; left out: 128.")] = None
+    workers: Annotated[
+        int | None, typer.Option(help="Processes, each with its own --concurrency and --threads; left out: 1.")
+    ] = None
+    threads: Annotated[
+        int | None, typer.Option(help="Pictures defended at once; left out: as many as cores, shared by the workers.")
+    ] = None
+    upstream_timeout: Annotated[float | None, typer.Option(help="Longest silence of the upstream in seconds.")] = None
+
+
 def serve(
+    limits: LimitOptions,
     upstream: Annotated[str, typer.Option(help="The OpenAI-compatible server that answers, http://HOST:PORT/v1.")],
     prompt: Annotated[Path | None, typer.Option(help="Folder or hub id of a prompt; or --defense.")] = None,
     defense: Annotated[str | None, typer.Option(help=f"Another defense, as of davsp eval: {GRAMMAR}")] = None,
@@ -61,18 +83,6 @@ def serve(
         typer.Option("--plain-names", help="Take the upstream's own model names, without the defense's hash, too."),
     ] = False,
     probe: Annotated[bool, typer.Option(help="Look at the upstream first, with a picture of noise.")] = True,
-    max_body: Annotated[int | None, typer.Option(help="Bytes of a request; left out: 32 MiB.")] = None,
-    max_images: Annotated[int | None, typer.Option(help="Pictures of a request; left out: 8.")] = None,
-    max_picture_bytes: Annotated[int | None, typer.Option(help="Bytes of a picture; left out: 16 MiB.")] = None,
-    max_pixels: MaxPixels = None,
-    concurrency: Annotated[int | None, typer.Option(help="Requests under way at once; left out: 128.")] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Processes, each with its own --concurrency and --threads; left out: 1.")
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="Pictures defended at once; left out: as many as cores, shared by the workers.")
-    ] = None,
-    upstream_timeout: Annotated[float | None, typer.Option(help="Longest silence of the upstream in seconds.")] = None,
 ) -> None:
     """Put a defense before a server: an OpenAI-compatible proxy that defends every picture and question (docs/serve.md)."""
     _needs_extra()
@@ -85,17 +95,15 @@ def serve(
 
     settings = ServeSettings.of(
         upstream=upstream, canvas=canvas, host=host, port=port, token_env=token_env, api_key_env=api_key_env,
-        allow_hosts=tuple(allow_host or ()), image_free=image_free, plain_names=plain_names, max_body=max_body,
-        max_images=max_images, max_picture_bytes=max_picture_bytes, max_pixels=max_pixels, concurrency=concurrency,
-        workers=workers, threads=threads, upstream_timeout=upstream_timeout,
+        allow_hosts=tuple(allow_host or ()), image_free=image_free, plain_names=plain_names, **chosen(limits),
     )  # fmt: skip
     load = partial(_defense, prompt, defense, text, model)
-    chosen = load()
-    chosen.check(RemoteLVLM(model or "the upstream's model", upstream, api_key_env, canvas=canvas))
-    proxy = Proxy(chosen, settings)
+    loaded = load()
+    loaded.check(RemoteLVLM(model or "the upstream's model", upstream, api_key_env, canvas=canvas))
+    proxy = Proxy(loaded, settings)
     for line in asyncio.run(look(settings, model)) if probe else ():
         say(line)
-    say(f"{chosen.name}, {proxy.hash[:12]}: models are called NAME{proxy.suffix}")
+    say(f"{loaded.name}, {proxy.hash[:12]}: models are called NAME{proxy.suffix}")
     if settings.workers == 1:
         return _run(proxy.app, host, port)
     from davsp.serve import workers as several

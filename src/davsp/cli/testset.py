@@ -1,6 +1,6 @@
-"""What is asked in `davsp eval` and `davsp judge`: published sets, a user's own queries, or the embedded test.
+"""The queries of `davsp eval`, `judge` and `attack`: published sets, a user's own queries, or the embedded test.
 
-And what `--benchmark` and a split file name in the commands that make a vector or a prompt.
+And those of the commands that make a vector or a prompt.
 """
 
 import warnings
@@ -89,8 +89,8 @@ def folders(sets: Sequence[str]) -> dict[str, Path]:
 
 def split_queries(data: "MaliciousOptions", kind: str) -> "tuple[list[Query], list[Query]] | None":
     """Malicious and benign queries of a split file, in place of the user's own; None without one."""
-    given = data.malicious or getattr(data, "benign", None)
-    if (data.split or data.benchmark) and given:
+    custom = data.malicious or getattr(data, "benign", None)
+    if (data.split or data.benchmark) and custom:
         raise DavspError("--split takes the place of --malicious and --benign; give one or the other.")
     return from_split(data.split, data.benchmark or [], kind)
 

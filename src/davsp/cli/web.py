@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from davsp.cli.defenses import GRAMMAR, rows
+from davsp.cli.defenses import rows
 from davsp.cli.inputs import is_shipped, load_lvlm, say
-from davsp.cli.options import ModelOptions
+from davsp.cli.options import GRAMMAR, ModelOptions
 from davsp.errors import DavspError
 
 if TYPE_CHECKING:
