@@ -1,6 +1,7 @@
 """The pages say what is there: paths, modules, names, commands and options exist; the tree names every room."""
 
 import ast
+import json
 import re
 import tomllib
 from functools import cache
@@ -32,6 +33,28 @@ def test_the_map_names_every_room_in_the_order_of_imports() -> None:
     level = {room: i for i, layer in enumerate(contract["layers"]) for room in layer.split(" | ")}
     levels = [level[room.removesuffix("/").removesuffix(".py")] for room in listed]
     assert levels == sorted(levels)  # the order in which rooms may import, as `make lint` checks it
+
+
+def test_the_table_of_the_readme_is_the_committed_run() -> None:
+    rows = json.loads((ROOT / "results" / "demo" / "metrics.json").read_text())["rows"]
+    figures = {(r["defense"], r["benchmark"], r["metric"]): r for r in rows if r["split"] == "total"}
+    columns = [*((form, "rsr") for form in ("sd", "typo", "sd_typo", "figstep")), ("utility", "accuracy")]
+    columns.append(("benign", "over_refusal"))
+    lines = (ROOT / "README.md").read_text().split("|---|---|---|---|---|---|---|\n")[1].splitlines()
+    for defense, line in zip(("none", "safety-text", "random-border", "additive", "davsp"), lines, strict=False):
+        cells = [
+            "{value:.0f} <sub>{low:.0f}–{high:.0f}</sub>".format(
+                **{name: 100 * figures[defense, *column][name] for name in ("value", "low", "high")}
+            )
+            for column in columns
+        ]
+        assert [cell.strip() for cell in line.split("|")[2:-1]] == cells, defense
+
+
+def test_pages_that_the_code_names_exist() -> None:
+    files = [path for path in SOURCE.rglob("*") if path.suffix in (".py", ".j2")]
+    pages = {page for path in files for page in re.findall(r"docs/[\w-]+\.md", path.read_text())}
+    assert len(pages) > 5 and [page for page in sorted(pages) if not (ROOT / page).exists()] == []
 
 
 @each_page
