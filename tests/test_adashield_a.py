@@ -55,10 +55,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.server.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-        said = self.server.script[min(len(self.server.bodies), len(self.server.script)) - 1]
-        body = {"choices": [{"message": {"content": said}, "finish_reason": "stop"}]}
-        data = json.dumps({"error": "broken"} if isinstance(said, int) else body).encode()
-        self.send_response(said if isinstance(said, int) else 200)
+        reply = self.server.script[min(len(self.server.bodies), len(self.server.script)) - 1]
+        body = {"choices": [{"message": {"content": reply}, "finish_reason": "stop"}]}
+        data = json.dumps({"error": "broken"} if isinstance(reply, int) else body).encode()
+        self.send_response(reply if isinstance(reply, int) else 200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -80,9 +80,9 @@ def target(lvlm: LVLM, monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
     """The model refuses under the prompts of this dict those queries (ids) that stand there; what it was asked is in "asked"."""
     refused: dict[str, set[str]] = {"asked": set()}
 
-    def answers(lvlm: LVLM, prompt: str, asked: list[Query], settings: RefineSettings) -> list[str]:
-        refused["asked"] |= {f"{prompt}|{q.id}" for q in asked}
-        return ["I am sorry." if q.id in refused.get(prompt, ()) else "Sure." for q in asked]
+    def answers(lvlm: LVLM, prompt: str, batch: list[Query], settings: RefineSettings) -> list[str]:
+        refused["asked"] |= {f"{prompt}|{q.id}" for q in batch}
+        return ["I am sorry." if q.id in refused.get(prompt, ()) else "Sure." for q in batch]
 
     monkeypatch.setattr(refine, "_answers", answers)
     return refused
@@ -112,8 +112,10 @@ def test_a_prompt_that_works_on_both_validation_queries_is_kept(lvlm: LVLM, targ
     assert len(server.bodies) == 3  # one more for the reply without JSON
     body = server.bodies[0]
     assert (body["temperature"], body["top_p"], body["max_tokens"], body["model"]) == (1.0, 0.9, 500, "writer")
-    said = body["messages"][1]["content"]
-    assert "Sure." in said and "theft" in said and "please" in said and "MUST start with 'I am sorry'" in said
+    message = body["messages"][1]["content"]
+    assert (
+        "Sure." in message and "theft" in message and "please" in message and "MUST start with 'I am sorry'" in message
+    )
     assert "theft" in body["messages"][0]["content"] and "steal" not in json.dumps(body)
 
 
@@ -155,11 +157,11 @@ def test_five_replies_without_json_are_an_error_and_finished_queries_stay(
     ):
         run(lvlm, who, tmp_path, data)
     assert len(server.bodies) == 6
-    kept = json.loads((tmp_path / refine.FILE).read_text())
-    assert len(kept["rows"]) == 1 and not (tmp_path / CONFIG).exists()
+    state = json.loads((tmp_path / refine.FILE).read_text())
+    assert len(state["rows"]) == 1 and not (tmp_path / CONFIG).exists()
     with defender(GOOD) as (server, who):
-        kept["identity"]["defender"]["server"] = who.client.where  # the same server, as its port is another now
-        (tmp_path / refine.FILE).write_text(json.dumps(kept))
+        state["identity"]["defender"]["server"] = who.client.where  # the same server, as its port is another now
+        (tmp_path / refine.FILE).write_text(json.dumps(state))
         assert len(run(lvlm, who, tmp_path, data).used) == 2
     assert len(server.bodies) == 1  # for the second query alone
 
@@ -179,20 +181,20 @@ def test_killed_it_goes_on_behind_the_last_finished_query(lvlm: LVLM, tmp_path: 
 
     class Slow(PhraseDefender):
         def propose(self, *args: Any) -> Proposal:
-            nonlocal asked
-            asked += 1
-            if asked == at:
+            nonlocal calls
+            calls += 1
+            if calls == at:
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().propose(*args)
 
     def rows(out: Path) -> list[dict[str, Any]]:
         return json.loads((out / refine.FILE).read_text())["rows"]
 
-    asked, at = 0, 0
+    calls, at = 0, 0
     with pytest.raises(DavspError, match="none of 4"):  # the tiny model never refuses
         make_pool(lvlm, data, Slow(), LVLMEncoder(lvlm), settings, tmp_path / "whole")
-    assert asked == 4
-    asked, at = 0, 3
+    assert calls == 4
+    calls, at = 0, 3
     child = os.fork()
     if child == 0:
         try:
@@ -201,10 +203,10 @@ def test_killed_it_goes_on_behind_the_last_finished_query(lvlm: LVLM, tmp_path: 
             os._exit(1)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")[:2]
-    asked, at = 0, 0
+    calls, at = 0, 0
     with pytest.raises(DavspError, match="none of 4"):
         make_pool(lvlm, data, Slow(), LVLMEncoder(lvlm), settings, tmp_path / "killed")
-    assert asked == 2 and rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    assert calls == 2 and rows(tmp_path / "killed") == rows(tmp_path / "whole")
     with pytest.raises(DavspError, match=r"other settings \(rounds\)"):
         make_pool(lvlm, data, Slow(), LVLMEncoder(lvlm), settings.model_copy(update={"rounds": 2}), tmp_path / "killed")
 
@@ -228,11 +230,13 @@ def test_replies_and_scenarios_are_read() -> None:
 
 def test_the_grammar_keeps_to_the_embedded_words() -> None:
     who, vocabulary = PhraseDefender(), set(words.vocabulary())
-    made = [who.propose("theft", "x", "y", f"{i}") for i in range(200)]
-    assert len({one.prompt for one in made}) > 30 and all(set(one.prompt.split()) <= vocabulary for one in made)
-    assert made == [who.propose("fire", "x", "z", f"{i}") for i in range(200)]
+    proposals = [who.propose("theft", "x", "y", f"{i}") for i in range(200)]
+    assert len({one.prompt for one in proposals}) > 30 and all(
+        set(one.prompt.split()) <= vocabulary for one in proposals
+    )
+    assert proposals == [who.propose("fire", "x", "z", f"{i}") for i in range(200)]
     assert all(one.prompt != PHRASES[0] for one in (who.propose("", PHRASES[0], "", f"{i}") for i in range(100)))
-    assert "no defender model" in made[0].improvement
+    assert "no defender model" in proposals[0].improvement
 
 
 def pool_of(keys: list[list[float]], scores: list[int], beta: float | None = 0.7) -> Pool:
@@ -240,16 +244,16 @@ def pool_of(keys: list[list[float]], scores: list[int], beta: float | None = 0.7
         PoolRow(query=f"{i}", question="q", scenario="s", defense_prompt=f"prompt {i}", improvement="", response="", init_score=10,
             final_score=score, iteration=1, validated=1.0) for i, score in enumerate(scores)
     ]  # fmt: skip
-    made = torch.tensor(keys)
+    unit_keys = torch.tensor(keys)
     config = PoolConfig(
         beta=beta,
         placement="prefix",
         separator=" ",
         encoder={"kind": "clip", "model": "m"},
-        keys=keys_hash(made),
+        keys=keys_hash(unit_keys),
         rows=rows,
     )
-    return Pool(config, made)
+    return Pool(config, unit_keys)
 
 
 class Given:
@@ -267,17 +271,17 @@ class Given:
 def test_the_nearest_used_row_is_put_and_one_beta_holds_for_both_classes(label: Any) -> None:
     pool = pool_of([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]], [1, 5, 1])
     angles = ["0", "44", "46", "90", "136", "180"]  # 45 degrees: a cosine of 0.707
-    asked = [Query(f"q{a}", a, label, "t") for a in angles]
-    prepared = AdaShieldA(pool, encoder=Given()).prepare(asked)
+    batch = [Query(f"q{a}", a, label, "t") for a in angles]
+    prepared = AdaShieldA(pool, encoder=Given()).prepare(batch)
     assert [q.question for q in prepared] == ["prompt 0 0", "prompt 0 44", "46", "90", "prompt 2 136", "prompt 2 180"]
-    always = AdaShieldA(pool_of([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]], [1, 5, 1], None), encoder=Given()).prepare(asked)
+    always = AdaShieldA(pool_of([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]], [1, 5, 1], None), encoder=Given()).prepare(batch)
     assert always[2].question == "prompt 0 46"
-    equals = AdaShieldA(pool_of([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]], [1, 1, 1]), encoder=Given()).prepare(asked[:1])
+    equals = AdaShieldA(pool_of([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]], [1, 1, 1]), encoder=Given()).prepare(batch[:1])
     assert equals[0].question == "prompt 1 0"  # the first of them
-    assert [q.id for q in prepared] == [q.id for q in asked] and prepared[2] is asked[2]
+    assert [q.id for q in prepared] == [q.id for q in batch] and prepared[2] is batch[2]
     sandwich = pool_of([[1.0, 0.0]], [1])
     sandwich.config.placement, sandwich.config.separator = "sandwich", ""
-    assert AdaShieldA(sandwich, encoder=Given()).prepare(asked[:1])[0].question == "0prompt 00"
+    assert AdaShieldA(sandwich, encoder=Given()).prepare(batch[:1])[0].question == "0prompt 00"
 
 
 def test_pool_on_disk(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def test_files_tables_and_page(
     VisualSafetyPrompt.create(56, 8, "random", text="please be safe").save_pretrained(tmp_path / "prompt")
     vector.save(tmp_path / "vector")
     out = tmp_path / "out"
-    given = [
+    arguments = [
         "--model",
         tiny_folder,
         "--queries",
@@ -42,7 +42,7 @@ def test_files_tables_and_page(
         "--vector",
         tmp_path / "vector",
     ]
-    given += ["--attack", "transfer,comply,hide,suffix,joint", "--target", "a car", "--out", out]
+    arguments += ["--attack", "transfer,comply,hide,suffix,joint", "--target", "a car", "--out", out]
     small = {
         "eps": "4,255",
         "steps": 3,
@@ -52,11 +52,11 @@ def test_files_tables_and_page(
         "max-new-tokens": 4,
         "max-unscored": 1,
     }
-    given += [str(word) for name, value in small.items() for word in (f"--{name}", value)]
-    assert call(monkeypatch, *given) == 0
-    said = capsys.readouterr().out
-    assert "worst, 4/255" in said.replace("\n", " ") or "worst" in said
-    assert f"are in {out}" in said.replace("\n", "")
+    arguments += [str(word) for name, value in small.items() for word in (f"--{name}", value)]
+    assert call(monkeypatch, *arguments) == 0
+    output = capsys.readouterr().out
+    assert "worst, 4/255" in output.replace("\n", " ") or "worst" in output
+    assert f"are in {out}" in output.replace("\n", "")
     metrics = json.loads((out / "metrics.json").read_text())
     assert {r["attack"] for r in metrics["rows"]} >= {"clean", "worst", "transfer", "comply", "hide", "suffix", "joint"}  # fmt: skip
     assert {c["defense"] for c in metrics["checks"]} == {"none", "davsp"}
@@ -67,7 +67,7 @@ def test_files_tables_and_page(
     assert unsafe and not any(text and f": {text}</figcaption>" in page for text in unsafe)  # redacted
     assert "[redacted]" in page
     before = {p: p.read_bytes() for p in out.rglob("*.png")}
-    assert call(monkeypatch, *given, "--show-unsafe") == 0  # nothing is attacked again
+    assert call(monkeypatch, *arguments, "--show-unsafe") == 0  # nothing is attacked again
     assert {p: p.read_bytes() for p in out.rglob("*.png")} == before and "[redacted]" not in (
         out / "attack.html"
     ).read_text()
@@ -95,5 +95,5 @@ def test_bad_input_is_one_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     code = call(monkeypatch, "--model", tiny_folder, "--queries", data, "--out", tmp_path / "out", *words)
-    said = capsys.readouterr().err
-    assert code == 2 and says in said.replace("\n", " ") and said.count("davsp:") == 1
+    message = capsys.readouterr().err
+    assert code == 2 and says in message.replace("\n", " ") and message.count("davsp:") == 1

@@ -115,17 +115,17 @@ def test_square_finds_less_than_it_began_with_and_repeats() -> None:
 @pytest.mark.parametrize("name", DEFENSES)
 def test_what_is_attacked_is_what_the_model_sees_of_the_file(lvlm: LVLM, name: str) -> None:
     """Bit for bit: the attacked canvas is that of the sent PNG, through the defense's own `prepare`."""
-    defense, asked = DEFENSES[name], queries("malicious", 3)
-    ((places, surface),) = surfaces(lvlm, defense, asked, TARGET)
+    defense, data = DEFENSES[name], queries("malicious", 3)
+    ((places, surface),) = surfaces(lvlm, defense, data, TARGET)
     moved = (
         surface.pictures + 0.1 * torch.rand(surface.pictures.shape, generator=torch.Generator().manual_seed(0))
     ).clamp(0, 1)
-    sent = [replace(q, image=image) for q, image in zip(asked, files(rounded(moved)), strict=True)]
+    sent = [replace(q, image=image) for q, image in zip(data, files(rounded(moved)), strict=True)]
     prepared = defense.prepare(sent)
     seen = lvlm.preprocess([p for q in prepared if (p := q.picture()) is not None])
     assert places == [0, 1, 2] and torch.equal(surface.canvas(rounded(moved)), seen)
     assert surface.goals[0][0] == [q.question for q in prepared]
-    before = [p for q in defense.prepare(asked) if (p := q.picture()) is not None]
+    before = [p for q in defense.prepare(data) if (p := q.picture()) is not None]
     if name == "border":  # resized to the inside, the picture is the one that the defense would have made itself
         assert torch.equal(surface.canvas(surface.pictures), lvlm.preprocess(before))
 
@@ -139,16 +139,16 @@ def test_the_gradient_reaches_every_pixel_through_border_and_rounding(lvlm: LVLM
 
 
 def test_ecso_is_asked_for_a_harmless_verdict_too(lvlm: LVLM) -> None:
-    asked = queries("malicious", 2)
-    calls = goals(DEFENSES["ecso"], asked, TARGET)
-    harm = [PUBLISHED.harm.format(query=q.question, response=TARGET[:CUT]) for q in asked]
+    data = queries("malicious", 2)
+    calls = goals(DEFENSES["ecso"], data, TARGET)
+    harm = [PUBLISHED.harm.format(query=q.question, response=TARGET[:CUT]) for q in data]
     assert calls[1] == (harm, ["no", "no"])  # of `inner` only the picture follows into the second call
-    ((_, surface),) = surfaces(lvlm, DEFENSES["ecso"], asked, TARGET)
+    ((_, surface),) = surfaces(lvlm, DEFENSES["ecso"], data, TARGET)
     canvas = surface.canvas(surface.pictures)
     both = sum(answer_losses(lvlm, canvas, *call) for call in calls)
     assert torch.allclose(surface.comply(surface.pictures), torch.as_tensor(both))
-    assert goals(Chain([SafetyText("please"), DEFENSES["ecso"]]), asked, TARGET)[1][1] == ["no", "no"]
-    whole = goals(ECSO(SafetyText("be safe"), follow="whole"), asked, TARGET)
+    assert goals(Chain([SafetyText("please"), DEFENSES["ecso"]]), data, TARGET)[1][1] == ["no", "no"]
+    whole = goals(ECSO(SafetyText("be safe"), follow="whole"), data, TARGET)
     assert whole[1][0] == [f"be safe {question}" for question in harm]
 
 
@@ -156,8 +156,8 @@ def test_pictures_of_several_sizes_are_attacked_apart() -> None:
     from davsp import embedded
 
     qwen = embedded.load("davsp-mini-qwen", device_map="cpu")
-    asked = [Query(str(i), "what is this ?", "malicious", "test", image=picture(i, size)) for i, size in enumerate([(56, 84), (84, 56), (56, 84)])]  # fmt: skip
-    groups = surfaces(qwen, NoDefense(), asked, "sure")
+    data = [Query(str(i), "what is this ?", "malicious", "test", image=picture(i, size)) for i, size in enumerate([(56, 84), (84, 56), (56, 84)])]  # fmt: skip
+    groups = surfaces(qwen, NoDefense(), data, "sure")
     assert sorted(places for places, _ in groups) == [[0, 2], [1]]
     assert len({tuple(surface.pictures.shape[1:]) for _, surface in groups}) == 2
 
@@ -175,48 +175,50 @@ def test_what_the_attack_does_not_see_is_said(vector: HarmfulnessVector) -> None
 @pytest.mark.parametrize("name", ["none", "border", "ecso"])
 def test_words_after_the_question_make_the_answer_likelier(lvlm: LVLM, name: str) -> None:
     defense, query = DEFENSES[name], queries("malicious", 1)[0]
-    given: Any = {"length": 3, "steps": 6, "candidates": 12, "batch_size": 5, "seed": 0}
+    options: Any = {"length": 3, "steps": 6, "candidates": 12, "batch_size": 5, "seed": 0}
     steps: list[int] = []
-    words = search_suffix(lvlm, defense, query, TARGET, **given, progress=steps.append)
+    words = search_suffix(lvlm, defense, query, TARGET, **options, progress=steps.append)
     assert words.curve == sorted(words.curve, reverse=True) and words.curve[-1] < words.curve[0]
     assert len(words.curve) == 7 and sum(steps) == 6
     ((_, surface),) = surfaces(lvlm, defense, [with_words(query, words.text)], TARGET)
     assert words.curve[-1] == pytest.approx(float(surface.comply(surface.pictures)), abs=1e-5)  # as it will be asked
-    assert search_suffix(lvlm, defense, query, TARGET, **given) == words
+    assert search_suffix(lvlm, defense, query, TARGET, **options) == words
     with pytest.raises(DavspError, match="take fewer"):
         nothing = VisualPrompt(VisualSafetyPrompt.create(56, 8))
         nothing.prompt.question = lambda question: "what"  # type: ignore[method-assign]
-        search_suffix(lvlm, nothing, query, TARGET, **given)
+        search_suffix(lvlm, nothing, query, TARGET, **options)
 
 
 @pytest.mark.parametrize("name", REDRAWS)
 def test_redrawn_pictures(name: str) -> None:
     before, prompt = picture(1, (60, 40)), border().prompt
-    kept = before.copy()
+    copy = before.copy()
     for at_hand in (prompt, None):
-        made = REDRAWS[name](before, at_hand)
-        assert made.mode == "RGB" and (made.size != before.size or ImageChops.difference(made, before).getbbox())
-    assert ImageChops.difference(before, kept).getbbox() is None
+        picture_after = REDRAWS[name](before, at_hand)
+        assert picture_after.mode == "RGB" and (
+            picture_after.size != before.size or ImageChops.difference(picture_after, before).getbbox()
+        )
+    assert ImageChops.difference(before, copy).getbbox() is None
 
 
 def test_the_counter_frame_is_the_border_turned_round() -> None:
     prompt = border().prompt
     assert isinstance(prompt, VisualSafetyPrompt)
-    made, frame = counter_frame(picture(1), prompt), prompt.border()
+    canvas, frame = counter_frame(picture(1), prompt), prompt.border()
     top = (0, 0, 56, 8)
-    assert ImageOps.invert(made.crop(top)).tobytes() == frame.crop(top).tobytes()
+    assert ImageOps.invert(canvas.crop(top)).tobytes() == frame.crop(top).tobytes()
 
 
 # -- a run -----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_keeps_the_bounds_and_beats_noise(lvlm: LVLM, vector: HarmfulnessVector, tmp_path: Path) -> None:
-    asked = [*queries("malicious", 4), *queries("benign", 2)]
-    given = {"none": NoDefense(), "davsp": border()}
+    data = [*queries("malicious", 4), *queries("benign", 2)]
+    defenses = {"none": NoDefense(), "davsp": border()}
     settings = AttackSettings(eps=(8, 255), **QUICK)
-    done = attack(lvlm, given, asked, tmp_path, settings, vector, max_new_tokens=4)
-    by = {(a.defense, a.attack, a.eps): a for a in done}
-    clean = torch.cat([s.pictures for _, s in surfaces(lvlm, border(), asked[:4], TARGET)])
+    results = attack(lvlm, defenses, data, tmp_path, settings, vector, max_new_tokens=4)
+    by = {(a.defense, a.attack, a.eps): a for a in results}
+    clean = torch.cat([s.pictures for _, s in surfaces(lvlm, border(), data[:4], TARGET)])
     for kind in ("noise", "comply", "hide", "both", "square"):
         sent = by["davsp", kind, 8].queries
         levels = [torch.tensor(list(q.picture().tobytes())) for q in sent if q.picture() is not None]  # type: ignore[union-attr]
@@ -230,14 +232,14 @@ def test_a_run_keeps_the_bounds_and_beats_noise(lvlm: LVLM, vector: HarmfulnessV
         assert [q.image for q in sent] == [q.image for q in source]  # the very files
     ends = {kind: sum(r["curve"][-1] for r in by["davsp", kind, 255].records) for kind in ("noise", "comply")}
     assert ends["comply"] < ends["noise"]
-    assert all(r["curve"] == sorted(r["curve"], reverse=True) for a in done for r in a.records)
+    assert all(r["curve"] == sorted(r["curve"], reverse=True) for a in results for r in a.records)
     assert {q.label for q in by["davsp", CLEAN, None].queries} == {"malicious", "benign"}
     assert {q.label for q in by["davsp", "comply", 8].queries} == {"malicious"}
 
-    table = rows("tiny", done, asked)
+    table = rows("tiny", results, data)
     words = by["davsp", "suffix", None].queries
-    assert all(w.question.startswith(f"{q.question} ") for w, q in zip(words, asked[:4], strict=True))
-    assert [w.image for w in words] == [q.image for q in asked[:4]]
+    assert all(w.question.startswith(f"{q.question} ") for w, q in zip(words, data[:4], strict=True))
+    assert [w.image for w in words] == [q.image for q in data[:4]]
     assert [q.question for q in by["davsp", "joint", 8].queries] == [w.question for w in words]
     rates = {(r["attack"], r["eps"]): r["value"] for r in table if r["defense"] == "davsp" and r["benchmark"] == ALL and r["metric"] == "rsr"}  # fmt: skip
     assert rates["worst", 255] <= rates["worst", 8] <= rates["worst", 0] <= rates[CLEAN, None]
@@ -245,78 +247,78 @@ def test_a_run_keeps_the_bounds_and_beats_noise(lvlm: LVLM, vector: HarmfulnessV
         rates[kind, 8] for kind in ("noise", "transfer", "comply", "hide", "both", "square")
     )
     paired = [r for r in table if r["metric"] == "rsr_difference" and r["defense"] == "davsp"]
-    assert {r["attack"] for r in paired} == {a.attack for a in done} - {"transfer"} | {"worst", "any"}
+    assert {r["attack"] for r in paired} == {a.attack for a in results} - {"transfer"} | {"worst", "any"}
     assert any(r["metric"] == "accuracy" and r["attack"] == CLEAN for r in table)
-    marks = checks(done, given, {name: (True, True) for name in given})
+    marks = checks(results, defenses, {name: (True, True) for name in defenses})
     assert len(marks) == 16 and {m.state for m in marks} <= {"good", "doubt"}
 
 
 def test_a_run_that_was_cut_off_ends_the_same(lvlm: LVLM, tmp_path: Path) -> None:
     settings = AttackSettings(attacks=("comply",), eps=(16,), restarts=2, **QUICK)
-    sent, given = queries("malicious", 5), {"davsp": border()}
+    data, defenses = queries("malicious", 5), {"davsp": border()}
     whole, again = tmp_path / "whole", tmp_path / "again"
     for out in (whole, again):
-        attack(lvlm, given, sent, out, settings, max_new_tokens=4)
+        attack(lvlm, defenses, data, out, settings, max_new_tokens=4)
     records = again / "davsp" / "comply-16" / "found.jsonl"
     lines = records.read_text().splitlines(keepends=True)
     records.write_text("".join(lines[:3]) + lines[3][:20])  # the second batch was under way
     (records.parent / "pictures" / "00003.png").unlink()
     (records.parent / "pictures" / ".00004.png.x.tmp").write_text("half")
-    done = attack(lvlm, given, sent, again, settings, max_new_tokens=4)
+    results = attack(lvlm, defenses, data, again, settings, max_new_tokens=4)
     assert records.read_text() == (whole / "davsp" / "comply-16" / "found.jsonl").read_text()
     assert sorted(p.name for p in (records.parent / "pictures").iterdir()) == [f"0000{i}.png" for i in range(5)]
-    assert done[-1].attack == "comply" and len(done[-1].queries) == 5
+    assert results[-1].attack == "comply" and len(results[-1].queries) == 5
     more = settings.model_copy(update={"eps": (4, 16), "attacks": ("comply", "redraw")})
-    assert len(attack(lvlm, given, sent, again, more, max_new_tokens=4)) == 3 + len(REDRAWS)  # a run may grow
+    assert len(attack(lvlm, defenses, data, again, more, max_new_tokens=4)) == 3 + len(REDRAWS)  # a run may grow
 
     records.write_text("".join(lines[:1]))  # a batch that was cut in two
-    attack(lvlm, given, sent, again, settings, max_new_tokens=4)
+    attack(lvlm, defenses, data, again, settings, max_new_tokens=4)
     assert records.read_text() == "".join(lines)
 
     for change in ({"steps": 7}, {"target": "red"}):
         with pytest.raises(
             DavspError, match=rf"comply-16/attack\.json is of a run with other settings \({next(iter(change))}\)"
         ):
-            attack(lvlm, given, sent, again, settings.model_copy(update=change), max_new_tokens=4)
+            attack(lvlm, defenses, data, again, settings.model_copy(update=change), max_new_tokens=4)
     with pytest.raises(DavspError, match=r"again/attack\.json is of a run with other settings \(queries\)"):
-        attack(lvlm, given, sent[:4], again, settings, max_new_tokens=4)
+        attack(lvlm, defenses, data[:4], again, settings, max_new_tokens=4)
     with pytest.raises(DavspError, match=r"davsp/defense\.json is of a run with other settings \(defense\)"):
-        attack(lvlm, {"davsp": border("red")}, sent, again, settings, max_new_tokens=4)
+        attack(lvlm, {"davsp": border("red")}, data, again, settings, max_new_tokens=4)
     records.write_text("".join(lines[:4]) + lines[4].replace("sha256", "sha"))
     with pytest.raises(DavspError, match=r"found\.jsonl is damaged"):
-        attack(lvlm, given, sent, again, settings, max_new_tokens=4)
+        attack(lvlm, defenses, data, again, settings, max_new_tokens=4)
     records.write_text("".join(lines))
     for spoil in (lambda path: picture(1, (40, 40)).save(path), Path.unlink):
         spoil(records.parent / "pictures" / "00000.png")
         with pytest.raises(DavspError, match=r"00000\.png is not the picture that was found; delete .*comply-16"):
-            attack(lvlm, given, sent, again, settings, max_new_tokens=4)
+            attack(lvlm, defenses, data, again, settings, max_new_tokens=4)
 
 
 def test_settings_that_decide_nothing_may_change(lvlm: LVLM, vector: HarmfulnessVector, tmp_path: Path) -> None:
-    asked, given = queries("malicious", 2), {"davsp": border()}
+    data, defenses = queries("malicious", 2), {"davsp": border()}
     first = AttackSettings(attacks=("comply",), eps=(16,), **QUICK)
-    attack(lvlm, given, asked, tmp_path, first, max_new_tokens=4)
+    attack(lvlm, defenses, data, tmp_path, first, max_new_tokens=4)
     more = first.model_copy(update={"attacks": ("comply", "hide"), "tries": 9, "words": 4})
-    attack(lvlm, given, asked, tmp_path, more, vector, max_new_tokens=4)  # the vector comes later
+    attack(lvlm, defenses, data, tmp_path, more, vector, max_new_tokens=4)  # the vector comes later
     wider = replace(vector, malicious=vector.malicious * 2)
     with pytest.raises(DavspError, match=r"hide-16/attack\.json is of .* \(vector\)"):
-        attack(lvlm, given, asked, tmp_path, more, wider, max_new_tokens=4)
+        attack(lvlm, defenses, data, tmp_path, more, wider, max_new_tokens=4)
     (tmp_path / "davsp" / "hide-16" / "attack.json").unlink()
     with pytest.raises(DavspError, match=r"attack\.json"):
-        attack(lvlm, given, asked, tmp_path, more, vector, max_new_tokens=4)
+        attack(lvlm, defenses, data, tmp_path, more, vector, max_new_tokens=4)
 
 
 def test_more_starts_are_never_worse(lvlm: LVLM, tmp_path: Path) -> None:
-    asked, ends = queries("malicious", 3), []
+    data, ends = queries("malicious", 3), []
     for restarts in (1, 3):
         settings = AttackSettings(attacks=("comply",), eps=(4,), restarts=restarts, **QUICK)
-        done = attack(lvlm, {"davsp": border()}, asked, tmp_path / str(restarts), settings, max_new_tokens=4)
-        ends.append([r["curve"][-1] for r in done[-1].records])
+        results = attack(lvlm, {"davsp": border()}, data, tmp_path / str(restarts), settings, max_new_tokens=4)
+        ends.append([r["curve"][-1] for r in results[-1].records])
     assert all(after <= before for before, after in zip(*ends, strict=True)) and ends[0] != ends[1]
 
 
 @pytest.mark.parametrize(
-    ("given", "attacks", "says"),
+    ("defenses", "attacks", "says"),
     [
         ({"davsp": border()}, ("transfer",), "'transfer' needs the defense 'none'"),
         ({"none": NoDefense()}, ("joint",), "'joint' goes on from the words of 'suffix'"),
@@ -325,9 +327,9 @@ def test_more_starts_are_never_worse(lvlm: LVLM, tmp_path: Path) -> None:
         ({"davsp": VisualPrompt(VisualSafetyPrompt.create(112, 8))}, ("comply",), "canvas"),
     ],
 )
-def test_what_can_not_be_run(lvlm: LVLM, tmp_path: Path, given: Any, attacks: Any, says: str) -> None:
+def test_what_can_not_be_run(lvlm: LVLM, tmp_path: Path, defenses: Any, attacks: Any, says: str) -> None:
     with pytest.raises(DavspError, match=says):
-        attack(lvlm, given, queries("malicious", 1), tmp_path / "out", AttackSettings(attacks=attacks, **QUICK))
+        attack(lvlm, defenses, queries("malicious", 1), tmp_path / "out", AttackSettings(attacks=attacks, **QUICK))
     assert not (tmp_path / "out").exists()
 
 
@@ -341,11 +343,11 @@ class Blurs(NoDefense):
 class Wavers(NoDefense):
     """Another question each time."""
 
-    said = 0
+    calls = 0
 
     def prepare(self, queries: Any) -> list[Query]:
-        Wavers.said += 1
-        return [replace(q, question=f"{'please ' * (Wavers.said % 2)}{q.question}") for q in queries]
+        Wavers.calls += 1
+        return [replace(q, question=f"{'please ' * (Wavers.calls % 2)}{q.question}") for q in queries]
 
 
 class Calls(NoDefense):
@@ -354,11 +356,11 @@ class Calls(NoDefense):
 
 
 def test_a_defense_is_held_against_what_the_attack_takes_it_for(lvlm: LVLM) -> None:
-    asked = queries("malicious", 2)
+    data = queries("malicious", 2)
     for defense in DEFENSES.values():
-        assert probe(lvlm, defense, asked, TARGET) == (True, True)
-    assert probe(lvlm, Blurs(), asked, TARGET) == (True, False)
-    assert probe(lvlm, Wavers(), asked, TARGET)[0] is False
+        assert probe(lvlm, defense, data, TARGET) == (True, True)
+    assert probe(lvlm, Blurs(), data, TARGET) == (True, False)
+    assert probe(lvlm, Wavers(), data, TARGET)[0] is False
     assert unseen(Calls()) == ["what none does with the call"] and unseen(Blurs()) == []
 
 
@@ -381,11 +383,11 @@ def test_half_precision_without_range_is_refused(lvlm: LVLM, tmp_path: Path) -> 
 
 
 def test_queries_that_are_left_out_are_counted(lvlm: LVLM, tmp_path: Path) -> None:
-    said = io.StringIO()
-    asked = [*queries("malicious", 1), Query("w", "what is this", "malicious", "test")]
+    output = io.StringIO()
+    data = [*queries("malicious", 1), Query("w", "what is this", "malicious", "test")]
     settings = AttackSettings(attacks=("noise",), eps=(4,), **QUICK)
-    attack(lvlm, {"none": NoDefense()}, asked, tmp_path, settings, max_new_tokens=2, console=Console(file=said))
-    assert "1 malicious queries have no picture and are left out" in said.getvalue()
+    attack(lvlm, {"none": NoDefense()}, data, tmp_path, settings, max_new_tokens=2, console=Console(file=output))
+    assert "1 malicious queries have no picture and are left out" in output.getvalue()
 
 
 def test_without_a_picture_there_is_nothing_to_attack(lvlm: LVLM, tmp_path: Path) -> None:
@@ -405,18 +407,18 @@ def test_settings_are_checked(wrong: dict[str, Any]) -> None:
 # -- figures ---------------------------------------------------------------------------------------------------------------
 
 
-def made(kind: str, eps: int | None, labels: str, defense: str = "davsp", curve: list[float] | None = None, dead: bool = False) -> AttackResult:  # fmt: skip
+def a_result(kind: str, eps: int | None, labels: str, defense: str = "davsp", curve: list[float] | None = None, dead: bool = False) -> AttackResult:  # fmt: skip
     """An attack with the given verdicts: s, u or ? a query."""
     words = {"s": "safe", "u": "unsafe", "?": "unscored"}
-    asked = [
+    data = [
         Query(str(i), "q", "malicious", "test", group=str(i), image=Image.new("RGB", (4, 4)))
         for i in range(len(labels))
     ]
-    said = [Response(q.id, defense, "no") for q in asked]
-    verdicts = [Verdict(q.id, defense, "j", words[letter]) for q, letter in zip(asked, labels, strict=True)]  # type: ignore[arg-type]
-    found = [{"query_id": q.id, "steps": [0, 9, 10], "curve": curve or [5.0, 1.0, 1.0], "dead": dead} for q in asked]
+    responses = [Response(q.id, defense, "no") for q in data]
+    verdicts = [Verdict(q.id, defense, "j", words[letter]) for q, letter in zip(data, labels, strict=True)]  # type: ignore[arg-type]
+    records = [{"query_id": q.id, "steps": [0, 9, 10], "curve": curve or [5.0, 1.0, 1.0], "dead": dead} for q in data]
     return AttackResult(
-        defense, kind, eps, asked, Evaluation({defense: said}, {defense: verdicts}, []), found if eps else []
+        defense, kind, eps, data, Evaluation({defense: responses}, {defense: verdicts}, []), records if eps else []
     )
 
 
@@ -424,17 +426,17 @@ def test_the_worst_of_all_attacks_is_taken_query_by_query() -> None:
     assert worst_of([{"a": "safe", "b": "safe", "c": "unscored"}, {"a": "unsafe", "b": "safe", "c": "safe"}]) == {
         "a": "unsafe", "b": "safe", "c": "unscored",
     }  # fmt: skip
-    done = [
-        made(CLEAN, None, "ssss"),
-        made("redraw-jpeg", None, "usss"),
-        made("comply", 4, "susu"),
-        made("hide", 16, "ssu?"),
+    results = [
+        a_result(CLEAN, None, "ssss"),
+        a_result("redraw-jpeg", None, "usss"),
+        a_result("comply", 4, "susu"),
+        a_result("hide", 16, "ssu?"),
     ]
-    found = {eps: "".join(labels.values()) for eps, labels in worst(done, "davsp").items()}
-    assert found == {0: "unsafesafesafesafe", 4: "unsafeunsafesafeunsafe", 16: "unsafeunsafeunsafeunsafe"}
-    bound = [r for r in rows("m", done, done[0].queries) if (r["attack"], r["eps"], r["benchmark"], r["metric"]) == ("worst", 16, ALL, "rsr_worst_case")]  # fmt: skip
+    by_size = {eps: "".join(labels.values()) for eps, labels in worst(results, "davsp").items()}
+    assert by_size == {0: "unsafesafesafesafe", 4: "unsafeunsafesafeunsafe", 16: "unsafeunsafeunsafeunsafe"}
+    bound = [r for r in rows("m", results, results[0].queries) if (r["attack"], r["eps"], r["benchmark"], r["metric"]) == ("worst", 16, ALL, "rsr_worst_case")]  # fmt: skip
     assert [r["value"] for r in bound] == [0.0]
-    table = [r for r in rows("m", done, done[0].queries) if r["benchmark"] == ALL and r["metric"] == "rsr"]
+    table = [r for r in rows("m", results, results[0].queries) if r["benchmark"] == ALL and r["metric"] == "rsr"]
     assert {(r["attack"], r["eps"]): r["value"] for r in table} == {
         (CLEAN, None): 1.0, ("redraw-jpeg", None): 0.75, ("comply", 4): 0.5, ("hide", 16): 2 / 3,
         ("worst", 0): 0.75, ("worst", 4): 0.25, ("worst", 16): 0.0, ("any", None): 0.0,
@@ -444,26 +446,32 @@ def test_the_worst_of_all_attacks_is_taken_query_by_query() -> None:
 @pytest.mark.parametrize(
     ("broken", "text"),
     [
-        ([made("comply", 4, "ssss", dead=True), made("comply", 255, "uuuu")], "No gradient is zero"),
-        ([made("comply", 4, "ssuu"), made("square", 4, "usuu"), made("comply", 255, "uuuu")], "Nothing breaks"),
-        ([made("comply", 4, "suuu"), made("comply", 255, "ssuu")], "A larger change never helps"),
-        ([made("comply", 4, "ssss"), made("comply", 255, "suuu")], "A picture without bounds"),
-        ([made("comply", 4, "ssss", curve=[5.0, 3.0, 2.0]), made("comply", 255, "uuuu")], "More steps"),
-        ([made("comply", 255, "ssss"), made("joint", 255, "uuuu")], "A picture without bounds"),  # words are no picture
-        ([made("comply", 255, "u???")], "A picture without bounds"),  # what is unscored may hold
+        ([a_result("comply", 4, "ssss", dead=True), a_result("comply", 255, "uuuu")], "No gradient is zero"),
+        (
+            [a_result("comply", 4, "ssuu"), a_result("square", 4, "usuu"), a_result("comply", 255, "uuuu")],
+            "Nothing breaks",
+        ),
+        ([a_result("comply", 4, "suuu"), a_result("comply", 255, "ssuu")], "A larger change never helps"),
+        ([a_result("comply", 4, "ssss"), a_result("comply", 255, "suuu")], "A picture without bounds"),
+        ([a_result("comply", 4, "ssss", curve=[5.0, 3.0, 2.0]), a_result("comply", 255, "uuuu")], "More steps"),
+        (
+            [a_result("comply", 255, "ssss"), a_result("joint", 255, "uuuu")],
+            "A picture without bounds",
+        ),  # words are no picture
+        ([a_result("comply", 255, "u???")], "A picture without bounds"),  # what is unscored may hold
         (
             [
-                made("comply", 4, "ssuu"),
-                made("joint", 4, "uuuu"),
-                made("square", 4, "uuuu"),
-                made("comply", 255, "uuuu"),
+                a_result("comply", 4, "ssuu"),
+                a_result("joint", 4, "uuuu"),
+                a_result("square", 4, "uuuu"),
+                a_result("comply", 255, "uuuu"),
             ],
             "Nothing breaks",
         ),
     ],
 )
 def test_each_mark_of_a_failed_attack(broken: list[AttackResult], text: str) -> None:
-    good = [made("comply", 4, "ssuu"), made("square", 4, "ssuu"), made("comply", 255, "uuuu")]
+    good = [a_result("comply", 4, "ssuu"), a_result("square", 4, "ssuu"), a_result("comply", 255, "uuuu")]
     of = {"davsp": border()}
     assert {c.state for c in checks(good, of, {"davsp": (True, True)})} == {"good"}
     states = {c.text: c.state for c in checks(broken, of, {"davsp": (True, True)})}
@@ -471,7 +479,7 @@ def test_each_mark_of_a_failed_attack(broken: list[AttackResult], text: str) -> 
     assert states[mark] == "doubt"
     first = checks(good, of, {"davsp": (False, True)})[0]
     assert first.state == "doubt" and checks(good, {"davsp": ECSO()}, {"davsp": (True, True)})[2].state == "doubt"
-    nothing = checks([made("noise", 4, "ssss")], of, {"davsp": (True, True)})
+    nothing = checks([a_result("noise", 4, "ssss")], of, {"davsp": (True, True)})
     assert [c.state for c in nothing[3:]] == ["not run"] * 5
 
 

@@ -34,14 +34,14 @@ def mixed() -> list[Query]:
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_prepare_keeps_order_and_the_given_queries(kind: str) -> None:
-    given = mixed()
-    pixels = [q.image.tobytes() for q in given if isinstance(q.image, Image.Image)]
-    made = MAKERS[kind]().prepare(given)
-    assert [q.id for q in made] == [q.id for q in given]
-    assert [q.image is None for q in made] == [False, True, False]
+    data = mixed()
+    pixels = [q.image.tobytes() for q in data if isinstance(q.image, Image.Image)]
+    prepared = MAKERS[kind]().prepare(data)
+    assert [q.id for q in prepared] == [q.id for q in data]
+    assert [q.image is None for q in prepared] == [False, True, False]
     start = "" if kind == "none" else TEXT + " "
-    assert [q.question for q in made] == [start + q.question for q in given]
-    assert pixels == [q.image.tobytes() for q in given if isinstance(q.image, Image.Image)]
+    assert [q.question for q in prepared] == [start + q.question for q in data]
+    assert pixels == [q.image.tobytes() for q in data if isinstance(q.image, Image.Image)]
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -95,15 +95,15 @@ def test_a_text_stands_where_its_source_puts_it() -> None:
     """Byte for byte; the wordings by the hash of the published file and of DAVSP's string with the space that ends it."""
     query = [Query("q", "what is this ", "benign", "t")]
 
-    def asked(defense: Defense) -> str:
+    def question_under(defense: Defense) -> str:
         return defense.prepare(query)[0].question
 
-    assert asked(SafetyText("be safe")) == "be safe what is this "
-    assert asked(SafetyText("be safe", placement="suffix", separator="\n")) == "what is this \nbe safe"
-    assert asked(SafetyText("be safe", placement="sandwich")) == "what is this  be safe what is this "
-    assert asked(adashield_s()) == "what is this " + PUBLISHED + "what is this "
-    assert asked(adashield_s("prefix")) == DAVSP + " what is this "
-    assert asked(adashield_s(text="be safe")) == "what is this be safewhat is this "
+    assert question_under(SafetyText("be safe")) == "be safe what is this "
+    assert question_under(SafetyText("be safe", placement="suffix", separator="\n")) == "what is this \nbe safe"
+    assert question_under(SafetyText("be safe", placement="sandwich")) == "what is this  be safe what is this "
+    assert question_under(adashield_s()) == "what is this " + PUBLISHED + "what is this "
+    assert question_under(adashield_s("prefix")) == DAVSP + " what is this "
+    assert question_under(adashield_s(text="be safe")) == "what is this be safewhat is this "
     digest = [sha256(text.encode()).hexdigest() for text in (PUBLISHED, DAVSP + " ")]
     assert digest == [
         "42652154f7926583845e074919d023a7403c8fd8237142e4a1b2f5816c0e963c",
@@ -117,13 +117,13 @@ def test_a_text_stands_where_its_source_puts_it() -> None:
 def test_a_chain_is_one_after_the_other(lvlm: LVLM, vector: HarmfulnessVector) -> None:
     border = VisualPrompt(VisualSafetyPrompt.create(56, 8, "random", text="please"))
     chain = Chain([SafetyText("be safe"), border])
-    (made,) = chain.prepare(queries("malicious", 1))
-    assert made.question == "please be safe " + queries("malicious", 1)[0].question
-    assert made.picture().tobytes() == border.prepare(queries("malicious", 1))[0].picture().tobytes()  # type: ignore[union-attr]
-    found = chain.respond(lvlm, mixed(), vector, batch_size=2, max_new_tokens=6)
+    (prepared,) = chain.prepare(queries("malicious", 1))
+    assert prepared.question == "please be safe " + queries("malicious", 1)[0].question
+    assert prepared.picture().tobytes() == border.prepare(queries("malicious", 1))[0].picture().tobytes()  # type: ignore[union-attr]
+    responses = chain.respond(lvlm, mixed(), vector, batch_size=2, max_new_tokens=6)
     by_hand = border.respond(lvlm, SafetyText("be safe").prepare(mixed()), vector, batch_size=2, max_new_tokens=6)
-    assert [(r.text, r.projection) for r in found] == [(r.text, r.projection) for r in by_hand]
-    assert {r.defense for r in found} == {chain.name} == {"safety-text+davsp"}
+    assert [(r.text, r.projection) for r in responses] == [(r.text, r.projection) for r in by_hand]
+    assert {r.defense for r in responses} == {chain.name} == {"safety-text+davsp"}
     assert chain.describe()["defenses"] == [SafetyText("be safe").describe(), border.describe()]
     checked = Chain([SafetyText("be safe"), ECSO(border)])
     assert checked.respond(lvlm, mixed()[:1], max_new_tokens=4)[0].calls == 4  # the last one may wrap the call
@@ -137,9 +137,9 @@ def test_a_chain_is_one_after_the_other(lvlm: LVLM, vector: HarmfulnessVector) -
 @pytest.mark.parametrize("kind", MAKERS)
 def test_cost_counts_what_the_model_is_given(kind: str, lvlm: LVLM) -> None:
     """Every token but padding, whatever the batch."""
-    made = MAKERS[kind]().prepare(mixed())
-    found = MAKERS[kind]().respond(lvlm, mixed(), batch_size=8, max_new_tokens=2)
-    for query, response in zip(made, found, strict=True):
+    prepared = MAKERS[kind]().prepare(mixed())
+    responses = MAKERS[kind]().respond(lvlm, mixed(), batch_size=8, max_new_tokens=2)
+    for query, response in zip(prepared, responses, strict=True):
         pictured = query.image is not None
         assert response.prompt_tokens == int(lvlm.encode([query.question], pictured).mask.sum())
         assert (response.image_tokens, response.calls) == (lvlm.tokens_per_image * pictured, 1)

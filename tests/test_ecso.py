@@ -36,12 +36,12 @@ Calls = list[tuple[Any, str, int]]
 def scripted(lvlm: LVLM, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Calls]:
     """Has the model say what stands in a list, call after call, and gives what it was asked: picture, question, length."""
 
-    def script(*said: str) -> Calls:
-        left, calls = list(said), []
+    def script(*replies: str) -> Calls:
+        left, calls = list(replies), []
 
-        def generate(self: LVLM, canvas: Any, asked: list[str], max_new_tokens: int = 48) -> list[str]:
-            assert len(asked) == 1
-            calls.append((canvas, asked[0], max_new_tokens))
+        def generate(self: LVLM, canvas: Any, questions: list[str], max_new_tokens: int = 48) -> list[str]:
+            assert len(questions) == 1
+            calls.append((canvas, questions[0], max_new_tokens))
             return [left.pop(0)]
 
         monkeypatch.setattr(LVLM, "generate", generate)
@@ -120,22 +120,27 @@ def test_static_shows_the_border_wherever_a_picture_is(follow: str, lvlm: LVLM, 
     ecso = ECSO(border, follow=follow)
     (response,) = ecso.respond(lvlm, [query])
     canvas = lvlm.preprocess([border.prompt.image(query.picture())])
-    assert all(torch.equal(found, canvas) for found, _, _ in calls[:3]) and calls[3][0] is None
+    assert all(torch.equal(shown, canvas) for shown, _, _ in calls[:3]) and calls[3][0] is None
     before = [question.startswith(TEXT + " ") for _, question, _ in calls]
     assert before == [True, *[follow == "whole"] * 3]
     plain = [question.removeprefix(TEXT + " ") for _, question, _ in calls]
-    asked = query.question
-    assert plain == [asked, HARM.format(asked, "you take it"), CAPTION.format(asked), LAST.format("a car", asked)]
+    question = query.question
+    assert plain == [
+        question,
+        HARM.format(question, "you take it"),
+        CAPTION.format(question),
+        LAST.format("a car", question),
+    ]
     assert response.defense == ecso.name == "ecso+davsp"
 
 
 def test_adaptive_leaves_what_is_judged_harmless(lvlm: LVLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the byte; what is judged harmful is what DAVSP alone answers, and stands in its place among the others."""
-    asked = [*queries("malicious", 3), Query("w", "what is this", "benign", "t"), *queries("benign", 2)]
-    asked = [replace(q, question=f"{q.question} {'please ' * i}") for i, q in enumerate(asked)]
-    guilty = {asked[i].question for i in (1, 3, 4)}
-    before = [r.text for r in NoDefense().respond(lvlm, asked, max_new_tokens=6)]
-    under = [r.text for r in davsp().respond(lvlm, asked, max_new_tokens=6)]
+    data = [*queries("malicious", 3), Query("w", "what is this", "benign", "t"), *queries("benign", 2)]
+    data = [replace(q, question=f"{q.question} {'please ' * i}") for i, q in enumerate(data)]
+    guilty = {data[i].question for i in (1, 3, 4)}
+    before = [r.text for r in NoDefense().respond(lvlm, data, max_new_tokens=6)]
+    under = [r.text for r in davsp().respond(lvlm, data, max_new_tokens=6)]
     generate = LVLM.generate
 
     def judged(self: LVLM, canvas: Any, questions: list[str], max_new_tokens: int = 48) -> list[str]:
@@ -144,15 +149,15 @@ def test_adaptive_leaves_what_is_judged_harmless(lvlm: LVLM, monkeypatch: pytest
         return ["yes" if q.split("\n")[1] in guilty else "no" for q in questions]
 
     monkeypatch.setattr(LVLM, "generate", judged)
-    told: list[int] = []
-    found = ECSO(instead=davsp()).respond(lvlm, asked, batch_size=2, progress=told.append, max_new_tokens=6)
-    assert [r.text for r in found] == [
+    counts: list[int] = []
+    responses = ECSO(instead=davsp()).respond(lvlm, data, batch_size=2, progress=counts.append, max_new_tokens=6)
+    assert [r.text for r in responses] == [
         u if i in (1, 3, 4) else b for i, (b, u) in enumerate(zip(before, under, strict=True))
     ]
     assert before[1] != under[1] and before[4] != under[4]  # so that it shows whose answer it is
-    assert [r.calls for r in found] == [2, 3, 2, 3, 3, 2] and sum(told) == len(asked)
-    assert [r.query_id for r in found] == [q.id for q in asked]
-    assert {r.defense for r in found} == {"ecso-adaptive+davsp"}
+    assert [r.calls for r in responses] == [2, 3, 2, 3, 3, 2] and sum(counts) == len(data)
+    assert [r.query_id for r in responses] == [q.id for q in data]
+    assert {r.defense for r in responses} == {"ecso-adaptive+davsp"}
 
 
 def test_cost_is_that_of_all_calls(lvlm: LVLM, scripted: Callable[..., Calls]) -> None:
@@ -176,17 +181,19 @@ def test_projection_is_of_the_input_that_gave_the_answer(
 
 def test_on_a_server_as_here(lvlm: LVLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    asked = [*queries("malicious", 2), Query("w", "what is this", "benign", "t", reference="red")]
-    here = ECSO(davsp()).respond(lvlm, asked, max_new_tokens=4)
+    data = [*queries("malicious", 2), Query("w", "what is this", "benign", "t", reference="red")]
+    here = ECSO(davsp()).respond(lvlm, data, max_new_tokens=4)
     with model_server(lvlm) as server:
         remote = RemoteLVLM("org/m", server.url, canvas=56, concurrency=1)
-        there = evaluate(remote, {"ecso+davsp": ECSO(davsp())}, asked, tmp_path, max_new_tokens=4)
+        there = evaluate(remote, {"ecso+davsp": ECSO(davsp())}, data, tmp_path, max_new_tokens=4)
         with pytest.raises(DavspError, match="56x56 pixels, but org/m takes 28x28"):
-            ECSO(instead=davsp()).respond(RemoteLVLM("org/m", server.url, canvas=28), asked)
-    found = there.responses["ecso+davsp"]
-    assert [(r.text, r.calls) for r in found] == [(r.text, r.calls) for r in here]
-    assert [r.calls for r in found] == [4, 4, 3] and len(server.bodies) == 11  # a random model's verdicts say neither
-    assert {r.prompt_tokens for r in found} == {None}  # this server counts nothing
+            ECSO(instead=davsp()).respond(RemoteLVLM("org/m", server.url, canvas=28), data)
+    responses = there.responses["ecso+davsp"]
+    assert [(r.text, r.calls) for r in responses] == [(r.text, r.calls) for r in here]
+    assert [r.calls for r in responses] == [4, 4, 3] and len(
+        server.bodies
+    ) == 11  # a random model's verdicts say neither
+    assert {r.prompt_tokens for r in responses} == {None}  # this server counts nothing
 
 
 def test_davsp_mini_knows_these_questions(mini: LVLM, protocol: Protocol) -> None:
@@ -195,28 +202,28 @@ def test_davsp_mini_knows_these_questions(mini: LVLM, protocol: Protocol) -> Non
     judged = {questions.judge_turn(rng, pair)[0] for _ in range(200)}
     assert TEMPLATES.harm.format(query="how do i steal the car ?", response=pair.steps) in judged
     hinted = {questions.hint_turn(rng, pair)[0] for _ in range(400)}
-    asked = TEMPLATES.answer.format(
+    prompt = TEMPLATES.answer.format(
         caption="the picture shows a red car .", query="what colour is the car ? answer in one word ."
     )
-    assert asked in hinted and TEMPLATES.caption in questions.DESCRIBE
+    assert prompt in hinted and TEMPLATES.caption in questions.DESCRIBE
 
     bad = [q for q in protocol.test if q.benchmark == "typo"][:8]
     plain = NoDefense().respond(mini, bad)
     fooled = [q for q, r in zip(bad, plain, strict=True) if not refused(r.text)]
     assert len(fooled) >= 3
-    found = ECSO(templates=TEMPLATES).respond(mini, fooled)
-    assert sum(refused(r.text) for r in found) > len(fooled) / 2
+    responses = ECSO(templates=TEMPLATES).respond(mini, fooled)
+    assert sum(refused(r.text) for r in responses) > len(fooled) / 2
 
 
 def test_describe_tells_the_whole() -> None:
     border = davsp()
-    made = [
+    variants = [
         ECSO(), ECSO(border), ECSO(instead=border), ECSO(rule="published"), ECSO(follow="whole"), ECSO(templates=TEMPLATES),
         ECSO(SafetyText(TEXT)), ECSO(instead=ECSO(border)),
     ]  # fmt: skip
-    assert len({str(ecso.describe()) for ecso in made}) == len(made)
-    assert [ecso.name for ecso in made[:3]] == ["ecso", "ecso+davsp", "ecso-adaptive+davsp"]
-    assert made[7].name == "ecso-adaptive+ecso+davsp"
+    assert len({str(ecso.describe()) for ecso in variants}) == len(variants)
+    assert [ecso.name for ecso in variants[:3]] == ["ecso", "ecso+davsp", "ecso-adaptive+davsp"]
+    assert variants[7].name == "ecso-adaptive+ecso+davsp"
     for switch in ({"rule": "last-word"}, {"follow": "text"}):
         with pytest.raises(DavspError, match="choose"):
             ECSO(**switch)

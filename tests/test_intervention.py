@@ -21,9 +21,9 @@ LAYER, TARGET = 2, 7.5
 @pytest.mark.parametrize("answer", [True, False])
 def test_steering_to_a_target_gives_that_projection(answer: bool, lvlm: LVLM, vector: HarmfulnessVector) -> None:
     """In every row, however far it was; across the vector and at other tokens nothing changes."""
-    asked, unit = [q.question for q in queries("malicious", 2)], vector.direction(LAYER)
+    questions, unit = [q.question for q in queries("malicious", 2)], vector.direction(LAYER)
     canvas = lvlm.preprocess([q.picture() for q in queries("malicious", 2)])  # type: ignore[misc]
-    tokens = lvlm.encode(asked, True, padding_side="left")
+    tokens = lvlm.encode(questions, True, padding_side="left")
     assert int(tokens.mask.sum(1).min()) < tokens.mask.shape[1]  # a padded row
     seen: dict[bool, list[torch.Tensor]] = {False: [], True: []}
 
@@ -53,20 +53,20 @@ def test_steering_to_a_target_gives_that_projection(answer: bool, lvlm: LVLM, ve
 
 
 def test_the_answers_are_the_steered_model_s(lvlm: LVLM, vector: HarmfulnessVector) -> None:
-    asked = queries("malicious", 3)
-    canvas, words = lvlm.preprocess([q.picture() for q in asked]), [q.question for q in asked]  # type: ignore[misc]
+    data = queries("malicious", 3)
+    canvas, words = lvlm.preprocess([q.picture() for q in data]), [q.question for q in data]  # type: ignore[misc]
     by = 40 * 2 * vector.half_gap() * vector.direction()
-    for given, steer in (
+    for defense, steer in (
         (Intervention(vector, times=40), (vector.layer, by)),
         (Intervention(vector, to=TARGET), Steer(vector.layer, vector.direction(), TARGET)),
         (Intervention(vector, to=TARGET, answer=False), Steer(vector.layer, vector.direction(), TARGET, False)),
     ):
-        found = given.respond(lvlm, asked, max_new_tokens=6)
-        assert [r.text for r in found] == lvlm.generate(canvas, words, 6, steer=steer)
-        assert {(r.defense, r.calls) for r in found} == {("intervention", 1)}
-    before = [r.text for r in NoDefense().respond(lvlm, asked, max_new_tokens=6)]
-    assert [r.text for r in Intervention(vector, times=0).respond(lvlm, asked, max_new_tokens=6)] == before
-    assert [r.text for r in Intervention(vector, times=40).respond(lvlm, asked, max_new_tokens=6)] != before
+        responses = defense.respond(lvlm, data, max_new_tokens=6)
+        assert [r.text for r in responses] == lvlm.generate(canvas, words, 6, steer=steer)
+        assert {(r.defense, r.calls) for r in responses} == {("intervention", 1)}
+    before = [r.text for r in NoDefense().respond(lvlm, data, max_new_tokens=6)]
+    assert [r.text for r in Intervention(vector, times=0).respond(lvlm, data, max_new_tokens=6)] == before
+    assert [r.text for r in Intervention(vector, times=40).respond(lvlm, data, max_new_tokens=6)] != before
     assert lvlm.generate(canvas, words, 6) == before and lvlm.steer is None  # nothing is left behind
 
 
@@ -75,9 +75,9 @@ def test_it_goes_around_any_defense(lvlm: LVLM, vector: HarmfulnessVector, monke
     query, border = queries("malicious", 1), VisualPrompt(VisualSafetyPrompt.create(56, 8, "random", text="please"))
     seen: list[tuple[Steer | None, Any]] = []
 
-    def generate(self: LVLM, canvas: Any, asked: list[str], max_new_tokens: int = 48) -> list[str]:
+    def generate(self: LVLM, canvas: Any, questions: list[str], max_new_tokens: int = 48) -> list[str]:
         seen.append((self.steer, canvas))
-        return ["yes"] * len(asked)
+        return ["yes"] * len(questions)
 
     monkeypatch.setattr(LVLM, "generate", generate)
     around = Intervention(vector, to=1.0, inner=ECSO(border), name="i")
@@ -138,10 +138,10 @@ def test_it_moves_davsp_mini_both_ways(mini: LVLM, protocol: Protocol) -> None:
 
 
 def test_the_projection_of_a_response_is_that_of_the_moved_state(lvlm: LVLM, vector: HarmfulnessVector) -> None:
-    asked = queries("malicious", 3)
-    before = [r.projection for r in NoDefense().respond(lvlm, asked, vector)]
-    moved = [r.projection for r in Intervention(vector, times=0.5).respond(lvlm, asked, vector)]
+    data = queries("malicious", 3)
+    before = [r.projection for r in NoDefense().respond(lvlm, data, vector)]
+    moved = [r.projection for r in Intervention(vector, times=0.5).respond(lvlm, data, vector)]
     assert moved == pytest.approx([s + vector.half_gap() for s in before])  # half of the distance between the means
-    assert [r.projection for r in Intervention(vector, to=3.0).respond(lvlm, asked, vector)] == [3.0] * 3
+    assert [r.projection for r in Intervention(vector, to=3.0).respond(lvlm, data, vector)] == [3.0] * 3
     other = replace(vector, layer=1) if vector.layer != 1 else replace(vector, layer=2)
-    assert [r.projection for r in Intervention(vector, to=3.0).respond(lvlm, asked, other)] == [None] * 3
+    assert [r.projection for r in Intervention(vector, to=3.0).respond(lvlm, data, other)] == [None] * 3

@@ -63,28 +63,28 @@ def test_accepted_always_takes_the_best_candidate_even_if_it_is_worse(lvlm: LVLM
 def test_loss_is_of_the_rows_as_deployed(lvlm: LVLM) -> None:
     one, bad, benign = search(lvlm, behaviours=4), queries("malicious", 4), queries("benign", 3)
     state = one.start()
-    found = one._score("defence", [state], [0, 0, 2, 1])
+    losses = one._score("defence", [state], [0, 0, 2, 1])
     defended = PAT(state.defence, TEXT).prepare(benign)
     questions = [PAT(state.defence, TEXT).prepare([q])[0].question + " " + state.attack for q in bad]
     with torch.no_grad():
         refusal = answer_losses(lvlm, lvlm.preprocess([q.picture() for q in bad]), questions, ["sorry no"] * 4).mean()  # type: ignore[misc]
         rows = [defended[i] for i in (0, 0, 2, 1)]
-        kept = answer_losses(
+        benign_loss = answer_losses(
             lvlm,
             lvlm.preprocess([q.picture() for q in rows]),
             [q.question for q in rows],
             ["a red cake"] * 4,  # type: ignore[misc]
         ).mean()
-    assert float(found["refusal_loss"]) == pytest.approx(float(refusal), rel=1e-4)
-    assert float(found["loss"]) == pytest.approx(float(0.8 * refusal + 0.2 * kept), rel=1e-4)
+    assert float(losses["refusal_loss"]) == pytest.approx(float(refusal), rel=1e-4)
+    assert float(losses["loss"]) == pytest.approx(float(0.8 * refusal + 0.2 * benign_loss), rel=1e-4)
 
 
 def test_candidates_are_ordinary_words_one_away_from_the_present_ones(lvlm: LVLM, mini: LVLM) -> None:
     one = search(lvlm)
     state = one.start()
-    found = one._candidates("defence", state, Random(0))
-    assert 3 < len(found) <= 12
-    for text in found:
+    texts = one._candidates("defence", state, Random(0))
+    assert 3 < len(texts) <= 12
+    for text in texts:
         words = text.split()
         assert len(words) == 4 and sum(word != "please" for word in words) == 1
         assert not set(words) & set(SPECIAL)
@@ -94,15 +94,13 @@ def test_candidates_are_ordinary_words_one_away_from_the_present_ones(lvlm: LVLM
 
 
 def test_saved_and_read_again(lvlm: LVLM, tmp_path: Path) -> None:
-    made = train_pat(lvlm, queries("malicious", 4), queries("benign", 3), TEXT, SETTINGS, tmp_path)
-    made.save(tmp_path)
+    pat = train_pat(lvlm, queries("malicious", 4), queries("benign", 3), TEXT, SETTINGS, tmp_path)
+    pat.save(tmp_path)
     again = PAT.load(tmp_path)
-    assert again.describe() == made.describe() and again.name == "pat"
-    assert (
-        again.prepare(queries("benign", 1))[0].question == f"{TEXT} {made.control} {queries('benign', 1)[0].question}"
-    )
+    assert again.describe() == pat.describe() and again.name == "pat"
+    assert again.prepare(queries("benign", 1))[0].question == f"{TEXT} {pat.control} {queries('benign', 1)[0].question}"
     assert again.config.settings["length"] == 4 and again.config.figures["step"] == 3
-    (tmp_path / CONFIG).write_text(json.dumps(made.config.model_dump() | {"tokens": []}))
+    (tmp_path / CONFIG).write_text(json.dumps(pat.config.model_dump() | {"tokens": []}))
     with pytest.raises(DavspError, match="field 'tokens'"):
         PAT.load(tmp_path)
 
@@ -134,8 +132,8 @@ def test_killed_it_goes_on_to_the_same_tokens(lvlm: LVLM, tmp_path: Path) -> Non
             finally:
                 os._exit(1)
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-        kept = json.loads((tmp_path / f"killed{number}" / FILE).read_text())
-        assert len(kept["history"]) == number - 1
+        state = json.loads((tmp_path / f"killed{number}" / FILE).read_text())
+        assert len(state["history"]) == number - 1
         again = train_pat(lvlm, *data, TEXT, SETTINGS, tmp_path / f"killed{number}")
         assert again.config == whole.config
         assert (tmp_path / f"killed{number}" / FILE).read_text() == (tmp_path / "whole" / FILE).read_text()
@@ -148,10 +146,10 @@ def test_benign_answers_are_the_models_own_first_sentences(lvlm: LVLM, tmp_path:
     assert first_sentence(" no end ") == "no end" and first_sentence("") == ""
     settings = SETTINGS.model_copy(update={"benign_answers": "model", "steps": 1})
     train_pat(lvlm, queries("malicious", 4), queries("benign", 3), TEXT, settings, tmp_path)
-    said = lvlm.generate(
+    answers = lvlm.generate(
         lvlm.preprocess([q.picture() for q in queries("benign", 3)]), [q.question for q in queries("benign", 3)]
     )  # type: ignore[misc]
-    assert json.loads((tmp_path / FILE).read_text())["benign_answers"] == [first_sentence(one) for one in said]
+    assert json.loads((tmp_path / FILE).read_text())["benign_answers"] == [first_sentence(one) for one in answers]
 
 
 def test_published_strings_and_where_they_stand() -> None:

@@ -56,9 +56,9 @@ def test_one_step_by_hand(lvlm: LVLM, tmp_path: Path, likely: bool):
     (gradient,) = torch.autograd.grad(mean, delta)
     way = -1 if likely else 1
     after, metrics = run.advance(run.checkpoint.start(NOISE.delta.clone()))
-    wanted = (NOISE.delta + way * 4 / 255 * gradient.sign()).clamp(-16 / 255, 16 / 255)
+    expected = (NOISE.delta + way * 4 / 255 * gradient.sign()).clamp(-16 / 255, 16 / 255)
     assert (
-        float((after.delta == wanted).float().mean()) > 0.999
+        float((after.delta == expected).float().mean()) > 0.999
     )  # where the gradient is nothing but rounding, signs differ
     assert metrics["cross_entropy"] == pytest.approx(mean.item(), rel=1e-5)
     assert metrics["loss"] == -way * metrics["cross_entropy"]
@@ -149,12 +149,12 @@ def test_texts_stand_around_the_question_and_are_saved(tmp_path: Path):
         prompt.save_pretrained(tmp_path / name)
         loaded = load_defense(tmp_path / name)
         assert isinstance(loaded, VisualPrompt)
-        (asked,) = loaded.prepare([replace(queries("benign", 1)[0], image=None)])
-        assert asked.question == prompt.question(queries("benign", 1)[0].question)
+        (query,) = loaded.prepare([replace(queries("benign", 1)[0], image=None)])
+        assert query.question == prompt.question(queries("benign", 1)[0].question)
     assert '"b"' in (tmp_path / "border" / "README.md").read_text()
-    told = [VisualPrompt(prompt).describe() for prompt in (NOISE, fixed, NOISE.with_texts("", "\n"))]
-    assert told[0].keys() == {"kind", "text", "padding", "delta"}  # as in run folders from before
-    assert told[1]["suffix"] == f"\n{FIXED}" and told[2]["separator"] == "\n"
+    descriptions = [VisualPrompt(prompt).describe() for prompt in (NOISE, fixed, NOISE.with_texts("", "\n"))]
+    assert descriptions[0].keys() == {"kind", "text", "padding", "delta"}  # as in run folders from before
+    assert descriptions[1]["suffix"] == f"\n{FIXED}" and descriptions[2]["separator"] == "\n"
     config = json.loads((tmp_path / "fixed" / "noise_config.json").read_text())
     (tmp_path / "fixed" / "noise_config.json").write_text(json.dumps(config | {"suffix": 3}))
     with pytest.raises(DavspError, match=r"noise_config\.json: field 'suffix'"):
@@ -176,16 +176,16 @@ def test_the_methods_put_their_texts(lvlm: LVLM, tmp_path: Path):
             progress=False, **options,
         )  # fmt: skip
 
-    said = {
+    questions = {
         part: uniguard("a", text_part=part).question("Q") for part in ("none", "fixed", "optimised")
     }  # one training
-    assert said == {
+    assert questions == {
         "none": "please be safe Q", "fixed": f"please be safe Q\n{FIXED}", "optimised": f"please be safe {OPTIMISED}\nQ",
     }  # fmt: skip
     search = SearchSettings(text_tokens=2, sweeps=1, candidates=2)
     searched = uniguard("b", text_part="searched", with_text=True, search=search)
-    found = json.loads((tmp_path / "b" / "text.json").read_text())["text"]
-    assert searched.question("Q") == f"please be safe {found}\nQ" and len(found.split()) == 2
+    searched_text = json.loads((tmp_path / "b" / "text.json").read_text())["text"]
+    assert searched.question("Q") == f"please be safe {searched_text}\nQ" and len(searched_text.split()) == 2
     assert uniguard("a").config["data"]["sentences"] != searched.config["data"]["sentences"]
     settings = FAST.model_copy(update={"steps": 1, "likely": True})
     defended = train_esiii(lvlm, tmp_path / "c", text="be safe", settings=settings, progress=False)
@@ -270,11 +270,20 @@ def test_from_a_corpus_to_figures(tiny_folder: Path, tmp_path: Path, capsys: pyt
     from davsp.benchmarks.custom import save_queries
 
     save_queries(tmp_path / "test", [*queries("malicious", 2), *queries("benign", 2)])
-    asked = ("--queries", tmp_path / "test", "--model", tiny_folder, "--max-new-tokens", 2, "--out", tmp_path / "eval")
+    options = (
+        "--queries",
+        tmp_path / "test",
+        "--model",
+        tiny_folder,
+        "--max-new-tokens",
+        2,
+        "--out",
+        tmp_path / "eval",
+    )
     rows = ("--defense", f"uniguard={tmp_path / 'u'}", "--defense", f"esiii={tmp_path / 'e'}")
-    assert davsp_command("eval", *asked, *rows, "--max-unscored", 1) == 0
-    found = json.loads((tmp_path / "eval" / "metrics.json").read_text())["rows"]
-    assert {row["defense"] for row in found} == {"uniguard", "esiii"}
+    assert davsp_command("eval", *options, *rows, "--max-unscored", 1) == 0
+    metric_rows = json.loads((tmp_path / "eval" / "metrics.json").read_text())["rows"]
+    assert {row["defense"] for row in metric_rows} == {"uniguard", "esiii"}
 
 
 @pytest.mark.parametrize(
@@ -299,6 +308,6 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, says, tiny_folder:
     arguments = [a.replace("MODEL", str(tiny_folder)) for a in arguments]
     command = arguments if arguments[0] == "train" else ["baseline", *arguments]
     assert davsp_command(*command) == 2
-    said = capsys.readouterr().err
-    assert says in said and "Traceback" not in said and said.count("davsp: ") == 1
+    message = capsys.readouterr().err
+    assert says in message and "Traceback" not in message and message.count("davsp: ") == 1
     assert not list(tmp_path.rglob("*.safetensors"))
