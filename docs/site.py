@@ -105,8 +105,16 @@ def command_line() -> str:
     from davsp.cli import app
 
     command = typer.main.get_command(app)
+    whole_summaries(command)
     text = get_docs_for_click(obj=command, ctx=typer.Context(command, info_name="davsp"), name="davsp")
     return re.sub(r"^# .*$", "# Command line", text, count=1, flags=re.MULTILINE)
+
+
+def whole_summaries(command: Any) -> None:
+    """Have each command below listed with its whole first line, which would be cut after some words."""
+    for each in getattr(command, "commands", {}).values():
+        each.short_help = (each.help or "").strip().partition("\n")[0]
+        whole_summaries(each)
 
 
 def public() -> list[str]:
