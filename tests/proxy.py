@@ -34,7 +34,7 @@ def data_url(image: Image.Image, form: str = "PNG", **options: Any) -> str:
     return f"data:image/{form.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def shown(url: str) -> Image.Image:
+def picture_of(url: str) -> Image.Image:
     """The picture in what reached the upstream."""
     head, _, data = url.partition(",")
     assert head == "data:image/png;base64"
@@ -81,15 +81,15 @@ class Upstream(httpx2.AsyncBaseTransport):
             listed = b'{"object": "list", "data": [{"id": "m", "object": "model"}]}'
             return httpx2.Response(200, headers={"content-type": "application/json"}, stream=Events(listed))
         self.bodies.append(json.loads(await request.aread()))
-        found = self.answer(len(self.bodies) - 1, self.bodies[-1])
-        if isinstance(found, Exception):
-            raise found
-        if asyncio.iscoroutine(found):
-            found = await found
-        made = found if isinstance(found, httpx2.Response) else httpx2.Response(200, json=found)
-        if not made.is_closed:
-            return made
-        return httpx2.Response(made.status_code, headers=made.headers, stream=Events(made.content))
+        outcome = self.answer(len(self.bodies) - 1, self.bodies[-1])
+        if isinstance(outcome, Exception):
+            raise outcome
+        if asyncio.iscoroutine(outcome):
+            outcome = await outcome
+        response = outcome if isinstance(outcome, httpx2.Response) else httpx2.Response(200, json=outcome)
+        if not response.is_closed:
+            return response
+        return httpx2.Response(response.status_code, headers=response.headers, stream=Events(response.content))
 
 
 class Events(httpx2.AsyncByteStream):
@@ -124,8 +124,8 @@ class Client:
         return self.raw(json.dumps({"model": self.model, "messages": list(messages)} | fields).encode(), headers)
 
     def raw(self, content: bytes, headers: Any = None, path: str = "/v1/chat/completions") -> httpx2.Response:
-        given = {"content-type": "application/json"} if headers is None else headers
-        return self.request("POST", path, content=content, headers=given)
+        headers_or_json = {"content-type": "application/json"} if headers is None else headers
+        return self.request("POST", path, content=content, headers=headers_or_json)
 
     def request(self, method: str, path: str, **options: Any) -> httpx2.Response:
         async def ask() -> httpx2.Response:
@@ -142,8 +142,8 @@ class Client:
 
 def client(defense: Defense | None = None, fetcher: Fetcher | None = None, **settings: Any) -> Client:
     upstream = Upstream()
-    given = {"upstream": "http://upstream.test/v1", "canvas": CANVAS} | settings
-    return Client(Proxy(defense or border(), ServeSettings.of(**given), upstream, fetcher), upstream)
+    options = {"upstream": "http://upstream.test/v1", "canvas": CANVAS} | settings
+    return Client(Proxy(defense or border(), ServeSettings.of(**options), upstream, fetcher), upstream)
 
 
 @contextmanager

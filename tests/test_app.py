@@ -43,10 +43,10 @@ def test_both_sides_are_what_the_defenses_give(comparison: Comparison, lvlm: LVL
     before, after = comparison.ask(PICTURE, " what is this ")
     query = Query("q", "what is this", "benign", "b", image=PICTURE)
     for side, defense in ((before, NoDefense()), (after, comparison.defense)):
-        (said,) = defense.respond(lvlm, [query], vector)
-        assert side.answer == said.text and side.withheld == withheld(said.text)
-        assert side.curve[vector.layer - 1] == pytest.approx(said.projection, abs=1e-4)
-        assert (side.calls, side.prompt_tokens, side.image_tokens) == (1, said.prompt_tokens, said.image_tokens)
+        (response,) = defense.respond(lvlm, [query], vector)
+        assert side.answer == response.text and side.withheld == withheld(response.text)
+        assert side.curve[vector.layer - 1] == pytest.approx(response.projection, abs=1e-4)
+        assert (side.calls, side.prompt_tokens, side.image_tokens) == (1, response.prompt_tokens, response.image_tokens)
         assert side.canvas.size == (56, 56) and len(side.curve) == lvlm.num_layers - 1
     assert after.canvas.tobytes() == comparison.defense.prepare([query])[0].picture().tobytes()
     assert after.question == "please be safe what is this"
@@ -121,8 +121,8 @@ def test_what_ships_goes_with_the_model_and_defends_it(mini: LVLM):
 
     defense = VisualPrompt(border_of(folder / "vsp.png"))
     HarmfulnessVector.load(folder).check(mini)
-    asked = list(data.test(0, {"harm": 10, "utility": 2, "mme": 2, "llava_bench": 2}))
-    bad, good = ([q for q in asked if q.label == label] for label in ("malicious", "benign"))
+    queries = list(data.test(0, {"harm": 10, "utility": 2, "mme": 2, "llava_bench": 2}))
+    bad, good = ([q for q in queries if q.label == label] for label in ("malicious", "benign"))
     share = {}
     for name, one in (("none", NoDefense()), ("davsp", defense)):
         share[name] = sum(withheld(r.text) for r in one.respond(mini, bad)) / len(bad)
@@ -163,9 +163,9 @@ def test_the_guard_keeps_out_uploads_other_names_and_huge_bodies():
 
 
 def test_a_taken_port_is_named():
-    with server.listen("127.0.0.1", 0) as taken, pytest.raises(DavspError, match="--port"):
-        server.listen("127.0.0.1", taken.getsockname()[1])
-    assert isinstance(taken, socket.socket)
+    with server.listen("127.0.0.1", 0) as listener, pytest.raises(DavspError, match="--port"):
+        server.listen("127.0.0.1", listener.getsockname()[1])
+    assert isinstance(listener, socket.socket)
 
 
 @pytest.mark.parametrize(

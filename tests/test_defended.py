@@ -22,14 +22,14 @@ def test_it_answers_as_the_defense(lvlm: LVLM, folder: Path, tmp_path: Path):
     model = DefendedModel(lvlm, defense)
     asked = [picture(1, (80, 50)), None, picture(2)], ["what is this", "how do you make cake", "what is in the image"]
     queries = [Query(f"{i}", q, "benign", "", image=p) for i, (p, q) in enumerate(zip(*asked, strict=True))]
-    wanted = [r.text for r in defense.respond(lvlm, queries, max_new_tokens=6)]
-    assert model.generate(*asked, max_new_tokens=6) == wanted
-    assert model.generate(asked[0][0], asked[1][0], max_new_tokens=6) == wanted[0]
+    expected = [r.text for r in defense.respond(lvlm, queries, max_new_tokens=6)]
+    assert model.generate(*asked, max_new_tokens=6) == expected
+    assert model.generate(asked[0][0], asked[1][0], max_new_tokens=6) == expected[0]
     asked[0][0].save(tmp_path / "p.png")
-    assert model.generate(str(tmp_path / "p.png"), asked[1][0], max_new_tokens=6) == wanted[0]
-    assert model.generate(None, asked[1][1], max_new_tokens=6) == wanted[1]
+    assert model.generate(str(tmp_path / "p.png"), asked[1][0], max_new_tokens=6) == expected[0]
+    assert model.generate(None, asked[1][1], max_new_tokens=6) == expected[1]
     called = model(images=asked[0], text=asked[1], max_new_tokens=6)
-    assert called == [{"input_text": q, "generated_text": a} for q, a in zip(asked[1], wanted, strict=True)]
+    assert called == [{"input_text": q, "generated_text": a} for q, a in zip(asked[1], expected, strict=True)]
     assert model(asked[0][0], asked[1][0], max_new_tokens=6) == called[:1] == model([asked[0][0]], asked[1][0], 6)
     assert model.generate([], []) == []
 

@@ -40,29 +40,29 @@ def canvas(model):
 
 def theirs(folder, images):
     """What the family's own image processor gives."""
-    made = AutoImageProcessor.from_pretrained(folder, backend="pil")(images, return_tensors="pt")
-    return {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+    encoded = AutoImageProcessor.from_pretrained(folder, backend="pil")(images, return_tensors="pt")
+    return {name: value for name, value in encoded.items() if isinstance(value, torch.Tensor)}
 
 
 def test_a_finished_canvas_is_seen_exactly_as_the_processor_shows_it(folder, model, canvas):
     assert canvas.shape == (8, 3, model.canvas, model.canvas)
     images = [Image.fromarray((one * 255).round().byte().permute(1, 2, 0).numpy()) for one in canvas]
     assert all(np.array_equal(np.array(a), np.array(picture(i, a.size))) for i, a in enumerate(images))
-    wanted, got = theirs(folder, images), model.pixel_inputs(canvas)
-    assert set(got) >= set(wanted)
-    for name in wanted:
-        assert torch.equal(got[name], wanted[name]), name
+    expected, got = theirs(folder, images), model.pixel_inputs(canvas)
+    assert set(got) >= set(expected)
+    for name in expected:
+        assert torch.equal(got[name], expected[name]), name
 
 
 @pytest.mark.parametrize("size", [(100, 70), (41, 200), (300, 310)])
 def test_an_undefended_picture_is_what_the_processor_makes_of_it(folder, model, size):
     images = [picture(1, size), picture(2, (90, 60))]
-    wanted, got = theirs(folder, images), model.pixel_inputs(model.preprocess(images))
-    for name in wanted:
+    expected, got = theirs(folder, images), model.pixel_inputs(model.preprocess(images))
+    for name in expected:
         tolerance = (
-            2 * 2 / 255 if name == "pixel_values" and len(wanted) > 1 and "grid" not in str(wanted.keys()) else 0
+            2 * 2 / 255 if name == "pixel_values" and len(expected) > 1 and "grid" not in str(expected.keys()) else 0
         )
-        assert (got[name] - wanted[name]).abs().max() <= tolerance, name
+        assert (got[name] - expected[name]).abs().max() <= tolerance, name
 
 
 def test_prompt_ids_are_the_processors_own(folder, model, canvas):
@@ -77,7 +77,7 @@ def test_prompt_ids_are_the_processors_own(folder, model, canvas):
         grid = processor([image])["image_grid_thw"][0]
         pad = PLACEHOLDER["qwen"]
         text = text.replace(pad, pad * (int(np.prod(grid)) // processor.merge_size**2))
-        wanted = model.tokenizer(text)["input_ids"]
+        expected = model.tokenizer(text)["input_ids"]
     else:
         kinds = {
             "llava": LlavaProcessor,
@@ -86,10 +86,12 @@ def test_prompt_ids_are_the_processors_own(folder, model, canvas):
         }
         extra = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
         extra = extra if folder.name == "llava" else {"num_image_tokens": 16}
-        made = kinds[folder.name](processor, model.tokenizer, **extra)(images=[image], text=[text], return_tensors="pt")
-        wanted = made["input_ids"][0].tolist()
-    assert model.encode([QUESTIONS[1]], True).ids[0].tolist() == wanted
-    assert len(wanted) > model.tokens_per_image + 8
+        encoded = kinds[folder.name](processor, model.tokenizer, **extra)(
+            images=[image], text=[text], return_tensors="pt"
+        )
+        expected = encoded["input_ids"][0].tolist()
+    assert model.encode([QUESTIONS[1]], True).ids[0].tolist() == expected
+    assert len(expected) > model.tokens_per_image + 8
 
 
 def test_states_are_the_hidden_states_of_each_row_alone(model, canvas):
@@ -216,8 +218,8 @@ def test_quantization_says_what_it_needs(tmp_path, monkeypatch):
 def test_resample_is_pillows(kernel, size, side):
     image = picture(3, (size, size))
     canvas = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
-    wanted = torch.from_numpy(np.array(image.resize((side, side), kernel))).permute(2, 0, 1)[None]
-    assert torch.equal((resample(canvas, side, kernel) * 255).round().byte(), wanted)
+    expected = torch.from_numpy(np.array(image.resize((side, side), kernel))).permute(2, 0, 1)[None]
+    assert torch.equal((resample(canvas, side, kernel) * 255).round().byte(), expected)
 
 
 def test_the_gradient_of_a_resample_is_that_of_its_weights():

@@ -19,11 +19,11 @@ from hub_server import TOKEN, hub
 
 def davsp(code: str, home: Path, url: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run code that a user could run, with a cache and a hub of its own."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    without_hub_settings = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     own = {"HF_HOME": str(home), "HF_ENDPOINT": url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     return subprocess.run(
         [sys.executable, "-c", code],
-        env=kept | own | environment,
+        env=without_hub_settings | own | environment,
         capture_output=True,
         text=True,
         timeout=120,
@@ -69,10 +69,10 @@ for source, revision in (("user/vsp", "never"), ("user/none", None)):
 @pytest.fixture
 def two(tmp_path: Path) -> list[VisualSafetyPrompt]:
     """Two borders, in folders."""
-    made = [VisualSafetyPrompt.create(24, 5, "random", seed=seed, text="be safe") for seed in (0, 1)]
-    for name, prompt in zip(("first", "second"), made, strict=True):
+    borders = [VisualSafetyPrompt.create(24, 5, "random", seed=seed, text="be safe") for seed in (0, 1)]
+    for name, prompt in zip(("first", "second"), borders, strict=True):
         prompt.save_pretrained(tmp_path / name)
-    return made
+    return borders
 
 
 def test_there_and_back_and_offline(two: list[VisualSafetyPrompt], tmp_path: Path):
@@ -97,12 +97,12 @@ def test_there_and_back_and_offline(two: list[VisualSafetyPrompt], tmp_path: Pat
         assert online.returncode == 0, online.stderr
         lines = online.stdout.splitlines()
         pixels = [prompt.pixels_sha256() for prompt in two]
-        wanted = [f"apache-2.0 {pixels[1]}", *2 * [f"apache-2.0 {pixels[0]}"], f"mit {pixels[1]}"]
-        assert lines[:4] == wanted and len(lines) == 6
+        expected = [f"apache-2.0 {pixels[1]}", *2 * [f"apache-2.0 {pixels[0]}"], f"mit {pixels[1]}"]
+        assert lines[:4] == expected and len(lines) == 6
         assert all("neither a folder nor reachable on the hub" in line for line in lines[4:])
     offline = davsp(pull, home, server.url, HF_HUB_OFFLINE="1")  # and the server is no more
     assert offline.returncode == 0, offline.stderr
-    assert offline.stdout.splitlines()[:4] == wanted
+    assert offline.stdout.splitlines()[:4] == expected
 
 
 @pytest.mark.parametrize("step", ["/lfs/", "/commit/main"])

@@ -71,7 +71,7 @@ def test_each_benchmark_gives_davsps_own_figures(name: str, folder: Path, sets: 
     queries = BENCHMARKS[name].load(sets / name, "test", 4, 0)
     graders = {"mm_vet": exact, "llava_bench": overlap}
     defense = VisualPrompt(VisualSafetyPrompt.from_pretrained(folder))
-    wanted = evaluate(
+    evaluation = evaluate(
         embedded.load(), {"davsp": defense}, queries, judge=keyword, graders=graders, max_new_tokens=24, baseline=""
     )
     (scores,) = log.results.scores
@@ -80,15 +80,15 @@ def test_each_benchmark_gives_davsps_own_figures(name: str, folder: Path, sets: 
     )
     assert name == "vlguard" or not next(iter(scores.metrics)).startswith(f"{queries[0].benchmark} ")
     assert {name: metric.value for name, metric in scores.metrics.items()} == pytest.approx(
-        figures_of(wanted.rows, name)
+        figures_of(evaluation.rows, name)
     )
     answers = {sample.id: sample.output.completion for sample in log.samples}
-    assert answers == {response.query_id: response.text for response in wanted.responses["davsp"]}
+    assert answers == {response.query_id: response.text for response in evaluation.responses["davsp"]}
     values = {score.value for sample in log.samples for score in sample.scores.values()}
     known = {"safe", "unsafe", "unscored", "refused", "answered", "right", "wrong"}
     assert values <= known or name in graders
-    told = log.samples[0].output.metadata
-    assert told["defense"] == "davsp" and log.samples[0].output.usage.input_tokens > 0
+    metadata = log.samples[0].output.metadata
+    assert metadata["defense"] == "davsp" and log.samples[0].output.usage.input_tokens > 0
     assert log.eval.model == f"davsp/davsp-mini+davsp-{defense.sha256()[:12]}"
     assert log.eval.model_args["defense"] == str(folder) and log.eval.dataset.name == f"{name}_embedded"
 
@@ -156,10 +156,10 @@ def test_requests_that_wait_are_answered_together(folder: Path, monkeypatch: pyt
         [ChatMessageUser(content=[ContentImage(image=_url(i)), ContentText(text=question)])]
         for i, question in enumerate(questions)
     ]
-    said: dict[int, str] = {}
+    texts: dict[int, str] = {}
 
     async def one(i: int) -> None:
-        said[i] = (await api.generate(inputs[i], [], "none", GenerateConfig(max_tokens=8))).completion
+        texts[i] = (await api.generate(inputs[i], [], "none", GenerateConfig(max_tokens=8))).completion
 
     async def together() -> None:
         async with anyio.create_task_group() as group:
@@ -169,7 +169,7 @@ def test_requests_that_wait_are_answered_together(folder: Path, monkeypatch: pyt
     anyio.run(together)
     assert sum(sizes) == 4 and len(sizes) < 4 and not api.waiting
     model = api.defended
-    assert [said[i] for i in range(4)] == model.generate([picture(i) for i in range(4)], questions, max_new_tokens=8)
+    assert [texts[i] for i in range(4)] == model.generate([picture(i) for i in range(4)], questions, max_new_tokens=8)
 
 
 def _url(seed: int) -> str:

@@ -92,10 +92,10 @@ def test_project_clamps():
 
 @pytest.fixture
 def prompt():
-    made = VisualSafetyPrompt.create(24, 5, start="random", seed=3, text="please be safe")
-    made.config |= {"model_id": "m", "revision": "r", "layer": 2, "mu_plus": 1.5, "mu_minus": -0.5}
-    made.config |= {"figures": {"rsr": 0.9731}, "data": {"train_malicious": "abc"}}
-    return made
+    border = VisualSafetyPrompt.create(24, 5, start="random", seed=3, text="please be safe")
+    border.config |= {"model_id": "m", "revision": "r", "layer": 2, "mu_plus": 1.5, "mu_minus": -0.5}
+    border.config |= {"figures": {"rsr": 0.9731}, "data": {"train_malicious": "abc"}}
+    return border
 
 
 def test_save_and_load(prompt, tmp_path):

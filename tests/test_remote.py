@@ -19,8 +19,8 @@ from tiny import queries
 @pytest.fixture
 def server(lvlm: LVLM, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelServer]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with model_server(lvlm) as made:
-        yield made
+    with model_server(lvlm) as server:
+        yield server
 
 
 def remote(server: ModelServer, **options: Any) -> RemoteLVLM:
@@ -110,8 +110,8 @@ def test_tokens_are_as_the_server_counts_them(server: ModelServer, usage: Any, c
 def test_half_a_surrogate_pair_can_be_written(server: ModelServer, tmp_path: Path) -> None:
     """JSON may hold one, UTF-8 can't."""
     server.change = lambda number, choice: {"message": {"content": "a \ud83d b"}, "finish_reason": "stop"}
-    found = evaluate(remote(server), {"none": NoDefense()}, queries("benign", 1), tmp_path, max_new_tokens=4)
-    assert [r.text for r in found.responses["none"]] == ["a ? b"]
+    evaluation = evaluate(remote(server), {"none": NoDefense()}, queries("benign", 1), tmp_path, max_new_tokens=4)
+    assert [r.text for r in evaluation.responses["none"]] == ["a ? b"]
 
 
 def test_what_a_server_cannot_do_is_said(server: ModelServer, vector: HarmfulnessVector) -> None:

@@ -16,7 +16,7 @@ from davsp import DavspError, Query
 from davsp.defenses import Chain, SafetyText, adashield_s
 from davsp.serve.app import HASH, Proxy
 from davsp.serve.settings import ServeSettings
-from proxy import GOOD, TEXT, Events, border, client, data_url, image_part, listening, shown, text_part, user
+from proxy import GOOD, TEXT, Events, border, client, data_url, image_part, listening, picture_of, text_part, user
 from tiny import picture
 
 RED = data_url(Image.new("RGB", (40, 30), "red"))
@@ -24,28 +24,28 @@ RED = data_url(Image.new("RGB", (40, 30), "red"))
 
 def error(response: httpx2.Response) -> dict[str, Any]:
     """The error, in OpenAI's shape."""
-    found = response.json()
-    assert set(found) == {"error"} and set(found["error"]) == {"message", "type", "param", "code"}
-    assert found["error"]["type"] == ("server_error" if response.status_code >= 500 else "invalid_request_error")
+    body = response.json()
+    assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["type"] == ("server_error" if response.status_code >= 500 else "invalid_request_error")
     assert response.headers["content-type"] == "application/json" and HASH in response.headers
-    return found["error"]
+    return body["error"]
 
 
 # -- what is defended --------------------------------------------------------------------------------------------------
 
 
 def test_picture_and_question_are_those_of_eval():
-    asked, defense = client(), border()
+    caller, defense = client(), border()
     image = picture(1, (90, 40))
-    assert asked.post(user(image_part(data_url(image)), text_part("what is this"))).json() == GOOD
+    assert caller.post(user(image_part(data_url(image)), text_part("what is this"))).json() == GOOD
     (want,) = defense.prepare([Query("", "what is this", "benign", "", image=image)])
-    pixels, text = asked.sent()[0]["content"]
-    assert shown(pixels["image_url"]["url"]).tobytes() == want.image.tobytes() and text["text"] == want.question
-    assert asked.upstream.bodies[0]["model"] == "m"
+    pixels, text = caller.sent()[0]["content"]
+    assert picture_of(pixels["image_url"]["url"]).tobytes() == want.image.tobytes() and text["text"] == want.question
+    assert caller.upstream.bodies[0]["model"] == "m"
 
 
 def test_every_picture_of_every_message_in_its_place():
-    asked, images = client(), [picture(seed, (30 + seed, 40)) for seed in range(4)]
+    caller, images = client(), [picture(seed, (30 + seed, 40)) for seed in range(4)]
     urls = [data_url(image) for image in images]
     before = [
         {"role": "system", "content": "be brief"},
@@ -56,19 +56,19 @@ def test_every_picture_of_every_message_in_its_place():
         user(image_part(urls[3])),
     ]  # fmt: skip
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
-    assert asked.post(*before, tools=tools, tool_choice="auto", top_k=3, guided={"x": [1.5, None]}).status_code == 200
-    sent, defense = asked.upstream.bodies[0], border()
+    assert caller.post(*before, tools=tools, tool_choice="auto", top_k=3, guided={"x": [1.5, None]}).status_code == 200
+    sent, defense = caller.upstream.bodies[0], border()
     assert {k: sent[k] for k in ("tools", "tool_choice", "top_k", "guided")} == {
         "tools": tools, "tool_choice": "auto", "top_k": 3, "guided": {"x": [1.5, None]},
     }  # fmt: skip
-    found = sent["messages"]
-    assert (found[0], found[2], found[4]) == (before[0], before[2], before[4])
-    at = [found[1]["content"][1], found[1]["content"][3], found[3]["content"][1], found[5]["content"][0]]
+    messages = sent["messages"]
+    assert (messages[0], messages[2], messages[4]) == (before[0], before[2], before[4])
+    at = [messages[1]["content"][1], messages[1]["content"][3], messages[3]["content"][1], messages[5]["content"][0]]
     for part, image in zip(at, images, strict=True):
-        assert shown(part["image_url"]["url"]).tobytes() == defense.paint(image).tobytes()
+        assert picture_of(part["image_url"]["url"]).tobytes() == defense.paint(image).tobytes()
     assert at[0]["image_url"]["detail"] == "high"
-    assert [found[1]["content"][0]["text"], found[1]["content"][2]["text"]] == [f"{TEXT} first", "and"]
-    assert found[3]["content"][0]["text"] == "a tool's" and found[5]["content"][1] == text_part(f"{TEXT} ")
+    assert [messages[1]["content"][0]["text"], messages[1]["content"][2]["text"]] == [f"{TEXT} first", "and"]
+    assert messages[3]["content"][0]["text"] == "a tool's" and messages[5]["content"][1] == text_part(f"{TEXT} ")
 
 
 @pytest.mark.parametrize(
@@ -83,18 +83,18 @@ def test_every_picture_of_every_message_in_its_place():
     ],
 )
 def test_texts_of_a_message_joined_are_the_defended_question(defense, parts, texts):
-    asked = client(defense)
-    assert asked.post(user(*map(text_part, parts))).status_code == 200
-    assert [part["text"] for part in asked.sent()[0]["content"]] == texts
+    caller = client(defense)
+    assert caller.post(user(*map(text_part, parts))).status_code == 200
+    assert [part["text"] for part in caller.sent()[0]["content"]] == texts
     (want,) = defense.prepare([Query("", "\n".join(parts), "benign", "")])
     assert "\n".join(texts) == want.question
 
 
 def test_a_request_without_pictures():
-    asked = client()
+    caller = client()
     odd = "ünï \u2028 \ud83d😀"
-    assert asked.post(user("hello"), {"role": "assistant", "content": "hi"}, user(odd)).status_code == 200
-    assert [m["content"] for m in asked.sent()] == [f"{TEXT} hello", "hi", f"{TEXT} {odd}"]
+    assert caller.post(user("hello"), {"role": "assistant", "content": "hi"}, user(odd)).status_code == 200
+    assert [m["content"] for m in caller.sent()] == [f"{TEXT} hello", "hi", f"{TEXT} {odd}"]
     passing = client(image_free="pass")
     passing.post(user("hello"))
     assert passing.sent() == [user("hello")]
@@ -103,9 +103,9 @@ def test_a_request_without_pictures():
 
 
 def test_a_text_defense_sends_pictures_of_their_own_size_without_loss():
-    asked, image = client(SafetyText("S")), picture(3, (33, 21))
-    asked.post(user(image_part(data_url(image, "WEBP", lossless=True))))
-    assert shown(asked.sent()[0]["content"][0]["image_url"]["url"]).tobytes() == image.tobytes()
+    caller, image = client(SafetyText("S")), picture(3, (33, 21))
+    caller.post(user(image_part(data_url(image, "WEBP", lossless=True))))
+    assert picture_of(caller.sent()[0]["content"][0]["image_url"]["url"]).tobytes() == image.tobytes()
 
 
 class Broken(SafetyText):
@@ -138,9 +138,9 @@ class Bug(SafetyText):
     ],
 )
 def test_a_defense_that_cannot_be_applied_sends_nothing(defense, status, says, caplog):
-    asked = client(defense("S"))
-    found = asked.post(user(text_part("my secret"), image_part(RED), image_part(RED)))
-    assert found.status_code == status and says in error(found)["message"] and not asked.upstream.requests
+    caller = client(defense("S"))
+    response = caller.post(user(text_part("my secret"), image_part(RED), image_part(RED)))
+    assert response.status_code == status and says in error(response)["message"] and not caller.upstream.requests
     assert "secret" not in caplog.text and (defense is not Bug or "ValueError at" in caplog.text)
 
 
@@ -179,10 +179,10 @@ def bodies() -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", bodies())
 def test_what_could_pass_undefended_is_refused(name):
-    asked, body = client(), bodies()[name]
-    body = {"model": asked.model} | body if isinstance(body, dict) else body
-    found = asked.raw(json.dumps(body).encode())
-    assert found.status_code == 400 and error(found)["message"] and not asked.upstream.requests
+    caller, body = client(), bodies()[name]
+    body = {"model": caller.model} | body if isinstance(body, dict) else body
+    response = caller.raw(json.dumps(body).encode())
+    assert response.status_code == 400 and error(response)["message"] and not caller.upstream.requests
 
 
 @pytest.mark.parametrize(
@@ -195,30 +195,30 @@ def test_what_could_pass_undefended_is_refused(name):
     ],
 )  # fmt: skip
 def test_a_body_that_is_none(content, headers, status):
-    asked = client(max_body=200_000)
-    found = asked.raw(content, headers)
-    assert found.status_code == status and error(found) and not asked.upstream.requests
+    caller = client(max_body=200_000)
+    response = caller.raw(content, headers)
+    assert response.status_code == status and error(response) and not caller.upstream.requests
 
 
 def test_the_last_of_two_equal_keys_is_the_one_that_is_defended_and_sent():
-    asked = client()
-    asked.raw(
-        b'{"model":"%s","messages":[{"role":"x"}],"messages":[{"role":"user","content":"q"}]}' % asked.model.encode()
+    caller = client()
+    caller.raw(
+        b'{"model":"%s","messages":[{"role":"x"}],"messages":[{"role":"user","content":"q"}]}' % caller.model.encode()
     )
-    assert asked.sent() == [user(f"{TEXT} q")]
+    assert caller.sent() == [user(f"{TEXT} q")]
 
 
 def test_other_paths_are_not_served():
-    asked = client()
+    caller = client()
     for method, path in (
         ("POST", "/v1/completions"),
         ("POST", "/v1/responses"),
         ("GET", "/v1/chat/completions"),
         ("GET", "/"),
     ):
-        found = asked.request(method, path)
-        assert found.status_code in (404, 405) and "undefended" in found.json()["error"]["message"]
-    assert not asked.upstream.requests
+        response = caller.request(method, path)
+        assert response.status_code in (404, 405) and "undefended" in response.json()["error"]["message"]
+    assert not caller.upstream.requests
 
 
 # -- names, hash, token, metrics, logs ---------------------------------------------------------------------------------
@@ -234,8 +234,8 @@ def test_the_hash_is_in_the_models_name_and_in_every_head():
     assert one.request("GET", "/v1/models/m").status_code == 404
     assert one.post(user("q")).headers[HASH] == one.proxy.hash
     for name in ("m", other.model):
-        found = one.post(user("q"), model=name)
-        assert found.status_code == 404 and one.model in error(found)["message"]
+        response = one.post(user("q"), model=name)
+        assert response.status_code == 404 and one.model in error(response)["message"]
     plain = client(plain_names=True)
     assert plain.post(user("q"), model="m").status_code == plain.post(user("q")).status_code == 200
     assert plain.post(user("q"), model=other.model).status_code == 404
@@ -251,40 +251,48 @@ def test_the_hash_is_in_the_models_name_and_in_every_head():
 )  # fmt: skip
 def test_token(sent, status, monkeypatch):
     monkeypatch.setenv("PROXY_TOKEN", "token-1")
-    asked = client(token_env="PROXY_TOKEN")
+    caller = client(token_env="PROXY_TOKEN")
     headers = [(name, value.encode()) for name, value in [*sent, ("content-type", "application/json")]]
-    found = asked.raw(json.dumps({"model": asked.model, "messages": [user("q")]}).encode(), headers)
-    assert found.status_code == status
+    response = caller.raw(json.dumps({"model": caller.model, "messages": [user("q")]}).encode(), headers)
+    assert response.status_code == status
     assert (
-        asked.request("GET", "/metrics", headers=headers).status_code
-        == asked.request("GET", "/v1/models", headers=headers).status_code
+        caller.request("GET", "/metrics", headers=headers).status_code
+        == caller.request("GET", "/v1/models", headers=headers).status_code
         == status
     )
-    assert asked.request("GET", "/health").json() == {"status": "ok"}
-    assert all("authorization" not in request.headers for request in asked.upstream.requests)  # it is the proxy's
-    assert (len(asked.upstream.bodies) == 1) == (status == 200)
+    assert caller.request("GET", "/health").json() == {"status": "ok"}
+    assert all("authorization" not in request.headers for request in caller.upstream.requests)  # it is the proxy's
+    assert (len(caller.upstream.bodies) == 1) == (status == 200)
 
 
 def test_keys_and_headers_that_go_on(monkeypatch):
     monkeypatch.setenv("UP_KEY", "sk-up")
-    given = {
+    client_headers = {
         "content-type": "application/json", "authorization": "Bearer mine", "x-request-id": "7", "cookie": "c=1",
         "connection": "x-hop", "x-hop": "1", "accept-encoding": "gzip",
     }  # fmt: skip
     own, keyed = client(), client(api_key_env="UP_KEY")
-    for asked, key in ((own, "Bearer mine"), (keyed, "Bearer sk-up")):
-        asked.post(user("q"), headers=given)
-        seen = asked.upstream.requests[0].headers
-        assert (seen["authorization"], seen["x-request-id"], seen["accept-encoding"]) == (key, "7", "identity")
-        assert seen["host"] == "upstream.test" and "cookie" not in seen and "x-hop" not in seen
+    for caller, key in ((own, "Bearer mine"), (keyed, "Bearer sk-up")):
+        caller.post(user("q"), headers=client_headers)
+        upstream_headers = caller.upstream.requests[0].headers
+        assert (
+            upstream_headers["authorization"],
+            upstream_headers["x-request-id"],
+            upstream_headers["accept-encoding"],
+        ) == (key, "7", "identity")
+        assert (
+            upstream_headers["host"] == "upstream.test"
+            and "cookie" not in upstream_headers
+            and "x-hop" not in upstream_headers
+        )
 
 
 @pytest.mark.parametrize("host", ["evil.test", "127.0.0.1.evil.test:8100", "localhost.evil.test", ""])
 def test_a_page_whose_name_leads_to_loopback_is_refused(host):
-    asked = client()
-    found = asked.post(user("q"), headers={"content-type": "application/json", "host": host})
-    assert found.status_code == 403 and not asked.upstream.requests
-    assert asked.post(user("q"), headers={"content-type": "application/json", "host": "[::1]:8100"}).status_code == 200
+    caller = client()
+    response = caller.post(user("q"), headers={"content-type": "application/json", "host": host})
+    assert response.status_code == 403 and not caller.upstream.requests
+    assert caller.post(user("q"), headers={"content-type": "application/json", "host": "[::1]:8100"}).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -303,12 +311,12 @@ def test_settings_that_are_refused(values, says):
 
 def test_metrics_count_and_neither_they_nor_logs_tell_anything(caplog, capfd):
     caplog.set_level(logging.DEBUG)
-    asked = client(max_images=1)
+    caller = client(max_images=1)
     secret = "zebra-crossing"
-    asked.post(user(image_part(RED), text_part(secret)))
-    asked.post(user(text_part(secret), image_part("data:image/png;base64,QUJD")))
-    asked.post(user(*[image_part(RED)] * 2, text_part(secret)))
-    page = asked.request("GET", "/metrics").text
+    caller.post(user(image_part(RED), text_part(secret)))
+    caller.post(user(text_part(secret), image_part("data:image/png;base64,QUJD")))
+    caller.post(user(*[image_part(RED)] * 2, text_part(secret)))
+    page = caller.request("GET", "/metrics").text
     for line in (
         'davsp_requests_total{status="200"} 1.0', 'davsp_requests_total{status="400"} 2.0', "davsp_pictures_total 1.0",
         'davsp_refused_total{code="image_broken"} 1.0', 'davsp_refused_total{code="too_many_pictures"} 1.0',
@@ -336,47 +344,51 @@ def test_metrics_count_and_neither_they_nor_logs_tell_anything(caplog, capfd):
     ],
 )
 def test_an_upstream_that_fails(answer, status, says):
-    asked = client()
-    asked.upstream.answer = lambda number, body: answer
-    found = asked.post(user("q"))
-    assert found.status_code == status and says in found.json()["error"]["message"] and len(asked.upstream.bodies) == 1
+    caller = client()
+    caller.upstream.answer = lambda number, body: answer
+    response = caller.post(user("q"))
+    assert (
+        response.status_code == status
+        and says in response.json()["error"]["message"]
+        and len(caller.upstream.bodies) == 1
+    )
 
 
 def test_a_reply_passes_byte_for_byte():
-    asked = client()
+    caller = client()
     whole = b'{"choices": [ ],\n "odd":1.50, "\\u00fc": "\xc3\xbc"}'
-    asked.upstream.answer = lambda number, body: httpx2.Response(
+    caller.upstream.answer = lambda number, body: httpx2.Response(
         200, content=whole, headers={"content-type": "application/json", "x-more": "1", "set-cookie": "a=b"}
     )
-    found = asked.post(user("q"))
-    assert found.content == whole and found.headers["x-more"] == "1" and "set-cookie" not in found.headers
+    response = caller.post(user("q"))
+    assert response.content == whole and response.headers["x-more"] == "1" and "set-cookie" not in response.headers
 
 
 CHUNK = b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}\n\n'
 
 
 def test_a_stream_passes_byte_for_byte_and_one_that_breaks_says_so():
-    asked = client()
+    caller = client()
     whole = [CHUNK[:10], CHUNK[10:], b": ping\n\n", CHUNK, b"data: [DONE]\n\n"]
-    asked.upstream.answer = lambda number, body: Events(*whole).response()
-    found = asked.post(user("q"), stream=True)
-    assert found.content == b"".join(whole) and found.headers["content-type"].startswith("text/event-stream")
-    asked.upstream.answer = lambda number, body: Events(CHUNK, CHUNK[:20], end="break").response()
-    broken = asked.post(user("q"), stream=True).content
+    caller.upstream.answer = lambda number, body: Events(*whole).response()
+    response = caller.post(user("q"), stream=True)
+    assert response.content == b"".join(whole) and response.headers["content-type"].startswith("text/event-stream")
+    caller.upstream.answer = lambda number, body: Events(CHUNK, CHUNK[:20], end="break").response()
+    broken = caller.post(user("q"), stream=True).content
     assert broken.startswith(CHUNK + CHUNK[:20] + b"\n\ndata: ") and b"[DONE]" not in broken
     assert json.loads(broken.rpartition(b"data: ")[2])["error"]["code"] == "upstream_broken"
 
 
-def served(asked: Any) -> Any:
-    return listening(asked.proxy.app)
+def served(caller: Any) -> Any:
+    return listening(caller.proxy.app)
 
 
 def talk(url: str, content: bytes) -> socket.socket:
     """An open connection that has sent this."""
     port = int(url.split(":")[2].split("/")[0])
-    made = socket.create_connection(("127.0.0.1", port), timeout=10)
-    made.sendall(content)
-    return made
+    connection = socket.create_connection(("127.0.0.1", port), timeout=10)
+    connection.sendall(content)
+    return connection
 
 
 def head(length: int, host: str = "localhost") -> bytes:
@@ -384,7 +396,7 @@ def head(length: int, host: str = "localhost") -> bytes:
 
 
 def test_a_client_that_hangs_up_stops_the_upstream():
-    asked, events, waiting = client(), Events(CHUNK, end="hang"), []
+    caller, events, waiting = client(), Events(CHUNK, end="hang"), []
 
     async def never() -> Any:
         waiting.append("begun")
@@ -394,17 +406,17 @@ def test_a_client_that_hangs_up_stops_the_upstream():
             waiting.append("stopped")
             raise
 
-    asked.upstream.answer = lambda number, body: events.response() if body.get("stream") else never()
-    with served(asked) as url:
+    caller.upstream.answer = lambda number, body: events.response() if body.get("stream") else never()
+    with served(caller) as url:
         for fields in ({"stream": True}, {}):
-            body = json.dumps({"model": asked.model, "messages": [user("q")]} | fields).encode()
+            body = json.dumps({"model": caller.model, "messages": [user("q")]} | fields).encode()
             with talk(url, head(len(body)) + body) as connection:
                 if fields:
                     assert b"200 OK" in connection.recv(4096)
                 else:
                     wait_for(lambda: waiting)
             wait_for(events.closed.is_set if fields else lambda: waiting == ["begun", "stopped"])
-        wait_for(lambda: asked.proxy.under_way == 0)
+        wait_for(lambda: caller.proxy.under_way == 0)
 
 
 def wait_for(met: Any) -> None:
@@ -415,35 +427,35 @@ def wait_for(met: Any) -> None:
 
 
 def test_slow_clients_and_too_many():
-    asked = client(body_timeout=0.3, concurrency=1)
-    with served(asked) as url, httpx2.Client(trust_env=False) as http:
+    caller = client(body_timeout=0.3, concurrency=1)
+    with served(caller) as url, httpx2.Client(trust_env=False) as http:
         with talk(url, head(1000) + b"{") as slow:
-            wait_for(lambda: asked.proxy.under_way == 1)
+            wait_for(lambda: caller.proxy.under_way == 1)
             busy = http.post(f"{url}/chat/completions", json={})
             assert busy.status_code == 429 and busy.headers["retry-after"] == "1" and error(busy)["code"] == "busy"
             assert b"408" in slow.recv(4096).splitlines()[0]
-        wait_for(lambda: asked.proxy.under_way == 0)
+        wait_for(lambda: caller.proxy.under_way == 0)
         assert http.post(f"{url}/chat/completions", json={}).status_code == 400
-    assert not asked.upstream.requests
+    assert not caller.upstream.requests
 
 
 def test_many_at_once_are_all_defended():
-    asked, images = client(threads=2), [picture(seed, (50, 50)) for seed in range(12)]
+    caller, images = client(threads=2), [picture(seed, (50, 50)) for seed in range(12)]
 
     async def ask_all() -> None:
-        transport = httpx2.ASGITransport(asked.proxy.app)
+        transport = httpx2.ASGITransport(caller.proxy.app)
         async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as http:
             bodies = [
-                {"model": asked.model, "messages": [user(image_part(data_url(image)))], "n": i}
+                {"model": caller.model, "messages": [user(image_part(data_url(image)))], "n": i}
                 for i, image in enumerate(images)
             ]
-            found = await asyncio.gather(*(http.post("/v1/chat/completions", json=body) for body in bodies))
-            assert {one.status_code for one in found} == {200}
+            responses = await asyncio.gather(*(http.post("/v1/chat/completions", json=body) for body in bodies))
+            assert {one.status_code for one in responses} == {200}
 
     asyncio.run(ask_all())
     defense = border()
-    for body in asked.upstream.bodies:
-        sent = shown(body["messages"][0]["content"][0]["image_url"]["url"])
+    for body in caller.upstream.bodies:
+        sent = picture_of(body["messages"][0]["content"][0]["image_url"]["url"])
         assert sent.tobytes() == defense.paint(images[body["n"]]).tobytes()
 
 

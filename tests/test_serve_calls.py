@@ -11,7 +11,7 @@ from davsp.defenses import ECSO, Chain, SafetyText
 from davsp.serve.calls import asks_once
 from davsp.serve.probe import probe
 from davsp.serve.settings import ServeSettings
-from proxy import TEXT, Upstream, border, client, data_url, image_part, shown, text_part, user
+from proxy import TEXT, Upstream, border, client, data_url, image_part, picture_of, text_part, user
 from tiny import picture
 
 IMAGE = picture(2, (40, 30))
@@ -35,16 +35,16 @@ def saying(*texts: Any) -> Any:
 
 
 def asking(defense: ECSO | Chain, *texts: Any, **settings: Any) -> Any:
-    asked = client(defense, **settings)
-    asked.upstream.answer = saying(*texts)
-    return asked
+    caller = client(defense, **settings)
+    caller.upstream.answer = saying(*texts)
+    return caller
 
 
-def seen(body: dict[str, Any]) -> tuple[str, Image.Image | None]:
+def question_and_picture(body: dict[str, Any]) -> tuple[str, Image.Image | None]:
     content = body["messages"][-1]["content"]
     if isinstance(content, str):
         return content, None
-    return content[1]["text"], shown(content[0]["image_url"]["url"])
+    return content[1]["text"], picture_of(content[0]["image_url"]["url"])
 
 
 def test_which_defenses_ask_more_than_once():
@@ -53,41 +53,44 @@ def test_which_defenses_ask_more_than_once():
 
 
 def test_ecso_asks_four_times_and_the_last_answer_goes_to_the_client():
-    asked = asking(ECSO(border()), "bad", "yes", "a caption", "long")
+    caller = asking(ECSO(border()), "bad", "yes", "a caption", "long")
     system = {"role": "system", "content": "be brief"}
-    found = asked.post(system, ASK, max_tokens=9, seed=3, temperature=0).json()
-    assert found["choices"][0]["message"]["content"] == "long" and found["choices"][0]["finish_reason"] == "length"
-    assert found["usage"] == {"prompt_tokens": 40, "completion_tokens": 8, "total_tokens": 48}
-    assert found["model"] == asked.model and found["object"] == "chat.completion"
-    first, harm, caption, blind = map(seen, asked.upstream.bodies)
+    completion = caller.post(system, ASK, max_tokens=9, seed=3, temperature=0).json()
+    assert (
+        completion["choices"][0]["message"]["content"] == "long"
+        and completion["choices"][0]["finish_reason"] == "length"
+    )
+    assert completion["usage"] == {"prompt_tokens": 40, "completion_tokens": 8, "total_tokens": 48}
+    assert completion["model"] == caller.model and completion["object"] == "chat.completion"
+    first, harm, caption, blind = map(question_and_picture, caller.upstream.bodies)
     canvas = border().paint(IMAGE).tobytes()
     assert first[0] == f"{TEXT} what is this" and "RESPONSE:\nbad" in harm[0] and "a caption" in blind[0]
     assert [one[1] and one[1].tobytes() for one in (first, harm, caption, blind)] == [canvas] * 3 + [None]
-    for body in asked.upstream.bodies:
+    for body in caller.upstream.bodies:
         assert body["messages"][0] == system and (body["temperature"], body["seed"], body["model"]) == (0, 3, "m")
-    assert [body["max_tokens"] for body in asked.upstream.bodies] == [9, 9, 9, 9]
+    assert [body["max_tokens"] for body in caller.upstream.bodies] == [9, 9, 9, 9]
 
 
 def test_adaptive_answers_again_only_what_is_judged_harmful():
     for verdict, texts in (("no", ["plain"]), ("yes", ["plain", "safe"])):
-        asked = asking(ECSO(instead=border()), texts[0], verdict, *texts[1:])
-        assert asked.post(ASK).json()["choices"][0]["message"]["content"] == texts[-1]
-        pictures = [one[1] for one in map(seen, asked.upstream.bodies)]
+        caller = asking(ECSO(instead=border()), texts[0], verdict, *texts[1:])
+        assert caller.post(ASK).json()["choices"][0]["message"]["content"] == texts[-1]
+        pictures = [one[1] for one in map(question_and_picture, caller.upstream.bodies)]
         assert pictures[0].tobytes() == IMAGE.tobytes()
-        assert len(pictures) == 1 + len(texts) and asked.upstream.bodies[0]["max_tokens"] == 1024
+        assert len(pictures) == 1 + len(texts) and caller.upstream.bodies[0]["max_tokens"] == 1024
         if verdict == "yes":
             assert pictures[2].tobytes() == border().paint(IMAGE).tobytes()
 
 
 def test_as_a_stream():
-    asked = asking(ECSO(), "a red  cake", "no")
-    found = asked.post(user("q"), stream=True, stream_options={"include_usage": True})
-    events = [line.removeprefix("data: ") for line in found.text.split("\n\n") if line]
+    caller = asking(ECSO(), "a red  cake", "no")
+    response = caller.post(user("q"), stream=True, stream_options={"include_usage": True})
+    events = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
     chunks = [json.loads(event) for event in events[:-1]]
-    assert events[-1] == "[DONE]" and found.headers["content-type"].startswith("text/event-stream")
+    assert events[-1] == "[DONE]" and response.headers["content-type"].startswith("text/event-stream")
     assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks if c["choices"]) == "a red  cake"
     assert chunks[-2]["choices"][0]["finish_reason"] == "stop" and chunks[-1]["usage"]["total_tokens"] == 24
-    assert {c["model"] for c in chunks} == {asked.model} and len({c["id"] for c in chunks}) == 1
+    assert {c["model"] for c in chunks} == {caller.model} and len({c["id"] for c in chunks}) == 1
 
 
 @pytest.mark.parametrize(
@@ -101,9 +104,9 @@ def test_as_a_stream():
     ],
 )  # fmt: skip
 def test_what_is_not_defined_for_them_is_refused(messages, fields):
-    asked = asking(ECSO(border()), "a", "no")
-    found = asked.post(*messages, **fields)
-    assert found.status_code == 400 and found.json()["error"]["message"] and not asked.upstream.bodies
+    caller = asking(ECSO(border()), "a", "no")
+    response = caller.post(*messages, **fields)
+    assert response.status_code == 400 and response.json()["error"]["message"] and not caller.upstream.bodies
 
 
 @pytest.mark.parametrize(
@@ -114,14 +117,14 @@ def test_what_is_not_defined_for_them_is_refused(messages, fields):
     ],
 )  # fmt: skip
 def test_a_call_that_fails_is_an_error_and_no_answer(answers, status):
-    asked = asking(ECSO(border()), *answers)
-    found = asked.post(ASK)
-    assert found.status_code == status and "bad" not in found.text and len(asked.upstream.bodies) == len(answers)
+    caller = asking(ECSO(border()), *answers)
+    response = caller.post(ASK)
+    assert response.status_code == status and "bad" not in response.text and len(caller.upstream.bodies) == len(answers)
 
 
 def test_image_free_requests_may_pass_them_too():
-    asked = asking(ECSO(), "a", image_free="pass")
-    assert asked.post(user("q"), temperature=0.7).status_code == 200 and asked.sent() == [user("q")]
+    caller = asking(ECSO(), "a", image_free="pass")
+    assert caller.post(user("q"), temperature=0.7).status_code == 200 and caller.sent() == [user("q")]
 
 
 # -- the look at the upstream ------------------------------------------------------------------------------------------
@@ -143,4 +146,4 @@ def test_probe_says_what_must_hold(answer, says):
     upstream.answer = answer
     lines = asyncio.run(probe(ServeSettings(upstream="http://u/v1", canvas=56), None, upstream))
     assert says in lines[0] and "56x56 pixels alone" in lines[1]
-    assert shown(upstream.bodies[0]["messages"][0]["content"][0]["image_url"]["url"]).size == (56, 56)
+    assert picture_of(upstream.bodies[0]["messages"][0]["content"][0]["image_url"]["url"]).size == (56, 56)

@@ -29,14 +29,14 @@ def prompt(mini: LVLM) -> VisualSafetyPrompt:
 
 
 @pytest.fixture(scope="module")
-def asked(protocol: Protocol) -> list[Query]:
+def eval_queries(protocol: Protocol) -> list[Query]:
     return [*protocol.test[::80], Query("w", "what colour is the car ?", "benign", "utility")]
 
 
 @pytest.fixture(scope="module")
-def want(mini: LVLM, prompt: VisualSafetyPrompt, asked: list[Query]) -> list[str]:
+def want(mini: LVLM, prompt: VisualSafetyPrompt, eval_queries: list[Query]) -> list[str]:
     """The defended answers, as `davsp eval` has them."""
-    return offline(mini, VisualPrompt(prompt), asked)
+    return offline(mini, VisualPrompt(prompt), eval_queries)
 
 
 def message(query: Query) -> dict[str, Any]:
@@ -58,70 +58,74 @@ def served(prompt: VisualSafetyPrompt, tmp_path_factory: pytest.TempPathFactory)
     """Addresses of model and proxy, and what the proxy said."""
     folder = tmp_path_factory.mktemp("served")
     prompt.save_pretrained(folder / "prompt")
-    with pytest.MonkeyPatch.context() as patch, redirect_stderr(io.StringIO()) as said:
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(io.StringIO()) as log:
         patch.setenv("NO_PROXY", "127.0.0.1")
         patch.setenv("PROXY_TOKEN", "secret-1")
         with listening(started("serve-model")) as model:
             options = ("--prompt", str(folder / "prompt"), "--canvas", str(prompt.canvas), "--token-env", "PROXY_TOKEN")
             proxy = started("serve", "--upstream", model, *options)
             with listening(proxy) as url:
-                yield model, url, said.getvalue()
+                yield model, url, log.getvalue()
 
 
-def offline(mini: LVLM, defense: Defense, asked: list[Query]) -> list[str]:
-    return [response.text for response in defense.respond(mini, asked, max_new_tokens=TOKENS)]
+def offline(mini: LVLM, defense: Defense, eval_queries: list[Query]) -> list[str]:
+    return [response.text for response in defense.respond(mini, eval_queries, max_new_tokens=TOKENS)]
 
 
 def options(model: str, query: Query) -> dict[str, Any]:
     return {"model": model, "messages": [message(query)], "max_tokens": TOKENS, "temperature": 0}
 
 
-def test_openai_client_gets_the_answers_of_eval(served, mini, prompt, asked, want):
-    _, url, said = served
-    assert len(set(want)) > 2 and want != offline(mini, NoDefense(), asked)
+def test_openai_client_gets_the_answers_of_eval(served, mini, prompt, eval_queries, want):
+    _, url, log = served
+    assert len(set(want)) > 2 and want != offline(mini, NoDefense(), eval_queries)
     with openai.OpenAI(base_url=url, api_key="secret-1") as client:
-        (model,) = (found.id for found in client.models.list())
+        (model,) = (completions.id for completions in client.models.list())
         assert model == f"davsp-mini+davsp-{VisualPrompt(prompt).sha256()[:12]}"
-        found = [client.chat.completions.with_raw_response.create(**options(model, query)) for query in asked]
-        assert [one.parse().choices[0].message.content for one in found] == want
-        assert {one.headers[HASH] for one in found} == {VisualPrompt(prompt).sha256()}
-        stream = client.chat.completions.create(**options(model, asked[0]), stream=True)
+        completions = [
+            client.chat.completions.with_raw_response.create(**options(model, query)) for query in eval_queries
+        ]
+        assert [one.parse().choices[0].message.content for one in completions] == want
+        assert {one.headers[HASH] for one in completions} == {VisualPrompt(prompt).sha256()}
+        stream = client.chat.completions.create(**options(model, eval_queries[0]), stream=True)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == want[0]
         with pytest.raises(openai.NotFoundError, match=r"under this defense it is .davsp-mini\+davsp-"):
-            client.chat.completions.create(**options("davsp-mini", asked[0]))
+            client.chat.completions.create(**options("davsp-mini", eval_queries[0]))
         with pytest.raises(openai.BadRequestError, match="takes one picture"):  # the upstream's own words
-            client.chat.completions.create(model=model, messages=[user(*message(asked[0])["content"] * 2)])
+            client.chat.completions.create(model=model, messages=[user(*message(eval_queries[0])["content"] * 2)])
     with (
         openai.OpenAI(base_url=url, api_key="secret-2", max_retries=0) as wrong,
         pytest.raises(openai.AuthenticationError),
     ):
         wrong.models.list()
     assert (
-        f"canvas of {mini.canvas}x{mini.canvas} pixels as it is sent, to the pixel" in said
-        and model.split("+")[1] in said
+        f"canvas of {mini.canvas}x{mini.canvas} pixels as it is sent, to the pixel" in log
+        and model.split("+")[1] in log
     )
-    assert not any(query.question in said for query in asked)
+    assert not any(query.question in log for query in eval_queries)
 
 
-def test_async_client(served, prompt, asked, want):
+def test_async_client(served, prompt, eval_queries, want):
     _, url, _ = served
     model = f"davsp-mini+davsp-{VisualPrompt(prompt).sha256()[:12]}"
 
     async def ask() -> list[str]:
         async with openai.AsyncOpenAI(base_url=url, api_key="secret-1") as client:
-            found = await asyncio.gather(*(client.chat.completions.create(**options(model, q)) for q in asked[-3:]))
+            completions = await asyncio.gather(
+                *(client.chat.completions.create(**options(model, q)) for q in eval_queries[-3:])
+            )
             stream = await client.chat.completions.create(
-                **options(model, asked[0]), stream=True, stream_options={"include_usage": True}
+                **options(model, eval_queries[0]), stream=True, stream_options={"include_usage": True}
             )
             chunks = [chunk async for chunk in stream]
             assert chunks[-1].usage.prompt_tokens > 144
             text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-            return [*(one.choices[0].message.content for one in found), text]
+            return [*(one.choices[0].message.content for one in completions), text]
 
     assert asyncio.run(ask()) == [*want[-3:], want[0]]
 
 
-def test_ecso_and_adaptive_give_the_answers_of_eval(served, mini, prompt, asked):
+def test_ecso_and_adaptive_give_the_answers_of_eval(served, mini, prompt, eval_queries):
     davsp, calls = VisualPrompt(prompt), set()
     doubtful = replace(TEMPLATES, harm="{query}")  # answered by neither yes nor no, which counts as harmful
     for defense in (
@@ -131,11 +135,13 @@ def test_ecso_and_adaptive_give_the_answers_of_eval(served, mini, prompt, asked)
     ):
         proxy = Proxy(defense, ServeSettings.of(upstream=served[0], canvas=mini.canvas))
         with listening(proxy.app) as url, openai.OpenAI(base_url=url, api_key="any") as client:
-            found = [client.chat.completions.create(**options("davsp-mini" + proxy.suffix, q)) for q in asked]
-        responses = defense.respond(mini, asked, max_new_tokens=TOKENS)
-        assert [one.choices[0].message.content for one in found] == [response.text for response in responses]
+            completions = [
+                client.chat.completions.create(**options("davsp-mini" + proxy.suffix, q)) for q in eval_queries
+            ]
+        responses = defense.respond(mini, eval_queries, max_new_tokens=TOKENS)
+        assert [one.choices[0].message.content for one in completions] == [response.text for response in responses]
         calls |= {response.calls for response in responses}
-        assert [one.usage.prompt_tokens for one in found] == [response.prompt_tokens for response in responses]
+        assert [one.usage.prompt_tokens for one in completions] == [response.prompt_tokens for response in responses]
     assert {2, 3, 4} <= calls  # let pass, answered again, answered from a caption
 
 
@@ -166,5 +172,5 @@ def test_a_mistake_is_one_sentence(arguments, says, tmp_path, capsys, monkeypatc
     VisualSafetyPrompt.create(56, 8, "random").save_pretrained(tmp_path)
     given = [argument.replace("PROMPT", str(tmp_path)) for argument in arguments]
     assert run("serve", "--upstream", "http://127.0.0.1:9/v1", "--no-probe", *given) == 2
-    said = capsys.readouterr().err
-    assert says in said and "Traceback" not in said
+    log = capsys.readouterr().err
+    assert says in log and "Traceback" not in log

@@ -19,7 +19,7 @@ from davsp.serve.fetch import Fetcher, is_public
 from davsp.serve.pictures import STORED, decode, from_data_url, png
 from davsp.serve.refusals import Refusal
 from davsp.serve.settings import ServeSettings
-from proxy import border, client, data_url, image_part, shown, text_part, user
+from proxy import border, client, data_url, image_part, picture_of, text_part, user
 from tiny import picture
 
 LIMITS = ServeSettings(upstream="http://u/v1")
@@ -34,21 +34,21 @@ def file(image: Image.Image, form: str, **options: Any) -> bytes:
 @settings(max_examples=30, deadline=None)
 @given(st.integers(3, 40), st.integers(1, 50), st.integers(1, 50), st.integers(0, 99), st.randoms())
 def test_a_painter_makes_the_same_picture(canvas, width, height, seed, random):
-    made = VisualSafetyPrompt.create(canvas, random.randint(1, (canvas - 1) // 2), "random", seed)
-    for prompt in (made, made.quantised(), AdditiveNoise.create(canvas, 0.1, "random", seed)):
+    border = VisualSafetyPrompt.create(canvas, random.randint(1, (canvas - 1) // 2), "random", seed)
+    for prompt in (border, border.quantised(), AdditiveNoise.create(canvas, 0.1, "random", seed)):
         paint = prompt.painter()
         for number in range(2):  # the first picture must leave nothing behind
-            asked = picture(number, (width, height))
-            assert paint(asked).tobytes() == prompt.image(asked).tobytes()
+            image = picture(number, (width, height))
+            assert paint(image).tobytes() == prompt.image(image).tobytes()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (336, 336), (1500, 1400)])
 def test_png_loses_nothing(size):
     image = picture(0, size)
-    found = Image.open(io.BytesIO(png(image)))
-    found.load()
-    assert (found.format, found.mode, found.size, found.info) == ("PNG", "RGB", size, {})
-    assert found.tobytes() == image.tobytes() and (size[0] * size[1] > STORED) == (size == (1500, 1400))
+    reread = Image.open(io.BytesIO(png(image)))
+    reread.load()
+    assert (reread.format, reread.mode, reread.size, reread.info) == ("PNG", "RGB", size, {})
+    assert reread.tobytes() == image.tobytes() and (size[0] * size[1] > STORED) == (size == (1500, 1400))
 
 
 def kinds() -> dict[str, bytes]:
@@ -73,12 +73,12 @@ def kinds() -> dict[str, bytes]:
 def test_a_picture_is_read_as_davsp_eval_reads_it(name, tmp_path):
     data = kinds()[name]
     (tmp_path / "x").write_bytes(data)
-    want, found = open_picture(tmp_path / "x"), decode(data, LIMITS)
-    assert (found.mode, found.size, found.tobytes()) == ("RGB", want.size, want.tobytes())
-    assert found.size == (20, 30) or "turned" not in name
-    asked = client()
-    asked.post(user(image_part("data:image/png;base64," + data_url(found).partition(",")[2])))
-    sent = shown(asked.sent()[0]["content"][0]["image_url"]["url"])
+    want, decoded = open_picture(tmp_path / "x"), decode(data, LIMITS)
+    assert (decoded.mode, decoded.size, decoded.tobytes()) == ("RGB", want.size, want.tobytes())
+    assert decoded.size == (20, 30) or "turned" not in name
+    caller = client()
+    caller.post(user(image_part("data:image/png;base64," + data_url(decoded).partition(",")[2])))
+    sent = picture_of(caller.sent()[0]["content"][0]["image_url"]["url"])
     assert sent.tobytes() == border().paint(want).tobytes() and sent.size == (56, 56)
 
 
@@ -107,9 +107,9 @@ def broken() -> dict[str, tuple[bytes, str]]:
 @pytest.mark.parametrize("name", broken())
 def test_a_picture_that_is_refused(name):
     data, code = broken()[name]
-    asked = client()
-    found = asked.post(user(image_part(f"data:image/png;base64,{__import__('base64').b64encode(data).decode()}")))
-    assert (found.status_code, found.json()["error"]["code"]) == (400, code) and not asked.upstream.requests
+    caller = client()
+    response = caller.post(user(image_part(f"data:image/png;base64,{__import__('base64').b64encode(data).decode()}")))
+    assert (response.status_code, response.json()["error"]["code"]) == (400, code) and not caller.upstream.requests
 
 
 def test_pixels_beyond_pillows_own_limit_are_refused_undecoded(monkeypatch):
@@ -130,9 +130,9 @@ def test_pixels_beyond_pillows_own_limit_are_refused_undecoded(monkeypatch):
     ],
 )  # fmt: skip
 def test_what_is_no_data_url(url):
-    asked = client(allow_hosts=("h.test",))
-    found = asked.post(user(image_part(url)))
-    assert found.status_code == 400 and not asked.upstream.requests
+    caller = client(allow_hosts=("h.test",))
+    response = caller.post(user(image_part(url)))
+    assert response.status_code == 400 and not caller.upstream.requests
 
 
 def test_a_files_bytes_are_capped():
@@ -158,40 +158,40 @@ def test_addresses_that_are_not_public(address):
 
 
 class Net(httpx2.AsyncBaseTransport):
-    """What would go out; `found` answers it."""
+    """What would go out; `answer` answers it."""
 
-    def __init__(self, found: Any) -> None:
+    def __init__(self, answer: Any) -> None:
         self.requests: list[httpx2.Request] = []
-        self.found = found
+        self.answer = answer
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         self.requests.append(request)
-        return self.found()
+        return self.answer()
 
 
 class Trickle(httpx2.AsyncByteStream):
     def __init__(self, chunk: bytes, wait: float, count: int = 1000) -> None:
-        self.chunk, self.wait, self.count, self.given = chunk, wait, count, 0
+        self.chunk, self.wait, self.count, self.count_sent = chunk, wait, count, 0
 
     async def __aiter__(self) -> Any:
         for _ in range(self.count):
             await asyncio.sleep(self.wait)
-            self.given += 1
+            self.count_sent += 1
             yield self.chunk
 
 
 def fetcher(
-    found: Any, addresses: Any = ("93.184.216.34",), hosts: Any = ("pictures.test",), **options: Any
+    answer: Any, addresses: Any = ("93.184.216.34",), hosts: Any = ("pictures.test",), **options: Any
 ) -> tuple[Fetcher, Net, list[str]]:
-    net, looked = Net(found), []
+    net, lookups = Net(answer), []
 
     async def resolve(host: str, port: int) -> list[str]:
-        looked.append(f"{host}:{port}")
+        lookups.append(f"{host}:{port}")
         if isinstance(addresses, Exception):
             raise addresses
         return list(addresses)
 
-    return Fetcher(hosts, options.get("max_bytes", 10_000), options.get("timeout", 5), resolve, net), net, looked
+    return Fetcher(hosts, options.get("max_bytes", 10_000), options.get("timeout", 5), resolve, net), net, lookups
 
 
 def ok(data: bytes = b"", **options: Any) -> Any:
@@ -201,9 +201,9 @@ def ok(data: bytes = b"", **options: Any) -> Any:
 def test_a_picture_from_a_host_on_the_list_is_defended():
     image = picture(7, (40, 30))
     fetch, net, looked = fetcher(ok(file(image, "PNG")), hosts=["Pictures.test", "bücher.test:8443"])
-    asked = client(fetcher=fetch)
-    assert asked.post(user(image_part("https://pictures.test/a?b=c#d"), text_part("q"))).status_code == 200
-    assert shown(asked.sent()[0]["content"][0]["image_url"]["url"]).tobytes() == border().paint(image).tobytes()
+    caller = client(fetcher=fetch)
+    assert caller.post(user(image_part("https://pictures.test/a?b=c#d"), text_part("q"))).status_code == 200
+    assert picture_of(caller.sent()[0]["content"][0]["image_url"]["url"]).tobytes() == border().paint(image).tobytes()
     (sent,) = net.requests  # to the very address that was looked at, under the host's own name
     assert (sent.url.host, sent.headers["host"], sent.extensions["sni_hostname"]) == (
         "93.184.216.34",
@@ -212,7 +212,7 @@ def test_a_picture_from_a_host_on_the_list_is_defended():
     )
     assert sent.url.raw_path == b"/a?b=c" and looked == ["pictures.test:443"]
     assert not {"authorization", "cookie", "referer"} & set(sent.headers)
-    assert asked.post(user(image_part("https://bücher.test:8443/"))).status_code == 200
+    assert caller.post(user(image_part("https://bücher.test:8443/"))).status_code == 200
     assert looked[1] == "xn--bcher-kva.test:8443" and net.requests[1].url.port == 8443
 
 
@@ -228,18 +228,18 @@ def test_a_picture_from_a_host_on_the_list_is_defended():
 )  # fmt: skip
 def test_an_address_that_may_not_be_asked(url):
     fetch, net, looked = fetcher(ok())
-    asked = client(fetcher=fetch)
-    found = asked.post(user(image_part(url)))
-    assert found.status_code == 400 and not net.requests and not looked and not asked.upstream.requests
+    caller = client(fetcher=fetch)
+    response = caller.post(user(image_part(url)))
+    assert response.status_code == 400 and not net.requests and not looked and not caller.upstream.requests
 
 
 @pytest.mark.parametrize("entry", ["127.0.0.1", "2130706433", "0x7f.1", "[::1]", "[::ffff:7f00:1]", "localhost"])
 def test_this_machine_is_not_asked_even_if_it_is_on_the_list(entry):
     """With the system's own look-up, which knows all ways to write an address."""
     net = Net(ok())
-    asked = client(fetcher=Fetcher([entry], 100, 5, None, net))
-    found = asked.post(user(image_part(f"https://{entry}/a")))
-    assert found.status_code in (400, 502) and not net.requests and not asked.upstream.requests
+    caller = client(fetcher=Fetcher([entry], 100, 5, None, net))
+    response = caller.post(user(image_part(f"https://{entry}/a")))
+    assert response.status_code in (400, 502) and not net.requests and not caller.upstream.requests
 
 
 @pytest.mark.parametrize(
@@ -251,8 +251,8 @@ def test_this_machine_is_not_asked_even_if_it_is_on_the_list(entry):
 )  # fmt: skip
 def test_a_name_that_leads_inside_is_not_asked(addresses, status, code):
     fetch, net, _ = fetcher(ok(), addresses)
-    found = client(fetcher=fetch).post(user(image_part("https://pictures.test/a")))
-    assert (found.status_code, found.json()["error"]["code"]) == (status, code) and not net.requests
+    response = client(fetcher=fetch).post(user(image_part("https://pictures.test/a")))
+    assert (response.status_code, response.json()["error"]["code"]) == (status, code) and not net.requests
 
 
 def test_a_name_is_looked_up_once_so_that_a_second_answer_leads_nowhere():
@@ -270,14 +270,14 @@ def test_a_name_is_looked_up_once_so_that_a_second_answer_leads_nowhere():
 
 
 def raising(error: Exception) -> Any:
-    def found() -> httpx2.Response:
+    def raise_it() -> httpx2.Response:
         raise error
 
-    return found
+    return raise_it
 
 
 @pytest.mark.parametrize(
-    ("found", "status", "code"),
+    ("answer", "status", "code"),
     [
         (lambda: httpx2.Response(302, headers={"location": "https://127.0.0.1/"}), 502, "image_unreachable"),
         (lambda: httpx2.Response(404), 502, "image_unreachable"),
@@ -288,12 +288,12 @@ def raising(error: Exception) -> Any:
         (ok(b"no picture"), 400, "image_broken"),
     ],
 )  # fmt: skip
-def test_a_host_that_sends_no_picture(found, status, code):
-    fetch, net, _ = fetcher(found, timeout=0.4)
-    asked = client(fetcher=fetch)
-    reply = asked.post(user(image_part("https://pictures.test/a")))
+def test_a_host_that_sends_no_picture(answer, status, code):
+    fetch, net, _ = fetcher(answer, timeout=0.4)
+    caller = client(fetcher=fetch)
+    reply = caller.post(user(image_part("https://pictures.test/a")))
     assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
-    assert len(net.requests) == 1 and not asked.upstream.requests
+    assert len(net.requests) == 1 and not caller.upstream.requests
 
 
 def test_an_endless_picture_is_cut_at_the_cap():
@@ -301,7 +301,7 @@ def test_an_endless_picture_is_cut_at_the_cap():
     fetch, _, _ = fetcher(lambda: httpx2.Response(200, stream=stream))
     with pytest.raises(Refusal, match="image_too_large"):
         asyncio.run(fetch("https://pictures.test/a"))
-    assert stream.given <= 75  # of chunks joined to 64 KiB
+    assert stream.count_sent <= 75  # of chunks joined to 64 KiB
 
 
 @pytest.mark.parametrize("entry", ["*", "*.test", "https://a.test", "a.test/x", "u@a.test", "", "a b"])
@@ -311,6 +311,6 @@ def test_an_entry_that_is_no_host(entry):
 
 
 def test_no_host_is_on_the_list_by_default():
-    asked = client()
-    found = asked.post(user(image_part("https://example.org/a.png")))
-    assert found.status_code == 400 and found.json()["error"]["code"] == "image_url_host"
+    caller = client()
+    response = caller.post(user(image_part("https://example.org/a.png")))
+    assert response.status_code == 400 and response.json()["error"]["code"] == "image_url_host"

@@ -21,7 +21,7 @@ from starlette.routing import Route
 from davsp import DavspError
 from davsp.serve import workers
 from davsp.serve.settings import ServeSettings
-from proxy import CANVAS, GOOD, border, data_url, image_part, listening, shown, user
+from proxy import CANVAS, GOOD, border, data_url, image_part, listening, picture_of, user
 from tiny import picture
 
 SLEEPERS = Path(__file__).parent / "sleepers.py"
@@ -30,8 +30,8 @@ SLEEPERS = Path(__file__).parent / "sleepers.py"
 @contextmanager
 def sleeping(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
     """A command with two workers that only sleep, and their process ids."""
-    given = [sys.executable, str(SLEEPERS), *arguments]
-    with subprocess.Popen(given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as command:
+    start = [sys.executable, str(SLEEPERS), *arguments]
+    with subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as command:
         try:
             yield command, [int(command.stdout.readline()) for _ in range(2)]
         finally:
@@ -75,8 +75,8 @@ def test_workers_outlive_no_command():
 
 
 def test_an_address_that_is_taken():
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(DavspError, match="give another one"):
-        workers.bound("127.0.0.1", taken.getsockname()[1], 2)
+    with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(DavspError, match="give another one"):
+        workers.bound("127.0.0.1", listener.getsockname()[1], 2)
     with pytest.raises(DavspError, match="--host nowhere"):
         workers.bound("nowhere.invalid", 0, 2)
 
@@ -114,22 +114,22 @@ def test_the_command_with_two_workers(tmp_path):
         ExitStack() as stack,
     ):
         clients = [stack.enter_context(httpx2.Client(base_url=url, timeout=60)) for _ in range(16)]
-        asked = [picture(seed, (40, 30)) for seed in range(16)]
-        for client, image in zip(clients, asked, strict=True):
+        images = [picture(seed, (40, 30)) for seed in range(16)]
+        for client, image in zip(clients, images, strict=True):
             body = {"model": "m", "messages": [user(image_part(data_url(image)))]}
             assert client.post("/v1/chat/completions", json=body).json() == GOOD
-        found = [shown(body["messages"][0]["content"][0]["image_url"]["url"]) for body in bodies]
-        assert [image.tobytes() for image in found] == [border().paint(image).tobytes() for image in asked]
-        serving = [child for child in psutil.Process(process.pid).children() if kept(child)]
-        assert len(serving) == 2 and sum(map(kept, serving)) == 16
+        pictures = [picture_of(body["messages"][0]["content"][0]["image_url"]["url"]) for body in bodies]
+        assert [image.tobytes() for image in pictures] == [border().paint(image).tobytes() for image in images]
+        serving = [child for child in psutil.Process(process.pid).children() if open_connections(child)]
+        assert len(serving) == 2 and sum(map(open_connections, serving)) == 16
         for client in clients:  # whichever worker is asked
             page = client.get("/metrics").text.splitlines()
             assert {'davsp_requests_total{status="200"} 16.0', "davsp_pictures_total 16.0"} <= set(page)
             assert {"davsp_under_way 0.0", "davsp_upstream_seconds_count 16.0"} <= set(page)
         process.terminate()
         assert process.wait(60) == 0 and gone([child.pid for child in serving])
-        said = process.stderr.read()
-        assert "2 workers listen at http://127.0.0.1" in said and "Traceback" not in said
+        log = process.stderr.read()
+        assert "2 workers listen at http://127.0.0.1" in log and "Traceback" not in log
 
 
 @contextmanager
@@ -138,8 +138,8 @@ def command(folder: Path, upstream: str) -> Iterator[tuple[subprocess.Popen[str]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     options = f"--prompt {folder} --canvas {CANVAS} --upstream {upstream} --port {port} --workers 2"
-    given = [sys.executable, "-c", "from davsp import cli; cli.main()", "serve", "--no-probe", "--plain-names"]
-    with subprocess.Popen([*given, *options.split()], stderr=subprocess.PIPE, text=True) as process:
+    start = [sys.executable, "-c", "from davsp import cli; cli.main()", "serve", "--no-probe", "--plain-names"]
+    with subprocess.Popen([*start, *options.split()], stderr=subprocess.PIPE, text=True) as process:
         try:
             while process.poll() is None:
                 with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
@@ -150,8 +150,8 @@ def command(folder: Path, upstream: str) -> Iterator[tuple[subprocess.Popen[str]
             process.kill()
 
 
-def kept(worker: psutil.Process) -> int:
+def open_connections(worker: psutil.Process) -> int:
     """Connections of clients that it keeps."""
-    found = worker.net_connections("tcp")
-    ports = {one.laddr.port for one in found if one.status == psutil.CONN_LISTEN}
-    return sum(one.status == psutil.CONN_ESTABLISHED and one.laddr.port in ports for one in found)
+    connections = worker.net_connections("tcp")
+    ports = {one.laddr.port for one in connections if one.status == psutil.CONN_LISTEN}
+    return sum(one.status == psutil.CONN_ESTABLISHED and one.laddr.port in ports for one in connections)

@@ -87,8 +87,8 @@ def test_one_step_by_hand(lvlm, prompt, vector, tmp_path):
     output = lvlm.step(canvas, [f"please be safe {q.question}" for q in rows], vector.layer, answers)
     s = vector.project(output.state)
     hinge = ((vector.mu_plus - s[:2]).clamp(min=0).sum() + (s[2:] - vector.mu_minus).clamp(min=0).sum()) / 4
-    kept = [loss for loss, answer in zip(output.answer_loss, answers, strict=True) if answer]
-    loss = hinge / vector.half_gap() + 0.2 * torch.stack(kept).mean()
+    answered = [loss for loss, answer in zip(output.answer_loss, answers, strict=True) if answer]
+    loss = hinge / vector.half_gap() + 0.2 * torch.stack(answered).mean()
     (gradient,) = torch.autograd.grad(loss, delta)
     after, metrics = run.advance(state)
     assert torch.equal(after.delta, (delta.detach() - 4 / 255 * gradient.sign()).clamp(0, 1))
@@ -112,8 +112,8 @@ def test_adam_is_torchs_adam(lvlm, prompt, vector, tmp_path):
 
 def test_the_order_of_the_data(lvlm, prompt, vector, tmp_path):
     run = Run(lvlm, prompt, MALICIOUS, BENIGN, vector, FAST, tmp_path, [])
-    drawn = [row for step in range(15) for row in run._rows("malicious", step)]  # 30 of 5: six epochs
-    epochs = [drawn[i : i + 5] for i in range(0, 30, 5)]
+    order = [row for step in range(15) for row in run._rows("malicious", step)]  # 30 of 5: six epochs
+    epochs = [order[i : i + 5] for i in range(0, 30, 5)]
     assert all(sorted(epoch) == list(range(5)) for epoch in epochs) and len({tuple(e) for e in epochs}) > 1
     other = Run(lvlm, prompt, MALICIOUS, BENIGN, vector, FAST.model_copy(update={"seed": 1}), tmp_path, [])
     assert [other._rows("malicious", step) for step in range(15)] != [
@@ -279,17 +279,17 @@ def test_the_memory_estimate_is_about_right(lvlm, prompt, options):
     """Against the tensors that autograd keeps."""
     rows = options.get("rows", 1)
     answers = ["a red cake"] * rows if options["answered"] else None
-    kept: dict[int, int] = {}
+    tensor_sizes: dict[int, int] = {}
 
     def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        tensor_sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     weights = {weight.untyped_storage().data_ptr() for weight in lvlm.model.parameters()}
     canvas = prompt.with_delta(prompt.delta.clone().requires_grad_()).apply(prompt.resize([picture(1)] * rows))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = lvlm.step(canvas, ["what is this"] * rows, 2, answers)
-    measured = sum(size for place, size in kept.items() if place not in weights)
+    measured = sum(size for place, size in tensor_sizes.items() if place not in weights)
     tokens = lvlm.encode(["what is this"], True, answers and answers[:1]).ids.shape[1]
     estimate = estimate_memory(lvlm, rows, tokens, 2, options["answered"])
     assert 0.5 < measured / estimate < 2 and output.state.requires_grad
