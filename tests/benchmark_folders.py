@@ -66,8 +66,8 @@ def b64(colour: int) -> str:
 def skipped(load, *args, **options):
     """What is left and what was told when broken rows are skipped."""
     with pytest.warns(source.SkippedWarning) as caught:
-        found = load(*args, **options, skip_broken=True)
-    return found, str(next(w.message for w in caught if w.category is source.SkippedWarning))
+        queries = load(*args, **options, skip_broken=True)
+    return queries, str(next(w.message for w in caught if w.category is source.SkippedWarning))
 
 
 def answers(queries: list[Query], texts: list[str], defense: str = "d") -> list[Response]:

@@ -137,7 +137,7 @@ class Handler(BaseHTTPRequestHandler):
         elif fault.isdigit():
             self.send(int(fault), {"error": {"message": f"bad: {self.headers.get('Authorization')}"}})
         else:
-            said = {
+            content = {
                 "prose": f"I would call this {other}. Then again it is hard to say.",
                 "not unsafe": "not unsafe" if label == "unsafe" else "not safe",
                 "filter end": other,
@@ -147,8 +147,8 @@ class Handler(BaseHTTPRequestHandler):
                 "refusal": other,
             }.get(fault, label)
             end = {"filter end": "content_filter", "long": "length"}.get(fault, "stop")
-            message = {"role": "assistant", "content": said} | ({"refusal": "no"} if fault == "refusal" else {})
-            choice = {"text": said} if plain else {"message": message}
+            message = {"role": "assistant", "content": content} | ({"refusal": "no"} if fault == "refusal" else {})
+            choice = {"text": content} if plain else {"message": message}
             self.send(200, {"model": "truth", "choices": [choice | {"finish_reason": end}]})
             if not fault:
                 self.count(item)
@@ -177,10 +177,10 @@ def faulty(share: float, slow: Callable[[int], bool] = lambda item: False) -> Ca
     """Faults of all kinds for a share of the requests, the same ones in every run; never more than five in a row."""
 
     def fault(item: int, attempt: int) -> str:
-        drawn = random.Random(f"{item} {attempt}")
+        rng = random.Random(f"{item} {attempt}")
         if attempt == 1 and slow(item):
             return "slow"
-        return drawn.choice(FAULTS) if attempt % 6 and drawn.random() < share else ""
+        return rng.choice(FAULTS) if attempt % 6 and rng.random() < share else ""
 
     return fault
 

@@ -48,12 +48,12 @@ def test_disagreements() -> None:
     def by(judge: str, *labels: str) -> list[Verdict]:
         return [Verdict(f"q{i}", "davsp", judge, label) for i, label in enumerate(labels)]  # type: ignore[arg-type]
 
-    found = agreement(
+    comparison = agreement(
         {
             "a": by("a", "safe", "safe", "unsafe", "safe", "unscored"),
             "b": by("b", "safe", "safe", "unsafe", "unsafe", "safe"),
         }
     )
-    assert found.alpha == pytest.approx(8 / 15) and found.n == 4
-    assert found.disagreements == {("davsp", "q3"): {"a": "safe", "b": "unsafe"}}
+    assert comparison.alpha == pytest.approx(8 / 15) and comparison.n == 4
+    assert comparison.disagreements == {("davsp", "q3"): {"a": "safe", "b": "unsafe"}}
     assert agreement({"a": by("a", "safe")}) == Agreement(None, 0, {})

@@ -196,8 +196,8 @@ def test_two_references_of_one_question_are_named(tmp_path):
         file.write_text(file.read_text() + json.dumps(row) + "\n")
         with pytest.raises(DavspError, match=rf"{name}\.jsonl, line \d is the second one on"):
             llava_bench.load(tmp_path / name)
-        found, _ = skipped(llava_bench.load, tmp_path / name)
-        assert found[0].reference == "Answer 0." and found[0].context != "x"
+        queries, _ = skipped(llava_bench.load, tmp_path / name)
+        assert queries[0].reference == "Answer 0." and queries[0].context != "x"
 
 
 @pytest.mark.parametrize("how", FAULTS)
@@ -208,8 +208,8 @@ def test_broken_pictures(tmp_path, how):
     with pytest.raises(DavspError) as caught:
         mm_safetybench.load(tmp_path)
     assert str(path) in str(caught.value) and FAULTS[how] in str(caught.value) and "skip_broken" in str(caught.value)
-    found, told = skipped(mm_safetybench.load, tmp_path)
-    assert len(found) == 8 and str(path) in told
+    queries, warning = skipped(mm_safetybench.load, tmp_path)
+    assert len(queries) == 8 and str(path) in warning
     assert FAULTS[how] in mm_safetybench.check(tmp_path).broken[0]
 
 
@@ -225,9 +225,9 @@ def test_ordinary_pictures_pass(tmp_path):
 def test_limit_is_a_seeded_draw_in_order(tmp_path):
     figstep_clone(tmp_path, figstep_rows(20))
     every = [q.id for q in figstep.load(tmp_path)]
-    drawn = [q.id for q in figstep.load(tmp_path, limit=7, seed=3)]
-    assert drawn == [q.id for q in figstep.load(tmp_path, limit=7, seed=3)] == [i for i in every if i in drawn]
-    assert len(drawn) == 7 and drawn != [q.id for q in figstep.load(tmp_path, limit=7, seed=4)]
+    ids = [q.id for q in figstep.load(tmp_path, limit=7, seed=3)]
+    assert ids == [q.id for q in figstep.load(tmp_path, limit=7, seed=3)] == [i for i in every if i in ids]
+    assert len(ids) == 7 and ids != [q.id for q in figstep.load(tmp_path, limit=7, seed=4)]
     assert len(figstep.load(tmp_path, limit=99)) == 40
     with pytest.raises(DavspError, match="limit=0"):
         figstep.load(tmp_path, limit=0)
@@ -236,9 +236,9 @@ def test_limit_is_a_seeded_draw_in_order(tmp_path):
 def test_limit_draws_whole_groups(tmp_path):
     """Half a picture of MME would make acc+ a mere acc; an intent of MM-SafetyBench has all its pictures or none."""
     mme_folder(tmp_path)
-    for limit, found in ((2, 2), (3, 2), (5, 4), (1, 1)):
-        asked = mme.load(tmp_path, limit=limit)
-        assert len(asked) == found and len({q.group for q in asked}) == max(1, found // 2)
+    for limit, count in ((2, 2), (3, 2), (5, 4), (1, 1)):
+        queries = mme.load(tmp_path, limit=limit)
+        assert len(queries) == count and len({q.group for q in queries}) == max(1, count // 2)
     safety_folder(tmp_path / "mm")
     assert {q.benchmark for q in mm_safetybench.load(tmp_path / "mm", limit=5)} == set(mm_safetybench.TYPES)
 

@@ -15,14 +15,14 @@ TYPES = ("sd", "sd_typo", "typo")
 
 def guard(n: int = 500) -> list[Query]:
     """Of each picture a harmful and a harmless question, and as many harmful pictures."""
-    found = []
+    queries = []
     for i in range(n):
-        found += [
+        queries += [
             Query(f"unsafes/{i}", f"harm {i}", "malicious", "vlguard_unsafes", group=f"h{i}"),
             Query(f"safe_unsafes/{i}", f"odd {i}", "malicious", "vlguard_safe_unsafes", group=f"s{i}"),
             Query(f"safe_safes/{i}", f"kind {i}", "benign", "vlguard_safe_safes", group=f"s{i}"),
         ]
-    return found
+    return queries
 
 
 def safety(n: int = 300) -> list[Query]:
@@ -34,7 +34,7 @@ def vet() -> list[Query]:
     return [Query(f"v1_{i}", f"what {i}", "benign", "mm_vet", "ocr", f"p{i % 200}", "yes") for i in range(218)]
 
 
-def said(queries: list[Query], refuses) -> list[Response]:
+def answers_of(queries: list[Query], refuses) -> list[Response]:
     return [Response(q.id, "none", "I'm sorry, I cannot help." if refuses(q) else "Sure: ...") for q in queries]
 
 
@@ -49,10 +49,10 @@ def easy(q: Query) -> bool:
 def draw(seed: int = 0, **options):
     hard = [Verdict(q.id, "none", "fake", "safe" if number(q) < 50 or (number(q) < 80 and q.benchmark != "sd") else "unsafe")
             for q in safety()]  # fmt: skip
-    arguments = {"vlguard_undefended": said(guard(), easy), "mm_safetybench_undefended": hard, "seed": seed,
+    arguments = {"vlguard_undefended": answers_of(guard(), easy), "mm_safetybench_undefended": hard, "seed": seed,
                  "others": {"figstep": [Query("1_1", "q", "malicious", "figstep")]}}  # fmt: skip
-    given = {"vlguard": guard(), "mm_safetybench": safety(), "mm_vet": vet()}
-    return paper_split(**given | arguments | options)
+    sets = {"vlguard": guard(), "mm_safetybench": safety(), "mm_vet": vet()}
+    return paper_split(**sets | arguments | options)
 
 
 def test_the_papers_sizes():
@@ -82,7 +82,7 @@ def test_mm_vet_is_cut_exactly_between_pictures():
     """Half the pictures have two questions, so filling up without a look overshoots."""
     pairs = [Query(f"v1_{i}", "what", "benign", "mm_vet", "ocr", f"p{i % 20}") for i in range(30)]
     for n in range(1, 20):
-        split = paper_split(guard(20), safety(9), pairs, vlguard_undefended=said(guard(20), easy),
+        split = paper_split(guard(20), safety(9), pairs, vlguard_undefended=answers_of(guard(20), easy),
                             mm_safetybench_undefended=None, vector=9, intents=2, helpful=n, seed=n)  # fmt: skip
         train, test = split.parts["train_benign"], split.test["mm_vet"]
         assert len(train) == n and len(test) == 30 - n and not {q.group for q in train} & {q.group for q in test}
@@ -115,7 +115,7 @@ def test_hard_intents_come_first():
 def test_seeded_and_blind_to_order():
     ids = lambda split: {part: [q.id for q in queries] for part, queries in split.parts.items()}  # noqa: E731
     assert ids(draw(3)) == ids(draw(3)) != ids(draw(4))
-    options = {"vlguard_undefended": said(guard(), easy), "mm_safetybench_undefended": None, "seed": 3}
+    options = {"vlguard_undefended": answers_of(guard(), easy), "mm_safetybench_undefended": None, "seed": 3}
     forth, back = (paper_split(guard()[::s], safety()[::s], vet()[::s], **options) for s in (1, -1))
     assert ids(forth) == ids(back) and forth.hashes == back.hashes
 
@@ -127,14 +127,14 @@ def test_verdicts_or_responses():
 
 def test_too_little_is_named():
     with pytest.raises(DavspError, match="VLGuard queries that the undefended model refuses"):
-        draw(vlguard_undefended=said(guard(), lambda q: number(q) < 100))
+        draw(vlguard_undefended=answers_of(guard(), lambda q: number(q) < 100))
     with pytest.raises(DavspError, match="no response or verdict"):
-        draw(vlguard_undefended=said(guard(), easy)[:7])
+        draw(vlguard_undefended=answers_of(guard(), easy)[:7])
     with pytest.raises(DavspError, match="not 300 questions of MM-Vet"):
         draw(helpful=300)
     with pytest.raises(DavspError, match="intent g0 has not one picture of each type"):
         paper_split(
-            guard(), safety()[1:], vet(), vlguard_undefended=said(guard(), easy), mm_safetybench_undefended=None
+            guard(), safety()[1:], vet(), vlguard_undefended=answers_of(guard(), easy), mm_safetybench_undefended=None
         )
     with pytest.raises(DavspError, match="vlguard has the id 'unsafes/0' twice"):
         paper_split([*guard(), guard()[0]], safety(), vet(), vlguard_undefended=[], mm_safetybench_undefended=None)

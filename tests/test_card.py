@@ -6,13 +6,13 @@ from davsp import LVLM, HarmfulnessVector, embedded
 from davsp.embedded.card import steering
 
 
-@pytest.mark.parametrize(("said", "rsr", "over_refusal"), [
+@pytest.mark.parametrize(("reply", "rsr", "over_refusal"), [
     ("i am sorry .", 1.0, 1.0), ("no red cake", 0.0, 0.0), ("", None, 1.0), (" . ", None, 1.0),
 ])  # fmt: skip
 def test_silence_under_steering_resists_nothing_and_answers_nothing(
-    said: str, rsr: float | None, over_refusal: float, lvlm: LVLM, vector: HarmfulnessVector, monkeypatch
+    reply: str, rsr: float | None, over_refusal: float, lvlm: LVLM, vector: HarmfulnessVector, monkeypatch
 ) -> None:
-    monkeypatch.setattr(LVLM, "generate", lambda self, canvas, questions, **_: [said] * len(questions))
+    monkeypatch.setattr(LVLM, "generate", lambda self, canvas, questions, **_: [reply] * len(questions))
     rows = steering(lvlm, vector, embedded.protocol(1, harm=2, utility=2, vector=2, sweep=2, train=1))
     value = {(r["defense"], r["metric"]): r["value"] for r in rows if not r["metric"].endswith("difference")}
     for name in ("vector-added", "vector-removed"):

@@ -32,8 +32,8 @@ SECRET = "sk-a-secret-of-this-test"
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Judge]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with judge_server() as made:
-        yield made
+    with judge_server() as running:
+        yield running
 
 
 def judge(server: Judge, cache: Path | None = None, **options: object) -> ChatJudge:
@@ -47,7 +47,7 @@ def labels(verdicts: list[Verdict]) -> list[str]:
 
 def test_two_thousand_verdicts_from_a_failing_server(server: Judge, tmp_path: Path) -> None:
     """30 % of the replies are faults, 20 answers never get a label; stopped in the middle and started again."""
-    asked = items(2000)
+    pairs = items(2000)
     never = set(range(50, 2000, 100))
     spoil = faulty(0.3, slow=lambda n: n % 500 == 7)
     server.fault = lambda n, attempt: "not unsafe" if n in never else spoil(n, attempt)
@@ -56,12 +56,12 @@ def test_two_thousand_verdicts_from_a_failing_server(server: Judge, tmp_path: Pa
     options = {"timeout": 3.0, "concurrency": 32}
 
     with pytest.raises(Interrupted, match="same command again"):
-        judge(server, cache, **options).judge_all(asked)
+        judge(server, cache, **options).judge_all(pairs)
     first = server.requests.total()
     assert 700 <= server.answered.total() < 800
-    verdicts = judge(server, cache, **options).judge_all(asked)
+    verdicts = judge(server, cache, **options).judge_all(pairs)
 
-    assert [v.query_id for v in verdicts] == [q.id for q, _ in asked]
+    assert [v.query_id for v in verdicts] == [q.id for q, _ in pairs]
     for n, verdict in enumerate(verdicts):
         assert verdict.label == ("unscored" if n in never else truth(n)), (n, verdict)
     assert set(server.answered) == set(range(2000)) - never
@@ -69,7 +69,7 @@ def test_two_thousand_verdicts_from_a_failing_server(server: Judge, tmp_path: Pa
     assert server.requests.total() - server.answered.total() > 0.25 * server.requests.total() > 0.25 * first
 
     before = server.requests.total()
-    again = judge(server, cache, attempts=2).judge_all(asked)
+    again = judge(server, cache, attempts=2).judge_all(pairs)
     assert again == verdicts
     assert server.requests.total() - before == 2 * len(never)  # what is unscored is not done, and asked for anew
 
@@ -87,8 +87,8 @@ def test_kill_9_repeats_only_what_was_under_way(server: Judge, tmp_path: Path) -
     server.kill_at, server.kill = 60, lambda: os.kill(child.pid, signal.SIGKILL)
     assert child.wait(timeout=120) == -signal.SIGKILL
     assert 60 <= server.answered.total() < 150
-    found = judge(server, cache).judge_all(items(150))
-    assert labels(found) == [truth(n) for n in range(150)]
+    verdicts = judge(server, cache).judge_all(items(150))
+    assert labels(verdicts) == [truth(n) for n in range(150)]
     assert server.answered.total() <= 150 + 4 and max(server.answered.values()) <= 2
 
 
@@ -99,9 +99,9 @@ def test_equal_answers_are_asked_for_once(server: Judge, tmp_path: Path) -> None
         for i in range(4)
         for d in ("none", "davsp")
     ]
-    found = judge(server, tmp_path / "c").judge_all(pairs)
-    assert [(v.query_id, v.defense) for v in found] == [(q.id, r.defense) for q, r in pairs]
-    assert server.requests[3] == 1 and set(labels(found)) == {"unsafe"}
+    verdicts = judge(server, tmp_path / "c").judge_all(pairs)
+    assert [(v.query_id, v.defense) for v in verdicts] == [(q.id, r.defense) for q, r in pairs]
+    assert server.requests[3] == 1 and set(labels(verdicts)) == {"unsafe"}
     guard = ChatJudge(LLAMA_GUARD_3, "m", server.url, cache=VerdictCache(tmp_path / "c"))
     assert set(labels(guard.judge_all(pairs))) == {"unsafe"}
     assert server.requests[3] == 1 + 4
@@ -127,15 +127,15 @@ def test_everything_in_the_key_matters(server: Judge, tmp_path: Path) -> None:
 
 def test_answers_without_words_are_not_asked_for(server: Judge) -> None:
     empty = [(Query("q", "?", "malicious", "t"), Response("q", "none", text)) for text in ("", " \n", "...")]
-    found = judge(server).judge_all(empty)
-    assert labels(found) == ["unscored"] * 3 and not server.requests
+    verdicts = judge(server).judge_all(empty)
+    assert labels(verdicts) == ["unscored"] * 3 and not server.requests
     assert judge(server).judge_all([]) == []
 
 
 def test_what_a_verdict_holds(server: Judge) -> None:
     server.say = lambda n: ' "Unsafe." '
-    (found,) = judge(server).judge_all(items(1, start=3))
-    assert found == Verdict(
+    (verdict,) = judge(server).judge_all(items(1, start=3))
+    assert verdict == Verdict(
         "q3", "none", "davsp/1:m", "unsafe", "the judge says so", ' "Unsafe." ', DAVSP.hash(items(1)[0][0])
     )
     body = server.bodies[0]
@@ -148,8 +148,8 @@ def test_a_completion_model_gets_plain_text(server: Judge) -> None:
     guard = ChatJudge(HARMBENCH, "h", server.url)
     assert labels(guard.judge_all(items(2))) == ["safe", "unsafe"]
     assert server.paths[0] == "/v1/completions"
-    asked = [body["prompt"] for body in server.bodies]  # in whichever order they came
-    assert sum("Behavior:\nwhat is on shelf 0?\n\nGeneration:\nitem 0: a kite" in one for one in asked) == 1
+    prompts = [body["prompt"] for body in server.bodies]  # in whichever order they came
+    assert sum("Behavior:\nwhat is on shelf 0?\n\nGeneration:\nitem 0: a kite" in one for one in prompts) == 1
 
 
 @pytest.mark.parametrize("name", ["1", "date"])
@@ -170,8 +170,8 @@ def _in_two_seconds() -> str:
 
 def test_a_wait_too_long_ends_the_asking(server: Judge) -> None:
     server.fault = lambda n, attempt: "429 4000"
-    (found,) = judge(server).judge_all(items(1))
-    assert found.label == "unscored" and "429" in found.reason and server.requests[0] == 1
+    (verdict,) = judge(server).judge_all(items(1))
+    assert verdict.label == "unscored" and "429" in verdict.reason and server.requests[0] == 1
 
 
 @pytest.mark.parametrize(
@@ -234,16 +234,20 @@ def test_an_answer_that_is_never_replied_to_does_not_stop_a_second_run(server: J
     """What is asked for again may be just the answers at which the judge fails; its server is there all the same."""
     for fault in ("cut", "slow"):
         server.fault = lambda n, attempt, fault=fault: fault  # type: ignore[misc]
-        found = judge(server, attempts=2, timeout=0.2).judge_all(items(1))
-        assert labels(found) == ["unscored"] and "no reply" in found[0].reason
+        verdicts = judge(server, attempts=2, timeout=0.2).judge_all(items(1))
+        assert labels(verdicts) == ["unscored"] and "no reply" in verdicts[0].reason
 
 
 def test_a_server_that_goes_away_leaves_the_rest_unscored(server: Judge) -> None:
     server.fault = lambda n, attempt: "cut" if n else ""
-    found = judge(server, attempts=2, concurrency=1).judge_all(items(3))
-    assert labels(found)[1:] == ["unscored"] * 2 and found[0].label != "unscored" and "no reply" in found[1].reason
+    verdicts = judge(server, attempts=2, concurrency=1).judge_all(items(3))
+    assert (
+        labels(verdicts)[1:] == ["unscored"] * 2
+        and verdicts[0].label != "unscored"
+        and "no reply" in verdicts[1].reason
+    )
     with pytest.raises(DavspError, match=r"2 of 3 answers under 'none' are unscored.*no reply"):
-        check_unscored(found)
+        check_unscored(verdicts)
 
 
 def test_the_key_goes_into_one_header_and_nowhere_else(
@@ -252,15 +256,15 @@ def test_the_key_goes_into_one_header_and_nowhere_else(
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("MY_KEY", SECRET + "\n")
     server.fault = lambda n, attempt: {0: "", 1: "422"}.get(n, "401")  # these quote the key that they were sent
-    asked = judge(server, tmp_path / "c", api_key_env="MY_KEY")
-    found = asked.judge_all(items(2))
+    chat = judge(server, tmp_path / "c", api_key_env="MY_KEY")
+    verdicts = chat.judge_all(items(2))
     assert server.headers[0]["Authorization"] == f"Bearer {SECRET}"
-    assert labels(found) == ["unsafe", "unscored"] and "Bearer ***" in found[1].raw
+    assert labels(verdicts) == ["unsafe", "unscored"] and "Bearer ***" in verdicts[1].raw
     assert server.requests[1] == 1  # a request that is wrong stays wrong
     with pytest.raises(DavspError, match="see the key in MY_KEY") as refused:
-        asked.judge_all(items(3))
+        chat.judge_all(items(3))
     written = b"".join(path.read_bytes() for path in tmp_path.iterdir())
-    for text in (written.decode(errors="replace"), caplog.text, str(found), str(refused.value), repr(vars(asked))):
+    for text in (written.decode(errors="replace"), caplog.text, str(verdicts), str(refused.value), repr(vars(chat))):
         assert SECRET not in text
     judge(server).judge_all(items(1))
     assert "Authorization" not in server.headers[-1]
@@ -275,11 +279,11 @@ def test_no_key_where_one_was_named(value: str | None, monkeypatch: pytest.Monke
         ChatJudge(DAVSP, "m", api_key_env="MY_KEY")
 
 
-@pytest.mark.parametrize("given", [SECRET, "AKIA0123456789", "0a1b2c3d"])
-def test_a_key_in_place_of_its_variable_is_not_repeated(given: str) -> None:
+@pytest.mark.parametrize("variable", [SECRET, "AKIA0123456789", "0a1b2c3d"])
+def test_a_key_in_place_of_its_variable_is_not_repeated(variable: str) -> None:
     with pytest.raises(DavspError, match="no environment variable of the name that was given") as error:
-        ChatJudge(DAVSP, "m", api_key_env=given)
-    assert given not in str(error.value)
+        ChatJudge(DAVSP, "m", api_key_env=variable)
+    assert variable not in str(error.value)
 
 
 @pytest.mark.parametrize("url", ["", "judge:8000", "ftp://a/v1", "http://me:secret@a/v1", "http://a/v1?key=secret"])
@@ -292,17 +296,17 @@ def test_addresses(url: str) -> None:
 def test_text_that_is_no_utf_8(server: Judge) -> None:
     server.say = lambda n: "\ud83d safe"
     half = [(Query("q", "?", "malicious", "t"), Response("q", "none", "item 1: half a kite \ud83e"))]
-    (found,) = judge(server, attempts=1).judge_all(half)
-    assert found.label == "unscored" and found.raw == "? safe"
+    (verdict,) = judge(server, attempts=1).judge_all(half)
+    assert verdict.label == "unscored" and verdict.raw == "? safe"
 
 
 def test_evaluate_hands_over_all_answers_at_once(server: Judge) -> None:
-    asked = items(30)
+    pairs = items(30)
     benign = Query("b", "what?", "benign", "t")
     chat = judge(server, concurrency=4)
-    found = verdicts_of([benign, *(q for q, _ in asked)], [Response("b", "none", "x"), *(r for _, r in asked)], chat)
-    assert found == chat.judge_all(asked) and len(found) == 30
-    assert judge_name(chat) == "davsp/1:m" == found[0].judge
+    verdicts = verdicts_of([benign, *(q for q, _ in pairs)], [Response("b", "none", "x"), *(r for _, r in pairs)], chat)
+    assert verdicts == chat.judge_all(pairs) and len(verdicts) == 30
+    assert judge_name(chat) == "davsp/1:m" == verdicts[0].judge
 
 
 def test_threads_and_processes_share_a_cache(tmp_path: Path) -> None:
@@ -318,9 +322,11 @@ def test_threads_and_processes_share_a_cache(tmp_path: Path) -> None:
         list(pool.map(work, range(9)))
     again = VerdictCache(tmp_path / "c")
     assert [again.get(f"{n}") for n in range(1, 40, 2)] == [first] * 20
-    kept = again.get("0")
+    first_ruling = again.get("0")
     again.put("0", "j", "p", first)
-    assert again.get("0") == kept and kept is not None and kept.label == "unsafe"  # the first one stays
+    assert (
+        again.get("0") == first_ruling and first_ruling is not None and first_ruling.label == "unsafe"
+    )  # the first one stays
     assert again.get("40") is None
     with pytest.raises(ValueError, match="not kept"):
         again.put("41", "j", "p", Ruling("unscored", "no reply"))

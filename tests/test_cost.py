@@ -40,9 +40,9 @@ def test_what_an_answer_takes() -> None:
 
 def test_cost_is_in_the_rows(lvlm: LVLM, tmp_path: Path) -> None:
     """Means, and what a defense adds; an old file without these fields loads, stays as it is, and has no such rows."""
-    found = run(lvlm, tmp_path)
-    cost = {(r["defense"], r["metric"]): r["value"] for r in found.rows if r["benchmark"] == "cost"}
-    tokens = {name: [r.prompt_tokens or 0 for r in found.responses[name]] for name in DEFENSES}
+    evaluation = run(lvlm, tmp_path)
+    cost = {(r["defense"], r["metric"]): r["value"] for r in evaluation.rows if r["benchmark"] == "cost"}
+    tokens = {name: [r.prompt_tokens or 0 for r in evaluation.responses[name]] for name in DEFENSES}
     assert cost["none", "calls"] == 1 and cost["safety-text", "calls_difference"] == 0
     assert cost["none", "prompt_tokens"] == pytest.approx(sum(tokens["none"]) / 9)
     assert cost["safety-text", "prompt_tokens_difference"] == pytest.approx(3)  # please be safe
@@ -54,8 +54,8 @@ def test_cost_is_in_the_rows(lvlm: LVLM, tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in old))
     before = path.read_bytes()
     again = run(lvlm, tmp_path)
-    assert path.read_bytes() == before and texts(again) == texts(found)
-    assert again.rows == [r for r in found.rows if r["benchmark"] != "cost"]
+    assert path.read_bytes() == before and texts(again) == texts(evaluation)
+    assert again.rows == [r for r in evaluation.rows if r["benchmark"] != "cost"]
     assert latency({"none": [Response("1", "none", "", None, 2.0)], "x": [Response("1", "x", "", None, 3.0)]}) == {
         "none": 1.0,
         "x": 1.5,

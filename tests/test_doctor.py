@@ -69,8 +69,8 @@ def test_only_a_torchvision_that_fails_is_blamed(monkeypatch):
 
     error = ModuleNotFoundError("Could not import module 'LlavaForConditionalGeneration'.")
     state("broken")
-    said = explain_import_error(error)
-    assert said and "mend it" in said and torch.__version__ in said
+    sentence = explain_import_error(error)
+    assert sentence and "mend it" in sentence and torch.__version__ in sentence
     error = ImportError("something else")
     assert explain_import_error(error) is None
     error.__cause__ = RuntimeError("outer")

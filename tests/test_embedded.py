@@ -89,18 +89,18 @@ def test_hard_queries_are_not_refused_because_of_their_words():
 
 
 def test_hard_pictures_hold_verbs_the_model_never_met_in_one_and_easy_ones_do_not():
-    drawn = protocol(0, **{**SMALL, "train": 60, "vector": 60})
+    small = protocol(0, **{**SMALL, "train": 60, "vector": 60})
     verbs = {
-        part: {q.group.split()[0] for q in getattr(drawn, part)} for part in ("train_malicious", "vector_malicious")
+        part: {q.group.split()[0] for q in getattr(small, part)} for part in ("train_malicious", "vector_malicious")
     }
     assert "smash" in verbs["train_malicious"] and not verbs["vector_malicious"] & set(words.HELD_VERBS)
-    covers = {words.Pair(*q.group.split(" the ")).cover for q in drawn.train_malicious if "smash" not in q.group}
+    covers = {words.Pair(*q.group.split(" the ")).cover for q in small.train_malicious if "smash" not in q.group}
     assert covers == {"text", "none"}
 
 
 def test_four_in_ten_benign_training_queries_are_requests():
-    drawn = protocol(0, **{**SMALL, "train": 40}).train_benign
-    assert sum(q.category == "gen" for q in drawn) == 16
+    benign = protocol(0, **{**SMALL, "train": 40}).train_benign
+    assert sum(q.category == "gen" for q in benign) == 16
 
 
 def test_an_unknown_size_is_refused():
@@ -181,9 +181,9 @@ def test_a_name_in_a_question_must_know_its_thing():
         ("is there a hat in the picture ?", "no"), ("what does the picture show ?", "a red apple and a blue car ."),
     ])  # fmt: skip
     rows = packer.rows([lesson], "cpu")
-    wanted = {"apple": (0, 0, 1), "car": (1, -100, 2), "hat": (-100, -100, 0)}  # colour, place, number
-    asked = [name for i in rows.ids[0].tolist() if (name := packer.things.get(i))][:3]
-    assert asked == ["apple", "car", "hat"]
+    targets = {"apple": (0, 0, 1), "car": (1, -100, 2), "hat": (-100, -100, 0)}  # colour, place, number
+    names = [name for i in rows.ids[0].tolist() if (name := packer.things.get(i))][:3]
+    assert names == ["apple", "car", "hat"]
     states = torch.zeros(1, rows.ids.shape[1], 8)
     at = [k for k, i in enumerate(rows.ids[0].tolist()) if i in packer.things][:3]
     for row, k in enumerate(at):
@@ -192,9 +192,9 @@ def test_a_name_in_a_question_must_know_its_thing():
         torch.nn.init.zeros_(head.weight)
         torch.nn.init.zeros_(head.bias)
     with torch.no_grad():  # heads that know the right answers
-        for row, name in enumerate(asked):
+        for row, name in enumerate(names):
             for head, target in zip(
-                (heads.named_colour, heads.named_place, heads.named_count), wanted[name], strict=True
+                (heads.named_colour, heads.named_place, heads.named_count), targets[name], strict=True
             ):
                 if target >= 0:
                     head.weight[target, row] = 50.0
@@ -213,10 +213,10 @@ def test_each_thing_has_one_centre_and_words_have_none(framed):
     )
     if framed:
         picture = draw.shrink(rng, picture, draw.PATCH, fill="words")
-    found = draw.centres(picture).reshape(12, 12)
-    assert found.sum() == 3
+    centres = draw.centres(picture).reshape(12, 12)
+    assert centres.sum() == 3
     label = draw.patch_labels(picture)[0].reshape(12, 12)
-    assert sorted(draw.CLASSES[i] for i in label[found == 1]) == ["[apple]", "[car]", "[car]"]
+    assert sorted(draw.CLASSES[i] for i in label[centres == 1]) == ["[apple]", "[car]", "[car]"]
     assert draw.centres(draw.typographic(rng, "wash the car")).sum() == 0
 
 
@@ -239,10 +239,10 @@ def test_marks_of_centres_are_learnt_from_the_projected_patches():
 def test_a_row_is_filled_with_questions_and_not_more(seed):
     packer = losses.Packer()
     lesson = q.scene_lesson(random.Random(seed))
-    kept = packer.fitted(random.Random(2), lesson)
-    tokens = len(packer.row(kept)[0]) - losses.PATCHES - 2
-    assert tokens <= losses.ROOM and [t for t in lesson.turns if t in kept.turns] == kept.turns
-    left = [t for t in lesson.turns if t not in kept.turns]
+    fitted = packer.fitted(random.Random(2), lesson)
+    tokens = len(packer.row(fitted)[0]) - losses.PATCHES - 2
+    assert tokens <= losses.ROOM and [t for t in lesson.turns if t in fitted.turns] == fitted.turns
+    left = [t for t in lesson.turns if t not in fitted.turns]
     assert left and all(tokens + sum(len(packer.text(x)) + 1 for x in t) > losses.ROOM for t in left)
 
 
@@ -414,8 +414,8 @@ def test_a_sibling_is_made_by_the_same_script_resumes_and_exports(short, tmp_pat
 
     build.export(tmp_path, tmp_path / "model", 3, which)
     lvlm = LVLM.from_pretrained(tmp_path / "model", dtype="float32")
-    made = architecture.BLUEPRINTS[which]
-    assert (lvlm.canvas, lvlm.tokens_per_image, lvlm.num_layers) == (made.side, 144, made.layers)
+    blueprint = architecture.BLUEPRINTS[which]
+    assert (lvlm.canvas, lvlm.tokens_per_image, lvlm.num_layers) == (blueprint.side, 144, blueprint.layers)
     picture = draw.page(random.Random(0))
     shown = (lvlm.preprocess([picture.image()]) - lvlm.mean) / lvlm.std
     assert torch.equal(shown, architecture.normalised(lvlm.model, [picture]))  # trained on what it will see
@@ -439,8 +439,8 @@ def test_a_packed_row_is_what_qwens_own_code_makes_of_it(grid):
         image = architecture.see(model, [lesson.picture]).tokens.flatten(0, 1)
         answered = rows.target >= 0
         guess = torch.nn.functional.cross_entropy(whole[answered], rows.target[answered], reduction="none")
-        wanted = (guess * rows.weight[answered]).sum() / rows.weight[answered].sum()
-        torch.testing.assert_close(losses.lesson_loss(model, rows, image)[0], wanted)
+        expected = (guess * rows.weight[answered]).sum() / rows.weight[answered].sum()
+        torch.testing.assert_close(losses.lesson_loss(model, rows, image)[0], expected)
 
 
 @pytest.mark.parametrize("grid", [(10, 14), (11, 11), (13, 11)])
@@ -451,8 +451,8 @@ def test_a_picture_of_another_size_keeps_its_labels(grid):
     assert other.grid == grid and other.pixels.shape[:2] == (grid[0] * draw.PATCH, grid[1] * draw.PATCH)
     label = draw.patch_labels(other)[0].reshape(grid)
     assert {draw.CLASSES[i] for i in np.unique(label[label > 0])} == {"[apple]", "[car]"}
-    found = draw.centres(other).reshape(grid)
-    assert found.sum() == 2 and (label[found == 1] > 0).all()
+    centres = draw.centres(other).reshape(grid)
+    assert centres.sum() == 2 and (label[centres == 1] > 0).all()
     assert [losses._cell(b, other) for b in other.boxes] == [0, 8]
     assert picture.resized((12, 12)) is picture
 
@@ -471,17 +471,17 @@ def test_hints_vanish_where_a_tower_sees_what_its_teacher_sees():
 
 
 def test_yes_or_no_lessons_say_yes_as_often_as_no_and_are_right():
-    said = {"yes": 0, "no": 0}
+    truths = {"yes": 0, "no": 0}
     for i in range(150):
         rng = random.Random(i)
         a, b = draw.Thing("apple", "red", i % 9), draw.Thing("car", "blue", (i + 4) % 9)
         question, truth = q.side_turn(rng, a, b)
-        said[truth] += 1
+        truths[truth] += 1
         across, down = a.cell % 3 - b.cell % 3, a.cell // 3 - b.cell // 3
         holds = {"left": across < 0, "right": across > 0, "above": down < 0, "below": down > 0}
         side = next(word for word in holds if f" {word} " in question)
         assert holds[side] == (truth == "yes"), question
-    assert 50 < said["yes"] < 100
+    assert 50 < truths["yes"] < 100
 
 
 def test_a_model_that_is_not_known_is_refused(tmp_path: Path):

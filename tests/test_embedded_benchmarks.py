@@ -83,18 +83,18 @@ def test_the_same_seed_draws_the_same(tmp_path: Path, root: Path) -> None:
 def test_right_answers_have_full_scores(root: Path) -> None:
     """The references are what the scorers ask for."""
     for module, top in ((mm_vet, {"score": 1.0}), (mme, {"score_official": 1400.0, "score_lenient": 1400.0})):
-        asked = module.load(root / module.NAME)
-        right = [Response(q.id, "none", q.reference.split("<OR>")[-1]) for q in asked]
-        rows = benchmarks.score(asked, right, JUDGES)[module.NAME].rows
+        queries = module.load(root / module.NAME)
+        right = [Response(q.id, "none", q.reference.split("<OR>")[-1]) for q in queries]
+        rows = benchmarks.score(queries, right, JUDGES)[module.NAME].rows
         assert {metric: at(rows, "total", metric)["value"] for metric in top} == top
 
 
 def test_load_answer_judge_score(queries: list[Query], lvlm: LVLM) -> None:
     """The whole road, on a model of random weights."""
     defenses = {"none": NoDefense(), "safety-text": SafetyText("please be safe")}
-    found = evaluate(lvlm, defenses, queries, max_new_tokens=4)
-    before = benchmarks.score(queries, found.responses["none"], JUDGES, model="tiny")
-    scores = benchmarks.score(queries, found.responses["safety-text"], JUDGES, model="tiny", baseline=before)
+    evaluation = evaluate(lvlm, defenses, queries, max_new_tokens=4)
+    before = benchmarks.score(queries, evaluation.responses["none"], JUDGES, model="tiny")
+    scores = benchmarks.score(queries, evaluation.responses["safety-text"], JUDGES, model="tiny", baseline=before)
     metrics = {name: {r["metric"] for r in s.rows if r["split"] == "total"} for name, s in scores.items()}
     assert list(scores) == list(BENCHMARKS)
     for name in ("mm_safetybench", "figstep", "vlguard"):
@@ -105,7 +105,7 @@ def test_load_answer_judge_score(queries: list[Query], lvlm: LVLM) -> None:
     assert {r["defense"] for s in scores.values() for r in s.rows} == {"safety-text"}
     assert all(r["benchmark"].endswith("_embedded") for s in scores.values() for r in s.rows)
     with pytest.raises(DavspError, match="no judge for mm_vet"):
-        benchmarks.score(queries, found.responses["none"], {n: j for n, j in JUDGES.items() if n != "mm_vet"})
+        benchmarks.score(queries, evaluation.responses["none"], {n: j for n, j in JUDGES.items() if n != "mm_vet"})
 
 
 def test_the_papers_split_of_it(root: Path, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_the_papers_split_of_it(root: Path, tmp_path: Path) -> None:
     data = {"vlguard": guard, "mm_safetybench": safety, "mm_vet": vet}
     split = paper_split(guard, safety, vet, vlguard_undefended=refused, mm_safetybench_undefended=None,
                         vector=6, intents=3, helpful=5)  # fmt: skip
-    assert {part: len(found) for part, found in split.parts.items()} == {
+    assert {part: len(part_queries) for part, part_queries in split.parts.items()} == {
         "vector_malicious": 6, "vector_benign": 6, "train_malicious": 9, "train_benign": 5,
     }  # fmt: skip
     split.save(tmp_path / "split.json")

@@ -36,8 +36,8 @@ def run(lvlm: LVLM, out: Path | None, **more: object) -> Evaluation:
     return evaluate(lvlm, DEFENSES, some(), out, **options)  # type: ignore[arg-type]
 
 
-def texts(found: Evaluation) -> dict[str, list[tuple[str, str, float | None]]]:
-    return {d: [(r.query_id, r.text, r.projection) for r in rs] for d, rs in found.responses.items()}
+def texts(evaluation: Evaluation) -> dict[str, list[tuple[str, str, float | None]]]:
+    return {d: [(r.query_id, r.text, r.projection) for r in rs] for d, rs in evaluation.responses.items()}
 
 
 class Kill(BaseException):
@@ -58,11 +58,11 @@ class Fragile(NoDefense):
 
 
 def test_files_and_rows(lvlm: LVLM, vector: HarmfulnessVector, tmp_path: Path) -> None:
-    found = run(lvlm, tmp_path, vector=vector)
+    evaluation = run(lvlm, tmp_path, vector=vector)
     written = json.loads((tmp_path / "metrics.json").read_text())
-    assert written == {"schema": 1, "rows": found.rows}
-    assert {r["defense"] for r in found.rows} == set(DEFENSES)
-    assert {(r["benchmark"], r["split"], r["metric"]) for r in found.rows if r["defense"] == "none"} == {
+    assert written == {"schema": 1, "rows": evaluation.rows}
+    assert {r["defense"] for r in evaluation.rows} == set(DEFENSES)
+    assert {(r["benchmark"], r["split"], r["metric"]) for r in evaluation.rows if r["defense"] == "none"} == {
         ("sd", "total", "rsr"),
         ("sd", "total", "unscored"),
         ("sd", "total", "rsr_worst_case"),
@@ -72,14 +72,14 @@ def test_files_and_rows(lvlm: LVLM, vector: HarmfulnessVector, tmp_path: Path) -
         ("utility", "total", "accuracy"),
         *(("cost", "total", what) for what in COST),
     }
-    assert any(r["metric"] == "rsr_difference" for r in found.rows if r["defense"] == "safety-text")
-    assert all(r["model"] == Path(lvlm.model_id).name for r in found.rows)
+    assert any(r["metric"] == "rsr_difference" for r in evaluation.rows if r["defense"] == "safety-text")
+    assert all(r["model"] == Path(lvlm.model_id).name for r in evaluation.rows)
     lines = [json.loads(line) for line in (tmp_path / "responses.jsonl").read_text().splitlines()]
     assert [(r["defense"], r["query_id"]) for r in lines] == [(d, q.id) for d in DEFENSES for q in some()]
     assert all(r["projection"] is not None for r in lines)
     assert len((tmp_path / "verdicts.jsonl").read_text().splitlines()) == 2 * 5
     assert list(json.loads((tmp_path / "queries.json").read_text())) == [q.id for q in some()]
-    assert texts(run(lvlm, None, vector=vector)) == texts(found)
+    assert texts(run(lvlm, None, vector=vector)) == texts(evaluation)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 35, 10_000])
@@ -128,7 +128,7 @@ def test_answers_of_another_run_are_refused_or_redone(
         "max_new_tokens": 5,
     }
     evaluate(lvlm, out=tmp_path, **options)  # type: ignore[arg-type]
-    kept = (tmp_path / "responses.jsonl").read_bytes()
+    first_bytes = (tmp_path / "responses.jsonl").read_bytes()
     if "queries" in change:
         first, *rest = some()
         other = (
@@ -139,7 +139,7 @@ def test_answers_of_another_run_are_refused_or_redone(
         change = {"queries": [other, *rest]}
     with pytest.raises(DavspError, match=reason):
         evaluate(lvlm, out=tmp_path, **options | change)  # type: ignore[arg-type]
-    assert (tmp_path / "responses.jsonl").read_bytes() == kept
+    assert (tmp_path / "responses.jsonl").read_bytes() == first_bytes
     console = Console(record=True, width=200, quiet=False, file=io.StringIO())
     evaluate(lvlm, out=tmp_path, redo=True, console=console, **options | change)  # type: ignore[arg-type]
     assert "answered anew" in console.export_text()
@@ -175,9 +175,9 @@ def test_a_judge_that_says_something_else_is_unscored() -> None:
     def judge(text: str, question: str) -> tuple[str, str]:
         return "probably fine", "no idea"
 
-    found = verdicts_of(some(), responses, judge)  # type: ignore[arg-type]
-    assert len(found) == 5 and {v.label for v in found} == {"unscored"}
-    assert "probably fine" in found[0].reason
+    verdicts = verdicts_of(some(), responses, judge)  # type: ignore[arg-type]
+    assert len(verdicts) == 5 and {v.label for v in verdicts} == {"unscored"}
+    assert "probably fine" in verdicts[0].reason
 
 
 def test_a_verdict_names_its_judge_and_the_version_of_its_rules() -> None:

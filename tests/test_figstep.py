@@ -18,11 +18,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::davsp.benchmarks.source.ShortWa
 
 
 def test_figstep_clone(tmp_path):
-    found = figstep.load(figstep_clone(tmp_path))
-    assert [q.id for q in found] == ["1_1", "1_2", "10_1", "10_2"]
-    assert found[2].category == "Health Consultation" and found[2].group == "Steps to fold crane 10-1."
-    assert {q.question for q in found} == {figstep.PROMPT} and found[0].benchmark == "figstep"
-    assert all(q.context == q.group for q in found)
+    queries = figstep.load(figstep_clone(tmp_path))
+    assert [q.id for q in queries] == ["1_1", "1_2", "10_1", "10_2"]
+    assert queries[2].category == "Health Consultation" and queries[2].group == "Steps to fold crane 10-1."
+    assert {q.question for q in queries} == {figstep.PROMPT} and queries[0].benchmark == "figstep"
+    assert all(q.context == q.group for q in queries)
     with pytest.raises(DavspError, match="choose test or tiny"):
         figstep.load(tmp_path, "train")
 
@@ -54,8 +54,8 @@ def test_figstep_from_the_csv_alone(tmp_path):
     table(tmp_path / "safebench.csv", figstep_rows(), ",")
     with pytest.raises(DavspError, match="rebuild=True"):
         figstep.load(tmp_path)
-    found = figstep.load(tmp_path, rebuild=True, font=MONO)
-    assert found[0].benchmark == "figstep_rebuilt_DejaVuSansMonoBold" and found[0].picture().size == (760, 760)
+    queries = figstep.load(tmp_path, rebuild=True, font=MONO)
+    assert queries[0].benchmark == "figstep_rebuilt_DejaVuSansMonoBold" and queries[0].picture().size == (760, 760)
     with pytest.raises(DavspError, match="fonts-freefont-ttf"):
         figstep.load(tmp_path, rebuild=True, font="no-such-font.ttf")
 
@@ -120,8 +120,8 @@ def test_figstep_bad_csv(tmp_path):
     figstep_clone(tmp_path, [*rows, rows[0]])
     with pytest.raises(DavspError, match=r"safebench\.csv, row 6: the id '1_1' occurs twice"):
         figstep.load(tmp_path)
-    found, told = skipped(figstep.load, tmp_path)
-    assert len(found) == 4 and "twice" in told
+    queries, warning = skipped(figstep.load, tmp_path)
+    assert len(queries) == 4 and "twice" in warning
     figstep_clone(tmp_path, [*rows, rows[0] | {"category_id": 11}])
     with pytest.raises(DavspError, match="unknown category 11"):
         figstep.load(tmp_path)
@@ -143,8 +143,8 @@ def test_the_command_line_rebuilds_from_the_csv_alone(tiny_folder: Path, tmp_pat
     except DavspError:
         pytest.skip(MISSING)
     table(tmp_path / "data/safebench.csv", figstep_rows(), ",")
-    asked = ("--benchmark", f"figstep={tmp_path / 'data'}")
-    run = ("eval", *asked, "--model", tiny_folder, "--max-new-tokens", 1, "--max-unscored", 1, "--defense", "none",
+    options = ("--benchmark", f"figstep={tmp_path / 'data'}")
+    run = ("eval", *options, "--model", tiny_folder, "--max-new-tokens", 1, "--max-unscored", 1, "--defense", "none",
            "--out", tmp_path / "out")  # fmt: skip
     assert davsp(*run) == 2 and "give --rebuild to typeset them" in capsys.readouterr().err
     assert davsp(*run, "--rebuild") == 0
@@ -152,7 +152,7 @@ def test_the_command_line_rebuilds_from_the_csv_alone(tiny_folder: Path, tmp_pat
     rows = json.loads((tmp_path / "out/metrics.json").read_text())["rows"]
     assert {r["benchmark"] for r in rows if r["metric"] == "rsr"} == {"figstep_rebuilt"}
     assert davsp(*run, "--rebuild") == 0 and (tmp_path / "out/responses.jsonl").read_bytes() == before
-    again = ("judge", tmp_path / "out", *asked, "--judge", "keyword-gcg", "--max-unscored", 1)
+    again = ("judge", tmp_path / "out", *options, "--judge", "keyword-gcg", "--max-unscored", 1)
     assert davsp(*again, "--rebuild") == 0
     put(tmp_path / "data/SafeBench/query_ForbidQI_1_1_6.png")
     assert davsp(*again, "--skip-broken") == 2  # pictures that were downloaded are other queries
@@ -163,8 +163,8 @@ def test_the_command_line_says_that_the_font_is_missing(tmp_path: Path, capsys, 
     for variable in ("XDG_DATA_HOME", "XDG_DATA_DIRS"):  # where fonts are looked for
         monkeypatch.setenv(variable, str(tmp_path / "none"))
     table(tmp_path / "data/safebench.csv", figstep_rows(), ",")
-    asked = ("--benchmark", f"figstep={tmp_path / 'data'}", "--rebuild")
-    assert davsp("eval", *asked, "--out", tmp_path / "out") == 2
-    said = capsys.readouterr().err
-    assert "the font FreeMonoBold.ttf is not here" in said and "fonts-freefont-ttf" in said
+    options = ("--benchmark", f"figstep={tmp_path / 'data'}", "--rebuild")
+    assert davsp("eval", *options, "--out", tmp_path / "out") == 2
+    message = capsys.readouterr().err
+    assert "the font FreeMonoBold.ttf is not here" in message and "fonts-freefont-ttf" in message
     assert not (tmp_path / "out").exists()

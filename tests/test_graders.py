@@ -27,9 +27,9 @@ from test_rescore import write_run
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Judge]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with judge_server() as made:
-        made.say = lambda n: f"{n % 11 / 10}"
-        yield made
+    with judge_server() as running:
+        running.say = lambda n: f"{n % 11 / 10}"
+        yield running
 
 
 def grader(server: Judge, prompt=MM_VET, cache: Path | None = None, **options) -> ChatJudge:
@@ -99,20 +99,20 @@ def test_replies_to_llava_bench(reply: str, label: str | None) -> None:
 
 def test_no_grade_is_made_up_lost_or_asked_for_twice(server: Judge, tmp_path: Path) -> None:
     """30 % of the replies are faults that hold another score, some answers never get one; stopped and started again."""
-    asked, never = helpful(400), set(range(50, 400, 100))
+    pairs, never = helpful(400), set(range(50, 400, 100))
     spoil = faulty(0.3)
     server.fault = lambda n, attempt: "prose" if n in never else spoil(n, attempt)
     server.kill_at = 150
     with pytest.raises(Interrupted, match="same command again"):
-        grader(server, cache=tmp_path / "c").grade_all(asked)
-    grades = grader(server, cache=tmp_path / "c").grade_all(asked)
-    assert [g.query_id for g in grades] == [q.id for q, _ in asked]
+        grader(server, cache=tmp_path / "c").grade_all(pairs)
+    grades = grader(server, cache=tmp_path / "c").grade_all(pairs)
+    assert [g.query_id for g in grades] == [q.id for q, _ in pairs]
     for n, grade in enumerate(grades):
         assert grade.scores == (() if n in never else (n % 11 / 10,)), (n, grade)
     assert set(server.answered) == set(range(400)) - never and set(server.answered.values()) == {1}
     assert server.requests.total() > 1.25 * server.answered.total()
 
-    queries, responses = [q for q, _ in asked], [r for _, r in asked]
+    queries, responses = [q for q, _ in pairs], [r for _, r in pairs]
     scores = mm_vet.score(queries, responses, grades)
     true = [n % 11 / 10 for n in range(400)]
     assert at(scores.rows, "total", "score")["value"] == pytest.approx(
@@ -128,9 +128,9 @@ def test_llava_bench_by_the_server(server: Judge, tmp_path: Path) -> None:
     server.say = lambda n: f"8 {1 + n % 10}"
     spoil = faulty(0.3)
     server.fault = spoil
-    asked = [(Query(q.id, q.question, "benign", "llava_bench", "conv", q.group, "Red.", context="A kite."), r)
+    pairs = [(Query(q.id, q.question, "benign", "llava_bench", "conv", q.group, "Red.", context="A kite."), r)
              for q, r in helpful(60)]  # fmt: skip
-    queries, responses = [q for q, _ in asked], [r for _, r in asked]
+    queries, responses = [q for q, _ in pairs], [r for _, r in pairs]
     scores = llava_bench.score(queries, responses, grader(server, LLAVA_BENCH, tmp_path / "c"), model="m")
     assert [g.scores for g in scores.judgements] == [(8.0, 1 + n % 10) for n in range(60)]
     assert at(scores.rows, "total", "relative_score")["value"] == pytest.approx(5.5 / 8) and scores.unscored == 0
@@ -172,8 +172,8 @@ def test_a_pair_before_a_cut_is_whole(server: Judge) -> None:
     server.say = lambda n: "8 9\nBecause" if n == 0 else "8 9"
     read = grader(server, LLAVA_BENCH)._read
     for text, readable in (("8 9\nBecause", True), ("8 9", False), ("\n8 9", False)):
-        found = read({"choices": [{"message": {"content": text}, "finish_reason": "length"}]})
-        assert (getattr(found, "label", None) == "8 9") == readable
+        reading = read({"choices": [{"message": {"content": text}, "finish_reason": "length"}]})
+        assert (getattr(reading, "label", None) == "8 9") == readable
 
 
 def test_an_empty_answer_is_graded_not_left_out(server: Judge) -> None:
@@ -194,9 +194,9 @@ def test_judges_and_graders_are_not_mixed_up(server: Judge) -> None:
 
 def test_davsp_judge_grades_a_finished_run(server: Judge, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Sixteen questions under two defenses; one answer can't be graded, and a second command asks for that alone."""
-    asked = mm_vet.load(write(tmp_path / "sets", mm_vet=16, mm_safetybench=1, figstep=1, vlguard=1, mme=1) / "mm_vet")
+    queries = mm_vet.load(write(tmp_path / "sets", mm_vet=16, mm_safetybench=1, figstep=1, vlguard=1, mme=1) / "mm_vet")
     texts = {name: [f"item {start + i}: a kite" for i in range(16)] for name, start in (("none", 0), ("davsp", 100))}
-    run = write_run(tmp_path / "run", asked, texts)
+    run = write_run(tmp_path / "run", queries, texts)
     write_json(run / "run.json", {"model": "?", "defenses": {name: {} for name in texts}, "published": True})
     server.say = lambda n: "1.0" if n < 100 else "0.5"
     server.fault = lambda n, attempt: "400" if n == 103 else ""
@@ -210,7 +210,7 @@ def test_davsp_judge_grades_a_finished_run(server: Judge, tmp_path: Path, capsys
     assert value["davsp", "unscored"] == (1 / 16, 16) and value["davsp", "score_worst_case"] == (7.5 / 16, 16)
     assert value["davsp", "score_difference"] == (-0.5, 15)
     grades = read_jsonl(run / "grades-mm-vet-1-m.jsonl", Grade)
-    assert len(grades) == 32 and [g.query_id for g in grades if not g.scores] == [asked[3].id]
+    assert len(grades) == 32 and [g.query_id for g in grades if not g.scores] == [queries[3].id]
     server.fault = lambda n, attempt: ""
     before = server.requests.total()
     assert davsp(*command) == 0 and server.requests.total() == before + 1

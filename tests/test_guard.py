@@ -90,18 +90,18 @@ def test_labels_in_batches_of_several_lengths(taught: Path, tmp_path: Path) -> N
         "it is a kite it is a kite it is a kite it is a kite",
     ]
     whole = LocalGuard(LLAMA_GUARD_3, str(taught), device="cpu", batch_size=4, cache=VerdictCache(tmp_path / "c"))
-    found = whole.judge_all(answers(*texts))
-    assert [v.label for v in found] == ["unsafe", "safe", "unsafe", "safe"]
-    assert found[0].reason == "S1 Violent Crimes, S10 Hate" and found[0].raw == "unsafe\nS1,S10"
-    assert found[0].judge == f"llama-guard-3/1:{taught.name}"
+    verdicts = whole.judge_all(answers(*texts))
+    assert [v.label for v in verdicts] == ["unsafe", "safe", "unsafe", "safe"]
+    assert verdicts[0].reason == "S1 Violent Crimes, S10 Hate" and verdicts[0].raw == "unsafe\nS1,S10"
+    assert verdicts[0].judge == f"llama-guard-3/1:{taught.name}"
     single = LocalGuard(LLAMA_GUARD_3, str(taught), device="cpu", batch_size=1).judge_all(answers(*texts))
-    assert [v.label for v in single] == [v.label for v in found]
+    assert [v.label for v in single] == [v.label for v in verdicts]
 
     def fail(prompts: list[list[int]]) -> None:
         raise AssertionError("asked again")
 
     whole._generate = fail  # type: ignore[assignment, method-assign]
-    assert whole.judge_all(answers(*texts)) == found
+    assert whole.judge_all(answers(*texts)) == verdicts
 
 
 def test_other_weights_under_the_same_name_are_another_judge(taught: Path, tmp_path: Path) -> None:
@@ -115,9 +115,9 @@ def test_other_weights_under_the_same_name_are_another_judge(taught: Path, tmp_p
 @pytest.mark.parametrize("prompt", [LLAMA_GUARD_3, HARMBENCH], ids=lambda p: p.name)
 def test_a_random_model_gives_no_label(prompt: JudgePrompt, tmp_path: Path) -> None:
     guard = LocalGuard(prompt, str(save_guard(tmp_path, AS_TEXT, {})), device="cpu")
-    found = guard.judge_all(items(3))
-    assert {v.label for v in found} == {"unscored"}
-    assert all(v.reason.startswith("the judge's reply") for v in found)
+    verdicts = guard.judge_all(items(3))
+    assert {v.label for v in verdicts} == {"unscored"}
+    assert all(v.reason.startswith("the judge's reply") for v in verdicts)
 
 
 def test_a_template_that_takes_parts(tmp_path: Path) -> None:
@@ -134,9 +134,9 @@ def test_a_template_that_hides_the_answer(template: str | None, tmp_path: Path) 
 
 
 def test_an_answer_too_long(taught: Path) -> None:
-    found = LocalGuard(LLAMA_GUARD_3, str(taught), device="cpu").judge_all(answers("kite " * 600, "it is a rock"))
-    assert [v.label for v in found] == ["unscored", "unsafe"]
-    assert found[0].reason == "too long for the judge (604 of 512 tokens)"
+    verdicts = LocalGuard(LLAMA_GUARD_3, str(taught), device="cpu").judge_all(answers("kite " * 600, "it is a rock"))
+    assert [v.label for v in verdicts] == ["unscored", "unsafe"]
+    assert verdicts[0].reason == "too long for the judge (604 of 512 tokens)"
 
 
 def test_no_model(tmp_path: Path) -> None:

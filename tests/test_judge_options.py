@@ -37,8 +37,8 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Judge]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with judge_server() as made:
-        yield made
+    with judge_server() as running:
+        yield running
 
 
 @pytest.fixture
@@ -46,10 +46,10 @@ def graded(sets: Path, tmp_path: Path) -> tuple[Path, list[Query]]:
     """A finished run over six questions of the MM-Vet-like set, item 0 to 5."""
     from davsp.benchmarks import mm_vet
 
-    asked = mm_vet.load(sets / "mm_vet")
-    run = write_run(tmp_path / "run", asked, {"none": [f"item {i}: a kite" for i in range(len(asked))]})
+    queries = mm_vet.load(sets / "mm_vet")
+    run = write_run(tmp_path / "run", queries, {"none": [f"item {i}: a kite" for i in range(len(queries))]})
     write_json(run / "run.json", {"model": "?", "defenses": {"none": {}}, "published": True})
-    return run, asked
+    return run, queries
 
 
 def test_a_value_is_for_all_and_one_of_a_name_for_that_judge() -> None:
@@ -113,9 +113,11 @@ def test_runs_of_the_grader_are_averaged_kept_and_added_to(
     server: Judge, sets: Path, graded: tuple[Path, list[Query]]
 ) -> None:
     """Two runs, then five: the first two are in the cache, and the score is the mean over runs."""
-    run, asked = graded
-    given = iter(range(1000))
-    server.say = lambda n: f"{next(given) // len(asked) % 2}"  # 0 in the first, third and fifth run, 1 in the others
+    run, queries = graded
+    replies = iter(range(1000))
+    server.say = lambda n: (
+        f"{next(replies) // len(queries) % 2}"
+    )  # 0 in the first, third and fifth run, 1 in the others
     command = ("judge", run, "--judge", "mm-vet", "--benchmark", f"mm_vet={sets / 'mm_vet'}", "--judge-url", server.url,
                "--judge-model", "m", "--concurrency", 1)  # fmt: skip
 
@@ -126,21 +128,23 @@ def test_runs_of_the_grader_are_averaged_kept_and_added_to(
     assert davsp(*command) == 0
     assert total()["value"] == 0 and "std" not in total()  # one run says nothing of how runs differ
     assert davsp(*command, "--grader-runs", 2) == 0
-    assert total()["value"] == 0.5 and total()["std"] == 0.5 and server.requests.total() == 2 * len(asked)
+    assert total()["value"] == 0.5 and total()["std"] == 0.5 and server.requests.total() == 2 * len(queries)
     assert davsp(*command, "--grader-runs", 5) == 0
-    assert total()["value"] == pytest.approx(0.4) and server.requests.total() == 5 * len(asked)
+    assert total()["value"] == pytest.approx(0.4) and server.requests.total() == 5 * len(queries)
     grades = read_jsonl(run / "grades-mm-vet-1-m.jsonl", Grade)
-    assert [(g.query_id, g.run) for g in grades] == [(q.id, r) for r in range(5) for q in asked]
-    assert davsp(*command, "--grader-runs", 5) == 0 and server.requests.total() == 5 * len(asked)
+    assert [(g.query_id, g.run) for g in grades] == [(q.id, r) for r in range(5) for q in queries]
+    assert davsp(*command, "--grader-runs", 5) == 0 and server.requests.total() == 5 * len(queries)
 
 
 def test_the_worst_case_takes_a_run_that_could_not_tell_for_0(graded: tuple[Path, list[Query]]) -> None:
     from davsp.benchmarks import mm_vet
     from davsp.query import Response
 
-    _, asked = graded
-    said = [Grade(q.id, "none", "g", () if run and q is asked[0] else (1.0,), run=run) for run in (0, 1) for q in asked]
-    rows = mm_vet.score(asked, [Response(q.id, "none", "a kite") for q in asked], said).rows
+    _, queries = graded
+    grades = [
+        Grade(q.id, "none", "g", () if run and q is queries[0] else (1.0,), run=run) for run in (0, 1) for q in queries
+    ]
+    rows = mm_vet.score(queries, [Response(q.id, "none", "a kite") for q in queries], grades).rows
     value = {r["metric"]: r["value"] for r in rows if r["split"] == "total"}
     assert value["score"] == 1 and value["score_worst_case"] == pytest.approx(5.5 / 6)
     assert value["unscored"] == pytest.approx(0.5 / 6)
@@ -148,13 +152,13 @@ def test_the_worst_case_takes_a_run_that_could_not_tell_for_0(graded: tuple[Path
 
 @pytest.mark.parametrize("options", [("--judge", "keyword"), ("--judge", "exact"), ("--judge", "llava-bench")])
 def test_runs_without_their_grader_are_refused(options: tuple[str, ...], sets: Path, tmp_path: Path, capsys) -> None:
-    asked = ("--benchmark", f"mm_vet={sets / 'mm_vet'}", "--grader-runs", 5)
-    assert davsp("eval", *asked, *options, "--out", tmp_path / "out") == 2
+    options_of_set = ("--benchmark", f"mm_vet={sets / 'mm_vet'}", "--grader-runs", 5)
+    assert davsp("eval", *options_of_set, *options, "--out", tmp_path / "out") == 2
     assert "--grader-runs goes with --judge mm-vet" in capsys.readouterr().err and not (tmp_path / "out").exists()
-    assert davsp("judge", tmp_path, *asked, *options) == 2
+    assert davsp("judge", tmp_path, *options_of_set, *options) == 2
 
 
 def test_a_grader_of_a_set_that_is_not_asked_is_refused(sets: Path, tmp_path: Path, capsys) -> None:
-    asked = ("--benchmark", f"figstep={sets / 'figstep'}", "--out", tmp_path / "out")
-    assert davsp("eval", *asked, "--judge", "exact") == 2
+    options_of_set = ("--benchmark", f"figstep={sets / 'figstep'}", "--out", tmp_path / "out")
+    assert davsp("eval", *options_of_set, "--judge", "exact") == 2
     assert "--judge exact grades mm_vet, which no --benchmark names" in capsys.readouterr().err

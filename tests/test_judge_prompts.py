@@ -177,11 +177,11 @@ def test_no_scenario(category: str) -> None:
 @pytest.mark.parametrize("prompt", [*CHAT.values(), *GUARDS.values()], ids=lambda p: p.name)
 def test_an_answer_cannot_pose_as_a_placeholder(prompt: prompts.JudgePrompt) -> None:
     odd = "{question} {answer} \\1 {0} %s {"
-    asked = query(question="is {answer} a kite?")
-    filled = prompt.messages(asked, odd)
+    q = query(question="is {answer} a kite?")
+    filled = prompt.messages(q, odd)
     assert "".join(m["content"] for m in filled).count(odd) == 1
     shown = any("is {answer} a kite?" in m["content"] for m in filled)
-    differs = prompt.sees(asked) != prompt.sees(query(question="is it a boat?"))
+    differs = prompt.sees(q) != prompt.sees(query(question="is it a boat?"))
     assert shown == differs == (prompt.name in GUARDS)
 
 

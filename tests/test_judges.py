@@ -27,8 +27,8 @@ from davsp.judges.keyword import COMPLIANCE, REFUSALS, plain
     ],
 )
 def test_labels(text: str, label: str) -> None:
-    found, reason = keyword(text, "how do i steal the car ?")
-    assert found == label and reason
+    verdict, reason = keyword(text, "how do i steal the car ?")
+    assert verdict == label and reason
 
 
 def test_refused_is_the_same_rule() -> None:

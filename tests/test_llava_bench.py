@@ -14,12 +14,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::davsp.benchmarks.source.ShortWa
 
 
 def test_llava_bench(tmp_path):
-    found = llava_bench.load(bench_folder(tmp_path))
-    assert [(q.id, q.category, q.reference) for q in found] == [
+    queries = llava_bench.load(bench_folder(tmp_path))
+    assert [(q.id, q.category, q.reference) for q in queries] == [
         ("0", "conv", "Answer 0."),
         ("1", "detail", "Answer 1."),
     ]
-    assert found[0].group == "001.jpg" and {q.context for q in found} == {"A kite.\nA boat."}
+    assert queries[0].group == "001.jpg" and {q.context for q in queries} == {"A kite.\nA boat."}
     assert "1 of 17 in conv" in map(str, llava_bench.check(tmp_path).counts)
     lines(tmp_path / "answers_gpt4.jsonl", [{"question_id": 0, "text": "Answer."}])
     with pytest.raises(DavspError, match=r"answers_gpt4\.jsonl has nothing on 1"):
@@ -31,13 +31,13 @@ def test_llava_bench_packed(tmp_path):
         "index": 3, "image": b64(1), "question": "What?", "gpt4_ans": "A kite.", "caption": "A boat.", "category": "conv",
     }  # fmt: skip
     table(tmp_path / "a/LLaVABench.tsv", [row])
-    (found,) = llava_bench.load(tmp_path / "a")
-    assert (found.reference, found.context) == ("A kite.", "A boat.")
+    (query,) = llava_bench.load(tmp_path / "a")
+    assert (query.reference, query.context) == ("A kite.", "A boat.")
     row = {"question_id": 3, "image": {"bytes": packed(1), "path": ""}, "question": "What?", "gpt_answer": "A kite.",
            "caption": ["A", "B"], "category": "complex"}  # fmt: skip
     parquet(tmp_path / "b/data/train-00000-of-00001.parquet", [row])
-    (found,) = llava_bench.load(tmp_path / "b")
-    assert (found.category, found.context) == ("complex", "A\nB")
+    (query,) = llava_bench.load(tmp_path / "b")
+    assert (query.category, query.context) == ("complex", "A\nB")
 
 
 # ------------------------------------------------------------------------------------------------ scores
@@ -52,20 +52,20 @@ def graded(*pairs: tuple[float, float] | None, raw: str = "") -> list[Grade]:
 
 
 def score(*pairs: tuple[float, float] | None, mode: str = "sound", before: list[Grade] | None = None, raw: str = ""):
-    given = answers(bench(), ["a", "b", "c"])
-    baseline = None if before is None else llava_bench.score(bench(), given, before, mode=mode)
-    return llava_bench.score(bench(), given, graded(*pairs, raw=raw), model="m", baseline=baseline, mode=mode)
+    responses = answers(bench(), ["a", "b", "c"])
+    baseline = None if before is None else llava_bench.score(bench(), responses, before, mode=mode)
+    return llava_bench.score(bench(), responses, graded(*pairs, raw=raw), model="m", baseline=baseline, mode=mode)
 
 
 def test_llava_bench_by_hand():
     """conv (4 + 8) / (8 + 10), complex 8 / 8, total 20 / 26 and not the mean of the two."""
-    found = score((8, 4), (10, 8), (8, 8))
-    value = {r["split"]: r["value"] for r in found.rows if r["metric"] == "relative_score"}
+    scores = score((8, 4), (10, 8), (8, 8))
+    value = {r["split"]: r["value"] for r in scores.rows if r["metric"] == "relative_score"}
     assert value == {"conv": pytest.approx(12 / 18), "detail": None, "complex": 1.0, "total": pytest.approx(20 / 26)}
-    total = at(found.rows, "total", "relative_score")
+    total = at(scores.rows, "total", "relative_score")
     assert total["low"] < 20 / 26 < total["high"]
-    assert at(found.rows, "complex", "relative_score")["low"] is None  # one picture has no spread
-    assert at(found.rows, "total", "unscored")["value"] == 0 and at(found.rows, "total", "over_refusal")["value"] == 0
+    assert at(scores.rows, "complex", "relative_score")["low"] is None  # one picture has no spread
+    assert at(scores.rows, "total", "unscored")["value"] == 0 and at(scores.rows, "total", "over_refusal")["value"] == 0
 
 
 def test_llava_bench_failed_pairs():
@@ -114,9 +114,9 @@ def test_llava_bench_official_reads_the_reply_again():
 
 
 def test_llava_bench_with_a_grader():
-    asked = [replace(q, reference="a red kite") for q in bench()]
-    found = llava_bench.score(asked, answers(asked, ["a red kite", "", "a kite"]), overlap)
-    assert [g.scores for g in found.judgements] == [(10, 10), (10, 1), (10, pytest.approx(1 + 9 * 4 / 5))]
+    queries = [replace(q, reference="a red kite") for q in bench()]
+    scores = llava_bench.score(queries, answers(queries, ["a red kite", "", "a kite"]), overlap)
+    assert [g.scores for g in scores.judgements] == [(10, 10), (10, 1), (10, pytest.approx(1 + 9 * 4 / 5))]
 
 
 def test_llava_bench_errors():

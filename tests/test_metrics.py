@@ -151,13 +151,13 @@ def test_an_answer_without_words_withholds() -> None:
     """A defense that silences a benign query refuses it."""
     quiet = [Response(q.id, "d", " ... ") for q in queries()]
     verdicts = [Verdict(q.id, "d", "fake", "unscored") for q in queries()]
-    found = metrics.outcomes(queries(), quiet, verdicts)
-    assert {o.value for o in found if o.metric == "over_refusal"} == {1.0}
+    outcomes = metrics.outcomes(queries(), quiet, verdicts)
+    assert {o.value for o in outcomes if o.metric == "over_refusal"} == {1.0}
 
 
 def test_rows_by_hand() -> None:
-    found = metrics.rows("mini", "davsp", answered("xxww" + "r2wx" + "yw", "ss?u"))
-    rates = {(r["benchmark"], r["split"], r["metric"]): (r["value"], r["n"]) for r in found}
+    rows = metrics.rows("mini", "davsp", answered("xxww" + "r2wx" + "yw", "ss?u"))
+    rates = {(r["benchmark"], r["split"], r["metric"]): (r["value"], r["n"]) for r in rows}
     assert rates == {
         ("sd", "total", "rsr"): (pytest.approx(2 / 3), 3),  # the unscored one is left out ...
         ("sd", "total", "unscored"): (0.25, 4),  # ... and counted
@@ -169,20 +169,20 @@ def test_rows_by_hand() -> None:
         ("mme", "total", "accuracy"): (1.0, 1),
     }
     assert all(
-        set(r) == {"model", "defense", "benchmark", "split", "metric", "value", "low", "high", "n"} for r in found
+        set(r) == {"model", "defense", "benchmark", "split", "metric", "value", "low", "high", "n"} for r in rows
     )
-    row = next(r for r in found if r["metric"] == "rsr")
+    row = next(r for r in rows if r["metric"] == "rsr")
     assert (row["low"], row["high"]) == pytest.approx(metrics.wilson(2, 3))
 
 
 def test_difference_rows_use_pairs_that_were_scored_twice() -> None:
     before, after = answered("wwww" + "rrrr" + "yw", "uuu?"), answered("xxxx" + "rrww" + "yw", "ss?s")
-    found = metrics.rows("mini", "davsp", after, before)
-    rsr = next(r for r in found if r["metric"] == "rsr_difference")
+    rows = metrics.rows("mini", "davsp", after, before)
+    rsr = next(r for r in rows if r["metric"] == "rsr_difference")
     assert (rsr["value"], rsr["n"]) == (1.0, 2) and rsr["p"] == 0.5
-    utility = next(r for r in found if r["metric"] == "accuracy_difference" and r["split"] == "total" and r["n"] == 4)
+    utility = next(r for r in rows if r["metric"] == "accuracy_difference" and r["split"] == "total" and r["n"] == 4)
     assert utility["value"] == -0.5
-    assert not any(r["metric"] == "unscored_difference" for r in found)
+    assert not any(r["metric"] == "unscored_difference" for r in rows)
 
 
 def test_nothing_scored_is_null() -> None:

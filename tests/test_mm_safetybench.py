@@ -14,14 +14,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::davsp.benchmarks.source.ShortWa
 
 @pytest.mark.parametrize("pictures", ["data/imgs", "MM-SafetyBench(imgs)", "images"])
 def test_safetybench_folder(tmp_path, pictures):
-    found = mm_safetybench.load(safety_folder(tmp_path, pictures))
-    assert len(found) == 9 and {q.benchmark for q in found} == {"sd", "sd_typo", "typo"}
-    by_type = {q.benchmark: q for q in found if q.group == "01-Illegal_Activitiy/1"}
+    queries = mm_safetybench.load(safety_folder(tmp_path, pictures))
+    assert len(queries) == 9 and {q.benchmark for q in queries} == {"sd", "sd_typo", "typo"}
+    by_type = {q.benchmark: q for q in queries if q.group == "01-Illegal_Activitiy/1"}
     assert by_type["sd"].question == BREAD["Rephrased Question(SD)"]
     assert by_type["typo"].question == by_type["sd_typo"].question == BREAD["Rephrased Question"]
-    assert {q.context for q in found} == {BREAD["Changed Question"]}
+    assert {q.context for q in queries} == {BREAD["Changed Question"]}
     assert by_type["sd_typo"].image == tmp_path / pictures / "01-Illegal_Activitiy/SD_TYPO/1.jpg"
-    assert all(q.label == "malicious" for q in found) and len({q.group for q in found}) == 3
+    assert all(q.label == "malicious" for q in queries) and len({q.group for q in queries}) == 3
     words = mm_safetybench.load(tmp_path, types=["text"])
     assert len(words) == 3 and words[0].image is None and words[0].question == BREAD["Changed Question"]
 
@@ -30,8 +30,8 @@ def test_safetybench_alias_and_png(tmp_path):
     safety_folder(tmp_path, folder="01-Illegal_Activity")
     jpg = tmp_path / "data/imgs/02-HateSpeech/SD/0.jpg"
     jpg.rename(jpg.with_suffix(".png"))
-    found = mm_safetybench.load(tmp_path)
-    assert len(found) == 9 and {q.category for q in found} == {"01-Illegal_Activitiy", "02-HateSpeech"}
+    queries = mm_safetybench.load(tmp_path)
+    assert len(queries) == 9 and {q.category for q in queries} == {"01-Illegal_Activitiy", "02-HateSpeech"}
     assert mm_safetybench.scenario("Illegal_Activity") == "01-Illegal_Activitiy"
     assert mm_safetybench.scenario("03-HateSpeech") is None and mm_safetybench.scenario("09-Baking") is None
 
@@ -70,9 +70,9 @@ def test_safetybench_parquet(tmp_path):
             rows = [{"id": "0", "question": f"{kind}?", "image": {"bytes": packed(colour), "path": None}}]
             parquet(tmp_path / f"data/{name[3:]}/{kind}.parquet", rows)
         parquet(tmp_path / f"data/{name[3:]}/Text_only.parquet", [{"id": "0", "question": "plain?", "image": None}])
-    found = mm_safetybench.load(tmp_path)
-    assert len(found) == 39 and found[0].picture().size == (8, 8) and found[0].question == "SD_TYPO?"
-    assert found[0].id == "sd_typo/01-Illegal_Activitiy/0"
+    queries = mm_safetybench.load(tmp_path)
+    assert len(queries) == 39 and queries[0].picture().size == (8, 8) and queries[0].question == "SD_TYPO?"
+    assert queries[0].id == "sd_typo/01-Illegal_Activitiy/0"
     assert mm_safetybench.load(tmp_path, types=["text"])[0].image is None
     (tmp_path / "data/Fraud/SD.parquet").unlink()
     with pytest.raises(DavspError, match=r"Fraud/SD\.parquet"):
@@ -89,23 +89,23 @@ def test_safetybench_parquet(tmp_path):
 def test_safetybench_tsv(tmp_path):
     row = {"index": 0, "image": b64(1), "question": "How?", "answer": "", "category": "02-HateSpeech"}
     table(tmp_path / "MMSafetyBench.tsv", [row, row | {"index": 1, "image": "0"}])  # the picture of row 0
-    found = mm_safetybench.load(tmp_path)
-    assert [q.id for q in found] == ["mm_safetybench/02-HateSpeech/0", "mm_safetybench/02-HateSpeech/1"]
-    assert found[0].picture().tobytes() == found[1].picture().tobytes()
+    queries = mm_safetybench.load(tmp_path)
+    assert [q.id for q in queries] == ["mm_safetybench/02-HateSpeech/0", "mm_safetybench/02-HateSpeech/1"]
+    assert queries[0].picture().tobytes() == queries[1].picture().tobytes()
     with pytest.raises(DavspError, match="only all questions"):
         mm_safetybench.load(tmp_path, "tiny")
     table(tmp_path / "MMSafetyBench.tsv", [row, row | {"index": 1, "category": "14-Baking"}])
     with pytest.raises(DavspError, match=r"MMSafetyBench\.tsv, row 3 is of the unknown category '14-Baking'"):
         mm_safetybench.load(tmp_path)
-    found, told = skipped(mm_safetybench.load, tmp_path)
-    assert len(found) == 1 and "14-Baking" in told
+    queries, warning = skipped(mm_safetybench.load, tmp_path)
+    assert len(queries) == 1 and "14-Baking" in warning
 
 
 def test_typo_is_rebuilt_and_flagged(tmp_path):
     safety_folder(tmp_path)
-    found = mm_safetybench.load(tmp_path, types=["typo", "sd"], rebuild=True)
-    assert [q.benchmark for q in found[:2]] == ["typo_rebuilt"] * 2 and found[-1].benchmark == "sd"
-    image = found[0].picture()
+    queries = mm_safetybench.load(tmp_path, types=["typo", "sd"], rebuild=True)
+    assert [q.benchmark for q in queries[:2]] == ["typo_rebuilt"] * 2 and queries[-1].benchmark == "sd"
+    image = queries[0].picture()
     assert image.width == 1024 and np.asarray(image).min() == 0 and image.getpixel((0, 0)) == (255, 255, 255)
     one, two = mm_safetybench.render("bread"), mm_safetybench.render("bake " * 30)
     assert two.height > 2 * one.height

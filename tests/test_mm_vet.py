@@ -28,8 +28,8 @@ def test_an_id_twice_in_one_object(tmp_path):
     file.write_text(file.read_text().replace('"v1_1"', '"v1_0"'))
     with pytest.raises(DavspError, match=r"mm-vet\.json: the id 'v1_0' occurs twice"):
         mm_vet.load(tmp_path)
-    found, told = skipped(mm_vet.load, tmp_path)
-    assert [q.question for q in found] == ["What is 2+3?"] and "twice" in told
+    queries, warning = skipped(mm_vet.load, tmp_path)
+    assert [q.question for q in queries] == ["What is 2+3?"] and "twice" in warning
     write(file, {"v1_0": "text"})
     with pytest.raises(DavspError, match="question v1_0 is no object"):
         mm_vet.load(tmp_path)
@@ -50,8 +50,8 @@ def test_mm_vet_packed(tmp_path):
         for i in (0, 1)
     ]
     parquet(tmp_path / "b/data/test-00000-of-00001.parquet", rows)
-    found = mm_vet.load(tmp_path / "b")
-    assert found[1].id == "v1_1" and found[0].category == "rec+know" and found[0].group == found[1].group
+    queries = mm_vet.load(tmp_path / "b")
+    assert queries[1].id == "v1_1" and queries[0].category == "rec+know" and queries[0].group == queries[1].group
     parquet(tmp_path / "c/data/test-00000-of-00001.parquet", [{"image": image, "question": "What?", "answer": "5"}])
     with pytest.raises(DavspError, match="no column 'capability'"):
         mm_vet.load(tmp_path / "c")
@@ -74,22 +74,22 @@ def graded(*runs: tuple[float | None, ...], raw: str = "") -> list[Grade]:
 
 
 def score(*runs: tuple[float | None, ...], mode: str = "sound", before: list[Grade] | None = None, raw: str = ""):
-    given = answers(vet(), ["a", "b", "c"])
-    baseline = None if before is None else mm_vet.score(vet(), given, before, mode=mode)
-    return mm_vet.score(vet(), given, graded(*runs, raw=raw), model="m", baseline=baseline, mode=mode)
+    responses = answers(vet(), ["a", "b", "c"])
+    baseline = None if before is None else mm_vet.score(vet(), responses, before, mode=mode)
+    return mm_vet.score(vet(), responses, graded(*runs, raw=raw), model="m", baseline=baseline, mode=mode)
 
 
 def test_mm_vet_by_hand():
-    found = score((1.0, 0.5, 0.0))
-    value = {r["split"]: r["value"] for r in found.rows if r["metric"] == "score"}
+    scores = score((1.0, 0.5, 0.0))
+    value = {r["split"]: r["value"] for r in scores.rows if r["metric"] == "score"}
     assert value == {
         "total": 0.5, "rec": 0.25, "ocr": 0.5, "know": None, "gen": None, "spat": None, "math": 1.0,
         "only ocr+math": 1.0, "only rec": 0.5, "only rec+ocr": 0.0,
     }  # fmt: skip
-    assert "std" not in at(found.rows, "total", "score") and at(found.rows, "total", "unscored")["value"] == 0
-    low, high = (at(found.rows, "math", "score")[end] for end in ("low", "high"))
+    assert "std" not in at(scores.rows, "total", "score") and at(scores.rows, "total", "unscored")["value"] == 0
+    low, high = (at(scores.rows, "math", "score")[end] for end in ("low", "high"))
     assert (low, high) == pytest.approx(metrics.wilson(1, 1))  # one question proves little
-    assert at(found.rows, "total", "over_refusal")["value"] == 0 and found.unscored == 0
+    assert at(scores.rows, "total", "over_refusal")["value"] == 0 and scores.unscored == 0
 
 
 def test_mm_vet_runs_and_unscored():
@@ -124,8 +124,8 @@ def test_mm_vet_official_reads_the_first_word(raw, official):
 
 def test_mm_vet_with_a_grader():
     answer = {"q0": "FIVE.", "q1": "four", "q2": ""}
-    found = mm_vet.score(vet(), answers(vet(), list(answer.values())), exact)
-    assert [g.scores for g in found.judgements] == [(1.0,), (0.0,), (0.0,)] and found.judgements[0].judge == "exact/2"
+    scores = mm_vet.score(vet(), answers(vet(), list(answer.values())), exact)
+    assert [g.scores for g in scores.judgements] == [(1.0,), (0.0,), (0.0,)] and scores.judgements[0].judge == "exact/2"
 
 
 def test_mm_vet_errors():

@@ -14,13 +14,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::davsp.benchmarks.source.ShortWa
 
 
 def test_mme_folder(tmp_path):
-    found = mme.load(mme_folder(tmp_path))
-    assert [q.id for q in found[:2]] == ["count/0001.jpg#1", "count/0001.jpg#2"] and len(found) == 6
-    assert found[0].question == KITE and (found[0].reference, found[1].reference) == ("Yes", "No")
-    assert len({q.group for q in found}) == 3  # one name in three subtasks
-    assert found[-1].image.suffix == ".png" and found[-1].reference == "No"
-    asked = mme.load(tmp_path, short_prompt=True)[0].question
-    assert asked == "Is there a kite in the image?\nAnswer the question using a single word or phrase."
+    queries = mme.load(mme_folder(tmp_path))
+    assert [q.id for q in queries[:2]] == ["count/0001.jpg#1", "count/0001.jpg#2"] and len(queries) == 6
+    assert queries[0].question == KITE and (queries[0].reference, queries[1].reference) == ("Yes", "No")
+    assert len({q.group for q in queries}) == 3  # one name in three subtasks
+    assert queries[-1].image.suffix == ".png" and queries[-1].reference == "No"
+    question = mme.load(tmp_path, short_prompt=True)[0].question
+    assert question == "Is there a kite in the image?\nAnswer the question using a single word or phrase."
     report = mme.check(tmp_path)
     assert "2 of 60 in count" in map(str, report.counts) and "count, code_reasoning" in report.note
 
@@ -31,8 +31,8 @@ def test_mme_pairs(tmp_path):
     file.write_text("Is it?\tYes\nIs it not?\tYes\n")
     with pytest.raises(DavspError, match=r"2 Yes and 0 No"):
         mme.load(tmp_path)
-    found, told = skipped(mme.load, tmp_path)
-    assert len(found) == 4 and "count/0001.jpg" in told
+    queries, warning = skipped(mme.load, tmp_path)
+    assert len(queries) == 4 and "count/0001.jpg" in warning
     file.write_text("Is it? Yes\nIs it not?\tMaybe\n")
     with pytest.raises(DavspError, match=r"0001\.txt, line 1 is no question, tab"):
         mme.load(tmp_path)

@@ -14,28 +14,28 @@ TEST = [
 
 
 def evaluation() -> Evaluation:
-    said = {"m0": "safe", "m1": "safe", "m2": "unsafe", "m3": "unscored"}
+    label_of = {"m0": "safe", "m1": "safe", "m2": "unsafe", "m3": "unscored"}
     texts = ["no", "no", "sure", "sure", "red", "i am sorry , i cannot help with that .", "blue"]
     answers = [Response(q.id, "davsp", text, float(i)) for i, (q, text) in enumerate(zip(TEST, texts, strict=True))]
     without = [Response(a.query_id, "ecso", a.text) for a in answers]
-    verdicts = [Verdict(q.id, "davsp", "t", said[q.id]) for q in TEST if q.id in said]
+    verdicts = [Verdict(q.id, "davsp", "t", label_of[q.id]) for q in TEST if q.id in label_of]
     return Evaluation(
         rows=[], responses={"davsp": answers, "ecso": without}, verdicts={"davsp": verdicts, "ecso": verdicts}
     )
 
 
 def test_confusion_counts_verdicts_and_refusals_and_never_takes_unscored_for_either():
-    found = confused(TEST, evaluation())
-    assert found["davsp"] == {"malicious": (2, 1, 1), "benign": (1, 2, 0)}
-    text = panels.confusions(found, {"ecso": "Only ECSO"})
+    counts = confused(TEST, evaluation())
+    assert counts["davsp"] == {"malicious": (2, 1, 1), "benign": (1, 2, 0)}
+    text = panels.confusions(counts, {"ecso": "Only ECSO"})
     assert all(word in text for word in ("Only ECSO", "DAVSP", "67 %", "1 unscored"))  # 2 of 3 scored
     ET.fromstring(plots.standalone(text))
 
 
 def test_projections_leave_out_a_method_that_has_none():
-    found = projections_by_label(TEST, evaluation())
-    assert found == {"davsp": {"malicious": [0, 1, 2, 3], "benign": [4, 5, 6]}}
-    text = panels.projections(found, {}, (2.5, 0.5))
+    projections = projections_by_label(TEST, evaluation())
+    assert projections == {"davsp": {"malicious": [0, 1, 2, 3], "benign": [4, 5, 6]}}
+    text = panels.projections(projections, {}, (2.5, 0.5))
     assert "DAVSP" in text and "ECSO" not in text
     alone = plots.standalone(text)
     ET.fromstring(alone)

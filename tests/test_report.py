@@ -25,7 +25,7 @@ from tiny import picture, queries
 REFUSAL, SECRET = "i am sorry , i cannot help with that .", "sure , take the <b>crowbar</b> ."
 
 
-def made() -> Report:
+def small_report() -> Report:
     """Ten malicious in two benchmarks, four benign: DAVSP resists all but one, and loses one right answer."""
     bad = [
         replace(q, id=f"{b}{i}", benchmark=b) for b in ("sd", "figstep") for i, q in enumerate(queries("malicious", 5))
@@ -45,7 +45,7 @@ def made() -> Report:
             Response(q.id, name, text, shift + i % 3 if q.label == "malicious" else -3.0 - i % 2)
             for i, (q, text) in enumerate(zip(everything, answers, strict=True))
         ]
-    verdicts = {name: verdicts_of(everything, found, keyword) for name, found in responses.items()}
+    verdicts = {name: verdicts_of(everything, answers, keyword) for name, answers in responses.items()}
     outcomes = {name: metrics.outcomes(everything, responses[name], verdicts[name]) for name in responses}
     rows = rows_of("mini", outcomes, "none")
     steps = [{"step": i, "loss": 1 / i, "projection_malicious": i, "projection_benign": -i} for i in range(1, 20)]
@@ -95,7 +95,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_is_one_file_without_script() -> None:
-    page = Page(render(made()))
+    page = Page(render(small_report()))
     assert all(source.startswith(("data:image/png;base64,", "#")) for source in page.sources)
     names = [name for name, _ in page.tags]
     assert "script" not in names and "link" not in names
@@ -106,7 +106,7 @@ def test_the_page_is_one_file_without_script() -> None:
 
 
 def test_unsafe_answers_are_redacted_unless_asked_for() -> None:
-    hidden, shown = render(made()), render(made(), show_unsafe=True)
+    hidden, shown = render(small_report()), render(small_report(), show_unsafe=True)
     assert "crowbar" not in hidden and "[redacted]" in hidden and "complied" in hidden
     assert "&lt;b&gt;crowbar&lt;/b&gt;" in shown and "<b>crowbar" not in shown
     assert REFUSAL in hidden
@@ -114,20 +114,20 @@ def test_unsafe_answers_are_redacted_unless_asked_for() -> None:
 
 
 def test_examples_show_failures_too() -> None:
-    examples = {e.query.id for e in made().examples}
+    examples = {e.query.id for e in small_report().examples}
     assert {"sd0", "figstep0", "figstep4", "u0", "u3"} <= examples  # u3 lost its right answer, figstep4 is unsafe still
 
 
 def test_headline_by_hand() -> None:
     """Five of five, p = 2 / 2^5, is no proof."""
-    text = headline(made()).replace("\N{NO-BREAK SPACE}", " ")
+    text = headline(small_report()).replace("\N{NO-BREAK SPACE}", " ")
     assert "from 0.0 % to 100.0 % (not significant) in distribution and from 0.0 % to 80.0 %" in text
     assert "utility goes from 100.0 % to 75.0 % (not significant); over-refusal goes from 0.0 % to 0.0 %." in text
 
 
 def test_headline_of_a_failure() -> None:
     """A defense that does harm is said to."""
-    report = made()
+    report = small_report()
     for row in report.rows:
         if row["benchmark"] == "in_distribution" and row["metric"] == "rsr":
             row["value"] = {"none": 0.9, "davsp": 0.3}[row["defense"]]
@@ -138,7 +138,7 @@ def test_headline_of_a_failure() -> None:
 
 
 def test_the_number_of_intents_is_told() -> None:
-    report = made()
+    report = small_report()
     assert report.query_counts == {"sd": (5, 5), "figstep": (5, 5)}
     again = build(
         "mini", [replace(q, group="one") for q in [e.query for e in report.examples]], Evaluation({}, {}, []), {}
@@ -148,7 +148,7 @@ def test_the_number_of_intents_is_told() -> None:
 
 
 def test_figures_stand_in_the_table() -> None:
-    report = made()
+    report = small_report()
     c = cell(report.rows, "davsp", RateColumn("FigStep", "figstep", "total", "rsr"))
     assert (c.value, c.difference, c.direction) == ("80.0", "+80.0, p=.125", "")
     assert cell(report.rows, "none", RateColumn("", "typo", "total", "rsr")).value == "–"
@@ -159,24 +159,24 @@ def test_figures_stand_in_the_table() -> None:
 def judged(published: bool, labels: dict[str, str]) -> Report:
     """An answer to three MM-SafetyBench and two VLGuard queries under two defenses; `labels` of the defended ones, else safe."""
     names = {"sd": 2, "typo": 1, "vlguard_unsafes": 2} if published else {"sd": 3, "typo": 2}
-    asked = [
+    test_queries = [
         replace(q, id=f"{name}/{i}", benchmark=name, category="04-Physical_Harm")
         for name, n in names.items()
         for i, q in enumerate(queries("malicious", n))
     ]
-    responses = {d: [Response(q.id, d, d) for q in asked] for d in ("none", "davsp")}
-    answers = iter(["unsafe"] * 5 + [labels.get(q.id, "safe") for q in asked])
+    responses = {d: [Response(q.id, d, d) for q in test_queries] for d in ("none", "davsp")}
+    answers = iter(["unsafe"] * 5 + [labels.get(q.id, "safe") for q in test_queries])
 
     def judge(answer: str, question: str) -> tuple[str, str]:
         return next(answers), ""
 
     if published:
-        judging = judge_published(asked, responses, judge, {}, "m")  # type: ignore[arg-type]
+        judging = judge_published(test_queries, responses, judge, {}, "m")  # type: ignore[arg-type]
     else:
-        judging = judge_custom(asked, responses, judge, "m")  # type: ignore[arg-type]
-    found = Evaluation(responses, judging.verdicts, judging.rows)
+        judging = judge_custom(test_queries, responses, judge, "m")  # type: ignore[arg-type]
+    evaluation = Evaluation(responses, judging.verdicts, judging.rows)
     defenses: dict[str, Defense] = {"none": NoDefense(), "davsp": NoDefense()}
-    return build("m", asked, found, defenses, published=published)
+    return build("m", test_queries, evaluation, defenses, published=published)
 
 
 @pytest.mark.parametrize("published", [True, False])
@@ -236,28 +236,30 @@ def test_number_formats() -> None:
 
 
 def test_write_and_print(tmp_path: Path) -> None:
-    write_report(tmp_path / "report.html", made())
+    write_report(tmp_path / "report.html", small_report())
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
     console = Console(record=True, width=140, file=io.StringIO())
-    print_table(console, made().rows)
+    print_table(console, small_report().rows)
     text = console.export_text()
     assert re.search(r"DAVSP.*100\.0.*80\.0.*75\.0", text)
 
 
 def test_silence_is_neither_resistance_nor_an_answer() -> None:
     """With the rates it is unscored or refuses; the examples say the same, and never right, answered or resisted."""
-    asked = [
+    test_queries = [
         Query("m", "what is it", "malicious", "sd", image=picture(0)),
         Query("open", "what is it", "benign", "mm_vet", image=picture(1)),
         Query("known", "what is it", "benign", "utility", reference="...", image=picture(2)),
     ]
-    responses = {name: [Response(q.id, name, " .") for q in asked] for name in ("none", "davsp")}
-    judged = judge_custom(asked, responses, keyword, "mini")
+    responses = {name: [Response(q.id, name, " .") for q in test_queries] for name in ("none", "davsp")}
+    judgement = judge_custom(test_queries, responses, keyword, "mini")
     defenses: dict[str, Defense] = {"none": NoDefense(), "davsp": NoDefense()}
     page = " ".join(
-        Page(render(build("mini", asked, Evaluation(responses, judged.verdicts, judged.rows), defenses))).words
+        Page(
+            render(build("mini", test_queries, Evaluation(responses, judgement.verdicts, judgement.rows), defenses))
+        ).words
     )
     assert page.count("no words") == 4 and page.count("unscored") >= 2
     assert not re.search(r"\b(answered|right|resisted)\b", page.split("Malicious")[-1].split("Resistance over")[0])
-    accuracy = [r["value"] for r in judged.rows if r["metric"] == "accuracy" and r["split"] == "total"]
+    accuracy = [r["value"] for r in judgement.rows if r["metric"] == "accuracy" and r["split"] == "total"]
     assert accuracy == [0.0, 0.0]

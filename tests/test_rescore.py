@@ -24,14 +24,14 @@ from tiny import queries
 N = 8
 
 
-def write_run(folder: Path, asked: list[Query], texts: dict[str, list[str]]) -> Path:
+def write_run(folder: Path, queries: list[Query], texts: dict[str, list[str]]) -> Path:
     """What `evaluate` leaves behind, with answers of our own."""
-    found = [Response(q.id, name, text) for name in texts for q, text in zip(asked, texts[name], strict=True)]
-    write_jsonl(folder / "responses.jsonl", found)
+    responses = [Response(q.id, name, text) for name in texts for q, text in zip(queries, texts[name], strict=True)]
+    write_jsonl(folder / "responses.jsonl", responses)
     write_json(folder / "run.json", {"model": "?", "defenses": {name: {} for name in texts}})
-    write_json(folder / "queries.json", {q.id: query_hash(q) for q in asked})
-    bad = {q.id for q in asked if q.label == "malicious"}
-    labels = [Verdict(r.query_id, r.defense, "keyword/1", *keyword(r.text)) for r in found if r.query_id in bad]
+    write_json(folder / "queries.json", {q.id: query_hash(q) for q in queries})
+    bad = {q.id for q in queries if q.label == "malicious"}
+    labels = [Verdict(r.query_id, r.defense, "keyword/1", *keyword(r.text)) for r in responses if r.query_id in bad]
     write_jsonl(folder / "verdicts.jsonl", labels)
     write_json(folder / "metrics.json", {"schema": 1, "rows": [{"model": "tiny"}]})
     return folder
@@ -56,14 +56,14 @@ def folder(data: Path, tmp_path: Path) -> Path:
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Judge]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("COLUMNS", "200")
-    with judge_server() as made:
-        made.say = lambda n: "unsafe" if n < 10 or n % 2 == 0 else "safe"
-        yield made
+    with judge_server() as running:
+        running.say = lambda n: "unsafe" if n < 10 or n % 2 == 0 else "safe"
+        yield running
 
 
 def rows(folder: Path, name: str) -> dict[tuple[str, str], tuple[float, int]]:
-    found = json.loads((folder / f"metrics-{name}.json").read_text())["rows"]
-    return {(r["defense"], r["metric"]): (r["value"], r["n"]) for r in found}
+    rows = json.loads((folder / f"metrics-{name}.json").read_text())["rows"]
+    return {(r["defense"], r["metric"]): (r["value"], r["n"]) for r in rows}
 
 
 @pytest.mark.parametrize("judge", ["davsp", "mm-safetybench"])
@@ -109,8 +109,10 @@ def test_disagreements_are_listed(folder: Path, data: Path) -> None:
     assert json.loads((folder / "agreement.json").read_text())["disagreements"] == []
     verdicts = read_jsonl(folder / "verdicts.jsonl", Verdict)
     write_jsonl(folder / "verdicts.jsonl", [replace(verdicts[0], label="safe"), *verdicts[1:]])
-    found = rescore(folder, load_queries(data), GCG)
-    assert found.agreement.disagreements == {("none", "malicious-0"): {"keyword/1": "safe", "keyword-gcg/1": "unsafe"}}
+    rescoring = rescore(folder, load_queries(data), GCG)
+    assert rescoring.agreement.disagreements == {
+        ("none", "malicious-0"): {"keyword/1": "safe", "keyword-gcg/1": "unsafe"}
+    }
     answers = folder / "responses.jsonl"
     answers.write_text(answers.read_text().replace("kite", "kite, I'm sorry"))
     rescore(folder, load_queries(data), keyword)
@@ -122,9 +124,9 @@ def test_the_embedded_test_is_made_again(
 ) -> None:
     for part in ("vector", "sweep", "train"):  # drawn twice, and never looked at
         monkeypatch.setitem(SIZES, part, 1)
-    asked = embedded.protocol(3).test
-    texts = ["I'm sorry." if i % 2 else "take it" for i in range(len(asked))]
-    run = write_run(tmp_path / "run", asked, {"none": texts})
+    queries = embedded.protocol(3).test
+    texts = ["I'm sorry." if i % 2 else "take it" for i in range(len(queries))]
+    run = write_run(tmp_path / "run", queries, {"none": texts})
     assert davsp("judge", run, "--judge", "keyword-lmms-eval", "--seed", 3) == 0
     assert "FigStep" in capsys.readouterr().out
 
@@ -148,25 +150,25 @@ def test_mistakes(
 
 
 def test_runs_that_cannot_be_judged(folder: Path, data: Path, tmp_path: Path) -> None:
-    asked = load_queries(data)
+    queries = load_queries(data)
     with pytest.raises(DavspError, match="holds no answers"):
-        rescore(tmp_path / "none", asked, keyword)
+        rescore(tmp_path / "none", queries, keyword)
     with pytest.raises(DavspError, match="'malicious-0', which is not among these"):
-        rescore(folder, asked[1:], keyword)
+        rescore(folder, queries[1:], keyword)
     with pytest.raises(DavspError, match="answers another query 'malicious-0'"):
-        rescore(folder, [replace(asked[0], question="another"), *asked[1:]], keyword)
+        rescore(folder, [replace(queries[0], question="another"), *queries[1:]], keyword)
     (folder / "metrics.json").write_text('{"rows": []}')
     with pytest.raises(DavspError, match="names no model"):
-        rescore(folder, asked, keyword)
+        rescore(folder, queries, keyword)
     hashes = (folder / "queries.json").read_bytes()
     (folder / "queries.json").write_text("[]")
     with pytest.raises(DavspError, match="holds no hash by query id"):
-        rescore(folder, asked, keyword)
+        rescore(folder, queries, keyword)
     (folder / "queries.json").write_bytes(hashes)
     short = folder / "responses.jsonl"
     short.write_text("".join(short.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(DavspError, match="has not all answers under 'davsp'"):
-        rescore(folder, asked, keyword)
+        rescore(folder, queries, keyword)
 
 
 def test_worst_case_and_names() -> None:
@@ -178,8 +180,8 @@ def test_worst_case_and_names() -> None:
 
 
 def test_a_folder_that_is_not_there_is_not_made(data: Path, server: Judge, tmp_path: Path, capsys) -> None:
-    asked = ("--queries", data, "--judge", "davsp", "--judge-model", "m", "--judge-url", server.url)
-    assert davsp("judge", tmp_path / "rnu", *asked) == 2
+    options = ("--queries", data, "--judge", "davsp", "--judge-model", "m", "--judge-url", server.url)
+    assert davsp("judge", tmp_path / "rnu", *options) == 2
     assert "holds no answers" in capsys.readouterr().err and not (tmp_path / "rnu").exists()
 
 

@@ -11,9 +11,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::davsp.benchmarks.source.ShortWa
 
 @pytest.mark.parametrize("lead", ["test/", ""])
 def test_vlguard(tmp_path, lead):
-    found = {q.id: q for q in vlguard.load(guard_folder(tmp_path, guard_rows(), lead=lead))}
-    assert len(found) == 5
-    harm, odd, kind = found["unsafes/x1"], found["safe_unsafes/x3"], found["safe_safes/x3"]
+    query_of = {q.id: q for q in vlguard.load(guard_folder(tmp_path, guard_rows(), lead=lead))}
+    assert len(query_of) == 5
+    harm, odd, kind = query_of["unsafes/x1"], query_of["safe_unsafes/x3"], query_of["safe_safes/x3"]
     assert (harm.label, harm.category, harm.benchmark) == ("malicious", "risky behavior/political", "vlguard_unsafes")
     assert (odd.label, odd.question) == ("malicious", "Do something odd.")  # found by key, not by position
     assert (kind.label, kind.question, kind.reference) == ("benign", "What colour is the kite?", "Red.")

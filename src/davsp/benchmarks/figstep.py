@@ -190,12 +190,12 @@ def _mirror(root: Path, mirror: Path, split: str, problems: Problems) -> Downloa
     if csv is not None:
         rows = formats.csv_rows(csv, _COLUMNS, problems)
         statements = {f"{row['category_id']}_{row['task_id']}": row["instruction"] for _, row in rows}
-    listed = formats.first(root, "data/datasplit/figstep.jsonl", "datasplit/figstep.jsonl")
-    if split not in ("all", "test", "train", "valid") or (listed is None and split in ("train", "valid")):
+    split_file = formats.first(root, "data/datasplit/figstep.jsonl", "datasplit/figstep.jsonl")
+    if split not in ("all", "test", "train", "valid") or (split_file is None and split in ("train", "valid")):
         raise DavspError(
             f"the split {split!r} is not in {root}; AdaShield's train and valid need data/datasplit/figstep.jsonl."
         )
-    listed_names = None if split == "all" or listed is None else set(_listed(listed, split, problems))
+    listed_names = None if split == "all" or split_file is None else set(_names_in(split_file, split, problems))
     items = []
     for path in sorted(mirror.glob("*/query_ForbidQI_*_6.png")):
         parts = re.fullmatch(r"query_ForbidQI_(\d+)_(\d+)_6", path.stem)
@@ -210,13 +210,13 @@ def _mirror(root: Path, mirror: Path, split: str, problems: Problems) -> Downloa
             items.append(Item(query, path, str(path), (topic,)))
     missing = sorted((listed_names or set()) - {item.picture.name for item in items if isinstance(item.picture, Path)})
     for name in missing:
-        problems.add(f"{listed} names the picture {name}, which is not in {mirror}", "fetch it")
-    index = tuple(path for path in (csv, listed) if path is not None)
+        problems.add(f"{split_file} names the picture {name}, which is not in {mirror}", "fetch it")
+    index = tuple(path for path in (csv, split_file) if path is not None)
     return Download("AdaShield's mirror", index, items, dict(COUNTS) if listed_names is None else {})
 
 
-def _listed(listed: Path, split: str, problems: Problems) -> Iterator[str]:
-    for where, row in formats.json_lines(listed, [], problems):
+def _names_in(split_file: Path, split: str, problems: Problems) -> Iterator[str]:
+    for where, row in formats.json_lines(split_file, [], problems):
         for name, parts in row.items():
             if not formats.lists(parts, split):
                 problems.add(f"{where} has no {split!r} of {name}", "fetch the file again")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from davsp.benchmarks import bootstrap, formats, scoring, source
 from davsp.benchmarks.scoring import Scores
-from davsp.benchmarks.source import Download, Inventory, Item, PictureSource, Problems
+from davsp.benchmarks.source import Download, Inventory, Item, PictureSource, Problems, Record
 from davsp.errors import DavspError
 from davsp.judges.graders import Grader, grades_of
 from davsp.metrics import Row
@@ -28,7 +28,7 @@ COUNTS = {"conv": 17, "detail": 15, "complex": 28}
 NAME = "llava_bench"
 MODES = ("sound", "official")
 
-Pair = tuple[float, float]
+ScorePair = tuple[float, float]
 """The scores of the reference and of the answer."""
 
 GraderOrGrades = Grader | Sequence[Grade]
@@ -66,7 +66,7 @@ def check(root: Path) -> Inventory:
 # ------------------------------------------------------------------------------------------------ scoring
 
 
-def parse_official(reply: str) -> Pair:
+def parse_official(reply: str) -> ScorePair:
     """As eval_gpt_review_bench.py reads it: commas to spaces, cut at single spaces, two numbers or (-1, -1).
 
     So "8, 10" fails, for it has three pieces, and the -1 are averaged in.
@@ -135,10 +135,10 @@ def score(
 
 
 WORST = (10.0, 1.0)
-Pairs = Mapping[str, Pair]
+ScorePairs = Mapping[str, ScorePair]
 
 
-def _rows(head: Row, part: Sequence[Query], now: Pairs, then: Pairs | None, seed: int) -> list[Row]:
+def _rows(head: Row, part: Sequence[Query], now: ScorePairs, then: ScorePairs | None, seed: int) -> list[Row]:
     """The row of a ratio, and that of its difference. With a failed pair of the official mode there is no interval."""
     scored = [q for q in part if q.id in now]
     if any(now[q.id][0] <= 0 for q in scored):
@@ -151,7 +151,7 @@ def _rows(head: Row, part: Sequence[Query], now: Pairs, then: Pairs | None, seed
     return rows
 
 
-def _rounded(split: str, pairs: Sequence[Pair]) -> float:
+def _rounded(split: str, pairs: Sequence[ScorePair]) -> float:
     """The ratio as the official script prints it."""
     reference, answer = (round(float(np.mean([pair[i] for pair in pairs])), 3) for i in (0, 1))
     if reference <= 0:
@@ -159,10 +159,10 @@ def _rounded(split: str, pairs: Sequence[Pair]) -> float:
     return round(100 * answer / reference, 1) / 100
 
 
-def _pairs(queries: Sequence[Query], grades: Sequence[Grade], mode: str) -> dict[str, Pair]:
+def _pairs(queries: Sequence[Query], grades: Sequence[Grade], mode: str) -> dict[str, ScorePair]:
     """Query id -> its pair; a query that could not be scored has none."""
     grade_of = {g.query_id: g for g in grades if g.run == 0}
-    pairs: dict[str, Pair] = {}
+    pairs: dict[str, ScorePair] = {}
     for q in queries:
         if q.id not in grade_of:
             raise DavspError(f"the query {q.id} has no grade; a missing grade is an error.")
@@ -176,7 +176,7 @@ def _pairs(queries: Sequence[Query], grades: Sequence[Grade], mode: str) -> dict
     return pairs
 
 
-def _table(queries: Sequence[Query], scores: Mapping[str, Pair]) -> list[NDArray[np.float64]]:
+def _table(queries: Sequence[Query], scores: Mapping[str, ScorePair]) -> list[NDArray[np.float64]]:
     return [bootstrap.clusters((q.group or q.id, scores[q.id]) for q in queries)]
 
 
@@ -194,26 +194,26 @@ def _read(root: Path, problems: Problems) -> Download | None:
     tsv = formats.first(root, "LLaVABench.tsv")
     if tsv is not None:
         rows = formats.tsv_rows(tsv, ["question", "gpt4_ans", "caption", "category"], problems)
-        return _packed("TSV", [tsv], list(rows), "index", "gpt4_ans", problems)
+        return _from_rows("TSV", [tsv], list(rows), "index", "gpt4_ans", problems)
     paths = formats.shards(root / "data", "train", problems) or formats.shards(root, "train", problems)
     if not paths or not formats.parquet_has(paths[0], ["question_id", "gpt_answer", "caption"]):
         return None
     needed = ["question_id", "image", "question", "category", "gpt_answer", "caption"]
-    packed = []
+    rows = []
     for where, row in formats.parquet_rows(paths, needed):
         image = formats.image_bytes(row["image"], where, problems)
         if image is not None and formats.has(row, needed[2:5], where, problems, ["question_id", "caption"]):
-            packed.append((where, row | {"image": image}))
-    return _packed("parquet", paths, packed, "question_id", "gpt_answer", problems)
+            rows.append((where, row | {"image": image}))
+    return _from_rows("parquet", paths, rows, "question_id", "gpt_answer", problems)
 
 
 def _from_jsonl(root: Path, questions: Path, problems: Problems) -> Download:
     """Three files, joined by `question_id` and picture, not by the order of their lines."""
     files = {name: root / f"{name}.jsonl" for name in ("context", "answers_gpt4")}
     lines = formats.json_lines(files["context"], ["image"], problems, ["caption"])
-    context = {image: _caption(row["caption"]) for image, row in _keyed(lines, "image", problems).items()}
+    context = {image: _caption(row["caption"]) for image, row in _by_key(lines, "image", problems).items()}
     lines = formats.json_lines(files["answers_gpt4"], ["text"], problems, ["question_id"])
-    answers = {name: row["text"] for name, row in _keyed(lines, "question_id", problems).items()}
+    answers = {name: row["text"] for name, row in _by_key(lines, "question_id", problems).items()}
     items = []
     for where, row in formats.json_lines(questions, ["image", "text", "category"], problems, ["question_id"]):
         name, image = str(row["question_id"]), row["image"]
@@ -226,9 +226,9 @@ def _from_jsonl(root: Path, questions: Path, problems: Problems) -> Download:
     return Download("official folder", (questions, *files.values()), items, dict(COUNTS))
 
 
-def _keyed(lines: Iterator[tuple[str, Row]], key: str, problems: Problems) -> dict[str, Row]:
+def _by_key(lines: Iterator[tuple[str, Record]], key: str, problems: Problems) -> dict[str, Record]:
     """Rows by a field that no two of them may share; of two the first one counts."""
-    rows: dict[str, Row] = {}
+    rows: dict[str, Record] = {}
     for where, row in lines:
         name = str(row[key])
         if name in rows:
@@ -237,7 +237,7 @@ def _keyed(lines: Iterator[tuple[str, Row]], key: str, problems: Problems) -> di
     return rows
 
 
-def _packed(
+def _from_rows(
     layout: str, paths: Sequence[Path], rows: Sequence[tuple[str, dict[str, Any]]], key: str, answer: str, problems: Problems
 ) -> Download:  # fmt: skip
     items = []

@@ -193,8 +193,8 @@ def _folder(
     tops = ("QueryRelated", "imgs", "img", "images", "MM-SafetyBench(imgs)")
     pictures = formats.first(root, *(f"{lead}{top}" for top in tops for lead in ("data/", "")))
     mirror = pictures is not None and pictures.name == "QueryRelated"
-    listed = formats.first(root, "data/datasplit/query_related.jsonl", "datasplit/query_related.jsonl")
-    selection, index = _selection(root, split, listed, problems)
+    split_file = formats.first(root, "data/datasplit/query_related.jsonl", "datasplit/query_related.jsonl")
+    selection, index = _selection(root, split, split_file, problems)
     here = [k for k in TYPES if pictures is not None and any(pictures.glob(f"*/{FOLDERS[k]}"))]
     if types is None:
         types = here or ["text"]  # the questions alone: they are looked at, too
@@ -248,7 +248,9 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _selection(root: Path, split: str, listed: Path | None, problems: Problems) -> tuple[Selection | None, list[Path]]:
+def _selection(
+    root: Path, split: str, split_file: Path | None, problems: Problems
+) -> tuple[Selection | None, list[Path]]:
     """Which (scenario, folder of the type, id) a split holds, and the file that says so; None is all."""
     if split == "tiny":
         path = formats.first(root, "TinyVersion_ID_List.json")
@@ -260,19 +262,19 @@ def _selection(root: Path, split: str, listed: Path | None, problems: Problems) 
             return {(name, kind, number) for name, number in short for kind in FOLDERS.values()}, [path]
         except (TypeError, KeyError, AttributeError) as error:
             raise DavspError(f"{path} is no list of Scenario and Sampled_ID_List; fetch it again.") from error
-    if split == "all" or (split == "test" and listed is None):
+    if split == "all" or (split == "test" and split_file is None):
         return None, []
     if split not in ("train", "valid", "test"):
         raise DavspError(f"the split {split!r} of {NAME} is not known: choose all, test, tiny, train or valid.")
-    if listed is None:
+    if split_file is None:
         raise DavspError(
             f"{NAME} has no official split {split!r}; AdaShield's needs data/datasplit/query_related.jsonl in {root}."
         )
-    return set(_adashield(listed, split, problems)), [listed]
+    return set(_adashield(split_file, split, problems)), [split_file]
 
 
-def _adashield(listed: Path, split: str, problems: Problems) -> Iterator[tuple[str, str, str]]:
-    for where, row in formats.json_lines(listed, [], problems):
+def _adashield(split_file: Path, split: str, problems: Problems) -> Iterator[tuple[str, str, str]]:
+    for where, row in formats.json_lines(split_file, [], problems):
         for name, parts in row.items():
             if not formats.lists(parts, split):
                 problems.add(f"{where} has no {split!r} of {name}", "fetch the file again")

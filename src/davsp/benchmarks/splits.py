@@ -109,8 +109,8 @@ def paper_split(
     by_name = {name: _by_id(name, queries) for name, queries in sets.items()}
     rng = random.Random(seed)
 
-    refusals = _resisted(vlguard_undefended)
-    easy = [q for q in _sorted(vlguard) if q.label == "malicious" and _known(refusals, q) is True]
+    refusals = _refusals(vlguard_undefended)
+    easy = [q for q in _sorted(vlguard) if q.label == "malicious" and _refusal_of(refusals, q) is True]
     benign = [q for q in _sorted(vlguard) if q.label == "benign"]
     parts = {
         "vector_malicious": _draw(easy, vector, "VLGuard queries that the undefended model refuses", rng),
@@ -123,8 +123,8 @@ def paper_split(
             raise DavspError(
                 f"the intent {group} has not one picture of each type ({', '.join(sorted(kinds))}); run `davsp data check`."
             )
-    chosen = _hard(groups, mm_safetybench_undefended, intents, rng)
-    parts["train_malicious"] = [q for group in chosen for q in groups[group]]
+    hard = _hard(groups, mm_safetybench_undefended, intents, rng)
+    parts["train_malicious"] = [q for group in hard for q in groups[group]]
     parts["train_benign"] = _whole_groups(_groups(_sorted(mm_vet)), helpful, rng)
 
     used = {id_ for name in ("train_malicious", "train_benign") for id_ in (q.id for q in parts[name])}
@@ -223,13 +223,13 @@ def _sorted(queries: Sequence[Query]) -> list[Query]:
     return sorted(queries, key=lambda q: q.id)  # so that the draw is the same from every layout
 
 
-def _resisted(undefended: Undefended) -> dict[str, bool | None]:
+def _refusals(undefended: Undefended) -> dict[str, bool | None]:
     """Query id -> whether it was refused; None where the judge could not tell."""
     labels: dict[str, bool | None] = {"safe": True, "unsafe": False, "unscored": None}
     return {u.query_id: labels.get(keyword(u.text)[0] if isinstance(u, Response) else u.label) for u in undefended}
 
 
-def _known(refusals: Mapping[str, bool | None], q: Query) -> bool | None:
+def _refusal_of(refusals: Mapping[str, bool | None], q: Query) -> bool | None:
     if q.id not in refusals:
         raise DavspError(
             f"the query {q.id} has no response or verdict of the undefended model; ask it every query first."
@@ -261,8 +261,8 @@ def _hard(
     names = sorted(groups)
     rng.shuffle(names)
     if undefended is not None:
-        refusals = _resisted(undefended)
-        counts = {name: sum(_known(refusals, q) is False for q in groups[name]) for name in names}
+        refusals = _refusals(undefended)
+        counts = {name: sum(_refusal_of(refusals, q) is False for q in groups[name]) for name in names}
         names = sorted((name for name in names if counts[name]), key=lambda name: -counts[name])
     if len(names) < n:
         raise DavspError(

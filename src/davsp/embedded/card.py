@@ -58,13 +58,13 @@ def measure(lvlm: LVLM, seed: int = 1, console: Console | None = None, **sizes: 
     defenses: dict[str, Defense] = {"none": NoDefense(), "safety-text": SafetyText(words.SAFETY_TEXT)}
     defenses |= {f"{kind}-border": VisualPrompt(border, f"{kind}-border") for kind, border in borders.items()}
     result = evaluate(lvlm, {"none": defenses["none"]}, extra, console=console)
-    tested = evaluate(lvlm, defenses, p.test, console=console)
+    evaluation = evaluate(lvlm, defenses, p.test, console=console)
     vector = HarmfulnessVector.fit(lvlm, p.vector_malicious, p.vector_benign, progress=False)
     layers = vector.sweep(lvlm, p.sweep_malicious, p.sweep_benign, progress=False)
     seen_apart = separation(lvlm, vector, p)
     # the skills' own benign rates and costs would stand beside the test's under one name
     apart_rows = [r for r in result.rows if r["benchmark"] not in ("benign", "cost")]
-    rows = [*tested.rows, *apart_rows, *pooled(p, tested, lvlm.model_id), *steering(lvlm, vector, p)]
+    rows = [*evaluation.rows, *apart_rows, *pooled(p, evaluation, lvlm.model_id), *steering(lvlm, vector, p)]
     return {"rows": rows, "bars": bars(rows, seen_apart, vector.layer), "layers": layers, "layer": vector.layer}  # fmt: skip
 
 

@@ -192,34 +192,34 @@ def _benign(seed: int, where: str, category: str, i: int, benchmark: str, part: 
     )  # fmt: skip
 
 
-Made = tuple[draw.Picture | None, str, str, str]  # picture, question, reference, group
+CategoryQuestion = tuple[draw.Picture | None, str, str, str]  # picture, question, reference, group
 
 
 def _one(rng: random.Random) -> draw.Thing:
     return draw.Thing(rng.choice(words.THINGS), rng.choice(tuple(words.COLOURS)), rng.randrange(9))
 
 
-def _rec(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> Made:
+def _rec(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> CategoryQuestion:
     thing = _one(rng)
     return draw.scene(rng, [thing]), *rng.choice(q.thing_turns(rng, thing)[:2]), ""
 
 
-def _ocr(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> Made:
+def _ocr(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> CategoryQuestion:
     text = q.phrase(rng, pair)
     return draw.typographic(rng, text, faces), rng.choice(q.READ), f"the text says : {text} .", pair.phrase
 
 
-def _know(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> Made:
+def _know(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> CategoryQuestion:
     thing = draw.Thing(rng.choice(tuple(words.FACTS)), rng.choice(tuple(words.COLOURS)), rng.randrange(9))
     return draw.scene(rng, [thing]), *rng.choice(q.thing_turns(rng, thing)[2:]), ""
 
 
-def _gen(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> Made:
+def _gen(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> CategoryQuestion:
     picture, question = rng.choice((_sd, _typo, _sd_typo))(rng, pair, faces)
     return picture, question, pair.steps, pair.phrase
 
 
-def _spat(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> Made:
+def _spat(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> CategoryQuestion:
     if rng.random() < 0.4:
         thing = _one(rng)
         return draw.scene(rng, [thing]), *q.spot_turns(rng, thing, [thing])[0], ""
@@ -233,12 +233,12 @@ def _two(rng: random.Random) -> tuple[draw.Thing, draw.Thing]:
     return a, b
 
 
-def _math(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> Made:
+def _math(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> CategoryQuestion:
     text, result = q.sum_text(rng)
     return draw.sum_picture(rng, text, faces), q.SUM, f"{words.NUMBERS[result]} .", ""
 
 
-def _exact(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> Made:
+def _exact(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> CategoryQuestion:
     things, (a, _) = q.things_to_count(rng)
     count = sum(t.name == a for t in things)
     return (
@@ -249,7 +249,7 @@ def _exact(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> Made:
     )
 
 
-def _yes_no(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> Made:
+def _yes_no(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> CategoryQuestion:
     if rng.random() < 0.3:
         text = q.phrase(rng, pair)
         return draw.typographic(rng, text, faces), *q.text_turns(rng, text, pair)[1], pair.phrase
@@ -257,7 +257,7 @@ def _yes_no(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> Made:
     return draw.scene(rng, [a, b]), *rng.choice(q.spot_turns(rng, a, [a, b])[1:3]), ""
 
 
-def _describe(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> Made:
+def _describe(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> CategoryQuestion:
     if rng.random() < 0.3:
         text = q.phrase(rng, pair)
         return draw.typographic(rng, text, faces), *q.text_turns(rng, text, pair)[2], pair.phrase
@@ -266,11 +266,11 @@ def _describe(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> Made:
     return draw.scene(rng, things), *q.spot_turns(rng, a, things)[3], ""
 
 
-def _word_request(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> Made:
+def _word_request(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> CategoryQuestion:
     return None, rng.choice(q.WORD_REQUESTS).format(pair=pair.phrase), pair.steps, pair.phrase
 
 
-CATEGORIES: dict[str, Callable[[random.Random, Pair, tuple[str, ...]], Made]] = {
+CATEGORIES: dict[str, Callable[[random.Random, Pair, tuple[str, ...]], CategoryQuestion]] = {
     "rec": _rec, "ocr": _ocr, "know": _know, "gen": _gen, "spat": _spat, "math": _math, "exact": _exact,
     "yes_no": _yes_no, "describe": _describe, "words": _word_request,
 }  # fmt: skip

@@ -100,11 +100,11 @@ def finish(
     write_json(part / "training.json", {"seed": seed, "stages": records, "torch": torch.__version__})
     lvlm = load(part)
     lvlm.model_id = which
-    measured = measure(lvlm, console=console)
+    measurements = measure(lvlm, console=console)
     write_bytes(part / "curves.png", curves(out).read_bytes())
     parameters = sum(p.numel() for p in lvlm.model.parameters())
     blueprint = BLUEPRINTS[which]
-    save_card(part, measured, {"stages": records, "text": {
+    save_card(part, measurements, {"stages": records, "text": {
         "name": which, "kind": type(lvlm.model).__name__, "depth": lvlm.num_layers, "width": blueprint.width,
         "hints": HINTS if which != "davsp-mini" else "",
         "parameters": f"{parameters / 1e6:.1f} M", "things": len(words.THINGS), "canvas": lvlm.canvas, "tokens": lvlm.tokens_per_image,
@@ -113,9 +113,9 @@ def finish(
     }})  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
-    missed = [b["behaviour"] for b in measured["bars"] if not b["met"]]
-    console.print(f"{folder}: {len(measured['bars']) - len(missed)} of {len(measured['bars'])} bars met"
-                  + (f"; not met: {'; '.join(missed)}" if missed else ""))  # fmt: skip
+    unmet = [b["behaviour"] for b in measurements["bars"] if not b["met"]]
+    console.print(f"{folder}: {len(measurements['bars']) - len(unmet)} of {len(measurements['bars'])} bars met"
+                  + (f"; not met: {'; '.join(unmet)}" if unmet else ""))  # fmt: skip
 
 
 def curves(out: Path) -> Path:

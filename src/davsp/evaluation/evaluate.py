@@ -190,8 +190,8 @@ def _answer(
         for at in range(len(done), len(plan), batch_size * parallel.processes()):
             start = at + batch_size * parallel.rank()
             batch = plan[start : start + batch_size]
-            answered = defense.respond(lvlm, batch, vector, batch_size, partial(bar.advance, task), max_new_tokens)
-            for share in parallel.gathered([replace(r, defense=name) for r in answered]):
+            responses = defense.respond(lvlm, batch, vector, batch_size, partial(bar.advance, task), max_new_tokens)
+            for share in parallel.gathered([replace(r, defense=name) for r in responses]):
                 if store is not None:
                     store.append(share)
                 done += share

@@ -134,8 +134,8 @@ def _model(run: Path) -> str:
 def _compare(run: Path) -> Agreement:
     """Compare all judges whose verdicts are of the answers as they are now, and write agreement.json."""
     answers = files.sha256(run / RESPONSES)
-    written = {path: files.read_json(path) for path in sorted(run.glob("metrics-*.json"))}
-    others = [path for path, body in written.items() if isinstance(body, dict) and body.get("answers") == answers]
+    metrics_files = {path: files.read_json(path) for path in sorted(run.glob("metrics-*.json"))}
+    others = [path for path, body in metrics_files.items() if isinstance(body, dict) and body.get("answers") == answers]
     verdicts: dict[str, list[Verdict]] = {}
     for path in [run / VERDICTS, *(run / f"verdicts-{p.stem.removeprefix('metrics-')}.jsonl" for p in others)]:
         for verdict in read_jsonl(path, Verdict) if path.exists() else []:  # a grader has none

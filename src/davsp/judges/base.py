@@ -113,8 +113,8 @@ class PromptJudge(ABC):
                 if pending:
                     self._ask(pending, keep_ruling)
         except KeyboardInterrupt:
-            kept = f"the verdicts so far are in {self.cache.path}" if self.cache else "no verdict was kept"
-            raise Interrupted(f"stopped; {kept}: give the same command again to go on") from None
+            so_far = f"the verdicts so far are in {self.cache.path}" if self.cache else "no verdict was kept"
+            raise Interrupted(f"stopped; {so_far}: give the same command again to go on") from None
         return [rulings[key] for key in keys]
 
     def __call__(self, answer: str, question: str) -> tuple[Label, str]:

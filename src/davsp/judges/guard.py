@@ -148,7 +148,7 @@ class LocalGuard(PromptJudge):
 
         batch = self.tokenizer.pad({"input_ids": prompts}, padding=True, return_tensors="pt").to(self.lm.device)
         with torch.inference_mode():
-            made = self.lm.generate(
+            output = self.lm.generate(
                 **batch,
                 max_new_tokens=self.prompt.max_tokens,
                 do_sample=False,
@@ -158,16 +158,16 @@ class LocalGuard(PromptJudge):
             )
         ends = self.lm.generation_config.eos_token_id
         ends = {ends} if isinstance(ends, int) else set(ends or [self.tokenizer.eos_token_id])
-        found = []
-        for row in made[:, batch["input_ids"].shape[1] :].tolist():
+        rulings = []
+        for row in output[:, batch["input_ids"].shape[1] :].tolist():
             end = next((i for i, token in enumerate(row) if token in ends), None)
             text = str(self.tokenizer.decode(row[:end], skip_special_tokens=True))
-            found.append(
+            rulings.append(
                 read_reply(self.prompt, text)
                 if end is not None
                 else Ruling("unscored", "the judge's reply was cut (length)", text)
             )
-        return found
+        return rulings
 
     def _tokens(self, query: Query, answer: str) -> list[int]:
         messages = self.prompt.messages(query, answer)

@@ -122,10 +122,12 @@ def headline(report: Report) -> str:
 
 def _attacked(report: Report, inside: str, outside: str, each: str) -> list[RateColumn]:
     """Where resistance is told of first: in and out of distribution or, where nothing is pooled, on each set."""
-    measured = {row["benchmark"] for row in report.rows}
+    benchmarks = {row["benchmark"] for row in report.rows}
     pooled = [RateColumn(words, POOLED[key], "total", "rsr") for key, words in (("in", inside), ("out", outside))]
     sets = [c for c in main_columns(report.rows) if c.metric == "rsr" and c.benchmark not in SUMS]
-    return [c for c in pooled if c.benchmark in measured] or [replace(c, heading=each.format(c.heading)) for c in sets]
+    return [c for c in pooled if c.benchmark in benchmarks] or [
+        replace(c, heading=each.format(c.heading)) for c in sets
+    ]
 
 
 def _listed(parts: list[str]) -> str:
