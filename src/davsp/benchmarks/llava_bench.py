@@ -199,12 +199,12 @@ def _read(root: Path, problems: Problems) -> Download | None:
     if not paths or not formats.parquet_has(paths[0], ["question_id", "gpt_answer", "caption"]):
         return None
     needed = ["question_id", "image", "question", "category", "gpt_answer", "caption"]
-    rows = []
+    records = []
     for where, row in formats.parquet_rows(paths, needed):
         image = formats.image_bytes(row["image"], where, problems)
         if image is not None and formats.has(row, needed[2:5], where, problems, ["question_id", "caption"]):
-            rows.append((where, row | {"image": image}))
-    return _from_rows("parquet", paths, rows, "question_id", "gpt_answer", problems)
+            records.append((where, row | {"image": image}))
+    return _from_rows("parquet", paths, records, "question_id", "gpt_answer", problems)
 
 
 def _from_jsonl(root: Path, questions: Path, problems: Problems) -> Download:
