@@ -10,7 +10,7 @@ from davsp import LVLM, DavspError, HarmfulnessVector, Query, VisualSafetyPrompt
 from davsp.defenses import Defense, NoDefense, SafetyText, VisualPrompt
 from davsp.embedded.data import Protocol
 from davsp.evaluation import evaluate
-from davsp.lvlm import fingerprint
+from davsp.lvlm import AnsweringLVLM, fingerprint, loaded
 from davsp.lvlm.remote import RemoteLVLM
 from model_server import ModelServer, model_server
 from tiny import queries
@@ -125,6 +125,16 @@ def test_what_a_server_cannot_do_is_said(server: ModelServer, vector: Harmfulnes
         NoDefense().respond(remote(server), asked, vector)
     with pytest.raises(DavspError, match="no hidden states"):
         remote(server).step(None, ["what"], 1)
+
+
+def test_it_answers_and_is_no_more(lvlm: LVLM, server: ModelServer) -> None:
+    served = remote(server)
+    assert isinstance(served, AnsweringLVLM) and not isinstance(served, LVLM)
+    assert isinstance(lvlm, AnsweringLVLM) and loaded(lvlm) is lvlm
+    with pytest.raises(DavspError, match="no hidden states; leave out the vector"):
+        loaded(served)
+    with pytest.raises(DavspError, match=r"^give another$"):
+        loaded(served, "give another")
 
 
 def test_key_and_fingerprint(server: ModelServer, monkeypatch: pytest.MonkeyPatch) -> None:

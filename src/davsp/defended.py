@@ -11,7 +11,7 @@ from davsp.errors import DavspError
 from davsp.lvlm import LVLM, AnsweringLVLM
 from davsp.query import Query
 
-Picture = Image.Image | str | Path
+PictureSource = Image.Image | str | Path
 
 
 class DefendedModel:
@@ -51,11 +51,11 @@ class DefendedModel:
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str, too
-        self, images: Picture | None, text: str, max_new_tokens: int = ..., batch_size: int = ...
+        self, images: PictureSource | None, text: str, max_new_tokens: int = ..., batch_size: int = ...
     ) -> str: ...
     @overload
     def generate(
-        self, images: Sequence[Picture | None] | None, text: Sequence[str], max_new_tokens: int = ..., batch_size: int = ...
+        self, images: Sequence[PictureSource | None] | None, text: Sequence[str], max_new_tokens: int = ..., batch_size: int = ...
     ) -> list[str]: ...  # fmt: skip
     def generate(self, images: Any, text: Any, max_new_tokens: int = 256, batch_size: int = 8) -> str | list[str]:
         """The greedy answers to questions, each with at most one picture.
