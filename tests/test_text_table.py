@@ -130,6 +130,16 @@ def test_a_column_without_room_follows_as_lines() -> None:
     assert [line for line in printed(target) if path in line] == [" " * 4 + path]
 
 
+def test_a_hash_without_room_beside_its_name_stands_below_it() -> None:
+    """Without a frame there are no headings either."""
+    table = TextTable("field", "value", right=False, frame=False)
+    for name, value in (("canvas", "168"), ("data_hashes.malicious", "0123456789abcdef" * 4)):
+        table.add_row(name, Text(value))
+    target = console(80)
+    table.print(target)
+    assert printed(target) == ["  canvas: 168", "  data_hashes.malicious:", "    " + "0123456789abcdef" * 4]
+
+
 def test_a_narrow_terminal_wraps_between_words_only() -> None:
     texts = ["Random border + text", "Utility", "Over-refusal", "ECSO + DAVSP, adaptive"]
     table = TextTable(*texts[:3])

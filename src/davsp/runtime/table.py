@@ -59,7 +59,8 @@ class TextTable:
             shown = [row for row in self.rows if number == 0 or any(row[0][c].plain for c in part[self.keys :])]
             console.print(self._table(part, shown, console.width))
         for column in alone:
-            _print_line(console, self.headings[column].plain, "bold")
+            if self.frame:
+                _print_line(console, self.headings[column].plain, "bold")
             for cells, style, _ in self.rows:
                 key = " ".join(cell.plain for cell in cells[: self.keys] if cell.plain)
                 for line in filter(None, cells[column].plain.split("\n")):
@@ -96,7 +97,9 @@ class TextTable:
         return max((cell_len(line) for cell in self._column(column) for line in cell.plain.split("\n")), default=1)
 
     def _column(self, column: int) -> list[Text]:
-        return [self.headings[column], *(cells[column] for cells, _, _ in self.rows)]
+        """What is printed of a column: its heading, if there is a frame, and its cells."""
+        cells = [cells[column] for cells, _, _ in self.rows]
+        return [self.headings[column], *cells] if self.frame else cells
 
     def _table(self, columns: Sequence[int], rows: Sequence[tuple[list[Text], str, int]], room: int) -> Table:
         """The rich table, each column as wide as its longest line, the widest ones narrowed to their words as needed."""
