@@ -7,7 +7,7 @@ still holds, goes on with what was cut off, and makes anew, saying so, what rest
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from rich.console import Console
@@ -105,55 +105,50 @@ def run_demo(
         "davsp": VisualPrompt(trained["davsp"]),
     }
     start = time.perf_counter()
-    found = evaluate(
-        lvlm,
-        defenses,
-        protocol.test,
-        out,
-        vector,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        redo=True,
-        seed=seed,
-        console=console,
-    )
+    evaluation = evaluate(
+        lvlm, defenses, protocol.test, out, vector, batch_size=batch_size, max_new_tokens=max_new_tokens, redo=True,
+        seed=seed, console=console,
+    )  # fmt: skip
     stages.line("evaluate", f"{len(defenses)} defenses", time.perf_counter() - start)
-    stages.seconds["evaluate"] = round(sum(r.seconds for answers in found.responses.values() for r in answers), 2)
+    stages.seconds["evaluate"] = round(sum(r.seconds for answers in evaluation.responses.values() for r in answers), 2)
 
     start = time.perf_counter()
     facts = manifest(
-        model=model_name(lvlm),
-        revision=lvlm.revision,
-        weights=fingerprint(lvlm),
-        seed=seed,
-        settings=settings.model_dump(),
-    )
-    facts |= {
-        "padding": padding,
-        "eps": eps,
-        "safety_text": safety_text,
-        "vector_text": vector_text,
-        "stages": stages.seconds,
-    }
-    facts["test"] = {"queries": len(protocol.test), "sha256": queries_hash(protocol.test)}
+        model=model_name(lvlm), revision=lvlm.revision, weights=fingerprint(lvlm), seed=seed, settings=settings.model_dump(),
+        padding=padding, eps=eps, safety_text=safety_text, vector_text=vector_text, stages=stages.seconds,
+        test={"queries": len(protocol.test), "sha256": queries_hash(protocol.test)},
+    )  # fmt: skip
     write_json(out / "manifest.json", facts)
     VisualSafetyPrompt.from_pretrained(out / "prompt").measured(out).save_pretrained(out / "prompt")
-    page = report.build(
-        model_name(lvlm),
+    page = _page(out, protocol, evaluation, defenses, trained, vector, facts)
+    write_report(out / "report.html", page, show_unsafe)
+    stages.line("report", str(out / "report.html"), time.perf_counter() - start)
+    print_table(console, evaluation.rows, f"{model_name(lvlm)}, {time.perf_counter() - began:.0f} s in all")
+    return evaluation
+
+
+def _page(
+    out: Path,
+    protocol: "Protocol",
+    evaluation: Evaluation,
+    defenses: Mapping[str, Defense],
+    trained: Mapping[str, Prompt],
+    vector: HarmfulnessVector,
+    facts: dict[str, Any],
+) -> report.Report:
+    """The report, with the pictures of what was trained and the curves of its training."""
+    return report.build(
+        facts["model"],
         protocol.test,
-        found,
+        evaluation,
         defenses,
-        pictures=_pictures(trained, padding, eps),
+        pictures=_pictures(trained, facts["padding"], facts["eps"]),
         margins=_margins(trained["davsp"], vector),
         sweep=vector.table,
         layer=vector.layer,
-        curves={name: records(out / "train" / name / METRICS) for name in ("davsp", "additive")},
+        curves={name: records(out / "train" / name / METRICS) for name in trained},
         manifest=facts,
     )
-    write_report(out / "report.html", page, show_unsafe)
-    stages.line("report", str(out / "report.html"), time.perf_counter() - start)
-    print_table(console, found.rows, f"{model_name(lvlm)}, {time.perf_counter() - began:.0f} s in all")
-    return found
 
 
 def _margins(prompt: Prompt, vector: HarmfulnessVector) -> tuple[float, float]:

@@ -47,13 +47,11 @@ class Stages:
 
         resume is False where the inputs have changed; the folder of the stage's training is deleted then.
         """
-        path, wanted = (
-            self.out / "stages" / f"{name}.json",
-            sha256(json.dumps(inputs, default=str).encode()).hexdigest(),
-        )
-        known: dict[str, Any] = read_json(path) if path.exists() else {}
-        same = bool(known) and known["inputs"] == wanted
-        if same and known["done"]:
+        path = self.out / "stages" / f"{name}.json"
+        digest = sha256(json.dumps(inputs, default=str).encode()).hexdigest()
+        record: dict[str, Any] = read_json(path) if path.exists() else {}
+        same = bool(record) and record["inputs"] == digest
+        if same and record["done"]:
             try:
                 result = load()
             except DavspError as error:
@@ -61,21 +59,21 @@ class Stages:
                     f"[yellow]{name}: made anew, as what was kept is not whole ({escape(str(error))})[/]"
                 )
             else:
-                self.line(name, f"kept; it took {known['seconds']:.1f} s", 0.0)
-                self.seconds[name] = round(known["seconds"], 2)
+                self.line(name, f"kept; it took {record['seconds']:.1f} s", 0.0)
+                self.seconds[name] = round(record["seconds"], 2)
                 return result
         if not same:
-            if known:
+            if record:
                 self.console.print(f"[yellow]{name}: made anew, as what it rests on has changed[/]")
             # before the new inputs are noted: a kill in between must not leave a checkpoint of the old ones to go on from
             if (old := self.out / "train" / name).exists():
                 shutil.rmtree(old)
-        write_json(path, {"inputs": wanted, "done": False})
+        write_json(path, {"inputs": digest, "done": False})
         start = time.perf_counter()
         make(same)
         result = load()
         seconds = time.perf_counter() - start
-        write_json(path, {"inputs": wanted, "done": True, "seconds": seconds})
+        write_json(path, {"inputs": digest, "done": True, "seconds": seconds})
         self.line(name, "made" if not same else "finished", seconds)
         return result
 
@@ -124,7 +122,7 @@ def trained_prompt(
         if resume and folder.exists() and not (folder / METRICS).exists():
             shutil.rmtree(folder)  # a checkpoint without its metrics can't be gone on from
         progress = not stages.console.quiet
-        done: Prompt = train(
+        prompt: Prompt = train(
             lvlm,
             start,
             data.train_malicious,
@@ -136,7 +134,7 @@ def trained_prompt(
             progress,
             _pictured(probe),
         )
-        done.save_pretrained(saved)
+        prompt.save_pretrained(saved)
 
     kind = {
         "kind": start.kind,

@@ -48,7 +48,7 @@ class Figures:
 def claims(rows: Sequence[Row]) -> list[Claim]:
     """All claims for one model, from its rows of metrics.json with those of `PICTURES`."""
     f = Figures(rows)
-    made = [
+    verdicts = [
         _best(f), _front(f),
         _above(f, "davsp", "border-answer", "rsr", "deep alignment drives safety: RSR is lower without it", "Table 4"),
         _above(f, "additive-projection", "additive-answer", "rsr",
@@ -63,12 +63,12 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
     for name in f.defenses:
         if name.startswith(FROM):
             text = f"a border trained on {name.removeprefix(FROM)} helps here, beyond the text alone"
-            made.append(_above(f, name, "adashield-s", "rsr", text, "Table 3", True))
+            verdicts.append(_above(f, name, "adashield-s", "rsr", text, "Table 3", True))
     if not any(name.startswith(FROM) for name in f.defenses):
-        made.append(
+        verdicts.append(
             Claim("a border trained on another model helps here", "Table 3", UNTESTED, "no such border was given")
         )
-    return made
+    return verdicts
 
 
 def _best(f: Figures) -> Claim:
@@ -90,8 +90,8 @@ def _front(f: Figures) -> Claim:
         return Claim(text, source, UNTESTED, "DAVSP or the methods beside it were not evaluated")
     ours = points["davsp"]
     above = [METHODS[n] for n, p in points.items() if p != ours and p[0] >= ours[0] and p[1] >= ours[1]]
-    said = f"RSR {100 * ours[0]:.1f}, utility {100 * ours[1]:.1f}" + (f"; {', '.join(above)}" if above else "")
-    return Claim(text, source, FAILS if above else HOLDS, said)
+    evidence = f"RSR {100 * ours[0]:.1f}, utility {100 * ours[1]:.1f}" + (f"; {', '.join(above)}" if above else "")
+    return Claim(text, source, FAILS if above else HOLDS, evidence)
 
 
 def _above(f: Figures, high: str, low: str, measure: str, text: str, source: str, equal: bool = False) -> Claim:

@@ -28,19 +28,19 @@ def dry(names: Sequence[str], model: str, data: "Protocol | None", per_call: flo
         for query in data.test:
             sizes[query.benchmark] = sizes.get(query.benchmark, 0) + 1
     total = sum(sizes.values())
-    wanted = needed(names)
+    defenses = needed(names)
     lines = [
         f"{', '.join(names)} on {model}: {total} test queries ({', '.join(f'{k} {v}' for k, v in sizes.items())})",
         "",
     ]
     lines.append(f"{'defense':<22}{'queries':>9}{'calls':>9}{'hours':>8}  trained here")
     calls_in_all = 0
-    for name in wanted:
+    for name in defenses:
         calls = total * CALLS.get(name, 1)
         calls_in_all += calls
-        made = "yes" if name in PROMPTS else ""
-        lines.append(f"{name:<22}{total:>9}{calls:>9}{calls * per_call / 3600:>8.2f}  {made}")
-    trained = [name for name in wanted if name in PROMPTS]
+        trained_here = "yes" if name in PROMPTS else ""
+        lines.append(f"{name:<22}{total:>9}{calls:>9}{calls * per_call / 3600:>8.2f}  {trained_here}")
+    trained = [name for name in defenses if name in PROMPTS]
     lines += ["", f"{calls_in_all} calls at most, {calls_in_all * per_call / 3600:.1f} hours at {per_call:g} s a call, and the "
               f"training of {len(trained)} prompts ({', '.join(trained) or 'none'})."]  # fmt: skip
     return "\n".join(lines)

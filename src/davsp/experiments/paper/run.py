@@ -112,27 +112,26 @@ def reproduce(
     lvlm, data, stages, seed = kit.lvlm, kit.data, kit.stages, kit.settings.seed
     out = stages.out
     kit, names = _with_earlier(kit, names)  # answers of defenses that are not asked for again would be dropped
-    without = lacking(kit)
-    wanted = [name for name in needed(names) if name not in without]
-    defenses: dict[str, Defense] = {name: METHODS[name](kit) for name in wanted}
+    reasons = lacking(kit)
+    defenses: dict[str, Defense] = {name: METHODS[name](kit) for name in needed(names) if name not in reasons}
     if "transfer" in names:
         defenses |= transferred(kit)
     start = time.perf_counter()
-    found = evaluate(
+    evaluation = evaluate(
         lvlm, defenses, data.test, out, kit.vector, judge, graders=graders, batch_size=batch_size,
         max_new_tokens=max_new_tokens, redo=True, seed=seed, console=stages.console,
     )  # fmt: skip
     stages.line("evaluate", f"{len(defenses)} defenses, {len(data.test)} queries", time.perf_counter() - start)
-    rows = [*found.rows, *pooled(data.test, found, model_name(lvlm), seed)]
+    rows = [*evaluation.rows, *pooled(data.test, evaluation, model_name(lvlm), seed)]
     facts = manifest(
         model=model_name(lvlm), revision=lvlm.revision, weights=fingerprint(lvlm), seed=seed, text=kit.text, padding=kit.padding,
         eps=kit.eps, settings=kit.settings.model_dump(), judge=judge_name(judge), layer=kit.vector.layer, stages=stages.seconds,
         defenses={name: d.describe() for name, d in defenses.items()},
     )  # fmt: skip
     write_json(out / "manifest.json", facts)
-    made = _write(names, rows, kit, found, [*_notes(data, judge, names), INFERRED], without)
-    stages.line("tables", ", ".join(made.tables), time.perf_counter() - began)
-    return made
+    reproduction = _write(names, rows, kit, evaluation, [*_notes(data, judge, names), INFERRED], reasons)
+    stages.line("tables", ", ".join(reproduction.tables), time.perf_counter() - began)
+    return reproduction
 
 
 def _with_earlier(kit: Kit, names: Sequence[str]) -> tuple[Kit, list[str]]:
@@ -151,18 +150,18 @@ def needed(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(["none", *(d for name in names for d in TABLES[name].rows)]))
 
 
-def pooled(test: Sequence[Query], found: Evaluation, model: str, seed: int = 0) -> list[dict[str, Any]]:
+def pooled(test: Sequence[Query], evaluation: Evaluation, model: str, seed: int = 0) -> list[dict[str, Any]]:
     """RSR over MM-SafetyBench's three picture types, and over these and FigStep, with the differences from No Defense."""
     table: list[dict[str, Any]] = []
-    known = {base(row["benchmark"]) for row in found.rows}
+    known = {base(row["benchmark"]) for row in evaluation.rows}
     pools = {PICTURES: [c.name for c in RSR]}
     if POOLED.name not in known:
         pools[POOLED.name] = [c.name for c in RSR[:3]]
     malicious = [q for q in test if q.label == "malicious"]
     for pool, members in pools.items():
         each = {}
-        for name, answers in found.responses.items():
-            outcomes = metrics.outcomes(malicious, answers, found.verdicts[name])
+        for name, answers in evaluation.responses.items():
+            outcomes = metrics.outcomes(malicious, answers, evaluation.verdicts[name])
             each[name] = [
                 replace(o, benchmark=pool) for o in outcomes if base(o.benchmark) in members and o.metric != "unscored"
             ]
@@ -176,70 +175,72 @@ def _write(
     names: Sequence[str],
     rows: list[dict[str, Any]],
     kit: Kit,
-    found: Evaluation,
+    evaluation: Evaluation,
     notes: Sequence[str],
-    without: Mapping[str, str],
+    reasons: Mapping[str, str],
 ) -> Reproduction:
+    """The files.
+
+    Args:
+        reasons: why a defense could not be evaluated, by its name.
+    """
     out, model, family = kit.stages.out, model_name(kit.lvlm), kit.lvlm.model.config.model_type
-    made, theirs = {}, {}
+    table_cells, theirs = {}, {}
     for name in names:
         table, theirs[name] = TABLES[name], paper_model(name, model, family)
-        made[name] = cells(table, rows, theirs[name])
-        missing = [d for d in table.rows if d not in made[name]]
-        own = [
-            *notes,
-            *([f"not run: {', '.join(f'{table.rows[d]}, as {without[d]}' for d in missing)}"] if missing else []),
-        ]
-        write_text(out / f"{name}.md", write.markdown(table, made[name], model, theirs[name], own))
-        write_text(out / f"{name}.csv", write.tidy(table, made[name], model, theirs[name]))
-        write_text(out / f"{name}.tex", write.latex(table, made[name], model, theirs[name]))
-    said = claims(rows)
-    write_text(out / "claims.md", write.claims_markdown(said, model))
+        table_cells[name] = cells(table, rows, theirs[name])
+        missing = [f"{table.rows[d]}, as {reasons[d]}" for d in table.rows if d not in table_cells[name]]
+        of_table = [*notes, *([f"not run: {', '.join(missing)}"] if missing else [])]
+        write_text(out / f"{name}.md", write.markdown(table, table_cells[name], model, theirs[name], of_table))
+        write_text(out / f"{name}.csv", write.tidy(table, table_cells[name], model, theirs[name]))
+        write_text(out / f"{name}.tex", write.latex(table, table_cells[name], model, theirs[name]))
+    verdicts = claims(rows)
+    write_text(out / "claims.md", write.claims_markdown(verdicts, model))
     write_json(out / "rows.json", metrics.metrics_file(rows))
-    drawn = _plots(rows, kit, found)
-    for name, (_, plot) in drawn.items():
+    drawings = _plots(rows, kit, evaluation)
+    for name, (_, plot) in drawings.items():
         write_text(out / "plots" / f"{name}.svg", plots.standalone(plot))
-    shown = {n: (TABLES[n], made[n]) for n in names}
-    write.page(out / "tables.html", model, theirs, shown, said, dict(drawn.values()), notes)
-    return Reproduction(rows, made, said)
+    tables = {name: (TABLES[name], table_cells[name]) for name in names}
+    write.page(out / "tables.html", model, theirs, tables, verdicts, dict(drawings.values()), notes)
+    return Reproduction(rows, table_cells, verdicts)
 
 
-def _plots(rows: list[dict[str, Any]], kit: Kit, found: Evaluation) -> dict[str, tuple[str, str]]:
+def _plots(rows: list[dict[str, Any]], kit: Kit, evaluation: Evaluation) -> dict[str, tuple[str, str]]:
     """Name of the file -> caption and SVG."""
-    drawn = {}
+    drawings = {}
     names_of = {r["benchmark"] for r in rows}
     places = [(b, *rest) for name, *rest in MM_VET.places for b in names_of if base(b) == name]
     if used := next((place for place in places if find(rows, "none", *place)), None):
         compared = [row for row in rows if row["defense"] in table_methods]
         plot = plots.scatter(compared, {PICTURES: "all pictures"}, used)
-        drawn["rsr-utility"] = "RSR on all malicious pictures against utility, with 95 % intervals", plot
+        drawings["rsr-utility"] = "RSR on all malicious pictures against utility, with 95 % intervals", plot
     titles = {name: title(table, name) for table in TABLES.values() for name in table.rows}
-    titles |= {name: f"from {name.removeprefix(FROM)}" for name in found.responses if name.startswith(FROM)}
+    titles |= {name: f"from {name.removeprefix(FROM)}" for name in evaluation.responses if name.startswith(FROM)}
     titles = {name: text for name, text in titles.items() if name not in DEFENSES}  # those have names of their own
     _, _, *margins = resolve(kit.settings, kit.lvlm, kit.vector)
-    if projections := projections_by_label(kit.data.test, found):
-        drawn["projections"] = (
+    if projections := projections_by_label(kit.data.test, evaluation):
+        drawings["projections"] = (
             "Where each method puts the test's queries on the vector: as the call saw them that gave the answer",
             panels.projections(projections, titles, (margins[0], margins[1])),
         )
-    drawn["confusions"] = (
+    drawings["confusions"] = (
         "Malicious queries by verdict (safe: withheld), benign ones by what was said; shares of those scored, and counts",
-        panels.confusions(confused(kit.data.test, found), titles),
+        panels.confusions(confused(kit.data.test, evaluation), titles),
     )
-    return drawn
+    return drawings
 
 
-def confused(test: Sequence[Query], found: Evaluation) -> dict[str, dict[str, tuple[int, int, int]]]:
+def confused(test: Sequence[Query], evaluation: Evaluation) -> dict[str, dict[str, tuple[int, int, int]]]:
     """Defense -> label -> counts of (withheld, answered, unscored)."""
     kinds = {"rsr": "malicious", "over_refusal": "benign"}
-    made: dict[str, dict[str, tuple[int, int, int]]] = {}
-    for name, answers in found.responses.items():
+    counts: dict[str, dict[str, tuple[int, int, int]]] = {}
+    for name, answers in evaluation.responses.items():
         values: dict[str, list[float | None]] = {"malicious": [], "benign": []}
-        for o in metrics.outcomes(test, answers, found.verdicts[name]):
+        for o in metrics.outcomes(test, answers, evaluation.verdicts[name]):
             if o.metric in kinds:
                 values[kinds[o.metric]].append(o.value)
-        made[name] = {k: (v.count(1.0), v.count(0.0), v.count(None)) for k, v in values.items()}
-    return made
+        counts[name] = {k: (v.count(1.0), v.count(0.0), v.count(None)) for k, v in values.items()}
+    return counts
 
 
 def _notes(data: "Protocol", judge: Judge, names: Sequence[str]) -> list[str]:

@@ -38,8 +38,8 @@ def _padding(kit: Kit) -> dict[str, Kit]:
 
 def _layer(kit: Kit) -> dict[str, Kit]:
     every = range(1, kit.lvlm.num_layers)
-    chosen = every[:: max(1, len(every) // 8)]
-    return {f"{layer}": _with(kit, layer=layer) for layer in chosen}
+    some = every[:: max(1, len(every) // 8)]
+    return {f"{layer}": _with(kit, layer=layer) for layer in some}
 
 
 def _margins(kit: Kit) -> dict[str, Kit]:
@@ -107,16 +107,16 @@ def sweep(
             row = f"{name}={value}"
             start = VisualSafetyPrompt.create(kit.lvlm.canvas, changed.padding, text=changed.text)
             saved = out / "prompts" / row
-            done = trained_prompt(
+            border = trained_prompt(
                 stages, row, start, kit.lvlm, changed.data, kit.vector, changed.settings, saved,
                 vector_file=kit.stages.out / "vector" / "vector.safetensors",
             )  # fmt: skip
-            defenses[row] = VisualPrompt(done, row)
-    found = evaluate(
+            defenses[row] = VisualPrompt(border, row)
+    evaluation = evaluate(
         kit.lvlm, defenses, kit.data.test, out, kit.vector, judge, graders=graders, batch_size=batch_size,
         max_new_tokens=max_new_tokens, redo=True, seed=seed, console=console,
     )  # fmt: skip
-    rows = [*found.rows, *pooled(kit.data.test, found, model_name(kit.lvlm), seed)]
+    rows = [*evaluation.rows, *pooled(kit.data.test, evaluation, model_name(kit.lvlm), seed)]
     records = [_record(rows, row) for row in defenses]
     write_json(written, {"schema": metrics.SCHEMA, "records": records})
     write_text(out / "sweeps.md", markdown(records, model_name(kit.lvlm)))
@@ -132,8 +132,8 @@ def _record(rows: list[dict[str, Any]], row: str) -> dict[str, Any]:
     figures = {
         "rsr": f.row(row, PICTURES, "rsr"), "utility": f.utility(row), "over_refusal": f.row(row, "benign", "over_refusal"),
     }  # fmt: skip
-    kept = {k: None if r is None else {x: r[x] for x in ("value", "low", "high", "n")} for k, r in figures.items()}
-    return {"sweep": name, "value": value, **kept}
+    cells = {k: None if r is None else {x: r[x] for x in ("value", "low", "high", "n")} for k, r in figures.items()}
+    return {"sweep": name, "value": value, **cells}
 
 
 def markdown(records: list[dict[str, Any]], model: str) -> str:
@@ -141,9 +141,9 @@ def markdown(records: list[dict[str, Any]], model: str) -> str:
     lines = [f"**DAVSP on {model}, one setting at a time**; points of a hundred, 95 % intervals.", ""]
     lines += ["| setting | value | RSR, all pictures | utility | over-refusal |", "|---|---|---|---|---|"]
     for r in records:
-        shown = (
+        cells = (
             "–" if x is None else f"{100 * x['value']:.1f} [{100 * x['low']:.1f}, {100 * x['high']:.1f}]"
             for x in (r["rsr"], r["utility"], r["over_refusal"])
         )  # fmt: skip
-        lines.append(f"| {r['sweep']} | {r['value']} | " + " | ".join(shown) + " |")
+        lines.append(f"| {r['sweep']} | {r['value']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -123,8 +123,8 @@ TABLES = {
 @lru_cache
 def paper() -> dict[str, dict[str, dict[str, dict[str, float]]]]:
     """The paper's figures: table -> model -> defense -> column."""
-    found: dict[str, Any] = read_json(Path(__file__).with_name("paper.json"))
-    return found
+    figures: dict[str, Any] = read_json(Path(__file__).with_name("paper.json"))
+    return figures
 
 
 def paper_model(name: str, model: str, family: str) -> str:
