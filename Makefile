@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# As many workers as cores, four at most: each imports torch and transformers anew.
-PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+# As many workers as cores, four at most: each imports torch and transformers anew. They, and the programs that tests start, find
+# davsp compiled by an earlier run, whatever the environment says of that.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test test-slow lint format docs app-deps clean
 

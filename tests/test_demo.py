@@ -51,6 +51,13 @@ def seconds(out: Path) -> dict[str, float]:
     return {name: taken[name] for name in ("vector", "davsp", "additive", "evaluate")}
 
 
+@pytest.fixture(scope="module")
+def finished(lvlm: LVLM, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Evaluation]:
+    """A run that has ended: tests copy its folder, or compare with it."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    return out, demo(lvlm, out)[0]
+
+
 def test_demo_end_to_end(lvlm: LVLM, tmp_path: Path) -> None:
     """All files are there, the second run keeps them, and other settings are made anew and give other pixels."""
     found, printed = demo(lvlm, tmp_path)
@@ -87,9 +94,10 @@ def test_demo_end_to_end(lvlm: LVLM, tmp_path: Path) -> None:
     assert VisualPrompt(VisualSafetyPrompt.from_pretrained(tmp_path / "prompt")).describe() != evaluated
 
 
-def test_demo_goes_on_after_a_kill(lvlm: LVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_goes_on_after_a_kill(
+    lvlm: LVLM, finished: tuple[Path, Evaluation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed while the border is saved: training is not lost, and the end is the same."""
-    whole, _ = demo(lvlm, tmp_path / "whole")
     with monkeypatch.context() as patch:
         patch.setattr(
             VisualSafetyPrompt, "save_pretrained", lambda *_: (_ for _ in ()).throw(DavspError("the disk is full"))
@@ -98,21 +106,21 @@ def test_demo_goes_on_after_a_kill(lvlm: LVLM, tmp_path: Path, monkeypatch: pyte
             demo(lvlm, tmp_path / "cut")
     cut, printed = demo(lvlm, tmp_path / "cut")
     assert re.search(r"^davsp .*finished", printed, re.MULTILINE)
-    assert cut.rows == whole.rows
+    assert cut.rows == finished[1].rows
 
 
 def test_demo_goes_on_after_a_kill_before_a_changed_stage(
-    lvlm: LVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lvlm: LVLM, finished: tuple[Path, Evaluation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed after the new settings were noted and before the training began: no checkpoint of the old ones is met."""
-    other = SETTINGS.model_copy(update={"steps": 6})
-    demo(lvlm, tmp_path)
+    other, out = SETTINGS.model_copy(update={"steps": 6}), tmp_path / "out"
+    shutil.copytree(finished[0], out)
     with monkeypatch.context() as patch:
         patch.setattr("davsp.experiments.stages.train", lambda *_: (_ for _ in ()).throw(DavspError("killed")))
         with pytest.raises(DavspError, match="killed"):
-            demo(lvlm, tmp_path, other)
-    found, _ = demo(lvlm, tmp_path, other)
-    whole, _ = demo(lvlm, tmp_path.with_name("whole"), other)
+            demo(lvlm, out, other)
+    found, _ = demo(lvlm, out, other)
+    whole, _ = demo(lvlm, tmp_path / "whole", other)
     assert found.rows == whole.rows
 
 
@@ -120,24 +128,29 @@ def test_demo_goes_on_after_a_kill_before_a_changed_stage(
     ("gone", "stage"), [("prompt", "davsp"), ("train/davsp", "davsp"), ("vector", "vector"), ("additive", "additive")]
 )
 def test_what_was_deleted_is_made_anew(
-    gone: str, stage: str, lvlm: LVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gone: str,
+    stage: str,
+    lvlm: LVLM,
+    finished: tuple[Path, Evaluation],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The rest is kept, the figures are the same, and the hub is not asked."""
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
-    whole, _ = demo(lvlm, tmp_path)
-    shutil.rmtree(tmp_path / gone)
-    again, printed = demo(lvlm, tmp_path)
-    assert again.rows == whole.rows
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    shutil.rmtree(out / gone)
+    again, printed = demo(lvlm, out)
+    assert again.rows == finished[1].rows
     assert f"{stage}: made anew, as what was kept is not whole" in " ".join(printed.split())
     assert printed.count("kept; it took") == 2
 
 
 def test_only_the_model_that_ships_is_shown_unredacted(
-    lvlm: LVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lvlm: LVLM, finished: tuple[Path, Evaluation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A random model does not refuse, so its answers are redacted; those of the embedded one are harmless."""
-    demo(lvlm, tmp_path / "other")
     monkeypatch.setattr("davsp.embedded.load", lambda: lvlm)
     demo(None, tmp_path / "shipped")
-    assert "[redacted]" in (tmp_path / "other" / "report.html").read_text()
+    assert "[redacted]" in (finished[0] / "report.html").read_text()
     assert "[redacted]" not in (tmp_path / "shipped" / "report.html").read_text()

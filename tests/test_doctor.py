@@ -48,6 +48,7 @@ def test_doctor_finds_the_broken_torchvision(broken: Path):
     assert "broken: transformers, torchvision" in done.stdout and "see torchvision below" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_command_says_what_is_wrong(broken: Path, tiny_folder: Path, tmp_path: Path):
     done = python("-m", "davsp.cli", "eval", "--model", str(tiny_folder), "--queries", str(tmp_path), path=broken)
     assert done.returncode == 2 and "Traceback" not in done.stderr

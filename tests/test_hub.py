@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,17 +20,32 @@ from hub_server import TOKEN, hub
 
 
 def davsp(code: str, home: Path, url: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code that a user could run, with a cache and a hub of its own."""
-    without_hub_settings = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    """Run code that a user could run."""
+    options = {"capture_output": True, "text": True, "timeout": 120, "cwd": home.parent}
+    return subprocess.run([sys.executable, "-c", code], env=variables(home, url) | environment, **options)
+
+
+def variables(home: Path, url: str) -> dict[str, str]:
+    """An environment with a cache and a hub of its own."""
+    others = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     own = {"HF_HOME": str(home), "HF_ENDPOINT": url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=without_hub_settings | own | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=home.parent,
-    )
+    return others | own
+
+
+@contextmanager
+def pushing(home: Path, url: str) -> Iterator[Callable[[str], str]]:
+    """A program that pushes a folder a call, and what it prints."""
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": home.parent}
+    environment = variables(home, url) | {"HF_TOKEN": TOKEN}
+    with subprocess.Popen([sys.executable, "-c", PUSH_EACH], env=environment, **options) as program:
+
+        def push(folder: str) -> str:
+            program.stdin.write(f"{folder}\n")
+            program.stdin.flush()
+            return program.stdout.readline()
+
+        yield push
+        program.stdin.close()
 
 
 PUSH = """
@@ -43,12 +60,20 @@ try:
 except DavspError as error:
     print(error)
 """
-PUSH_ONE = """
+PUSH_EACH = """
+import sys
 from davsp import DavspError, VisualSafetyPrompt
-try:
-    print(VisualSafetyPrompt.from_pretrained({folder!r}).push_to_hub("user/vsp", license="mit"))
-except DavspError as error:
-    print(error)
+for folder in sys.stdin:
+    try:
+        print(VisualSafetyPrompt.from_pretrained(folder.strip()).push_to_hub("user/vsp", license="mit"), flush=True)
+    except DavspError as error:
+        print(error, flush=True)
+"""
+PUSH_AND_PULL = """
+from davsp import VisualSafetyPrompt
+print(VisualSafetyPrompt.from_pretrained("first").push_to_hub("user/vsp", license="mit"))
+again = VisualSafetyPrompt.from_pretrained("user/vsp")
+print(again.config["license"], again.pixels_sha256())
 """
 PULL = """
 from davsp import DavspError, VisualSafetyPrompt
@@ -75,6 +100,18 @@ def two(tmp_path: Path) -> list[VisualSafetyPrompt]:
     return borders
 
 
+def test_there_and_back(two: list[VisualSafetyPrompt], tmp_path: Path):
+    """A push and a pull by one process; test_there_and_back_and_offline has the rest."""
+    with hub() as server:
+        done = davsp(PUSH_AND_PULL, tmp_path / "home", server.url, HF_TOKEN=TOKEN)
+        assert done.returncode == 0, done.stderr
+        pushed, pulled = done.stdout.splitlines()
+        files = server.repos["user/vsp"]["commits"][re.search(r"/user/vsp/commit/(\w{40})", pushed)[1]]
+        assert sorted(files) == ["README.md", "vsp.png", "vsp.safetensors", "vsp_config.json"]
+    assert pulled == f"mit {two[0].pixels_sha256()}"
+
+
+@pytest.mark.slow
 def test_there_and_back_and_offline(two: list[VisualSafetyPrompt], tmp_path: Path):
     home = tmp_path / "home"
     with hub() as server:
@@ -109,21 +146,19 @@ def test_there_and_back_and_offline(two: list[VisualSafetyPrompt], tmp_path: Pat
 def test_a_push_that_fails_leaves_what_was_there(two: list[VisualSafetyPrompt], tmp_path: Path, step: str):
     """All files come in one commit, the last step; whatever fails, the repository holds the old border whole, or nothing."""
     home = tmp_path / "home"
-    with hub() as server:
+    with hub() as server, pushing(home, server.url) as push:
         server.refused = step
-        failed = davsp(PUSH_ONE.format(folder="first"), home, server.url, HF_TOKEN=TOKEN)
-        assert failed.stdout.startswith("user/vsp cannot be pushed to the hub ("), failed.stderr
+        assert push("first").startswith("user/vsp cannot be pushed to the hub (")
         repo = server.repos["user/vsp"]
         assert not repo["commits"][repo["branches"]["main"]]
         server.refused = ""
         server.steps.clear()
-        done = davsp(PUSH_ONE.format(folder="first"), home, server.url, HF_TOKEN=TOKEN)
-        assert "/commit/" in done.stdout, done.stderr
+        assert "/commit/" in push("first")
         assert server.steps[0] == "/api/repos/create" and server.steps[-1] == "/api/models/user/vsp/commit/main"
         assert sum("/commit/" in path for path in server.steps) == 1
         old = repo["branches"]["main"]
         server.refused = step
-        assert "cannot be pushed" in davsp(PUSH_ONE.format(folder="second"), home, server.url, HF_TOKEN=TOKEN).stdout
+        assert "cannot be pushed" in push("second")
         assert repo["branches"]["main"] == old and len(repo["commits"][old]) == 4
 
 

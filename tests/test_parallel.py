@@ -16,22 +16,10 @@ from davsp.errors import DavspError
 from davsp.runtime import parallel
 from davsp.runtime.files import read_tensors
 from davsp.training.batches import Batch
+from forks import forked
 from tiny import queries
 
-STEPS = [
-    "--steps",
-    "6",
-    "--batch-size",
-    "6",
-    "--padding",
-    "9",
-    "--text",
-    "please be safe",
-    "--lr",
-    "0.002",
-    "--seed",
-    "3",
-]
+STEPS = ["--batch-size", "6", "--padding", "9", "--text", "please be safe", "--lr", "0.002", "--seed", "3"]
 
 
 @pytest.fixture(scope="module")
@@ -54,22 +42,30 @@ def davsp(*command: str | Path, **environment: str) -> subprocess.CompletedProce
     )
 
 
-def test_two_processes_train_the_delta_of_one(tiny_folder, data, tmp_path):
+@pytest.mark.parametrize("steps", [2, pytest.param(6, marks=pytest.mark.slow)])
+def test_two_processes_train_the_delta_of_one(tiny_folder, data, tmp_path, steps, capfd):
     """Adam, both losses: within 1e-6 before rounding; the prompt, the metrics and the checkpoint are written once."""
     deltas, logs = [], []
     for count in ("1", "2"):
         out = tmp_path / count
-        done = davsp(
+        command = [
             "train", "--model", tiny_folder, "--device", "cpu", "--malicious", data / "malicious", "--benign", data / "benign",
-            "--vector", data / "vector", "--out", out, "--optimizer", "adam", *STEPS, "--num-processes", count,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("saved to") == 1
+            "--vector", data / "vector", "--out", out, "--optimizer", "adam", "--steps", str(steps), *STEPS,
+            "--num-processes", count,
+        ]  # fmt: skip
+        if steps == 2:
+            assert forked(*command) == 0
+            said = capfd.readouterr().out
+        else:
+            done = davsp(*command)
+            assert done.returncode == 0, done.stderr
+            said = done.stdout
+        assert said.count("saved to") == 1
         deltas.append(read_tensors(out / "training" / "checkpoint.safetensors")["delta"])
         logs.append([json.loads(line) for line in (out / "training" / "metrics.jsonl").read_text().splitlines()])
     assert (deltas[0] - deltas[1]).abs().max() <= 1e-6
-    assert (deltas[0] - VisualSafetyPrompt.create(56, 9).delta).abs().max() > 0.01
-    assert [r["step"] for r in logs[1]] == [1, 2, 3, 4, 5, 6]
+    assert (deltas[0] - VisualSafetyPrompt.create(56, 9).delta).abs().max() > 0.0015 * steps
+    assert [r["step"] for r in logs[1]] == list(range(1, steps + 1))
     for one, two in zip(*logs, strict=True):
         assert one.keys() == two.keys()
         np.testing.assert_allclose(list(one.values()), list(two.values()), rtol=1e-4, atol=1e-5)
@@ -77,13 +73,18 @@ def test_two_processes_train_the_delta_of_one(tiny_folder, data, tmp_path):
     assert (saved[0] - saved[1]).abs().max() <= 1 / 255 + 1e-6
 
 
-def test_two_processes_write_the_result_file_of_one(tiny_folder, data, tmp_path):
+@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_processes_write_the_result_file_of_one(tiny_folder, data, tmp_path, fresh):
     for count in ("1", "2"):
-        done = davsp(
+        command = [
             "eval", "--model", tiny_folder, "--device", "cpu", "--prompt", data / "prompt", "--queries", data / "test",
             "--out", tmp_path / count, "--max-new-tokens", "6", "--num-processes", count, "--max-unscored", "1",
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        ]  # fmt: skip
+        if fresh:
+            done = davsp(*command)
+            assert done.returncode == 0, done.stderr
+        else:
+            assert forked(*command) == 0
     for name in ("metrics.json", "verdicts.jsonl", "run.json", "queries.json"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
     lines = [(tmp_path / c / "responses.jsonl").read_text().splitlines() for c in ("1", "2")]
@@ -91,34 +92,45 @@ def test_two_processes_write_the_result_file_of_one(tiny_folder, data, tmp_path)
     assert texts[0] == texts[1] and len(texts[0]) == 2 * 17
 
 
-def test_a_mistake_is_one_sentence_and_code_2_in_two_processes_as_well(tiny_folder, data, tmp_path):
-    common = [
-        "train",
-        "--model",
-        tiny_folder,
-        "--device",
-        "cpu",
-        "--malicious",
-        data / "malicious",
-        "--benign",
-        data / "benign",
-    ]
-    done = davsp(*common, "--vector", tmp_path / "none", "--out", tmp_path / "x", "--num-processes", "2")
-    assert done.returncode == 2 and done.stderr.count("davsp: ") == 1 and "Traceback" not in done.stderr
-    few = [
-        "--vector",
-        data / "vector",
-        "--out",
-        tmp_path / "y",
-        "--batch-size",
-        "2",
-        "--padding",
-        "9",
-        "--text",
-        "please be safe",
-    ]
-    done = davsp(*common, *few, "--num-processes", "3")
-    assert done.returncode == 2 and "batch_size 2 is less than the 3 processes" in done.stderr
+def test_fresh_processes_run_the_command(capfd):
+    """What a user starts; where other tests here take forks, those marked slow start the whole command."""
+    assert parallel.launch(["--help"], 2) == 0 and capfd.readouterr().out.count("Usage: ") == 1
+    assert parallel.launch(["nonsense"], 2) == 2 and "nonsense" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_mistake_is_one_sentence_and_code_2_in_two_processes_as_well(tiny_folder, data, tmp_path, fresh, capfd):
+    command = [
+        *common(tiny_folder, data), "--vector", tmp_path / "none", "--out", tmp_path / "x", "--num-processes", "2"
+    ]  # fmt: skip
+    if fresh:
+        done = davsp(*command)
+        code, said = done.returncode, done.stderr
+    else:
+        code, said = forked(*command), capfd.readouterr().err
+    assert code == 2 and "Traceback" not in said
+    # on a busy machine the second process may have said the same before it was ended
+    assert len({line for line in said.splitlines() if line.startswith("davsp: ")}) == 1, said
+
+
+@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_batch_smaller_than_the_processes_is_refused(tiny_folder, data, tmp_path, fresh, capfd):
+    command = [
+        *common(tiny_folder, data), "--vector", data / "vector", "--out", tmp_path / "y", "--batch-size", "2",
+        "--padding", "9", "--text", "please be safe", "--num-processes", "3",
+    ]  # fmt: skip
+    if fresh:
+        done = davsp(*command)
+        code, said = done.returncode, done.stderr
+    else:
+        code, said = forked(*command), capfd.readouterr().err
+    assert code == 2 and "batch_size 2 is less than the 3 processes" in said
+
+
+def common(tiny_folder: Path, data: Path) -> list[str | Path]:
+    """`davsp train` on the tiny model and both classes."""
+    classes = ["--malicious", data / "malicious", "--benign", data / "benign"]
+    return ["train", "--model", tiny_folder, "--device", "cpu", *classes]
 
 
 def test_a_process_that_dies_ends_the_others(monkeypatch, tmp_path):

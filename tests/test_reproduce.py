@@ -139,69 +139,72 @@ def test_a_border_on_another_canvas_keeps_its_colours_and_its_share(canvas, padd
     assert not other.delta[:, ~on].any()
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    small = pytest.MonkeyPatch()
-    small.setattr(baselines, "NOISE", {"steps": 2, "batch_size": 2})
-    small.setitem(baselines.TOKENS, "steps", 1)
-    small.setitem(baselines.TOKENS, "candidates", 2)
-    small.setitem(baselines.TOKENS, "behaviours", 2)
-    yield from whole(tmp_path_factory)
-    small.undo()
-
-
-def whole(tmp_path_factory):
-    out = tmp_path_factory.mktemp("reproduce")
-    lvlm, data = embedded.load(device_map="cpu"), embedded.protocol(0, **SMALL)
-    other = VisualSafetyPrompt.create(192, 16, "random", text="x")
-    other.save_pretrained(out / "other")
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(["transfer"], id="one table"),
+        pytest.param(list(tables.TABLES), id="all tables", marks=pytest.mark.slow),
+    ],
+)
+def made(request, tmp_path_factory):
+    """Folder, the run as a function of the tables' names, what it gave, its kit, the names."""
+    out, whole = tmp_path_factory.mktemp("reproduce"), len(request.param) > 1
+    sizes = SMALL if whole else SMALL | {"train": 12, "harm": 1, "mme": 1, "llava_bench": 1}
+    changes = {"steps": 2} if whole else {"steps": 2, "batch_size": 4}
+    VisualSafetyPrompt.create(192, 16, "random", text="x").save_pretrained(out / "other")
+    lvlm, data = embedded.load(device_map="cpu"), embedded.protocol(0, **sizes)
 
     def again(names, **options):
         kit = run.make_kit(
-            lvlm, data, out / "mini", text=embedded.SAFETY_TEXT, settings=embedded.SETTINGS.model_copy(update={"steps": 2}),
+            lvlm, data, out / "mini", text=embedded.SAFETY_TEXT, settings=embedded.SETTINGS.model_copy(update=changes),
             templates=TEMPLATES, console=Console(quiet=True), borrowed={"other": out / "other"},
         )  # fmt: skip
         return run.reproduce(names, kit, **options), kit
 
-    found, kit = again(list(tables.TABLES))
-    yield out / "mini", again, found, kit
+    with pytest.MonkeyPatch.context() as small:
+        small.setattr(baselines, "NOISE", {"steps": 2, "batch_size": 2})
+        small.setitem(baselines.TOKENS, "steps", 1)
+        small.setitem(baselines.TOKENS, "candidates", 2)
+        small.setitem(baselines.TOKENS, "behaviours", 2)
+        found, kit = again(request.param)
+        yield out / "mini", again, found, kit, request.param
 
 
-def test_a_whole_run_writes_every_table_in_four_formats(made):
-    out, _, found, _ = made
-    for name in tables.TABLES:
+def test_a_run_writes_its_tables_in_four_formats(made):
+    out, _, found, kit, names = made
+    assert list(found.tables) == names
+    for name in names:
         assert all((out / f"{name}.{kind}").exists() for kind in ("md", "csv", "tex"))
+        assert "not run" not in (out / f"{name}.md").read_text()
     assert set(found.tables["transfer"]) == {"none", "adashield-s", "davsp", "davsp-from-other"}
     papers = {name: [c.paper for c in row] for name, row in found.tables["transfer"].items()}
     assert set(papers["davsp"]) == {None} and None not in papers["davsp-from-other"]  # the paper's are transferred
-    assert set(found.tables["ecso"]) == set(tables.TABLES["ecso"].rows)
-    assert set(found.tables["ablation"]) == set(tables.TABLES["ablation"].rows)
+    for name in ("ecso", "ablation"):
+        assert name not in names or set(found.tables[name]) == set(tables.TABLES[name].rows)
+    assert "resistance" not in names or set(found.tables["resistance"]) == set(tables.METHODS)
     assert {f.stem for f in (out / "plots").iterdir()} == {"rsr-utility", "projections", "confusions"}
     page = (out / "tables.html").read_text()
-    assert (
-        page.count("<svg") == 3
-        and page.count("<h2>Table") == 6
-        and "<svg" in page
-        and "http" not in page.replace("http://www.w3.org", "")
-    )
+    assert page.count("<svg") == 3 and page.count("<h2>Table") == len(names)
+    assert "http" not in page.replace("http://www.w3.org", "")
+    harmful = sum(q.label == "malicious" for q in kit.data.test)
+    assert harmful in (4, 16)
     rows = json.loads((out / "rows.json").read_text())["rows"]
     pooled = {r["defense"]: r for r in rows if (r["benchmark"], r["metric"]) == ("pictures", "rsr")}
-    assert set(pooled) >= {"none", "davsp", "vector-added"} and all(r["n"] == 16 for r in pooled.values())
+    assert set(pooled) >= {"none", "davsp"} and all(r["n"] == harmful for r in pooled.values())
+    assert "intervention" not in names or "vector-added" in pooled
     safety = {r["defense"]: r for r in rows if (r["benchmark"], r["metric"]) == ("mm_safetybench", "rsr")}
-    assert all(r["n"] == 12 for r in safety.values())
-    assert (
-        set(found.tables["resistance"]) == set(tables.METHODS) and "not run" not in (out / "resistance.md").read_text()
-    )
+    assert safety and all(r["n"] == harmful * 3 / 4 for r in safety.values())
 
 
 def test_a_second_run_answers_and_trains_nothing(made, monkeypatch):
-    out, again, first, _ = made
+    out, again, first, _, names = made
     monkeypatch.setattr("davsp.lvlm.base.LVLM.generate", lambda *a, **k: pytest.fail("it answered again"))
     monkeypatch.setattr("davsp.experiments.stages.train", lambda *a, **k: pytest.fail("it trained again"))
-    before = (out / "resistance.csv").read_text()
-    second = again(["resistance"])[0]
+    name = "resistance" if "resistance" in names else names[0]
+    before = (out / f"{name}.csv").read_text()
+    second = again([name])[0]
     assert second.tables == first.tables  # one table asked for again leaves the answers of the others where they are
-    assert (out / "resistance.csv").read_text() == before
+    assert (out / f"{name}.csv").read_text() == before
 
 
 def test_the_transferred_border_stands_resized_before_the_models_own_text(made):
@@ -246,7 +249,7 @@ def test_sweeps_train_what_they_say_and_nothing_else_differs(made, monkeypatch):
     """A border a value; the given setting reaches the training, all others are the table's."""
     from davsp.experiments.paper.sweeps import SWEEPS, sweep
 
-    out, _, _, kit = made
+    out, _, _, kit, names = made
     seen = {}
     for name, (_, values) in SWEEPS.items():
         for value, changed in values(kit).items():
@@ -264,12 +267,14 @@ def test_sweeps_train_what_they_say_and_nothing_else_differs(made, monkeypatch):
 
     records = sweep(["text"], kit, out / "sweeps", console=Console(quiet=True))
     assert [(r["sweep"], r["value"]) for r in records] == [("none", ""), ("text", "with"), ("text", "without")]
-    assert all(r["rsr"]["n"] == 16 for r in records)
+    assert all(r["rsr"]["n"] == sum(q.label == "malicious" for q in kit.data.test) for r in records)
     assert "| text | without | " in (out / "sweeps" / "sweeps.md").read_text()
     assert (out / "sweeps" / "text.svg").read_text().startswith("<svg")
     with pytest.raises(DavspError, match="choose padding, layer"):
         sweep(["size"], kit, out / "sweeps")
 
+    if len(names) == 1:
+        return
     monkeypatch.setattr("davsp.experiments.paper.sweeps.LAMBDAS", (0.0, 1.0))
     both = sweep(["lam"], kit, out / "sweeps", console=Console(quiet=True))
     assert {(r["sweep"], r["value"]) for r in both} == {
@@ -279,6 +284,7 @@ def test_sweeps_train_what_they_say_and_nothing_else_differs(made, monkeypatch):
     }
 
 
+@pytest.mark.slow
 def test_the_published_road_from_folders_to_tables(tmp_path: Path, monkeypatch, capsys):
     """Undefended runs, the split drawn from them, then tables: on the embedded counterparts, in the real layouts."""
     from davsp.embedded import counterparts
@@ -354,7 +360,7 @@ def test_what_other_models_lack_is_left_out_and_said(made):
 
     from davsp.experiments.paper.methods import lacking
 
-    out, _, _, kit = made
+    out, _, _, kit, _ = made
     without = lacking(replace(kit, shipped=False))
     assert set(without) == {"uniguard", "adashield-a"} and lacking(kit) == {}
     assert set(lacking(replace(kit, shipped=False, corpus=["x"]))) == {"adashield-a"}

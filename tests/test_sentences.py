@@ -22,6 +22,7 @@ from davsp.runtime.files import read_tensors
 from davsp.training.loop import Loop
 from davsp.training.sentences import SentenceRun, blank, read_sentences, train_sentences
 from davsp.training.settings import SentenceSettings
+from forks import forked
 from test_cli import run as davsp_command
 from test_parallel import davsp
 from tiny import picture, queries
@@ -117,17 +118,24 @@ def test_interrupt_and_resume_is_uninterrupted(lvlm: LVLM, tmp_path: Path, monke
         go(lvlm, tmp_path / "parts", FAST.model_copy(update={"likely": True}))
 
 
-def test_two_processes_train_the_noise_of_one(tiny_folder: Path, tmp_path: Path):
+@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_processes_train_the_noise_of_one(tiny_folder: Path, tmp_path: Path, fresh: bool, capfd: Any):
     (tmp_path / "corpus.txt").write_text("\n".join(CORPUS))
     deltas, logs = [], []
     for count in ("1", "2"):
-        done = davsp(
+        command = [
             "baseline", "uniguard", "--model", tiny_folder, "--device", "cpu", "--corpus", tmp_path / "corpus.txt",
             "--out", tmp_path / count, "--steps", "3", "--batch-size", "3", "--optimizer", "adam", "--num-processes", count,
             "--text-part", "searched", "--text-tokens", "2", "--sweeps", "1", "--candidates", "3",
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("saved to") == 1
+        ]  # fmt: skip
+        if fresh:
+            done = davsp(*command)
+            assert done.returncode == 0, done.stderr
+            said = done.stdout
+        else:
+            assert forked(*command) == 0
+            said = capfd.readouterr().out
+        assert said.count("saved to") == 1
         deltas.append(read_tensors(tmp_path / count / "training" / "checkpoint.safetensors")["delta"])
         logs.append(lines(tmp_path / count / "training"))
     assert (deltas[0] - deltas[1]).abs().max() <= 1e-6

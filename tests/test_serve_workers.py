@@ -100,6 +100,7 @@ def test_threads_are_shared_among_the_workers(monkeypatch):
         ServeSettings.of(workers=0, **given)
 
 
+@pytest.mark.slow
 def test_the_command_with_two_workers(tmp_path):
     border().prompt.save_pretrained(tmp_path)
     bodies = []
