@@ -243,8 +243,8 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
     if arguments[0] in ("vector", "train") and "--malicious" in arguments:
         arguments += ["--model", str(tiny_folder)]
     assert run(*arguments) == 2
-    said = capsys.readouterr().err
-    assert says in said and "Traceback" not in said
+    output = capsys.readouterr().err
+    assert says in output and "Traceback" not in output
     assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("*.safetensors"))
 
 
@@ -253,11 +253,11 @@ def test_noise_goes_the_same_road(data: Path, vectors: Path, tiny_folder: Path, 
     settings = ("--kind", "additive", "--steps", 1, "--batch-size", 2, "--text", "please be safe")
     both = ("--malicious", data / "malicious", "--benign", data / "benign", "--vector", vectors / "ours")
     assert run("train", *both, *model, *settings, "--mu-plus", 50, "--mu-minus", -50, "--out", tmp_path / "noise") == 0
-    said = capsys.readouterr()
-    assert "noise.safetensors is the noise" in said.out and "the vector was fitted with the text ''" in said.err
+    output = capsys.readouterr()
+    assert "noise.safetensors is the noise" in output.out and "the vector was fitted with the text ''" in output.err
     assert run("info", tmp_path / "noise") == 0
-    asked = ("--prompt", tmp_path / "noise", "--queries", data / "test", "--max-new-tokens", 2)
-    assert run("eval", *asked, *model, "--vector", vectors / "ours", "--out", tmp_path / "eval") == 0
+    options = ("--prompt", tmp_path / "noise", "--queries", data / "test", "--max-new-tokens", 2)
+    assert run("eval", *options, *model, "--vector", vectors / "ours", "--out", tmp_path / "eval") == 0
     assert "the vector was fitted with the text ''" in capsys.readouterr().err
     rows = json.loads((tmp_path / "eval" / "metrics.json").read_text())["rows"]
     assert {r["defense"] for r in rows} == {"none", "additive"}
@@ -268,32 +268,32 @@ def test_noise_goes_the_same_road(data: Path, vectors: Path, tiny_folder: Path, 
 
 def test_the_published_border_in_both_forms(data: Path, tiny_folder: Path, tmp_path: Path, capsys):
     torch.save(published(torch.rand(3, 56, 56) * 1.2 - 0.1, 8), tmp_path / "noise.pt")
-    given = ("import-published", tmp_path / "noise.pt", "--padding", 8, "--text", "please be safe", "--layer", 2)
+    importing = ("import-published", tmp_path / "noise.pt", "--padding", 8, "--text", "please be safe", "--layer", 2)
     for form in ("displayable", "exact"):
-        assert run(*given, "--model", "m", "--form", form, "--out", tmp_path / form) == 0
-        said = capsys.readouterr().out
-        assert all(word in said for word in ("red", "green", "blue", "all", "largest", "padding 8"))
+        assert run(*importing, "--model", "m", "--form", form, "--out", tmp_path / form) == 0
+        output = capsys.readouterr().out
+        assert all(word in output for word in ("red", "green", "blue", "all", "largest", "padding 8"))
         loaded = load_prompt(tmp_path / form)
         assert (loaded.text, loaded.config["layer"], loaded.config["model_id"]) == ("please be safe", 2, "m")
-        assert f"{loaded.config['figures']['published_all_outside']}" in said
+        assert f"{loaded.config['figures']['published_all_outside']}" in output
         assert run("info", tmp_path / form) == 0
         assert "files agree" in capsys.readouterr().out
     assert {p.name for p in (tmp_path / "exact").iterdir()} == {"exact.safetensors", "vsp_config.json"}
     Image.new("RGB", (90, 40), "navy").save(tmp_path / "picture.png")
-    asked = ("--queries", data / "test", "--model", tiny_folder, "--max-new-tokens", 2, "--out", tmp_path / "eval")
-    for command in (("eval", *asked), ("apply", tmp_path / "picture.png", "--out", tmp_path / "out.png")):
+    options = ("--queries", data / "test", "--model", tiny_folder, "--max-new-tokens", 2, "--out", tmp_path / "eval")
+    for command in (("eval", *options), ("apply", tmp_path / "picture.png", "--out", tmp_path / "out.png")):
         assert run(*command, "--prompt", tmp_path / "exact") == 2
         assert "--form displayable" in capsys.readouterr().err
         assert run(*command, "--prompt", tmp_path / "displayable") == 0
-    assert run(*given, "--form", "displayable", "--out", tmp_path / "exact") == 2
+    assert run(*importing, "--form", "displayable", "--out", tmp_path / "exact") == 2
     assert "already holds exact.safetensors" in capsys.readouterr().err
 
 
 def test_doctor_by_its_exit_code(monkeypatch, capsys):
     monkeypatch.setattr("davsp.doctor._failure", lambda code: None)
     assert run("doctor") == 0
-    said = capsys.readouterr().out
-    assert all(part in said for part in ("torch", "transformers", "cpu", "torchvision")) and "broken" not in said
+    output = capsys.readouterr().out
+    assert all(part in output for part in ("torch", "transformers", "cpu", "torchvision")) and "broken" not in output
     monkeypatch.setattr("davsp.doctor._failure", lambda code: "ImportError: a library is missing")
     assert run("doctor") == 2
     assert "broken: transformers" in capsys.readouterr().out
@@ -366,8 +366,8 @@ def test_a_spoilt_prompt_is_one_sentence_and_exit_2(case: str, tmp_path: Path, c
     assert run("info", tmp_path / "p") == 0 and capsys.readouterr().out.count("as saved") == 3
     change(tmp_path / "p")
     assert run("info", tmp_path / "p") == 2
-    said = capsys.readouterr().err
-    assert re.search(says, said) and said.startswith("davsp: ") and len(said.splitlines()) == 1
+    output = capsys.readouterr().err
+    assert re.search(says, output) and output.startswith("davsp: ") and len(output.splitlines()) == 1
 
 
 def test_info_says_when_a_card_was_edited_and_when_there_are_no_hashes(tmp_path: Path, capsys):
@@ -384,12 +384,12 @@ def test_a_runs_figures_get_on_the_card(lvlm, tmp_path: Path, capsys):
     prompt.save_pretrained(tmp_path / "p")
     test = [*queries("malicious", 4), *queries("benign", 4)]
     defenses = {"none": NoDefense(), "mine": VisualPrompt(prompt)}
-    found = evaluate(
+    evaluation = evaluate(
         lvlm, defenses, test, tmp_path / "run", manifest={"revision": "abc", "time": "now"}, max_new_tokens=4
     )
     assert run("card", tmp_path / "p", "--run", tmp_path / "run") == 0
     card, out = (tmp_path / "p" / "README.md").read_text(), capsys.readouterr().out
-    rate = next(r for r in found.rows if (r["defense"], r["metric"]) == ("mine", "rsr"))
+    rate = next(r for r in evaluation.rows if (r["defense"], r["metric"]) == ("mine", "rsr"))
     assert "| test | rsr | 4 |" in card and f"{rate['value']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]" in card
     assert "8 queries, judged by keyword/1, now" in card and "at abc" in card and "figures of" in out
     for name in ("manifest.json", "run.json", "responses.jsonl", "verdicts.jsonl", "metrics.json"):
@@ -427,8 +427,8 @@ def test_ctrl_c_anywhere_says_how_to_go_on(command, monkeypatch, tmp_path, capsy
     for name in ("experiments.demo.run_demo", "prompts.load_prompt", "embedded.data.protocol"):
         monkeypatch.setattr(f"davsp.{name}", stop)
     assert run(*command) == 130
-    said = capsys.readouterr().err.strip()
-    assert said == cli.STOPPED and "give the same command again" in said
+    output = capsys.readouterr().err.strip()
+    assert output == cli.STOPPED and "give the same command again" in output
 
 
 def test_a_folder_is_davsp_mini_by_its_canvas_and_words(tiny_folder: Path, tmp_path: Path):

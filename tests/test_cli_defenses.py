@@ -60,8 +60,8 @@ def test_every_spec(border: VisualPrompt, vector: HarmfulnessVector) -> None:
         "intervention:to:-9.5+out/prompt": ("intervention:to:-9.5+davsp", Intervention(vector, to=-9.5, inner=border)),
     }
     for spec, (name, defense) in expected.items():
-        found = read(spec, vector)
-        assert found.name == name and found.describe() == defense.describe(), spec
+        built = read(spec, vector)
+        assert built.name == name and built.describe() == defense.describe(), spec
 
 
 def test_the_embedded_models_are_asked_in_their_own_words() -> None:
@@ -118,8 +118,8 @@ def test_eval_under_each(
     shown = capsys.readouterr().out
     assert "Prompt tokens" in shown and "ECSO + DAVSP, adaptive" in shown
     assert "What an answer takes" in (tmp_path / "run" / "report.html").read_text()
-    found = json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"]
-    calls = {r["defense"]: r["value"] for r in found if r["metric"] == "calls"}
+    rates = json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"]
+    calls = {r["defense"]: r["value"] for r in rates if r["metric"] == "calls"}
     assert list(calls) == names and calls["none"] == calls["intervention:2"] == 1 < calls["ecso-adaptive+davsp"] <= 3
     answers = (tmp_path / "run" / "responses.jsonl").read_bytes()
     assert all(json.loads(line)["projection"] is not None for line in answers.splitlines())

@@ -45,12 +45,12 @@ def test_tokens_are_trained_saved_evaluated_and_shown(tiny_folder: Path, tmp_pat
     train = ["baseline", "pat", "--model", tiny_folder, "--malicious", tmp_path / "malicious", "--benign",
              tmp_path / "benign", "--text", "be safe", "--refusal", "sorry no", "--steps", "1", "--candidates", "4", *sets]  # fmt: skip
     assert run(*train, "--out", tmp_path / "pat", "--device", "cpu") == 0, capsys.readouterr().err
-    made = json.loads((tmp_path / "pat" / CONFIG).read_text())
-    assert len(made["control"].split()) == 3 and made["safety_text"] == "be safe"
-    assert {name: made["settings"][name] for name in ("steps", "candidates", "length", "refusal")} == {
+    config = json.loads((tmp_path / "pat" / CONFIG).read_text())
+    assert len(config["control"].split()) == 3 and config["safety_text"] == "be safe"
+    assert {name: config["settings"][name] for name in ("steps", "candidates", "length", "refusal")} == {
         "steps": 1, "candidates": 4, "length": 3, "refusal": "sorry no",
     }  # fmt: skip
-    given = [
+    options = [
         "--model",
         tiny_folder,
         "--queries",
@@ -61,12 +61,13 @@ def test_tokens_are_trained_saved_evaluated_and_shown(tiny_folder: Path, tmp_pat
         "1",
     ]
     assert (
-        run("eval", "--defense", f"mine={tmp_path / 'pat'}", *given, "--out", tmp_path / "run", "--device", "cpu") == 0
+        run("eval", "--defense", f"mine={tmp_path / 'pat'}", *options, "--out", tmp_path / "run", "--device", "cpu")
+        == 0
     )
-    said = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert made["control"] in json.dumps(said)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert config["control"] in json.dumps(record)
     capsys.readouterr()
-    assert run("info", tmp_path / "pat") == 0 and made["control"] in capsys.readouterr().out
+    assert run("info", tmp_path / "pat") == 0 and config["control"] in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
