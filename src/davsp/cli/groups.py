@@ -104,13 +104,14 @@ class Command(TyperCommand):
             record = parameter.get_help_record(ctx)
             if record is None:  # hidden
                 continue
+            description = record[1].replace("\\[", "[")  # older releases of typer escape it for rich
             if parameter.param_type_name == "argument":
-                panels["Arguments"].append((" ".join(parameter.get_usage_pieces(ctx)), record[1]))
+                panels["Arguments"].append((" ".join(parameter.get_usage_pieces(ctx)), description))
             else:
                 names = ", ".join([*parameter.opts, *parameter.secondary_opts])
                 names = names if len(names) <= WIDEST else names.replace(" ", "\n")
                 panel = getattr(parameter, "rich_help_panel", None)  # --help is click's own
-                panels.setdefault(panel or OWN, []).append((names, record[1]))
+                panels.setdefault(panel or OWN, []).append((names, description))
         return {name: rows for name, rows in panels.items() if rows}
 
 
