@@ -1,0 +1,208 @@
+"""The loop: nothing stops it from reaching the same bits, and what it can't use it refuses."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from davsp import LVLM, AdditiveNoise, DavspError, TrainSettings, VisualSafetyPrompt, train
+from davsp.errors import Interrupted
+from davsp.runtime.files import save_tensors
+from davsp.training.borders import Run
+from test_training import BENIGN, FAST, MALICIOUS, go, lines
+
+
+@pytest.fixture
+def prompt():
+    return VisualSafetyPrompt.create(56, 9, text="please be safe")
+
+
+@pytest.mark.parametrize("optimizer", ["sign", "adam"])
+@pytest.mark.parametrize("stop", [1, 4, 5])
+def test_interrupt_and_resume_is_uninterrupted(lvlm, prompt, vector, tmp_path, monkeypatch, optimizer, stop):
+    settings = FAST.model_copy(update={"optimizer": optimizer})
+    whole = go(lvlm, prompt, vector, tmp_path / "whole", settings)
+    advance = Run.advance
+
+    def interrupted(self, state):
+        if state.step == stop:
+            raise KeyboardInterrupt
+        return advance(self, state)
+
+    monkeypatch.setattr(Run, "advance", interrupted)
+    with pytest.raises(Interrupted, match=f"stopped at step {stop} of 6.*same command again to go on"):
+        go(lvlm, prompt, vector, tmp_path / "parts", settings)
+    monkeypatch.undo()
+    resumed = go(lvlm, prompt, vector, tmp_path / "parts", settings)
+    assert torch.equal(whole.delta, resumed.delta)
+    for name in ("metrics.jsonl", "checkpoint.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from davsp import LVLM, HarmfulnessVector, TrainSettings, VisualSafetyPrompt, train
+from davsp.training.borders import Run
+from tiny import queries
+folder, vector, out = map(Path, sys.argv[1:4])
+advance = Run.advance
+Run.advance = lambda self, state: (time.sleep(0.1), advance(self, state))[1]  # time to be killed in
+train(
+    LVLM.from_pretrained(folder, device_map="cpu"), VisualSafetyPrompt.create(56, 9, text="please be safe"),
+    queries("malicious", 5), queries("benign", 6), HarmfulnessVector.load(vector),
+    TrainSettings.model_validate_json(sys.argv[4]), out, progress=False,
+)
+"""
+
+
+def test_kill_9_and_resume_is_uninterrupted(lvlm, prompt, vector, tiny_folder, tmp_path):
+    settings = FAST.model_copy(update={"steps": 30, "checkpoint_every": 3, "optimizer": "adam"})
+    vector.save(tmp_path / "vector")
+    out = tmp_path / "killed"
+    arguments = [str(tiny_folder), str(tmp_path / "vector"), str(out), settings.model_dump_json()]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), *arguments]
+    process = subprocess.Popen(command, env=environment)
+    limit = time.time() + 120
+    while not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_bytes().count(b"\n") >= 8):
+        assert process.poll() is None and time.time() < limit, "the run ended before it could be killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert 8 <= len(lines(out)) < 30
+    resumed = go(lvlm, prompt, vector, out, settings)
+    whole = go(lvlm, prompt, vector, tmp_path / "whole", settings)
+    assert torch.equal(whole.delta, resumed.delta)
+    assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (out / "metrics.jsonl").read_bytes()
+
+
+def test_a_finished_run_is_not_run_again(lvlm, prompt, vector, tmp_path, monkeypatch):
+    first = go(lvlm, prompt, vector, tmp_path)
+    monkeypatch.setattr(Run, "advance", None)
+    assert torch.equal(go(lvlm, prompt, vector, tmp_path).delta, first.delta)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("lr", {"lr": 1 / 255}),
+        ("seed", {"seed": 5}),
+        ("layer", {"layer": 1}),
+        ("steps", {"steps": 9}),
+        ("micro_batch", {"micro_batch": 1}),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused(lvlm, prompt, vector, tmp_path, name, change):
+    settings = FAST.model_copy(update={"layer": 2, "mu_plus": 1e3, "mu_minus": -1e3})
+    go(lvlm, prompt, vector, tmp_path, settings)
+    before = (tmp_path / "checkpoint.safetensors").read_bytes()
+    with pytest.raises(DavspError, match=rf"checkpoint\.safetensors is of a run with other settings \(.*{name}"):
+        go(lvlm, prompt, vector, tmp_path, settings.model_copy(update=change))
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+    go(lvlm, prompt, vector, tmp_path, settings.model_copy(update=change), resume=False)
+
+
+def test_a_checkpoint_of_another_eps_padding_or_weights_is_refused(lvlm, vector, tiny_folder, tmp_path):
+    """Noise of every eps starts at zero, black borders of all widths are alike, a folder keeps its name."""
+    noise = AdditiveNoise.create(56, 8 / 255)
+    go(lvlm, noise, vector, tmp_path)
+    with pytest.raises(DavspError, match=r"other settings \(prompt\)"):
+        go(lvlm, AdditiveNoise.create(56, 32 / 255), vector, tmp_path)
+    other = LVLM.from_pretrained(tiny_folder, device_map="cpu")
+    next(other.model.parameters()).data.flatten()[0] += 1
+    with pytest.raises(DavspError, match=r"other settings \(weights\)"):
+        go(other, noise, vector, tmp_path)
+    borders = [VisualSafetyPrompt(torch.zeros(3, 56, 56), padding) for padding in (8, 9)]
+    identities = [Run(lvlm, b, MALICIOUS, BENIGN, vector, FAST, tmp_path, []).checkpoint.identity for b in borders]
+    assert identities[0]["prompt"] != identities[1]["prompt"]
+
+
+def test_a_checkpoint_of_other_data_is_refused(lvlm, prompt, vector, tmp_path):
+    go(lvlm, prompt, vector, tmp_path)
+    with pytest.raises(DavspError, match=r"other settings \(data\)"):
+        train(lvlm, prompt, MALICIOUS[1:], BENIGN, vector, FAST, tmp_path, progress=False)
+    with pytest.raises(DavspError, match=r"other settings \(prompt, data\)"):
+        go(lvlm, VisualSafetyPrompt.create(56, 9, text="please"), vector, tmp_path)
+    save_tensors(tmp_path / "checkpoint.safetensors", {"x": torch.zeros(1)})
+    with pytest.raises(DavspError, match="is not a checkpoint"):
+        go(lvlm, prompt, vector, tmp_path)
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+def test_a_full_disk(lvlm, prompt, vector, tmp_path, monkeypatch, call):
+    settings = FAST.model_copy(update={"checkpoint_every": 3})
+    real, calls = getattr(os, call), []
+
+    def full_after_two(*args):
+        calls.append(args)
+        if len(calls) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args)
+
+    monkeypatch.setattr(os, call, full_after_two)
+    full = "metrics.jsonl" if call == "fsync" else "checkpoint.safetensors"  # which of them is the third to be written
+    with pytest.raises(DavspError, match=rf"cannot write .*{full}: No space left"):
+        go(lvlm, prompt, vector, tmp_path, settings)
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.safetensors", "metrics.jsonl"]
+    assert torch.equal(
+        go(lvlm, prompt, vector, tmp_path, settings).delta, go(lvlm, prompt, vector, tmp_path / "whole", settings).delta
+    )
+
+
+def test_bad_data(lvlm, prompt, vector, tmp_path):
+    def attempt(malicious, benign, settings=FAST):
+        train(lvlm, prompt, malicious, benign, vector, settings, tmp_path / "out", progress=False)
+
+    with pytest.raises(DavspError, match="no malicious queries"):
+        attempt([], BENIGN)
+    with pytest.raises(DavspError, match="no benign queries"):
+        attempt(MALICIOUS, [])
+    with pytest.raises(DavspError, match="malicious-0 has no image"):
+        attempt([replace(MALICIOUS[0], image=None)], BENIGN)
+    with pytest.raises(DavspError, match="benign-0 has no reference"):
+        attempt(MALICIOUS, [replace(BENIGN[0], reference="")])
+    with pytest.raises(DavspError, match=r"cannot open image .*gone\.png"):
+        attempt([replace(MALICIOUS[0], image=Path("gone.png"))], BENIGN)
+    assert not (tmp_path / "out").exists()
+    attempt(MALICIOUS, [replace(BENIGN[0], reference="")], FAST.model_copy(update={"objective": "projection"}))
+
+
+def test_bad_settings(lvlm, prompt, vector, tmp_path):
+    with pytest.raises(DavspError, match="layer 4 is out of range"):
+        go(lvlm, prompt, vector, tmp_path, FAST.model_copy(update={"layer": 4}))
+    with pytest.raises(DavspError, match="must be above mu_minus"):
+        go(lvlm, prompt, vector, tmp_path, FAST.model_copy(update={"mu_plus": -99.0}))
+    with pytest.raises(DavspError, match="vector is of another model"):
+        go(lvlm, prompt, replace(vector, vectors=vector.vectors[:, :16]), tmp_path)
+    with pytest.raises(DavspError, match="canvas is 24x24 pixels"):
+        go(lvlm, VisualSafetyPrompt.create(24, 5), vector, tmp_path)
+    for bad in (
+        {"stepz": 3},
+        {"batch_size": 3},
+        {"lr": 0},
+        {"optimizer": "sgd"},
+        {"steps": 0},
+        {"lam": -1},
+        {"micro_batch": 0},
+    ):
+        with pytest.raises(ValueError):
+            TrainSettings(**bad)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite_is_said(lvlm, prompt, vector, tmp_path):
+    bad = replace(vector, vectors=vector.vectors * float("nan"))
+    with pytest.raises(DavspError, match="loss is not finite at step 1"):
+        go(lvlm, prompt, bad, tmp_path)
