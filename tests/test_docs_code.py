@@ -4,6 +4,7 @@ On few queries and two steps of training, as what is looked at here is that the 
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import pytest
 
 if TYPE_CHECKING:
     from davsp import LVLM
+    from davsp.embedded.data import Protocol
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"vector": 4, "sweep": 4, "train": 4, "harm": 1, "utility": 1, "mme": 1, "llava_bench": 1}
@@ -22,9 +24,16 @@ def small(mini: "LVLM", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     from davsp import embedded
 
     protocol, settings = embedded.protocol, embedded.SETTINGS
+
+    def few(seed: int = 0, **sizes: int) -> "Protocol":
+        """Of the test two malicious queries and a benign one."""
+        whole = protocol(seed, **SMALL)
+        chosen = [q for q in whole.test if q.benchmark in ("typo", "sd_typo", "llava_bench")]
+        return replace(whole, test=chosen)
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(embedded, "load", lambda: mini)
-    monkeypatch.setattr(embedded, "protocol", lambda seed=0, **sizes: protocol(seed, **SMALL), raising=False)
+    monkeypatch.setattr(embedded, "protocol", few, raising=False)
     monkeypatch.setattr(embedded, "SETTINGS", settings.model_copy(update={"steps": 2, "batch_size": 4}), raising=False)
 
 
