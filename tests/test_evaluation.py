@@ -18,7 +18,7 @@ from davsp.judges.verdicts import judge_name, verdicts_of
 from davsp.lvlm import fingerprint
 from davsp.query import COST
 from davsp.runtime.files import alone
-from davsp.store import queries_hash
+from davsp.store import fields_hash, queries_hash
 from tiny import queries
 
 DEFENSES: dict[str, Defense] = {"none": NoDefense(), "safety-text": SafetyText("please be safe")}
@@ -224,6 +224,16 @@ def test_fingerprint_and_hash_notice_changes(lvlm: LVLM, tiny_folder: Path) -> N
     next(other.model.parameters()).data.flatten()[0] += 1
     assert fingerprint(lvlm) != fingerprint(other)
     assert queries_hash(some()) == queries_hash(some()) != queries_hash(some()[1:])
+
+
+def test_a_hash_of_fields_knows_pictures_and_these_fields_alone() -> None:
+    query, other = queries("malicious", 2)
+    first = fields_hash([query], "question")
+    assert fields_hash([replace(query, id="x", category="x")], "question") == first
+    assert fields_hash([replace(query, question="x")], "question") != first
+    assert query.picture() != other.picture() and fields_hash([replace(query, image=other.image)], "question") != first
+    assert fields_hash([replace(query, image=None)], "question") != first
+    assert fields_hash([query], "question", "id") != first
 
 
 def test_figures_of_answers_that_are_gone_do_not_stay(lvlm: LVLM, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from davsp import cli, embedded
+from davsp.cli import reproduce
 from davsp.defenses.adashield_s import DAVSP
 from davsp.defenses.ecso import PUBLISHED
 from davsp.embedded.ecso_templates import TEMPLATES
@@ -234,6 +235,13 @@ def test_what_does_not_go_together_is_one_sentence(line, says, tmp_path: Path, m
     assert stop.value.code == 2
     err = capsys.readouterr().err
     assert says in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_run_borrows_the_borders_beside_it_and_never_its_own(tmp_path: Path):
+    for name in ("davsp-mini", "davsp-mini-narrow", "mine"):
+        VisualSafetyPrompt.create(32, 4).save_pretrained(tmp_path / name / "prompts" / "davsp")
+    borders = reproduce._borrowed(None, tmp_path / "mine", "davsp-mini")
+    assert borders == {"davsp-mini-narrow": tmp_path / "davsp-mini-narrow" / "prompts" / "davsp"}
 
 
 def test_a_dry_run_counts_calls_and_loads_no_model(monkeypatch):

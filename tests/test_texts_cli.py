@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,17 +14,20 @@ from davsp.benchmarks.custom import save_queries
 from davsp.cli import baseline
 from davsp.cli.defenses import rows
 from davsp.defenses import PAT, AdaShieldA
-from davsp.defenses.adashield_a import refine
+from davsp.defenses.adashield_a import RefineSettings, refine
 from davsp.defenses.adashield_a.defender import ChatDefender
 from davsp.defenses.adashield_a.features import LVLMEncoder
 from davsp.defenses.adashield_a.pool import CONFIG as POOL
 from davsp.defenses.adashield_a.pool import Pool, PoolConfig, PoolRow, keys_hash
 from davsp.defenses.adashield_s import DAVSP
+from davsp.defenses.pat import PatSettings
 from davsp.defenses.pat.defense import CONFIG, PUBLISHED
-from davsp.embedded import SAFETY_TEXT
+from davsp.embedded import SAFETY_TEXT, recipes
 from davsp.embedded.phrases import PhraseDefender
+from davsp.training.settings import SentenceSettings
 from tiny import queries
 
+URL = "http://127.0.0.1:1/v1"
 SETS = ("length=3", "attack_length=2", "start=please", "top_k=6", "behaviours=2", "target=yes")
 
 
@@ -130,6 +134,47 @@ def test_the_old_form_says_the_new_one_and_passes_its_options_on(
         ([], []),
     ):
         assert baseline.from_train(old) == new
+
+
+@pytest.mark.parametrize("model", ["davsp-mini-narrow", "other"])
+@pytest.mark.parametrize("method", ["uniguard", "esiii", "pat", "adashield-a"])
+def test_words_and_budget_follow_the_model(
+    method: str, model: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the user's own data a model that ships keeps its text, budget and words; another is as published."""
+    calls: list[tuple[Any, ...]] = []
+
+    def stop(*arguments: Any, **options: Any) -> None:
+        calls.append((*arguments, *options.values()))
+        raise DavspError("enough")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("davsp.cli.baseline.load_lvlm", lambda model: SimpleNamespace(device="cpu"))
+    for name in ("ClipEncoder", "LVLMEncoder"):
+        monkeypatch.setattr(f"davsp.defenses.adashield_a.features.{name}", lambda *arguments, **options: None)
+    for name in ("uniguard.train_uniguard", "esiii.train_esiii", "pat.train_pat", "adashield_a.make_pool"):
+        monkeypatch.setattr(f"davsp.defenses.{name}", stop)
+    for label in ("malicious", "benign"):
+        save_queries(tmp_path / label, queries(label, 3))
+    (tmp_path / "corpus.txt").write_text("a sentence\n")
+    shipped = model != "other"
+    options = {
+        "uniguard": ["--corpus", "corpus.txt"],
+        "esiii": ["--corpus", "corpus.txt"],
+        "pat": ["--malicious", "malicious", "--benign", "benign"],
+        "adashield-a": ["--malicious", "malicious", *([] if shipped else ["--defender", "m", "--defender-url", URL])],
+    }
+    assert run("baseline", method, "--model", model, *options[method]) == 2
+    assert "enough" in capsys.readouterr().err
+    (call,) = calls
+    (settings,) = (x for x in call if isinstance(x, (SentenceSettings, PatSettings, RefineSettings)))
+    recipe = {"uniguard": recipes.NOISE, "esiii": recipes.NOISE, "pat": recipes.TOKENS, "adashield-a": recipes.POOL}
+    assert ({name: getattr(settings, name) for name in recipe[method]} == recipe[method]) == shipped
+    if method == "adashield-a":
+        assert settings.start == (SAFETY_TEXT if shipped else refine.PUBLISHED)
+        assert any(isinstance(x, PhraseDefender) for x in call) == shipped
+    else:
+        assert (SAFETY_TEXT in call, DAVSP in call) == (shipped, not shipped)
 
 
 def test_another_model_needs_a_defender(tiny_folder: Path, tmp_path: Path, capsys: Any) -> None:

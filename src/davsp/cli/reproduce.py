@@ -205,10 +205,10 @@ def _published(sets: list[str], split: str | None) -> "Protocol":
 
 
 def _borrowed(specs: list[str] | None, out: Path, here: str) -> dict[str, Path]:
-    """Name of another model -> folder of its border; those beside `out` if no spec is there."""
+    """Name of another model -> folder of its border; those beside `out`, but not its own, if no spec is there."""
     if specs is None:
         beside = sorted(out.parent.glob("*/prompts/davsp/vsp_config.json"))
-        return {p.parents[2].name: p.parent for p in beside if p.parents[2].name != here}
+        return {p.parents[2].name: p.parent for p in beside if p.parents[2].name not in (here, out.name)}
     borders = {}
     for spec in specs:
         name, _, folder = spec.partition("=")
