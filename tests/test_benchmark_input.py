@@ -35,6 +35,12 @@ from davsp.errors import DavspError
 pytestmark = pytest.mark.filterwarnings("ignore::davsp.benchmarks.source.ShortWarning")  # all fixtures are short
 
 
+@pytest.mark.parametrize("benchmark", [mm_vet, mme, llava_bench])
+def test_a_set_that_is_a_test_as_a_whole_has_no_other_split(benchmark, tmp_path):
+    with pytest.raises(DavspError, match=f"{benchmark.NAME} has only the split test, not 'train'"):
+        benchmark.load(tmp_path, "train")
+
+
 def test_published_counts():
     assert sum(mm_safetybench.COUNTS.values()) == 1680 and len(mm_safetybench.COUNTS) == 13
     assert sum(figstep.COUNTS.values()) == 500 and sum(figstep.TINY_COUNTS.values()) == 50

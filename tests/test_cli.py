@@ -153,6 +153,16 @@ def test_words_follow_the_model_and_not_the_data(
         assert not shipped or defenses["safety-text"].text == text
 
 
+def test_the_embedded_test_comes_with_its_text_by_whatever_name_a_server_calls_the_model(tmp_path, monkeypatch, capsys):
+    def stop(lvlm, defenses, *arguments, **options):
+        raise DavspError(f"{lvlm.model_id} {defenses['safety-text'].text}")
+
+    monkeypatch.setattr("davsp.evaluation.evaluate", stop)
+    server = ("--engine", "openai", "--base-url", "http://127.0.0.1:9/v1", "--api-model", "served")
+    assert run("eval", *server, "--limit", 1, "--out", tmp_path / "out") == 2
+    assert f"served {embedded.SAFETY_TEXT}" in capsys.readouterr().err
+
+
 TARGETS = {
     "vector": "vector.HarmfulnessVector.fit", "train": "training.train", "eval": "evaluation.evaluate",
     "attack": "attacks.attack",
