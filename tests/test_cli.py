@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from davsp import HarmfulnessVector, TrainSettings, VisualSafetyPrompt, cli, embedded, evaluate
 from davsp.benchmarks.custom import load_queries, save_queries
-from davsp.cli.inputs import is_mini
+from davsp.cli.inputs import is_mini, is_shipped
 from davsp.defenses import NoDefense, VisualPrompt
 from davsp.embedded.words import vocabulary
 from davsp.errors import DavspError
@@ -161,6 +161,14 @@ def test_the_embedded_test_comes_with_its_text_by_whatever_name_a_server_calls_t
     server = ("--engine", "openai", "--base-url", "http://127.0.0.1:9/v1", "--api-model", "served")
     assert run("eval", *server, "--limit", 1, "--out", tmp_path / "out") == 2
     assert f"served {embedded.SAFETY_TEXT}" in capsys.readouterr().err
+
+
+def test_a_model_that_ships_is_known_by_name_and_by_folder(tiny_folder):
+    for name in (None, *embedded.MODELS):
+        assert is_shipped(name)
+        assert is_shipped(folder := str(embedded.FOLDER.parent / (name or "davsp-mini"))) and is_shipped(folder + "/")
+    for other in (str(tiny_folder), str(embedded.FOLDER.parent), "davsp-mini-wide", "llava-hf/llava-1.5-7b-hf"):
+        assert not is_shipped(other)
 
 
 TARGETS = {
