@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from rich.console import Console
 
 from davsp import cli, embedded
 from davsp.cli import reproduce
+from davsp.defenses.adashield_a import RefineSettings
 from davsp.defenses.adashield_s import DAVSP
 from davsp.defenses.ecso import PUBLISHED
+from davsp.embedded import recipes
 from davsp.embedded.ecso_templates import TEMPLATES
 from davsp.errors import DavspError
 from davsp.evaluation import Evaluation
@@ -362,10 +365,24 @@ def test_words_and_budget_follow_the_model_and_not_the_data(model, tmp_path: Pat
     assert ("are for other models" if shipped else "cannot read c.txt") in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("shipped", [True, False])
+def test_a_pool_starts_from_the_text_of_the_table_in_the_words_of_the_model(made, shipped, monkeypatch):
+    *_, kit, _ = made
+    calls = []
+
+    def stop(kit, name, inputs, make, load):
+        calls.append(inputs)
+        raise DavspError("enough")
+
+    monkeypatch.setattr(baselines, "_once", stop)
+    with pytest.raises(DavspError, match="enough"):
+        baselines.adashield_a(replace(kit, text="be safe", shipped=shipped))
+    recipe = recipes.POOL | {"start": "be safe"} if shipped else {}
+    assert calls[0][0] == RefineSettings(**recipe, seed=kit.settings.seed).model_dump()
+
+
 def test_what_other_models_lack_is_left_out_and_said(made):
     """UniGuard's corpus and AdaShield-A's defender are the user's; without them the rows are not run, and the table says so."""
-    from dataclasses import replace
-
     from davsp.experiments.paper.methods import lacking
 
     out, _, _, kit, _ = made

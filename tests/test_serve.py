@@ -13,7 +13,9 @@ import pytest
 from PIL import Image
 
 from davsp import DavspError, Query
+from davsp.cli import serve
 from davsp.defenses import Chain, SafetyText, adashield_s
+from davsp.embedded import SAFETY_TEXT
 from davsp.serve.app import HASH, Proxy
 from davsp.serve.settings import ServeSettings
 from proxy import GOOD, TEXT, Events, border, client, data_url, image_part, listening, picture_of, text_part, user
@@ -100,6 +102,16 @@ def test_a_request_without_pictures():
     assert passing.sent() == [user("hello")]
     passing.post(user(image_part(RED)), user("hello"))
     assert passing.sent()[1] == user(f"{TEXT} hello") and len(passing.sent()[0]["content"]) == 2
+
+
+def test_a_text_is_in_the_words_of_the_model_that_is_served():
+    assert serve._defense(None, "safety-text", None, "davsp-mini").text == SAFETY_TEXT
+    assert serve._defense(None, "adashield-s", None, "davsp-mini").text == SAFETY_TEXT
+    assert (
+        serve._defense(None, "adashield-s", None, "llava").text == serve._defense(None, "adashield-s", None, None).text
+    )
+    with pytest.raises(DavspError, match="safety-text needs a text"):
+        serve._defense(None, "safety-text", None, "llava")
 
 
 def test_a_text_defense_sends_pictures_of_their_own_size_without_loss():
