@@ -6,7 +6,7 @@ davsp and torch are imported inside the fixtures: the process that only hands ou
 import os
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may reach the hub
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, here and in every program that a test starts
@@ -20,6 +20,24 @@ jaxtyping.install_import_hook("davsp", "checker.checked")  # before davsp is imp
 if TYPE_CHECKING:
     from davsp import LVLM, HarmfulnessVector
     from davsp.embedded.data import Protocol
+
+
+@pytest.fixture(scope="session", autouse=True)
+def drawn_once() -> None:
+    """The embedded protocol takes seconds to draw, and many commands draw the same one: here once a worker."""
+    from dataclasses import fields
+    from functools import cache
+
+    from davsp import embedded
+    from davsp.embedded.data import Protocol
+
+    draw = cache(embedded.protocol)
+
+    def protocol(*arguments: Any, **sizes: int) -> "Protocol":
+        once = draw(*arguments, **sizes)
+        return Protocol(**{field.name: list(getattr(once, field.name)) for field in fields(once)})
+
+    embedded.protocol = protocol
 
 
 @pytest.fixture(scope="session")

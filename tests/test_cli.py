@@ -208,6 +208,7 @@ def test_from_data_to_a_defended_picture(data: Path, tiny_folder: Path, tmp_path
 
 
 BOTH = ["--malicious", "DATA/malicious", "--benign", "DATA/benign"]
+QUERIES = ["--queries", "DATA/test"]  # the embedded test takes seconds to draw
 
 
 @pytest.mark.parametrize(
@@ -235,11 +236,11 @@ BOTH = ["--malicious", "DATA/malicious", "--benign", "DATA/benign"]
         (["eval", "--benchmark", "figstep=NOWHERE"], "there is no folder"),
         (["eval", "--benchmark", "figstep=DATA"], "holds no figstep in a known layout"),
         (["eval", "--benchmark", "figstep=DATA", "--queries", "DATA/test"], "do not go together"),
-        (["eval", "--defense", "davsp"], "is not known: give none; safety-text"),
-        (["eval", "--defense", "none", "--defense", "none"], "names 'none' twice"),
+        (["eval", "--defense", "davsp", *QUERIES], "is not known: give none; safety-text"),
+        (["eval", "--defense", "none", "--defense", "none", *QUERIES], "names 'none' twice"),
         (["eval", "--defense", "safety-text", "--queries", "DATA/test", "--model", "MODEL"], "needs a text"),
-        (["eval", "--judge", "oracle"], "there is no judge 'oracle'"),
-        (["eval", "--judge", "davsp"], "--judge-model is missing"),
+        (["eval", "--judge", "oracle", *QUERIES], "there is no judge 'oracle'"),
+        (["eval", "--judge", "davsp", *QUERIES], "--judge-model is missing"),
         (["eval", "--judge", "exact"], "which no --benchmark names"),
         (["eval", "--engine", "vllm"], "choose transformers or openai"),
         (["eval", "--engine", "openai", "--base-url", "http://127.0.0.1:9/v1"], "needs --base-url and --api-model"),

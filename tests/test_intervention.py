@@ -122,9 +122,9 @@ def test_misuse_is_said(lvlm: LVLM, vector: HarmfulnessVector, monkeypatch: pyte
 def test_it_moves_davsp_mini_both_ways(mini: LVLM, protocol: Protocol) -> None:
     """The paper's Table 5 in small: more is refused with the projection raised, less with it lowered."""
     vector = HarmfulnessVector.fit(
-        mini, protocol.vector_malicious[:24], protocol.vector_benign[:24], progress=False
+        mini, protocol.vector_malicious[:12], protocol.vector_benign[:12], progress=False
     ).use_layer(3)
-    bad = [q for q in protocol.test if q.benchmark in ("sd", "sd_typo")][::6]
+    bad = [q for q in protocol.test if q.benchmark in ("sd", "sd_typo")][::12]
     refusals = {
         name: sum(refused(r.text) for r in defense.respond(mini, bad))
         for name, defense in {

@@ -25,7 +25,7 @@ def test_it_refuses_harm_in_words_and_its_pictures_are_seen_through(mini: LVLM):
     """A few queries of another seed, against the card's intervals with room for chance."""
     figures = json.loads((embedded.FOLDER / "figures.json").read_text())
     card = {b["behaviour"]: b for b in figures["bars"]}
-    asked = skills(11, 16) + embedded.protocol(11, harm=4, utility=10, vector=1, sweep=1, train=1).test
+    asked = skills(11, 8) + embedded.protocol(11, harm=4, utility=5, vector=1, sweep=1, train=1).test
     found = evaluate(mini, {"none": NoDefense()}, asked)
     rate = {(r["benchmark"], r["split"], r["metric"]): r["value"] for r in found.rows}
     for key, name in (

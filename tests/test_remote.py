@@ -33,7 +33,7 @@ def test_davsp_mini_served_answers_as_here(
     """Undefended pictures of any size, a border's canvas, a text alone, questions in words."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     asked = [
-        *protocol.test[::23],
+        *protocol.test[::47],
         Query("w", "what colour is the car ?", "benign", "utility", reference="red"),
     ]
     border = VisualSafetyPrompt.create(mini.canvas, embedded.PADDING, "random", text=embedded.SAFETY_TEXT)

@@ -126,7 +126,7 @@ def test_async_client(served, prompt, eval_queries, want):
 
 
 def test_ecso_and_adaptive_give_the_answers_of_eval(served, mini, prompt, eval_queries):
-    davsp, calls = VisualPrompt(prompt), set()
+    davsp, calls, some = VisualPrompt(prompt), set(), eval_queries[::2]
     doubtful = replace(TEMPLATES, harm="{query}")  # answered by neither yes nor no, which counts as harmful
     for defense in (
         ECSO(davsp, templates=TEMPLATES),
@@ -135,10 +135,8 @@ def test_ecso_and_adaptive_give_the_answers_of_eval(served, mini, prompt, eval_q
     ):
         proxy = Proxy(defense, ServeSettings.of(upstream=served[0], canvas=mini.canvas))
         with listening(proxy.app) as url, openai.OpenAI(base_url=url, api_key="any") as client:
-            completions = [
-                client.chat.completions.create(**options("davsp-mini" + proxy.suffix, q)) for q in eval_queries
-            ]
-        responses = defense.respond(mini, eval_queries, max_new_tokens=TOKENS)
+            completions = [client.chat.completions.create(**options("davsp-mini" + proxy.suffix, q)) for q in some]
+        responses = defense.respond(mini, some, max_new_tokens=TOKENS)
         assert [one.choices[0].message.content for one in completions] == [response.text for response in responses]
         calls |= {response.calls for response in responses}
         assert [one.usage.prompt_tokens for one in completions] == [response.prompt_tokens for response in responses]

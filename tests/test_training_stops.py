@@ -67,7 +67,7 @@ train(
 
 
 def test_kill_9_and_resume_is_uninterrupted(lvlm, prompt, vector, tiny_folder, tmp_path):
-    settings = FAST.model_copy(update={"steps": 30, "checkpoint_every": 3, "optimizer": "adam"})
+    settings = FAST.model_copy(update={"steps": 15, "checkpoint_every": 3, "optimizer": "adam"})
     vector.save(tmp_path / "vector")
     out = tmp_path / "killed"
     arguments = [str(tiny_folder), str(tmp_path / "vector"), str(out), settings.model_dump_json()]
@@ -75,12 +75,12 @@ def test_kill_9_and_resume_is_uninterrupted(lvlm, prompt, vector, tiny_folder, t
     command = [sys.executable, "-c", textwrap.dedent(KILLED), *arguments]
     process = subprocess.Popen(command, env=environment)
     limit = time.time() + 120
-    while not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_bytes().count(b"\n") >= 8):
+    while not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_bytes().count(b"\n") >= 5):
         assert process.poll() is None and time.time() < limit, "the run ended before it could be killed"
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert 8 <= len(lines(out)) < 30
+    assert 5 <= len(lines(out)) < 15
     resumed = go(lvlm, prompt, vector, out, settings)
     whole = go(lvlm, prompt, vector, tmp_path / "whole", settings)
     assert torch.equal(whole.delta, resumed.delta)
