@@ -62,7 +62,7 @@ class Judge(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.lock, self.release = threading.Lock(), threading.Event()
         self.requests: Counter[int] = Counter()
-        self.answered: Counter[int] = Counter()
+        self._answered: Counter[int] = Counter()
         self.times: list[tuple[int, float]] = []
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
@@ -75,6 +75,14 @@ class Judge(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}/v1"
+
+    @property
+    def answered(self) -> Counter[int]:
+        """As above; a reply is counted once it is sent, so the client may know it a moment earlier."""
+        limit = time.monotonic() + 5
+        while self.under_way and time.monotonic() < limit:
+            time.sleep(0.005)
+        return self._answered
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away is no news."""
@@ -155,8 +163,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def count(self, item: int) -> None:
         with self.server.lock:
-            self.server.answered[item] += 1
-            at = self.server.answered.total()
+            self.server._answered[item] += 1
+            at = self.server._answered.total()
         if at == self.server.kill_at:
             self.server.kill()
 

@@ -28,7 +28,7 @@ from davsp.vector import HarmfulnessVector
 class Intervention(Defense):
     """Steers every answer that `inner` asks the model for.
 
-    The projection that a response carries is of the input as it is before the intervention.
+    The projection that a response carries is that of the moved state.
 
     Args:
         vector: its layer in use is the one that is changed.
