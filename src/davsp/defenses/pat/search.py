@@ -21,16 +21,16 @@ SPEAKERS = ("user:", "assistant:")  # one word each in the embedded vocabulary
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenPair:
     """Both parts after a step, as text."""
 
     step: int
     defence: str
     attack: str
 
-    def having(self, part: str, text: str) -> "Tokens":
+    def having(self, part: str, text: str) -> "TokenPair":
         """The same with another defence or attack."""
-        return Tokens(self.step, *((text, self.attack) if part == "defence" else (self.defence, text)))
+        return TokenPair(self.step, *((text, self.attack) if part == "defence" else (self.defence, text)))
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,14 @@ class Search:
         weight = settings.refuse_weight
         self.refuse_weight = max(0.0, 1 - settings.benign_weight) if weight is None else weight
 
-    def start(self) -> Tokens:
+    def start(self) -> TokenPair:
         """`start` over and over.
 
         Raises:
             DavspError: it is not one ordinary token of the model, or the tokens run into their neighbours.
         """
         settings = self.settings
-        tokens = Tokens(0, *(" ".join([settings.start] * n) for n in (settings.length, settings.attack_length)))
+        tokens = TokenPair(0, *(" ".join([settings.start] * n) for n in (settings.length, settings.attack_length)))
         for part, count in (("defence", settings.length), ("attack", settings.attack_length)):
             ids = self._ids(tokens, part, 0)
             unknown = self.lvlm.tokenizer.unk_token_id in ids
@@ -83,18 +83,18 @@ class Search:
                 )
         return tokens
 
-    def advance(self, tokens: Tokens) -> tuple[Tokens, dict[str, Any]]:
+    def advance(self, tokens: TokenPair) -> tuple[TokenPair, dict[str, Any]]:
         """An attack token, then a defence token; what is kept of the step."""
         step = tokens.step + 1
         attack, hurt = self._change("attack", tokens, [])
-        tokens = Tokens(step, tokens.defence, attack)
+        tokens = TokenPair(step, tokens.defence, attack)
         draw = Random(f"{self.settings.seed} benign {step}")
         good = [draw.randrange(len(self.good.questions)) for _ in self.bad.questions]
         defence, cost = self._change("defence", tokens, good)
         figures = {"step": step, **hurt, **cost, "defence": defence, "attack": attack}
-        return Tokens(step, defence, attack), figures
+        return TokenPair(step, defence, attack), figures
 
-    def _change(self, part: str, tokens: Tokens, good: Sequence[int]) -> tuple[str, dict[str, float]]:
+    def _change(self, part: str, tokens: TokenPair, good: Sequence[int]) -> tuple[str, dict[str, float]]:
         """The best of the candidates for a part, and its losses."""
         rng = Random(f"{self.settings.seed} {part} {tokens.step}")
         candidates = self._candidates(part, tokens, rng)
@@ -109,7 +109,7 @@ class Search:
         return candidates[best], {name: float(values[best]) for name, values in losses.items()}
 
     @torch.no_grad()
-    def _score(self, part: str, candidates: list[Tokens], good: Sequence[int]) -> dict[str, Float[Tensor, " c"]]:
+    def _score(self, part: str, candidates: list[TokenPair], good: Sequence[int]) -> dict[str, Float[Tensor, " c"]]:
         """The losses of each candidate: means over the malicious rows, and over the benign rows `good`."""
         attacking, bad = part == "attack", range(len(self.bad.questions))
         rows = [  # candidate, term, number of its rows, picture, question, answer
@@ -134,7 +134,7 @@ class Search:
         loss = self.refuse_weight * means["refusal"] + self.settings.benign_weight * means["benign"]
         return {"loss": loss, "refusal_loss": means["refusal"], "benign_loss": means["benign"]}
 
-    def _candidates(self, part: str, tokens: Tokens, rng: Random) -> list[str]:
+    def _candidates(self, part: str, tokens: TokenPair, rng: Random) -> list[str]:
         """Changes of one token, places in turn, as texts that give their own tokens back in every malicious row."""
         ids = self._ids(tokens, part, 0)
         steepest = self._gradient(part, tokens).masked_fill(~self.allowed, torch.inf)
@@ -149,11 +149,11 @@ class Search:
                 texts[text] = None
         return list(texts)
 
-    def _same(self, part: str, tokens: Tokens, text: str, ids: list[int]) -> bool:
+    def _same(self, part: str, tokens: TokenPair, text: str, ids: list[int]) -> bool:
         changed = tokens.having(part, text)
         return bool(text) and all(self._ids(changed, part, row) == ids for row in range(len(self.bad.questions)))
 
-    def _gradient(self, part: str, tokens: Tokens) -> Float[Tensor, "n v"]:
+    def _gradient(self, part: str, tokens: TokenPair) -> Float[Tensor, "n v"]:
         """Of the malicious rows alone."""
         total, count = torch.zeros(()), len(self.bad.questions)
         answers = self.bad.answers if part == "defence" else [self.settings.target] * count
@@ -165,21 +165,21 @@ class Search:
             total = total + token_gradient(self.lvlm, canvas, questions, [answers[i] for i in batch], spans).cpu()
         return total
 
-    def _question(self, tokens: Tokens, row: int) -> str:
+    def _question(self, tokens: TokenPair, row: int) -> str:
         return f"{place(self.text, tokens.defence, self.bad.questions[row])} {tokens.attack}"
 
-    def _where(self, tokens: Tokens, part: str, question: str) -> tuple[int, int]:
+    def _where(self, tokens: TokenPair, part: str, question: str) -> tuple[int, int]:
         """The characters of a part in a malicious row's question."""
         start = len(self.text) + bool(self.text) if part == "defence" else len(question) - len(tokens.attack)
         return start, start + len(getattr(tokens, part))
 
-    def _span(self, tokens: Tokens, part: str, row: int) -> tuple[int, int]:
+    def _span(self, tokens: TokenPair, part: str, row: int) -> tuple[int, int]:
         """Where a part's tokens are in the prompt of a malicious row."""
         question = self._question(tokens, row)
         pictures = self.lvlm.image_tokens(*self.bad.canvases[row].shape[-2:])
         return token_span(self.lvlm, question, pictures, *self._where(tokens, part, question))
 
-    def _ids(self, tokens: Tokens, part: str, row: int) -> list[int]:
+    def _ids(self, tokens: TokenPair, part: str, row: int) -> list[int]:
         question = self._question(tokens, row)
         return token_ids(self.lvlm, question, *self._where(tokens, part, question))
 

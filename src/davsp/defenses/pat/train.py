@@ -27,7 +27,7 @@ from random import Random
 from rich.console import Console
 
 from davsp.defenses.pat.defense import PAT, PatConfig
-from davsp.defenses.pat.search import Search, Tokens, rows_of
+from davsp.defenses.pat.search import Search, TokenPair, rows_of
 from davsp.defenses.pat.settings import PatSettings
 from davsp.errors import DavspError, Interrupted
 from davsp.lvlm import LVLM, fingerprint
@@ -96,7 +96,7 @@ def _train(
     search, history = Search(lvlm, malicious, benign, state["benign_answers"], text, settings), state["history"]
     tokens = search.start()
     if history:
-        tokens = Tokens(len(history), history[-1]["defence"], history[-1]["attack"])
+        tokens = TokenPair(len(history), history[-1]["defence"], history[-1]["attack"])
     with bar(console) as bars:
         task = bars.add_task("pat", total=settings.steps, completed=tokens.step)
         try:
