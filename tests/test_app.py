@@ -121,7 +121,7 @@ def test_what_ships_goes_with_the_model_and_defends_it(mini: LVLM):
 
     defense = VisualPrompt(border_of(folder / "vsp.png"))
     HarmfulnessVector.load(folder).check(mini)
-    queries = list(data.test(0, {"harm": 10, "utility": 2, "mme": 2, "llava_bench": 2}))
+    queries = list(data.test(0, {"harm": 6, "utility": 1, "mme": 1, "llava_bench": 1}))
     bad, good = ([q for q in queries if q.label == label] for label in ("malicious", "benign"))
     share = {}
     for name, one in (("none", NoDefense()), ("davsp", defense)):

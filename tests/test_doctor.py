@@ -40,6 +40,7 @@ def imports_work(monkeypatch):
     monkeypatch.setattr(doctor, "_failure", lambda code: None)
 
 
+@pytest.mark.slow
 def test_doctor_finds_the_broken_torchvision(broken: Path):
     done = python("-m", "davsp.cli", "doctor", path=broken)
     assert done.returncode == 2, done.stderr

@@ -142,7 +142,7 @@ def test_there_and_back_and_offline(two: list[VisualSafetyPrompt], tmp_path: Pat
     assert offline.stdout.splitlines()[:4] == expected
 
 
-@pytest.mark.parametrize("step", ["/lfs/", "/commit/main"])
+@pytest.mark.parametrize("step", [pytest.param("/lfs/", marks=pytest.mark.slow), "/commit/main"])
 def test_a_push_that_fails_leaves_what_was_there(two: list[VisualSafetyPrompt], tmp_path: Path, step: str):
     """All files come in one commit, the last step; whatever fails, the repository holds the old border whole, or nothing."""
     home = tmp_path / "home"

@@ -3,10 +3,8 @@
 import errno
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,39 +45,24 @@ def test_interrupt_and_resume_is_uninterrupted(lvlm, prompt, vector, tmp_path, m
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
 
-KILLED = """
-import sys, time
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from davsp import LVLM, HarmfulnessVector, TrainSettings, VisualSafetyPrompt, train
-from davsp.training.borders import Run
-from tiny import queries
-folder, vector, out = map(Path, sys.argv[1:4])
-advance = Run.advance
-Run.advance = lambda self, state: (time.sleep(0.1), advance(self, state))[1]  # time to be killed in
-train(
-    LVLM.from_pretrained(folder, device_map="cpu"), VisualSafetyPrompt.create(56, 9, text="please be safe"),
-    queries("malicious", 5), queries("benign", 6), HarmfulnessVector.load(vector),
-    TrainSettings.model_validate_json(sys.argv[4]), out, progress=False,
-)
-"""
-
-
-def test_kill_9_and_resume_is_uninterrupted(lvlm, prompt, vector, tiny_folder, tmp_path):
+def test_kill_9_and_resume_is_uninterrupted(lvlm, prompt, vector, tmp_path):
     settings = FAST.model_copy(update={"steps": 15, "checkpoint_every": 3, "optimizer": "adam"})
-    vector.save(tmp_path / "vector")
-    out = tmp_path / "killed"
-    arguments = [str(tiny_folder), str(tmp_path / "vector"), str(out), settings.model_dump_json()]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), *arguments]
-    process = subprocess.Popen(command, env=environment)
+    out, advance = tmp_path / "killed", Run.advance
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12 on, where there are threads
+        child = os.fork()  # what a fresh process imports for seconds is there already
+    if child == 0:
+        try:
+            Run.advance = lambda self, state: (time.sleep(0.1), advance(self, state))[1]  # time to be killed in
+            go(lvlm, prompt, vector, out, settings)
+        finally:
+            os._exit(0)
     limit = time.time() + 120
     while not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_bytes().count(b"\n") >= 5):
-        assert process.poll() is None and time.time() < limit, "the run ended before it could be killed"
+        assert os.waitpid(child, os.WNOHANG)[0] == 0 and time.time() < limit, "it ended before it could be killed"
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    os.kill(child, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert 5 <= len(lines(out)) < 15
     resumed = go(lvlm, prompt, vector, out, settings)
     whole = go(lvlm, prompt, vector, tmp_path / "whole", settings)
