@@ -68,6 +68,7 @@ class Judge(ThreadingHTTPServer):
         self.headers: list[dict[str, str]] = []
         self.paths: list[str] = []
         self.under_way = self.most_under_way = 0
+        self.sending = 0  # replies that will count as answered
         self.fault: Callable[[int, int], str] = lambda item, attempt: ""
         self.say: Callable[[int], str] = truth
         self.kill_at, self.kill = 0, lambda: os.kill(os.getpid(), signal.SIGINT)
@@ -80,7 +81,7 @@ class Judge(ThreadingHTTPServer):
     def answered(self) -> Counter[int]:
         """As above; a reply is counted once it is sent, so the client may know it a moment earlier."""
         limit = time.monotonic() + 5
-        while self.under_way and time.monotonic() < limit:
+        while self.sending and time.monotonic() < limit:
             time.sleep(0.005)
         return self._answered
 
@@ -157,9 +158,15 @@ class Handler(BaseHTTPRequestHandler):
             end = {"filter end": "content_filter", "long": "length"}.get(fault, "stop")
             message = {"role": "assistant", "content": content} | ({"refusal": "no"} if fault == "refusal" else {})
             choice = {"text": content} if plain else {"message": message}
-            self.send(200, {"model": "truth", "choices": [choice | {"finish_reason": end}]})
-            if not fault:
-                self.count(item)
+            with self.server.lock:
+                self.server.sending += not fault
+            try:
+                self.send(200, {"model": "truth", "choices": [choice | {"finish_reason": end}]})
+                if not fault:
+                    self.count(item)
+            finally:
+                with self.server.lock:
+                    self.server.sending -= not fault
 
     def count(self, item: int) -> None:
         with self.server.lock:
