@@ -181,6 +181,21 @@ def test_json_that_python_cannot_take_is_named(tmp_path):
             load_queries(tmp_path / "q.jsonl")
 
 
+def test_a_picture_outside_the_folder_is_taken_only_when_it_may_be(tmp_path):
+    """A file of queries from a stranger could name any picture of the machine, by a path or by a link."""
+    Image.new("RGB", (20, 20)).save(tmp_path / "private.png")
+    folder = tmp_path / "queries"
+    folder.mkdir()
+    (folder / "link.png").symlink_to(tmp_path / "private.png")
+    for image in ("../private.png", str(tmp_path / "private.png"), "link.png"):
+        line = {"id": "a", "question": "what ?", "label": "benign", "image": image}
+        (folder / "queries.jsonl").write_text(json.dumps(line) + "\n")
+        with pytest.raises(DavspError, match=r"outside .*allow_outside=True"):
+            load_queries(folder)
+        (query,) = load_queries(folder, allow_outside=True)
+        assert query.picture().size == (20, 20)
+
+
 def test_questions_without_any_picture_are_looked_at_too(tmp_path):
     """No type was here, so nothing was counted and all seemed well."""
     safety_folder(tmp_path)

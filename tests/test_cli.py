@@ -23,7 +23,7 @@ from davsp.embedded.words import vocabulary
 from davsp.errors import DavspError
 from davsp.prompts import load_prompt
 from davsp.query import open_picture
-from davsp.runtime.files import sha256
+from davsp.runtime.files import alone, sha256
 from test_published import published
 from tiny import queries
 
@@ -205,6 +205,15 @@ def test_from_data_to_a_defended_picture(data: Path, tiny_folder: Path, tmp_path
     assert run("apply", tmp_path / "picture.jpg", "--prompt", tmp_path / "prompt", "--out", tmp_path / "out.png") == 0
     assert open_picture(tmp_path / "out.png").size == (56, 56)
     assert "files agree" in capsys.readouterr().out
+
+
+def test_a_second_vector_in_the_folder_is_refused_while_the_first_is_there(
+    data: Path, tiny_folder: Path, tmp_path, capsys
+):
+    both = ("--malicious", data / "malicious", "--benign", data / "benign", "--model", tiny_folder)
+    with alone(tmp_path):
+        assert run("vector", *both, "--out", tmp_path) == 2
+    assert "another davsp is writing" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 BOTH = ["--malicious", "DATA/malicious", "--benign", "DATA/benign"]

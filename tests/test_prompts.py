@@ -98,6 +98,31 @@ def prompt():
     return border
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("model_id", "m\x1b]0;title\x07", "field 'model_id' holds the control character '\\\\x1b'"),
+        ("figures", {"rsr": float("nan")}, "field 'figures.rsr' holds nan, which is no figure"),
+        ("figures", {"a\x1bb": 1.0}, "holds the control character"),
+        ("files", {"vsp.png\0": "0"}, "holds the control character '\\\\x00'"),
+    ],
+)
+def test_a_strangers_configuration_is_refused_before_it_is_shown(prompt, tmp_path, field, value, says):
+    prompt.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "vsp_config.json").read_text())
+    (tmp_path / "vsp_config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(DavspError, match=says):
+        VisualSafetyPrompt.from_pretrained(tmp_path)
+
+
+def test_the_size_of_a_strangers_picture_is_seen_before_it_is_decoded(prompt, tmp_path, monkeypatch):
+    prompt.save_pretrained(tmp_path)
+    Image.new("1", (3000, 2000)).save(tmp_path / "vsp.png")
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("it was decoded"))
+    with pytest.raises(DavspError, match="is 3000x2000, not 24x24"):
+        VisualSafetyPrompt.from_pretrained(tmp_path)
+
+
 def test_save_and_load(prompt, tmp_path):
     prompt.save_pretrained(tmp_path)
     loaded = VisualSafetyPrompt.from_pretrained(tmp_path)

@@ -17,6 +17,7 @@ from davsp.cli import serve
 from davsp.defenses import Chain, SafetyText, adashield_s
 from davsp.embedded import SAFETY_TEXT
 from davsp.serve.app import HASH, Proxy
+from davsp.serve.fields import NEVER
 from davsp.serve.settings import ServeSettings
 from proxy import GOOD, TEXT, Events, border, client, data_url, image_part, listening, picture_of, text_part, user
 from tiny import picture
@@ -58,10 +59,10 @@ def test_every_picture_of_every_message_in_its_place():
         user(image_part(urls[3])),
     ]  # fmt: skip
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
-    assert caller.post(*before, tools=tools, tool_choice="auto", top_k=3, guided={"x": [1.5, None]}).status_code == 200
+    assert caller.post(*before, tools=tools, tool_choice="auto", top_k=3, seed=None).status_code == 200
     sent, defense = caller.upstream.bodies[0], border()
-    assert {k: sent[k] for k in ("tools", "tool_choice", "top_k", "guided")} == {
-        "tools": tools, "tool_choice": "auto", "top_k": 3, "guided": {"x": [1.5, None]},
+    assert {k: sent[k] for k in ("tools", "tool_choice", "top_k", "seed")} == {
+        "tools": tools, "tool_choice": "auto", "top_k": 3, "seed": None,
     }  # fmt: skip
     messages = sent["messages"]
     assert (messages[0], messages[2], messages[4]) == (before[0], before[2], before[4])
@@ -182,11 +183,40 @@ def bodies() -> dict[str, Any]:
         "markdown": {"messages": [user("look ![](https://evil.test/x.png)")]},
         "markdown data": {"messages": [user("q"), {"role": "assistant", "content": f"![]( {RED})"}]},
         "markdown tool": ask | {"tools": [{"function": {"description": "![](HTTP://x)"}}]},
-        **{name: ask | {name: {}} for name in ("chat_template", "mm_processor_kwargs", "media_io_kwargs", "image_data", "prompt")},
+        "markdown in parts": {"messages": [user(text_part("look !["), text_part("]("), text_part("https://evil.test/x.png)"))]},
+        "markdown in messages": {"messages": [user("look !["), {"role": "assistant", "content": "](https://evil.test/x.png)"}, user("q")]},
+        "markdown in a key": {"messages": [user("q"), call({"![](https://evil.test/x.png)": 1})]},
+        "markdown in arguments": {"messages": [user("q"), call({"a": "!["}, {"](https://evil.test/x.png)": 1})]},
+        "markdown escaped": {"messages": [user("q"), call('{"a": "!\\u005b](https://evil.test/x.png)"}')]},
+        "markdown in JSON in JSON": {"messages": [user("q"), call(json.dumps({"a": json.dumps({"b": "![](data:x"})}))]},
+        "data URL": {"messages": [user(f"what is {RED} ?")]},
+        "data URL in a tool": ask | {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"default": "DATA:video/mp4;base64,AA"}}}]},
+        "data URL in a key": {"messages": [user("q"), call({RED: 1})]},
+        "address under a picture's key": {"messages": [user("q"), call({"Image_URL": {"url": "https://evil.test/x.png"}})]},
+        "detail": {"messages": [user(image_part(RED, detail={"url": RED}))]},
+        **{name: ask | {name: {}} for name in sorted(NEVER)},
+        **{name: ask | {name: 1} for name in ("documents", "truncate_prompt_tokens", "structured_outputs", "guided_json", "logit_bias",
+                                              "prediction", "bad_words", "vllm_xargs", "min_tokens", "ignore_eos", "regex", "nobody_knows")},
+        "a template's keyword": ask | {"chat_template_kwargs": {"template": "{{ messages }}"}},
+        "a keyword's object": ask | {"chat_template_kwargs": {"enable_thinking": {"a": 1}}},
+        "a forced call": ask | {"tool_choice": "required"},
+        "a named call": ask | {"tool_choice": {"type": "function", "function": {"name": "f"}}},
+        "a schema": ask | {"response_format": {"type": "json_schema", "json_schema": {"schema": {"const": "Sure, here is how"}}}},
+        **{f"wrong {name}": ask | {name: value} for name, value in (("temperature", "hot"), ("stop", {"a": 1}), ("stream", "yes"),
+                                                                   ("metadata", {"a": ["b"]}), ("n", 1.5), ("user", ["u"]))},
         "infinity": ask | {"top_p": float("inf")},
         "model": ask | {"model": 3},
         "too many": {"messages": [user(*[image_part(RED)] * 9)]},
     }  # fmt: skip
+
+
+def call(*arguments: Any) -> dict[str, Any]:
+    """An assistant's message with tool calls; what is no text becomes JSON."""
+    texts = [a if isinstance(a, str) else json.dumps(a) for a in arguments]
+    calls = [
+        {"id": f"c{i}", "type": "function", "function": {"name": "f", "arguments": a}} for i, a in enumerate(texts)
+    ]
+    return {"role": "assistant", "content": None, "tool_calls": calls}
 
 
 @pytest.mark.parametrize("name", bodies())
@@ -195,6 +225,41 @@ def test_what_could_pass_undefended_is_refused(name):
     body = {"model": caller.model} | body if isinstance(body, dict) else body
     response = caller.raw(json.dumps(body).encode())
     assert response.status_code == 400 and error(response)["message"] and not caller.upstream.requests
+
+
+def test_a_field_that_is_refused_is_named_and_can_be_allowed():
+    message = error(client().post(user("q"), min_tokens=9))["message"]
+    assert "min_tokens" in message and "--allow-field" in message
+    fields = {
+        "min_tokens": 9,
+        "tool_choice": "required",
+        "chat_template_kwargs": {"builtin_tools": "a", "thinking": True},
+    }
+    caller = client(allow_fields=("min_tokens", "tool_choice", "chat_template_kwargs.builtin_tools"))
+    assert caller.post(user("q"), **fields).status_code == 200
+    assert {name: caller.upstream.bodies[0][name] for name in fields} == fields
+    with pytest.raises(DavspError, match="--allow-field chat_template would let"):
+        ServeSettings.of(upstream="http://u/v1", allow_fields=("chat_template",))
+
+
+def test_words_that_only_look_like_a_picture_pass():
+    """Code, links and pictures with words in markdown are read by no server named in docs/serve.md."""
+    texts = [
+        "![a plot](https://host.test/plot.png)", "see https://host.test/x.png", "data:text/plain;base64,QUJD", "if (!list[](0)) {}",
+        'json: {"image": "a cat", "url": "https://host.test"}', "[1, 2", "the field data: image",
+    ]  # fmt: skip
+    caller = client(image_free="pass")
+    arguments = call({"image": "a name", "url": "https://host.test"})
+    assert caller.post(*map(user, texts), arguments, user(image_part(RED)), image_free="x").status_code == 400
+    assert caller.post(*map(user, texts), arguments, user(image_part(RED, detail="low"))).status_code == 200
+
+
+def test_header_values_that_http_allows_pass_on():
+    caller = client()
+    headers = [("content-type", b"application/json"), ("x-name", b"J\xfcrgen \t"), ("x-utf", "Jürgen".encode())]
+    caller.raw(json.dumps({"model": caller.model, "messages": [user("q")]}).encode(), headers)
+    raw = dict(caller.upstream.requests[0].headers.raw)
+    assert raw[b"x-name"] == b"J\xfcrgen" and raw[b"x-utf"] == "Jürgen".encode()
 
 
 @pytest.mark.parametrize(
@@ -226,6 +291,7 @@ def test_other_paths_are_not_served():
         ("POST", "/v1/completions"),
         ("POST", "/v1/responses"),
         ("GET", "/v1/chat/completions"),
+        ("POST", "/v1/chat/completions/"),
         ("GET", "/"),
     ):
         response = caller.request(method, path)

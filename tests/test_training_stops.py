@@ -13,7 +13,7 @@ import torch
 
 from davsp import LVLM, AdditiveNoise, DavspError, TrainSettings, VisualSafetyPrompt, train
 from davsp.errors import Interrupted
-from davsp.runtime.files import save_tensors
+from davsp.runtime.files import alone, save_tensors
 from davsp.training.borders import Run
 from test_training import BENIGN, FAST, MALICIOUS, go, lines
 
@@ -68,6 +68,13 @@ def test_kill_9_and_resume_is_uninterrupted(lvlm, prompt, vector, tmp_path):
     whole = go(lvlm, prompt, vector, tmp_path / "whole", settings)
     assert torch.equal(whole.delta, resumed.delta)
     assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (out / "metrics.jsonl").read_bytes()
+
+
+def test_a_second_training_in_the_folder_is_refused_while_the_first_is_there(lvlm, prompt, vector, tmp_path):
+    with alone(tmp_path), pytest.raises(DavspError, match="another davsp is writing"):
+        go(lvlm, prompt, vector, tmp_path)
+    assert not list(tmp_path.iterdir())
+    go(lvlm, prompt, vector, tmp_path)
 
 
 def test_a_finished_run_is_not_run_again(lvlm, prompt, vector, tmp_path, monkeypatch):

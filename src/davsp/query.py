@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -16,6 +16,7 @@ from davsp.runtime.files import read_bytes, sha256_bytes, write_text
 COST = ("calls", "prompt_tokens", "image_tokens")
 """The fields of a response that say what it took, but for time."""
 
+T = TypeVar("T")
 Record = TypeVar("Record", "Query", "Response", "Verdict", "Grade")
 
 
@@ -129,9 +130,22 @@ def open_picture(path: Path) -> Image.Image:
     Raises:
         DavspError: missing, or nothing Pillow can decode.
     """
+    return _opened(path, flatten)
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Width and height of a picture file, as its head says; nothing is decoded.
+
+    Raises:
+        DavspError: as `open_picture`.
+    """
+    return _opened(path, lambda image: image.size)
+
+
+def _opened(path: Path, read: Callable[[Image.Image], T]) -> T:
     try:
         with Image.open(path) as image:
-            return flatten(image)
+            return read(image)
     except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
         reason = getattr(error, "strerror", None) or "it is not a readable picture"
         raise DavspError(f"cannot open image {path}: {reason}; give a PNG, JPEG or WebP file") from error

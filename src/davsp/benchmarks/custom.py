@@ -21,16 +21,17 @@ NAME = "queries.jsonl"
 FIELDS = {f.name for f in fields(Query)}
 
 
-def load_queries(path: str | Path, skip_broken: bool = False) -> list[Query]:
+def load_queries(path: str | Path, skip_broken: bool = False, allow_outside: bool = False) -> list[Query]:
     """Read a folder (its `queries.jsonl`) or a .jsonl file. Pictures stay on disk until they are used, but must be whole.
 
     Args:
         path: the folder or file.
         skip_broken: leave out lines that are no query and pictures that are missing or broken, and warn, in place of raising.
+        allow_outside: take pictures from outside the file's folder, too. A file from a stranger could name any other.
 
     Raises:
         DavspError: nothing there, no lines, a line that is no query, an unknown field, an id twice, a picture that is missing,
-            truncated, animated, CMYK, of more than 8 bits, of one pixel or of too many.
+            outside the folder, truncated, animated, CMYK, of more than 8 bits, of one pixel or of too many.
     """
     path = Path(path)
     file = path / NAME if path.is_dir() else path
@@ -46,7 +47,7 @@ def load_queries(path: str | Path, skip_broken: bool = False) -> list[Query]:
         if not line.strip():
             continue
         try:
-            query = _query(file, number, line)
+            query = _query(file, number, line, allow_outside)
             if query.id in queries:
                 raise DavspError(f"{file}, line {number}: the id {query.id!r} is there twice; make the ids unique.")
             queries[query.id] = query
@@ -62,7 +63,7 @@ def load_queries(path: str | Path, skip_broken: bool = False) -> list[Query]:
     return list(queries.values())
 
 
-def _query(file: Path, number: int, line: str) -> Query:
+def _query(file: Path, number: int, line: str, allow_outside: bool) -> Query:
     where = f"{file}, line {number}"
     try:
         values: dict[str, Any] = json.loads(line)
@@ -87,6 +88,10 @@ def _query(file: Path, number: int, line: str) -> Query:
     image = values.pop("image", None)
     if image is not None:
         image = file.parent / str(image)
+        if not allow_outside and not image.resolve().is_relative_to(file.parent.resolve()):
+            raise DavspError(
+                f"{where} names the image {str(image)!r}, which is outside {file.parent}; copy it there, or give allow_outside=True."
+            )
         if not image.is_file():
             raise DavspError(f"{where} names the image {image}, which is not there; mend the path.")
         if why := fault(image):

@@ -27,6 +27,7 @@ from davsp.cli.options import (
     Processes,
     Resume,
     Seed,
+    TrustEnv,
 )
 from davsp.cli.testset import queries_at, split_queries
 from davsp.errors import DavspError
@@ -190,8 +191,8 @@ def _both_classes(data: DataOptions, model: str | None, seed: int) -> "tuple[lis
         return queries
     protocol = shipped_protocol(model, data.malicious, data.benign, seed)
     return (
-        queries_at(data.malicious, protocol.train_malicious if protocol else None, "--malicious"),
-        queries_at(data.benign, protocol.train_benign if protocol else None, "--benign"),
+        queries_at(data.malicious, protocol.train_malicious if protocol else None, "--malicious", data.allow_outside),
+        queries_at(data.benign, protocol.train_benign if protocol else None, "--benign", data.allow_outside),
     )
 
 
@@ -206,6 +207,7 @@ def adashield_a(
             help="Folder or hub id of a CLIP; left out: openai/clip-vit-base-patch32, or the model's own features."
         ),
     ] = None,
+    trust_env: TrustEnv = False,
     sets: Sets = None,
     resume: Resume = True,
     seed: Seed = 0,
@@ -223,14 +225,16 @@ def adashield_a(
         raise DavspError(
             "--defender writes words that this model lacks; leave it out, and a grammar of its phrases takes its place."
         )
-    server = chat_defender(defender)
+    server = chat_defender(defender, trust_env)
     if not shipped and not server:
         raise DavspError("--defender is missing; name a text model, and its server by --defender-url.")
     settings = settings_of(RefineSettings, (POOL if shipped else {}) | {"seed": seed} | _settings(sets, RefineSettings))
     queries = split_queries(data, "train")
     if queries is None:
         protocol = None if data.malicious else embedded_protocol(model.name, seed)
-        malicious = queries_at(data.malicious, protocol.train_malicious if protocol else None, "--malicious")
+        malicious = queries_at(
+            data.malicious, protocol.train_malicious if protocol else None, "--malicious", data.allow_outside
+        )
     else:
         malicious = queries[0]
     lvlm = load_lvlm(model)
@@ -243,7 +247,7 @@ def adashield_a(
     print(f"saved to {out}: `davsp info {out}` prints the pool, `davsp eval --defense adashield-a={out}` measures it")
 
 
-def chat_defender(options: DefenderOptions) -> "ChatDefender | None":
+def chat_defender(options: DefenderOptions, trust_env: bool) -> "ChatDefender | None":
     """AdaShield-A's defender behind a server; None if none is named.
 
     Raises:
@@ -255,7 +259,7 @@ def chat_defender(options: DefenderOptions) -> "ChatDefender | None":
         if options.defender_url or options.defender_key_env:
             raise DavspError("--defender-url and --defender-key-env go with --defender.")
         return None
-    return ChatDefender(options.defender, options.defender_url, options.defender_key_env)
+    return ChatDefender(options.defender, options.defender_url, options.defender_key_env, trust_env=trust_env)
 
 
 def _before(text: str | None, shipped: bool) -> str:

@@ -156,7 +156,12 @@ def _lvlm(
     from davsp.lvlm.remote import RemoteLVLM
 
     return RemoteLVLM(
-        *server, engine.api_key_env, canvas=model.canvas, concurrency=requests.concurrency, timeout=requests.timeout
+        *server,
+        engine.api_key_env,
+        canvas=model.canvas,
+        concurrency=requests.concurrency,
+        timeout=requests.timeout,
+        trust_env=requests.trust_env,
     )
 
 

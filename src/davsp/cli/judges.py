@@ -152,7 +152,7 @@ def judge_or_grader(name: str, settings: JudgeSettings) -> Any:
     return ChatJudge(
         prompts[name], model, url or OPENAI, variable, runs=settings.runs if name == IN_RUNS else 1,
         cache=VerdictCache(settings.cache), concurrency=settings.requests.concurrency,
-        timeout=settings.requests.timeout, console=settings.console,
+        timeout=settings.requests.timeout, trust_env=settings.requests.trust_env, console=settings.console,
     )  # fmt: skip
 
 

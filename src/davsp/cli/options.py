@@ -53,6 +53,17 @@ SkipBroken = Annotated[
 ]
 
 
+AllowOutside = Annotated[
+    bool, typer.Option("--allow-outside", help="Take pictures from outside the folder of a file of queries, too.")
+]
+TrustEnv = Annotated[
+    bool,
+    typer.Option(
+        "--trust-env", help="Reach servers through the proxies that HTTP_PROXY and the like name; else directly."
+    ),
+]
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """Which model, and how it is loaded."""
@@ -100,6 +111,7 @@ class TestSetOptions:
     ] = None
     rebuild: Rebuild = False
     skip_broken: SkipBroken = False
+    allow_outside: AllowOutside = False
 
     @property
     def embedded(self) -> bool:
@@ -143,6 +155,7 @@ class MaliciousOptions:
     malicious: Annotated[
         Path | None, typer.Option(help="Folder or .jsonl of malicious queries; left out: the embedded protocol's.")
     ] = None
+    allow_outside: AllowOutside = False
 
 
 @dataclass(frozen=True)
@@ -229,6 +242,7 @@ class RequestOptions:
         int, typer.Option(min=1, help="Requests to a server under way at once; fewer after a 429.")
     ] = 8
     timeout: Annotated[float, typer.Option(min=0.01, help="Seconds for one request.")] = 300.0
+    trust_env: TrustEnv = False
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def reproduce(
     if is_shipped(model.name) and (methods.corpus or defender.defender):
         raise DavspError("--corpus and --defender are for other models; those that ship have words of their own.")
     borrowed = _borrowed(borrow, out, name) if "transfer" in tables else None
-    text_model = None if dry_run else chat_defender(defender)
+    text_model = None if dry_run else chat_defender(defender, requests.trust_env)
     protocol = embedded_protocol(model.name, seed) if embedded_data else None
     if dry_run:
         print(dry(tables, name, protocol, per_call))

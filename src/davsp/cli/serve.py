@@ -11,7 +11,7 @@ import typer
 from davsp.cli.defenses import rows
 from davsp.cli.groups import chosen
 from davsp.cli.inputs import is_shipped, load_lvlm, say
-from davsp.cli.options import GRAMMAR, ModelOptions
+from davsp.cli.options import GRAMMAR, ModelOptions, TrustEnv
 from davsp.errors import DavspError
 
 if TYPE_CHECKING:
@@ -75,6 +75,10 @@ def serve(
     allow_host: Annotated[
         list[str] | None, typer.Option(help="HOST or HOST:PORT from which pictures are fetched by https; repeatable.")
     ] = None,
+    allow_field: Annotated[
+        list[str] | None,
+        typer.Option(help="A field of requests that passes besides the known ones, which force no words; repeatable."),
+    ] = None,
     image_free: Annotated[
         str, typer.Option(help="A request without a picture: defend (the text alone) or pass (as it is).")
     ] = "defend",
@@ -82,6 +86,7 @@ def serve(
         bool,
         typer.Option("--plain-names", help="Take the upstream's own model names, without the defense's hash, too."),
     ] = False,
+    trust_env: TrustEnv = False,
     probe: Annotated[bool, typer.Option(help="Look at the upstream first, with a picture of noise.")] = True,
 ) -> None:
     """Put a defense before a server: an OpenAI-compatible proxy that defends every picture and question (docs/serve.md)."""
@@ -89,13 +94,14 @@ def serve(
     import asyncio
 
     from davsp.lvlm.remote import RemoteLVLM
+    from davsp.runtime.http import road
     from davsp.serve.app import Proxy
     from davsp.serve.probe import probe as look
     from davsp.serve.settings import ServeSettings
 
     settings = ServeSettings.of(
         upstream=upstream, canvas=canvas, host=host, port=port, token_env=token_env, api_key_env=api_key_env,
-        allow_hosts=tuple(allow_host or ()), image_free=image_free, plain_names=plain_names, **chosen(limits),
+        allow_hosts=tuple(allow_host or ()), allow_fields=tuple(allow_field or ()), image_free=image_free, plain_names=plain_names, trust_env=trust_env, **chosen(limits),
     )  # fmt: skip
     load = partial(_defense, prompt, defense, text, model)
     loaded = load()
@@ -103,6 +109,7 @@ def serve(
     proxy = Proxy(loaded, settings)
     for line in asyncio.run(look(settings, model)) if probe else ():
         say(line)
+    say(f"the upstream is reached {road(trust_env)}")
     say(f"{loaded.name}, {proxy.hash[:12]}: models are called NAME{proxy.suffix}")
     if settings.workers == 1:
         return _run(proxy.app, host, port)

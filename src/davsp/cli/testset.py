@@ -55,7 +55,7 @@ def load_test_set(
     from davsp.benchmarks.custom import load_queries
 
     path = test.queries
-    queries, notes = noted(lambda: load_queries(path, test.skip_broken))
+    queries, notes = noted(lambda: load_queries(path, test.skip_broken, test.allow_outside))
     return _first(queries, limit), notes
 
 
@@ -95,12 +95,14 @@ def split_queries(data: "MaliciousOptions", kind: str) -> "tuple[list[Query], li
     return from_split(data.split, data.benchmark or [], kind)
 
 
-def queries_at(path: Path | None, otherwise: "list[Query] | None", option: str) -> "list[Query]":
+def queries_at(
+    path: Path | None, otherwise: "list[Query] | None", option: str, allow_outside: bool = False
+) -> "list[Query]":
     """The queries that an option names; left out: `otherwise`, and without that DavspError."""
     from davsp.benchmarks.custom import load_queries
 
     if path is not None:
-        return load_queries(path)
+        return noted(lambda: load_queries(path, allow_outside=allow_outside))[0]
     if otherwise is None:
         raise DavspError(f"{option} is missing; give a folder or .jsonl of queries.")
     return otherwise
@@ -143,7 +145,9 @@ def noted(load: "Callable[[], T]") -> "tuple[T, list[str]]":
         try:
             loaded = load()
         except DavspError as error:
-            message = str(error).replace("skip_broken=True", "--skip-broken").replace("rebuild=True", "--rebuild")
+            message = str(error)
+            for argument in ("skip_broken", "rebuild", "allow_outside"):
+                message = message.replace(f"{argument}=True", f"--{argument.replace('_', '-')}")
             raise DavspError(message) from error
     notes = []
     for warning in caught:

@@ -63,7 +63,7 @@ def vector(
 ) -> None:
     """Fit the harmfulness vector at every layer, sweep the layers on held-out queries, choose one and its margins."""
     from davsp.report.layerplot import layer_plot
-    from davsp.runtime.files import write_bytes
+    from davsp.runtime.files import alone, write_bytes
     from davsp.vector import HarmfulnessVector
 
     if (held_malicious is None) != (held_benign is None):
@@ -72,28 +72,31 @@ def vector(
     lvlm = load_lvlm(model)
     protocol = None if fitting else shipped_protocol(model.name, data.malicious, data.benign, seed)
     fitting = fitting or (
-        queries_at(data.malicious, protocol.vector_malicious if protocol else None, "--malicious"),
-        queries_at(data.benign, protocol.vector_benign if protocol else None, "--benign"),
+        queries_at(data.malicious, protocol.vector_malicious if protocol else None, "--malicious", data.allow_outside),
+        queries_at(data.benign, protocol.vector_benign if protocol else None, "--benign", data.allow_outside),
     )
     if layer is not None:
         lvlm.check_layer(layer)
     text = safety_text(text, is_shipped(model.name))
-    fitted = HarmfulnessVector.fit(lvlm, *fitting, text=text)
     held = None
     if held_malicious and held_benign:
-        held = queries_at(held_malicious, None, ""), queries_at(held_benign, None, "")
+        held = (
+            queries_at(held_malicious, None, "", data.allow_outside),
+            queries_at(held_benign, None, "", data.allow_outside),
+        )
     elif protocol:
         held = protocol.sweep_malicious, protocol.sweep_benign
-    if held:
-        fitted.sweep(lvlm, *held, text=text)
-    else:
-        say("no held-out queries: the layer is chosen on the fitting set, which flatters it.")
-    if layer is not None:
-        fitted.use_layer(layer)
-    fitted.save(out)
-    write_bytes(
-        out / "layers.png", layer_plot(fitted.by_layer(), fitted.layer, "held-out queries" if held else "fitting set")
-    )
+    with alone(out):
+        fitted = HarmfulnessVector.fit(lvlm, *fitting, text=text)
+        if held:
+            fitted.sweep(lvlm, *held, text=text)
+        else:
+            say("no held-out queries: the layer is chosen on the fitting set, which flatters it.")
+        if layer is not None:
+            fitted.use_layer(layer)
+        fitted.save(out)
+        plot = layer_plot(fitted.by_layer(), fitted.layer, "held-out queries" if held else "fitting set")
+        write_bytes(out / "layers.png", plot)
     _print_layers(fitted)
     print(f"layer {fitted.layer}, margins {fitted.mu_plus:+.3f} / {fitted.mu_minus:+.3f}; written to {out}")
 
@@ -155,8 +158,8 @@ def train(
     options = chosen(loop) | {name: value for name, value in options.items() if value is not None}
     settings = settings_of(TrainSettings, recipe | options)
     bad, good = queries or (
-        queries_at(data.malicious, protocol.train_malicious if protocol else None, "--malicious"),
-        queries_at(data.benign, protocol.train_benign if protocol else None, "--benign"),
+        queries_at(data.malicious, protocol.train_malicious if protocol else None, "--malicious", data.allow_outside),
+        queries_at(data.benign, protocol.train_benign if protocol else None, "--benign", data.allow_outside),
     )
     probe = [*protocol.sweep_malicious, *protocol.sweep_benign] if protocol else None
     trained = run(lvlm, start, bad, good, direction, settings, out / "training", resume=resume, probe=probe)

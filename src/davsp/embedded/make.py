@@ -12,7 +12,7 @@ from davsp.embedded import build, draw, load, words
 from davsp.embedded.architecture import BLUEPRINTS
 from davsp.embedded.card import measure, save_card
 from davsp.errors import DavspError, Interrupted
-from davsp.runtime.files import read_json, sha256, write_bytes, write_json
+from davsp.runtime.files import alone, read_json, sha256, write_bytes, write_json
 
 HINTS = """
 Its tower was not learnt alone: in the stage `see` each of its blocks was also drawn towards the same block of davsp-mini's tower, through
@@ -37,7 +37,8 @@ def make(
         which: model of `BLUEPRINTS`.
 
     Raises:
-        DavspError: an unknown stage, no such device, a folder of another run, a `start` that is no finished model.
+        DavspError: an unknown stage, no such device, a folder of another run or with another process in it, a `start` that is no
+            finished model.
         Interrupted: Ctrl-C; the last checkpoint is kept.
     """
     if which not in BLUEPRINTS:
@@ -55,13 +56,14 @@ def make(
     if start and not ((start / "model.safetensors").exists() and (start / "training.json").exists()):
         raise DavspError(f"--start {start} is no finished davsp-mini: model.safetensors or training.json is missing.")
     console = Console()
-    for name in [stage] if stage else [*(later if start else stages), "card"]:
-        if name == "card":
-            finish(out, folder, seed, console, start, which)
-        elif (out / name / "done.json").exists():
-            build.check_done(out, name, seed, start, which)
-        else:
-            _stage(name, out, seed, device, console, start, which)
+    with alone(out):
+        for name in [stage] if stage else [*(later if start else stages), "card"]:
+            if name == "card":
+                finish(out, folder, seed, console, start, which)
+            elif (out / name / "done.json").exists():
+                build.check_done(out, name, seed, start, which)
+            else:
+                _stage(name, out, seed, device, console, start, which)
 
 
 def _stage(name: str, out: Path, seed: int, device: str, console: Console, start: Path | None, which: str) -> None:

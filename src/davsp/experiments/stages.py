@@ -15,7 +15,7 @@ from rich.markup import escape
 from davsp.errors import DavspError
 from davsp.lvlm import LVLM, fingerprint
 from davsp.prompts.base import P, Prompt
-from davsp.runtime.files import read_bytes, read_json, write_json
+from davsp.runtime.files import alone, read_bytes, read_json, write_json
 from davsp.runtime.files import sha256 as file_hash
 from davsp.store import queries_hash
 from davsp.training import TrainSettings, train
@@ -45,8 +45,16 @@ class Stages:
     def run(self, name: str, inputs: Any, make: Callable[[bool], object], load: Callable[[], T]) -> T:
         """What `load` reads, after `make(resume)` if it is not there or not whole.
 
-        resume is False where the inputs have changed; the folder of the stage's training is deleted then.
+        resume is False where the inputs have changed; the folder of the stage's training is deleted then. Meanwhile no other
+        process runs a stage of the same folder.
+
+        Raises:
+            DavspError: another process runs one, or what `make` and `load` raise.
         """
+        with alone(self.out / "stages"):
+            return self._run(name, inputs, make, load)
+
+    def _run(self, name: str, inputs: Any, make: Callable[[bool], object], load: Callable[[], T]) -> T:
         path = self.out / "stages" / f"{name}.json"
         digest = sha256(json.dumps(inputs, default=str).encode()).hexdigest()
         record: dict[str, Any] = read_json(path) if path.exists() else {}

@@ -23,7 +23,7 @@ class ChatJudge(PromptJudge):
     Args:
         prompt: one of `davsp.judges.prompts.CHAT` or `davsp.judges.guard.GUARDS`.
         model: as the server calls it.
-        base_url, api_key_env, concurrency, attempts, timeout, backoff: see `davsp.runtime.client.Client`.
+        base_url, api_key_env, concurrency, attempts, timeout, backoff, trust_env: see `davsp.runtime.client.Client`.
         temperature, cache, console, runs: see `PromptJudge`.
 
     Raises:
@@ -45,10 +45,11 @@ class ChatJudge(PromptJudge):
         temperature: float | None = None,
         console: Console | None = None,
         runs: int = 1,
+        trust_env: bool = False,
     ) -> None:
         self.client = Client(
             "judge", base_url, api_key_env, model,
-            concurrency=concurrency, attempts=attempts, timeout=timeout, backoff=backoff,
+            concurrency=concurrency, attempts=attempts, timeout=timeout, backoff=backoff, trust_env=trust_env,
         )  # fmt: skip
         super().__init__(prompt, model, self.client.where, temperature, cache, console, runs)
 

@@ -32,6 +32,7 @@ class RemoteLVLM:
         attempts: requests for one answer at most.
         timeout: of a request as a whole, in seconds.
         backoff: the first wait before asking again, in seconds; it doubles.
+        trust_env: through the proxies that the environment names; otherwise directly.
 
     Raises:
         DavspError: an address that is none or holds a password, or an empty variable.
@@ -48,10 +49,11 @@ class RemoteLVLM:
         attempts: int = 6,
         timeout: float = 600.0,
         backoff: float = 1.0,
+        trust_env: bool = False,
     ) -> None:
         self.client = Client(
             "model", base_url, api_key_env, model,
-            concurrency=concurrency, attempts=attempts, timeout=timeout, backoff=backoff,
+            concurrency=concurrency, attempts=attempts, timeout=timeout, backoff=backoff, trust_env=trust_env,
         )  # fmt: skip
         self.model_id, self.canvas = model, canvas or 0
         self.revision: str | None = None

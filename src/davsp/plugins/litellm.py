@@ -20,14 +20,16 @@ from typing import Any
 from litellm.exceptions import BadRequestError
 from litellm.integrations.custom_guardrail import CustomGuardrail
 from litellm.types.guardrails import GuardrailEventHooks
+from PIL import Image
 
 from davsp.defenses import load_defense
 from davsp.errors import DavspError
-from davsp.serve import messages
+from davsp.serve import fields, messages
 from davsp.serve.calls import asks_once
 from davsp.serve.pictures import decode, from_data_url, to_data_url
 from davsp.serve.refusals import Refusal
 from davsp.serve.settings import ServeSettings
+from davsp.serve.sweep import sweep
 
 CHATS = {"completion", "acompletion"}  # LiteLLM's names of chat completions, the one kind whose messages are known
 SILENT = {
@@ -108,13 +110,21 @@ class DavspGuardrail(CustomGuardrail):
 
     def _defended(self, data: dict[str, Any]) -> list[dict[str, Any]]:
         conversation = messages.check(data)
-        messages.refuse_markdown(conversation)
+        fields.refuse(data)  # alone: the data carry LiteLLM's own bookkeeping
         urls = messages.picture_urls(conversation)
         if len(urls) > self.settings.max_images:
             raise DavspError(f"messages hold {len(urls)} pictures, at most {self.settings.max_images}.")
         files = [from_data_url(url, self.settings.max_picture_bytes) for url in urls]
         pictures = [decode(file, self.settings) for file in files]
-        return messages.defended(self.defense, conversation, pictures, to_data_url)
+        canvases: set[str] = set()
+
+        def send(picture: Image.Image) -> str:
+            canvases.add(url := to_data_url(picture))
+            return url
+
+        defended = messages.defended(self.defense, conversation, pictures, send)
+        sweep({"messages": defended, "tools": data.get("tools")}, canvases)
+        return defended
 
 
 _LIMITS = ("max_images", "max_picture_bytes", "max_pixels", "max_aspect")

@@ -241,11 +241,12 @@ class VisualSafetyPrompt(Prompt):
         return prompt
 
     def _check_picture(self, path: Path) -> None:
-        from davsp.query import open_picture
+        from davsp.query import open_picture, picture_size
 
+        width, height = picture_size(path)  # before a picture that may be huge is decoded
+        if (width, height) != (self.canvas, self.canvas):
+            raise DavspError(f"{path} is {width}x{height}, not {self.canvas}x{self.canvas}; save anew")
         picture = open_picture(path)
-        if picture.size != (self.canvas, self.canvas):
-            raise DavspError(f"{path} is {picture.width}x{picture.height}, not {self.canvas}x{self.canvas}; save anew")
         if not torch.equal(from_picture(picture) * self.mask, self.delta):
             raise DavspError(f"{path} shows another border than {path.with_name(TENSORS)}; save the prompt anew")
         with Image.open(path) as file:

@@ -19,6 +19,7 @@ import httpx2
 
 from davsp.errors import DavspError
 from davsp.runtime import keys
+from davsp.runtime.http import async_client
 from davsp.runtime.limit import Limit
 
 OPENAI = "https://api.openai.com/v1"
@@ -71,6 +72,7 @@ class Client:
         attempts: requests for one answer at most.
         timeout: of a request as a whole, in seconds.
         backoff: the first wait before asking again, in seconds; it doubles, and is drawn from its upper half.
+        trust_env: through the proxies that the environment names; otherwise directly.
 
     Raises:
         DavspError: an address that is none or that holds a password; the variable is empty or no key.
@@ -87,12 +89,13 @@ class Client:
         attempts: int,
         timeout: float,
         backoff: float,
+        trust_env: bool = False,
     ) -> None:
         if concurrency < 1 or attempts < 1:
             raise DavspError("concurrency and attempts must be 1 or more.")
         self.whose, self.where, self.model = whose, _address(base_url, whose), model
         self.api_key_env, self.concurrency = api_key_env, concurrency
-        self.attempts, self.timeout, self.backoff = attempts, timeout, backoff
+        self.attempts, self.timeout, self.backoff, self.trust_env = attempts, timeout, backoff, trust_env
         self._bound = float(concurrency)  # what a 429 has left of it, from one `ask` to the next
         keys.read(api_key_env, whose)
 
@@ -126,7 +129,7 @@ class Client:
         keep: Callable[[str, T | Failure], None],
     ) -> None:
         connections = httpx2.Limits(max_connections=self.concurrency)
-        async with httpx2.AsyncClient(timeout=None, limits=connections, headers=self._headers()) as http:
+        async with async_client(connections, self.trust_env, timeout=None, headers=self._headers()) as http:
             current = _Round(http, Limit(self.concurrency, self._bound), path, read, keep)
             tasks = [asyncio.create_task(self._ask_one(current, key, request)) for key, request in requests.items()]
             try:

@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from davsp.defenses import Defense
 from davsp.errors import DavspError
-from davsp.serve import calls, messages, refusals
+from davsp.serve import calls, fields, messages, refusals
 from davsp.serve.admission import admit, read_json
 from davsp.serve.counters import Counters
 from davsp.serve.fetch import Fetcher
@@ -29,6 +29,7 @@ from davsp.serve.pictures import decode, from_data_url, to_data_url
 from davsp.serve.refusals import Refusal, bad
 from davsp.serve.replies import reply
 from davsp.serve.settings import ServeSettings
+from davsp.serve.sweep import sweep
 from davsp.serve.upstream import Upstream
 
 HASH = "x-davsp-prompt"
@@ -69,6 +70,7 @@ class Proxy:
             Route("/health", lambda request: JSONResponse({"status": "ok"})),
         ]
         self.app = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers={404: _missing, 405: _missing})
+        self.app.router.redirect_slashes = False  # a path that is not served says so, and leads nowhere
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -105,7 +107,7 @@ class Proxy:
     async def _respond(self, request: Request, body: Any) -> Response:
         start = time.perf_counter()
         conversation = messages.check(body)
-        messages.refuse_markdown(body)
+        fields.check(body, self.settings.allow_fields)
         body["model"] = self._plain(body.get("model"))
         urls = messages.picture_urls(conversation)
         if len(urls) > self.settings.max_images:
@@ -138,14 +140,17 @@ class Proxy:
             return place
 
         conversation = body["messages"] if idle else messages.defended(self.defense, body["messages"], pictures, send)
+        leaving = body | {"messages": conversation}
+        sweep(leaving, {place})
         try:
-            text = json.dumps(body | {"messages": conversation}, allow_nan=False).encode()
+            text = json.dumps(leaving, allow_nan=False).encode()
         except ValueError as error:
             raise bad("the body holds a number that JSON has no word for.") from error
         return _filled(text, place.encode(), urls)
 
     async def _ask_repeatedly(self, request: Request, body: dict[str, Any], files: list[bytes]) -> Response:
         """The answer of a defense that asks more than once."""
+        sweep(body | {"messages": messages.without_pictures(body["messages"])})
         before, question = calls.split(body)
         longest = calls.longest(body, self.settings.max_new_tokens)
         picture = (await self._in_thread(self.painters, decode, files[0], self.settings)) if files else None

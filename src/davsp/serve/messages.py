@@ -4,7 +4,6 @@ Each message of the user is defended as a query of its own, so it looks the same
 computed of it. Only roles, parts and fields that are known to hold no other picture pass.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,23 +20,16 @@ FIELDS = {  # of a message, as OpenAI and the servers in docs/serve.md know them
     "role", "content", "name", "refusal", "tool_calls", "tool_call_id", "function_call", "reasoning", "reasoning_content",
     "annotations", "audio",
 }  # fmt: skip
-REFUSED = {  # of a request: each could change how the server reads the pictures or the question, or hold a picture
-    "chat_template", "mm_processor_kwargs", "media_io_kwargs", "multi_modal_data", "images", "image_data", "image_url",
-    "prompt", "prompt_embeds", "continue_final_message", "add_generation_prompt",
-}  # fmt: skip
-_MARKDOWN = re.compile(r"!\[\]\(\s*(data:|https?:)", re.IGNORECASE)  # TGI takes a picture from the text by it
 
 
 def check(body: Any) -> list[dict[str, Any]]:
     """The messages of a request.
 
     Raises:
-        Refusal: a field, role or part that is not known to leave pictures alone, or no question of a user.
+        Refusal: a role, part, or field of these that is not known to leave pictures alone, or no question of a user.
     """
     if not isinstance(body, dict):
         raise bad("the body must be a JSON object.")
-    for field in REFUSED & body.keys():
-        raise bad(f"{field} would change what the model sees of picture or question; leave it out.", "field", field)
     messages = body.get("messages")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise bad("messages must be a list of objects.", param="messages")
@@ -72,6 +64,8 @@ def _check_part(part: Any, where: str) -> None:
     if kind == "image_url":
         if not isinstance(value, dict) or not isinstance(value.get("url"), str) or value.keys() - {"url", "detail"}:
             raise bad(f"{where}.image_url must hold a url, and at most a detail besides.", "image_url", where)
+        if not isinstance(value.get("detail", ""), str):
+            raise bad(f"{where}.image_url.detail must be a text.", "image_url", where)
     elif not isinstance(value, str):
         raise bad(f"{where}.{kind} must be a text.", param=where)
 
@@ -87,17 +81,14 @@ def picture_urls(messages: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def refuse_markdown(value: Any) -> None:
-    """Raises Refusal if a text anywhere in it holds a picture as markdown, which TGI would fetch or decode, undefended."""
-    if isinstance(value, str):
-        if "![](" in value and _MARKDOWN.search(value):
-            raise bad("a text holds a picture as ![](…); send it as image_url.", "markdown_picture")
-    elif isinstance(value, dict):
-        for inner in value.values():
-            refuse_markdown(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            refuse_markdown(inner)
+def without_pictures(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages but for their image parts."""
+    return [
+        {**message, "content": [part for part in content if part["type"] != "image_url"]}
+        if isinstance(content := message.get("content"), list)
+        else dict(message)
+        for message in messages
+    ]
 
 
 def defended(

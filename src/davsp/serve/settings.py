@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from davsp.errors import DavspError, refused_as
 from davsp.runtime import keys
 from davsp.runtime.loopback import is_loopback
+from davsp.serve.fields import NEVER
 
 MIB = 2**20
 
@@ -23,6 +24,8 @@ class ServeSettings(BaseModel):
         token_env: environment variable with the token that clients must bring.
         allow_hosts: HOST or HOST:PORT from which pictures may be fetched, by https; none by default.
         image_free: a request without any picture: `defend` puts the defense's text at its questions, `pass` leaves it alone.
+        trust_env: reach the upstream through the proxies that the environment names; otherwise directly.
+        allow_fields: of a request, besides those that are known to be harmless (`davsp.serve.fields`).
         plain_names: take the upstream's own model names besides those that carry the defense's hash.
         max_body: bytes of a request.
         max_images: pictures of a request, over all messages.
@@ -46,6 +49,8 @@ class ServeSettings(BaseModel):
     token_env: str | None = None
     allow_hosts: tuple[str, ...] = ()
     image_free: Literal["defend", "pass"] = "defend"
+    trust_env: bool = False
+    allow_fields: tuple[str, ...] = ()
     plain_names: bool = False
     max_body: int = Field(32 * MIB, ge=1)
     max_images: int = Field(8, ge=0)
@@ -70,6 +75,10 @@ class ServeSettings(BaseModel):
         """
         with refused_as(lambda field, why, _: f"--{field.replace('_', '-')}: {why.lower()}; correct it."):
             settings = cls(**{name: value for name, value in values.items() if value is not None})
+        if never := NEVER & set(settings.allow_fields):
+            raise DavspError(
+                f"--allow-field {min(never)} would let a picture or a template pass undefended; leave it out."
+            )
         keys.read(settings.api_key_env, "upstream")
         if settings.token is None and not settings.loopback:
             raise DavspError(

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from davsp.runtime import keys
+from davsp.runtime.http import async_client
 from davsp.serve.refusals import Refusal, body
 from davsp.serve.settings import ServeSettings
 
@@ -22,7 +23,7 @@ class Upstream:
     """One server that speaks OpenAI's protocol.
 
     Raises:
-        DavspError: the environment variable of its key is empty.
+        DavspError: the environment variable of its key is empty, or a proxy of the environment cannot be used.
     """
 
     def __init__(self, settings: ServeSettings, transport: httpx2.AsyncBaseTransport | None = None) -> None:
@@ -31,7 +32,7 @@ class Upstream:
         self.takes_token = settings.token is not None
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=settings.concurrency)
         timeout = httpx2.Timeout(settings.upstream_timeout, connect=settings.connect_timeout)
-        self.http = httpx2.AsyncClient(limits=limits, timeout=timeout, transport=transport, follow_redirects=False)
+        self.http = async_client(limits, settings.trust_env, transport, timeout=timeout, follow_redirects=False)
 
     async def forward(self, request: Request, sent: bytes) -> Response:
         """The upstream's reply to a chat request: its status and bytes; a stream as it comes.
@@ -57,7 +58,7 @@ class Upstream:
         reply = await self._send(method, path, self._headers(headers), content)
         return reply.status_code, json.loads(await _whole(reply)), reply.headers
 
-    async def _send(self, method: str, path: str, headers: dict[str, str], content: bytes | None) -> httpx2.Response:
+    async def _send(self, method: str, path: str, headers: dict[str, bytes], content: bytes | None) -> httpx2.Response:
         request = self.http.build_request(method, self.url + path, headers=headers, content=content)
         try:
             return await self.http.send(request, stream=True)
@@ -66,8 +67,11 @@ class Upstream:
         except (httpx2.HTTPError, OSError) as error:
             raise Refusal(502, "the upstream cannot be reached.", "upstream_unreachable") from error
 
-    def _headers(self, client_headers: Mapping[str, str]) -> dict[str, str]:
-        """The client's, but for those of its connection; its key only if the proxy has none and wants none."""
+    def _headers(self, client_headers: Mapping[str, str]) -> dict[str, bytes]:
+        """The client's, but for those of its connection; its key only if the proxy has none and wants none.
+
+        As bytes, since a value may hold some above ASCII, and without the blanks that may end one.
+        """
         dropped = HOP | {name.strip().lower() for name in client_headers.get("connection", "").split(",")}
         headers = {name: value for name, value in client_headers.items() if name.lower() not in dropped}
         headers |= {"content-type": "application/json", "accept-encoding": "identity"}  # bytes that can be handed on
@@ -75,7 +79,7 @@ class Upstream:
             headers["authorization"] = f"Bearer {self.key}"
         elif not self.takes_token and "authorization" in client_headers:
             headers["authorization"] = client_headers["authorization"]
-        return headers
+        return {name: value.encode("latin-1").strip(b" \t") for name, value in headers.items()}
 
 
 async def _whole(reply: httpx2.Response) -> bytes:

@@ -22,7 +22,7 @@ from davsp.errors import DavspError, Interrupted
 from davsp.lvlm import LVLM, fingerprint
 from davsp.prompts.base import Prompt
 from davsp.runtime import parallel
-from davsp.runtime.files import sha256_bytes
+from davsp.runtime.files import alone, sha256_bytes
 from davsp.training.batches import Batch
 from davsp.training.checkpoint import Checkpoint, TrainState
 from davsp.training.memory import advice, estimate_memory, recomputing
@@ -37,9 +37,14 @@ def complete(run: "Loop", resume: bool, progress: bool) -> Prompt:
     """Take all steps of a run, from its checkpoint on if there is one and `resume` holds.
 
     Raises:
-        DavspError: a checkpoint of another run; a loss that is not finite; a full disk.
+        DavspError: a checkpoint of another run; another process in the folder; a loss that is not finite; a full disk.
         Interrupted: Ctrl-C; the state has been saved.
     """
+    with nullcontext() if parallel.rank() > 0 else alone(run.checkpoint.out):  # the first process writes for all
+        return _complete(run, resume, progress)
+
+
+def _complete(run: "Loop", resume: bool, progress: bool) -> Prompt:
     checkpoint, settings, device = run.checkpoint, run.settings, run.lvlm.device
     state = checkpoint.restore(device) if resume else None
     state = state or checkpoint.start(run.prompt.delta.detach().clone().to(device))

@@ -37,7 +37,7 @@ class ChatDefender:
         api_key_env: the environment variable with the key; None: OPENAI_API_KEY for OpenAI, no key for another server.
         temperature, top_p, max_tokens: of a reply.
         attempts: requests for one prompt at most, those that a server fails included.
-        timeout, backoff: see `davsp.runtime.client.Client`.
+        timeout, backoff, trust_env: see `davsp.runtime.client.Client`.
 
     Raises:
         DavspError: an address that is none or that holds a password; the variable is empty or no key.
@@ -55,12 +55,13 @@ class ChatDefender:
         attempts: int = 5,
         timeout: float = 120.0,
         backoff: float = 1.0,
+        trust_env: bool = False,
     ) -> None:
         url = base_url or OPENAI
         key = api_key_env or (OPENAI_KEY if url == OPENAI else None)
         self.client = Client(
             "defender", url, key, model,
-            concurrency=1, attempts=attempts, timeout=timeout, backoff=backoff,
+            concurrency=1, attempts=attempts, timeout=timeout, backoff=backoff, trust_env=trust_env,
         )  # fmt: skip
         self.settings = {"model": model, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
 

@@ -6,6 +6,7 @@ it stands beside its neighbours, is no candidate, so that the text found is the 
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -20,7 +21,7 @@ from torch import Tensor
 from davsp.errors import DavspError, Interrupted
 from davsp.lvlm.onehot import token_gradient, token_ids, token_span
 from davsp.runtime import journal, parallel
-from davsp.runtime.files import sha256_bytes, write_json
+from davsp.runtime.files import alone, sha256_bytes, write_json
 from davsp.runtime.progress import bar
 from davsp.training.batches import Batch
 from davsp.training.sentences import SentenceRun
@@ -62,10 +63,16 @@ def search_text(
         The text, without the line break.
 
     Raises:
-        DavspError: `path` is of another search; no text of that length can be put together; a sentence without a token.
+        DavspError: `path` is of another search; another process in its folder; no text of that length can be put together; a
+            sentence without a token.
         Interrupted: Ctrl-C; all but the position under way has been saved.
     """
-    search = _Search(run, delta.to(run.lvlm.device), settings)
+    with nullcontext() if parallel.rank() > 0 else alone(path.parent):  # the first process writes for all
+        return _search(_Search(run, delta.to(run.lvlm.device), settings), path, resume, progress)
+
+
+def _search(search: "_Search", path: Path, resume: bool, progress: bool) -> str:
+    settings = search.settings
     total = settings.text_tokens * settings.sweeps
     identity = search.identity()
     state = journal.restore(path, identity, step=int, ids=list, cross_entropy=list) if resume else None

@@ -1,0 +1,150 @@
+"""The fields of a request that pass: those that are known to leave picture, question and refusal alone.
+
+Everything else is refused by its name, so that what a server learns next year cannot pass unseen. Three kinds stay out:
+
+- what holds a picture or changes what the model sees (`NEVER`; no option lets these in);
+- what forces words or forbids a refusal: `logit_bias`, `prediction`, grammars (`structured_outputs`, `guided_*`, `regex`), `bad_words`,
+  `min_tokens` and `ignore_eos` (which go on past "I am sorry"), a schema as `response_format`, a tool call that must be made.
+  A model that has to begin with "Sure" is not asked any more, and no border can help;
+- what nobody here has heard of.
+
+`--allow-field NAME` lets in a field of the last two kinds.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from davsp.serve.refusals import bad
+
+NEVER = {  # each could change how the server reads the pictures or the question, or hold a picture
+    "chat_template", "mm_processor_kwargs", "mm_kwargs", "media_io_kwargs", "multi_modal_data", "multi_modal_uuids", "images", "image",
+    "image_data", "image_url", "image_embeds", "video_url", "video_data", "audio_url", "audio_data", "prompt", "prompt_embeds",
+    "input_ids", "prompt_token_ids", "input_embeds", "continue_final_message", "add_generation_prompt", "extra_body",
+}  # fmt: skip
+
+TEMPLATE = ("enable_thinking", "thinking", "thinking_budget", "reasoning_effort")
+"""Keys of `chat_template_kwargs` that pass: whether and how long a model thinks."""
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_text, value))
+
+
+def _scalars(value: Any) -> bool:
+    return isinstance(value, dict) and all(_text(v) or _flag(v) or _number(v) for v in value.values())
+
+
+def _list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _stop(value: Any) -> bool:
+    return _text(value) or _texts(value)
+
+
+def _free_choice(value: Any) -> bool:
+    return value in ("auto", "none")
+
+
+def _free_format(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("type") in ("text", "json_object") and len(value) == 1
+
+
+_KINDS: dict[Callable[[Any], bool], tuple[str, str]] = {
+    _text: ("a text", "model user service_tier safety_identifier prompt_cache_key prompt_cache_retention reasoning_effort verbosity request_id"),
+    _flag: (
+        "true or false",
+        "stream logprobs store parallel_tool_calls skip_special_tokens spaces_between_special_tokens include_stop_str_in_output "
+        "use_beam_search early_stopping include_reasoning separate_reasoning stream_reasoning no_stop_trim cache_prompt "
+        "return_tokens_as_token_ids return_token_ids return_progress timings_per_token",
+    ),
+    _number: (
+        "a number",
+        "temperature top_p frequency_penalty presence_penalty min_p top_a tfs typical_p repetition_penalty repeat_penalty length_penalty "
+        "dynatemp_range dynatemp_exponent dry_multiplier dry_base xtc_probability xtc_threshold mirostat_tau mirostat_eta",
+    ),
+    _whole: (
+        "a whole number",
+        "max_tokens max_completion_tokens n seed top_logprobs top_k best_of repeat_last_n dry_allowed_length dry_penalty_last_n mirostat "
+        "n_probs min_keep priority prompt_logprobs",
+    ),
+    _texts: ("a list of texts", "modalities"),
+    _stop: ("a text or a list of texts", "stop"),
+    _scalars: ("an object of texts, numbers and flags", "metadata stream_options audio"),
+    _list: ("a list", "messages tools functions"),
+    _object: ("an object", "web_search_options"),
+    _free_choice: ("auto or none, as a call that must be made cannot refuse", "tool_choice function_call"),
+    _free_format: ("of type text or json_object, as a schema can force words", "response_format"),
+}  # fmt: skip
+KNOWN = {name: (fits, words) for fits, (words, names) in _KINDS.items() for name in names.split()}
+"""Field -> whether a value is of its kind, and the kind in words. OpenAI's own but two, and the usual ones of the servers in docs/serve.md."""
+
+
+def check(body: Mapping[str, Any], allowed: Collection[str] = ()) -> None:
+    """Look at the fields of a request.
+
+    Args:
+        body: the request.
+        allowed: fields of --allow-field; of `chat_template_kwargs` as "chat_template_kwargs.KEY".
+
+    Raises:
+        Refusal: a field that is not known or not of its kind; it names the field and the option.
+    """
+    refuse(body)
+    for name, value in body.items():
+        if name == "chat_template_kwargs":
+            _check_template(value, allowed)
+        elif name in allowed or (value is None and name in KNOWN):
+            continue
+        elif name not in KNOWN:
+            raise _unknown(name)
+        elif not KNOWN[name][0](value):
+            mend = f" (--allow-field {name} lets it pass)" if KNOWN[name][0] in (_free_choice, _free_format) else ""
+            raise bad(f"{name} must be {KNOWN[name][1]}{mend}.", "field", name)
+
+
+def refuse(body: Mapping[str, Any]) -> None:
+    """Raises Refusal if a field is there that no option lets in."""
+    for name in NEVER & body.keys():
+        raise bad(f"{name} would change what the model sees of picture or question; leave it out.", "field", name)
+
+
+def _check_template(value: Any, allowed: Collection[str]) -> None:
+    if value is None:
+        return
+    if not _scalars(value):
+        raise bad(
+            "chat_template_kwargs must be an object of texts, numbers and flags.", "field", "chat_template_kwargs"
+        )
+    for key in value:
+        if key not in TEMPLATE and f"chat_template_kwargs.{key}" not in allowed:
+            raise _unknown(f"chat_template_kwargs.{key}")
+
+
+def _unknown(name: str) -> Exception:
+    return bad(
+        f"{name[:80]} is no field that is known to leave picture, question and refusal alone; leave it out, or start davsp serve "
+        "with --allow-field and its name.",
+        "field",
+        name[:80],
+    )
