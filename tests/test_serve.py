@@ -186,7 +186,7 @@ def bodies() -> dict[str, Any]:
         "markdown in parts": {"messages": [user(text_part("look !["), text_part("]("), text_part("https://evil.test/x.png)"))]},
         "markdown in messages": {"messages": [user("look !["), {"role": "assistant", "content": "](https://evil.test/x.png)"}, user("q")]},
         "markdown in a key": {"messages": [user("q"), call({"![](https://evil.test/x.png)": 1})]},
-        "markdown in arguments": {"messages": [user("q"), call({"a": "!["}, {"](https://evil.test/x.png)": 1})]},
+        "markdown in arguments": {"messages": [user("q"), call({"![": "](https://evil.test/x.png)"})]},
         "markdown escaped": {"messages": [user("q"), call('{"a": "!\\u005b](https://evil.test/x.png)"}')]},
         "markdown in JSON in JSON": {"messages": [user("q"), call(json.dumps({"a": json.dumps({"b": "![](data:x"})}))]},
         "data URL": {"messages": [user(f"what is {RED} ?")]},

@@ -20,10 +20,9 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 def is_public(address: str) -> bool:
     """Whether an IP address is on the open internet; IPv6 that wraps IPv4 is not taken for it."""
     ip = ipaddress.ip_address(address)
-    six = isinstance(ip, ipaddress.IPv6Address)
-    wraps = six and (ip.ipv4_mapped or ip.sixtofour or ip.teredo)
-    site = six and ip.is_site_local  # fec0::/10, of old networks; Python calls it global
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved or wraps or site)
+    if isinstance(ip, ipaddress.IPv6Address) and (ip.ipv4_mapped or ip.sixtofour or ip.teredo or ip.is_site_local):
+        return False  # the last one is fec0::/10, of old networks, which Python calls global
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved)
 
 
 class Fetcher:

@@ -58,7 +58,7 @@ class Upstream:
         reply = await self._send(method, path, self._headers(headers), content)
         return reply.status_code, json.loads(await _whole(reply)), reply.headers
 
-    async def _send(self, method: str, path: str, headers: dict[str, bytes], content: bytes | None) -> httpx2.Response:
+    async def _send(self, method: str, path: str, headers: list[tuple[bytes, bytes]], content: bytes | None) -> httpx2.Response:
         request = self.http.build_request(method, self.url + path, headers=headers, content=content)
         try:
             return await self.http.send(request, stream=True)
@@ -67,7 +67,7 @@ class Upstream:
         except (httpx2.HTTPError, OSError) as error:
             raise Refusal(502, "the upstream cannot be reached.", "upstream_unreachable") from error
 
-    def _headers(self, client_headers: Mapping[str, str]) -> dict[str, bytes]:
+    def _headers(self, client_headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
         """The client's, but for those of its connection; its key only if the proxy has none and wants none.
 
         As bytes, since a value may hold some above ASCII, and without the blanks that may end one.
@@ -79,7 +79,7 @@ class Upstream:
             headers["authorization"] = f"Bearer {self.key}"
         elif not self.takes_token and "authorization" in client_headers:
             headers["authorization"] = client_headers["authorization"]
-        return {name: value.encode("latin-1").strip(b" \t") for name, value in headers.items()}
+        return [(name.encode("latin-1"), value.encode("latin-1").strip(b" \t")) for name, value in headers.items()]
 
 
 async def _whole(reply: httpx2.Response) -> bytes:
