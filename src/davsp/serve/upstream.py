@@ -58,7 +58,9 @@ class Upstream:
         reply = await self._send(method, path, self._headers(headers), content)
         return reply.status_code, json.loads(await _whole(reply)), reply.headers
 
-    async def _send(self, method: str, path: str, headers: list[tuple[bytes, bytes]], content: bytes | None) -> httpx2.Response:
+    async def _send(
+        self, method: str, path: str, headers: list[tuple[bytes, bytes]], content: bytes | None
+    ) -> httpx2.Response:
         request = self.http.build_request(method, self.url + path, headers=headers, content=content)
         try:
             return await self.http.send(request, stream=True)
