@@ -289,7 +289,9 @@ def test_other_paths_are_not_served():
     caller = client()
     for method, path in (
         ("POST", "/v1/completions"),
-        ("POST", "/v1/responses"),
+        ("POST", "/v1/messages"),
+        ("GET", "/v1/responses/resp_1"),
+        ("POST", "/v1/responses/resp_1/cancel"),
         ("GET", "/v1/chat/completions"),
         ("POST", "/v1/chat/completions/"),
         ("GET", "/"),

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -26,6 +27,7 @@ from davsp.serve.admission import admit, read_json
 from davsp.serve.counters import Counters
 from davsp.serve.fetch import Fetcher
 from davsp.serve.pictures import decode, from_data_url, to_data_url
+from davsp.serve.protocols import CHAT, RESPONSES, Protocol
 from davsp.serve.refusals import Refusal, bad
 from davsp.serve.replies import reply
 from davsp.serve.settings import ServeSettings
@@ -63,7 +65,8 @@ class Proxy:
         self.painters = ThreadPoolExecutor(settings.threads, "davsp-defense")
         self.callers = ThreadPoolExecutor(settings.concurrency, "davsp-calls")
         routes = [
-            Route("/v1/chat/completions", _Endpoint(self.chat), methods=["POST"]),
+            Route("/v1/chat/completions", _Endpoint(partial(self.defend, CHAT)), methods=["POST"]),
+            Route("/v1/responses", _Endpoint(partial(self.defend, RESPONSES)), methods=["POST"]),
             Route("/v1/models", self._route(self._models)),
             Route("/v1/models/{name:path}", self._route(self._models)),
             Route("/metrics", self._route(self._page)),
@@ -80,15 +83,15 @@ class Proxy:
         self.painters.shutdown(wait=False, cancel_futures=True)
         self.callers.shutdown(wait=False, cancel_futures=True)
 
-    # -- a chat request --------------------------------------------------------------------------------------------
+    # -- a request that is defended --------------------------------------------------------------------------------
 
-    async def chat(self, scope: Any, receive: Any, send: Any) -> None:
-        """`POST /v1/chat/completions`, from its head to the last byte of the reply."""
+    async def defend(self, protocol: Protocol, scope: Any, receive: Any, send: Any) -> None:
+        """`POST /v1/chat/completions` or `/v1/responses`, from its head to the last byte of the reply."""
         request, status = Request(scope, receive), str(GONE)
         self.metrics.under_way.inc()
         self.under_way += 1
         try:
-            response = await self._shaped(request, self._answer)
+            response = await self._shaped(request, partial(self._answer, protocol))
             status = str(response.status_code)
             await response(scope, receive, send)
         except ClientDisconnect:
@@ -98,29 +101,35 @@ class Proxy:
             self.metrics.under_way.dec()
             self.metrics.requests.labels(status).inc()
 
-    async def _answer(self, request: Request) -> Response:
+    async def _answer(self, protocol: Protocol, request: Request) -> Response:
         if self.under_way > self.settings.concurrency:
             raise Refusal(429, "the proxy is busy; ask again.", "busy")
         body = await read_json(request, self.settings)
-        return await _unless_gone(request, self._respond(request, body))
+        return await _unless_gone(request, self._respond(protocol, request, body))
 
-    async def _respond(self, request: Request, body: Any) -> Response:
+    async def _respond(self, protocol: Protocol, request: Request, body: Any) -> Response:
         start = time.perf_counter()
-        conversation = messages.check(body)
-        fields.check(body, self.settings.allow_fields)
+        if protocol is RESPONSES and not self.once:
+            raise Refusal(
+                501, f"{self.defense.name} asks the model more than once; ask it by /v1/chat/completions.", "not_served"
+            )
+        conversation = protocol.check(body)
+        fields.check(body, self.settings.allow_fields, protocol.known)
         body["model"] = self._plain(body.get("model"))
-        urls = messages.picture_urls(conversation)
+        urls = protocol.picture_urls(conversation)
         if len(urls) > self.settings.max_images:
-            raise bad(f"messages holds {len(urls)} pictures, at most {self.settings.max_images}.", "too_many_pictures")
+            raise bad(
+                f"the request holds {len(urls)} pictures, at most {self.settings.max_images}.", "too_many_pictures"
+            )
         files = await asyncio.gather(*map(self._file, urls))
         idle = not urls and self.settings.image_free == "pass"
         if not self.once and not idle:
             return await self._ask_repeatedly(request, body, files)
-        sent = await self._in_thread(self.painters, self._defended_body, body, files, idle)
+        sent = await self._in_thread(self.painters, self._defended_body, protocol, body, files, idle)
         self.metrics.pictures.inc(len(urls))
         self.metrics.defense.observe(time.perf_counter() - start)
         start = time.perf_counter()
-        response = await self.upstream.forward(request, sent)
+        response = await self.upstream.forward(request, sent, protocol.path)
         self.metrics.upstream.observe(time.perf_counter() - start)
         return response
 
@@ -129,7 +138,7 @@ class Proxy:
             return from_data_url(url, self.settings.max_picture_bytes)
         return await self.fetch(url)
 
-    def _defended_body(self, body: dict[str, Any], files: list[bytes], idle: bool) -> bytes:
+    def _defended_body(self, protocol: Protocol, body: dict[str, Any], files: list[bytes], idle: bool) -> bytes:
         """The defended body; runs in a thread, where Pillow and zlib leave the interpreter free."""
         pictures = [decode(file, self.settings) for file in files]
         place = secrets.token_hex()  # in a picture's stead; no client can know it
@@ -139,8 +148,10 @@ class Proxy:
             urls.append(to_data_url(picture).encode())
             return place
 
-        conversation = body["messages"] if idle else messages.defended(self.defense, body["messages"], pictures, send)
-        leaving = body | {"messages": conversation}
+        conversation = body[protocol.conversation]
+        if not idle:
+            conversation = protocol.defended(self.defense, conversation, pictures, send)
+        leaving = body | {protocol.conversation: conversation}
         sweep(leaving, {place})
         try:
             text = json.dumps(leaving, allow_nan=False).encode()

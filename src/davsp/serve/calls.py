@@ -127,7 +127,7 @@ def longest(body: dict[str, Any], otherwise: int) -> int:
     Raises:
         Refusal: no whole number above 0.
     """
-    for field in ("max_completion_tokens", "max_tokens"):
+    for field in ("max_output_tokens", "max_completion_tokens", "max_tokens"):
         value = body.get(field)
         if value is not None:
             if type(value) is not int or value < 1:

@@ -22,8 +22,21 @@ NEVER = {  # each could change how the server reads the pictures or the question
     "input_ids", "prompt_token_ids", "input_embeds", "continue_final_message", "add_generation_prompt", "extra_body",
 }  # fmt: skip
 
+ELSEWHERE = {  # of a Responses request: what the proxy does not see; no option lets these in
+    "previous_response_id": "stands for messages that the proxy does not see; send the whole conversation as input",
+    "previous_response": "holds messages that the proxy does not read; send the whole conversation as input",
+    "previous_input_messages": "holds messages that the proxy does not read; send the whole conversation as input",
+    "conversation": "stands for messages that the proxy does not see; send the whole conversation as input",
+    "prompt": "stands for a template that the proxy does not see; write it out as instructions and input",
+    "background": "asks for an answer that is fetched later, by a path that the proxy does not serve; leave it out",
+}  # fmt: skip
+
 TEMPLATE = ("enable_thinking", "thinking", "thinking_budget", "reasoning_effort")
 """Keys of `chat_template_kwargs` that pass: whether and how long a model thinks."""
+
+
+def _anything(value: Any) -> bool:
+    return True
 
 
 def _text(value: Any) -> bool:
@@ -70,6 +83,34 @@ def _free_format(value: Any) -> bool:
     return isinstance(value, dict) and value.get("type") in ("text", "json_object") and len(value) == 1
 
 
+def _free_text(value: Any) -> bool:
+    """`text` of a Responses request, which holds the format."""
+    if not isinstance(value, dict) or value.keys() - {"format", "verbosity"}:
+        return False
+    return _free_format(value.get("format") or {"type": "text"}) and _text(value.get("verbosity") or "")
+
+
+def _whole_input(value: Any) -> bool:
+    return value == "disabled"
+
+
+def _readable(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        part in ("message.output_text.logprobs", "reasoning.encrypted_content") for part in value
+    )
+
+
+def _texts_by_name(value: Any) -> bool:
+    return isinstance(value, dict) and all(v is None or _text(v) for v in value.values())
+
+
+_FREE = (
+    _free_choice,
+    _free_format,
+    _free_text,
+    _whole_input,
+    _readable,
+)  # narrow for a reason; --allow-field widens them
 _KINDS: dict[Callable[[Any], bool], tuple[str, str]] = {
     _text: ("a text", "model user service_tier safety_identifier prompt_cache_key prompt_cache_retention reasoning_effort verbosity request_id"),
     _flag: (
@@ -99,12 +140,41 @@ _KINDS: dict[Callable[[Any], bool], tuple[str, str]] = {
 KNOWN = {name: (fits, words) for fits, (words, names) in _KINDS.items() for name in names.split()}
 """Field -> whether a value is of its kind, and the kind in words. OpenAI's own but two, and the usual ones of the servers in docs/serve.md."""
 
+_RESPONSES: dict[Callable[[Any], bool], tuple[str, str]] = {
+    _anything: ("", "input previous_response_id conversation"),  # `davsp.serve.responses` looks at them
+    _text: ("a text", "instructions"),
+    _flag: ("true or false", "background"),
+    _whole: ("a whole number", "max_output_tokens max_tool_calls"),
+    _texts_by_name: ("an object of texts", "reasoning"),
+    _free_text: (
+        "an object of format (of type text or json_object, as a schema can force words) and verbosity",
+        "text",
+    ),
+    _whole_input: ("disabled, as the server would drop what stands first, the defense's text with it", "truncation"),
+    _readable: ("a list of message.output_text.logprobs and reasoning.encrypted_content", "include"),
+}
+_SHARED = (
+    "model stream stream_options store metadata user service_tier safety_identifier prompt_cache_key prompt_cache_retention request_id "
+    "priority tools tool_choice parallel_tool_calls top_logprobs temperature top_p top_k min_p typical_p seed stop frequency_penalty "
+    "presence_penalty repetition_penalty repeat_penalty skip_special_tokens spaces_between_special_tokens include_stop_str_in_output "
+    "cache_prompt"
+)
+RESPONSES = {name: KNOWN[name] for name in _SHARED.split()} | {
+    name: (fits, words) for fits, (words, names) in _RESPONSES.items() for name in names.split()
+}
+"""The same of a Responses request."""
 
-def check(body: Mapping[str, Any], allowed: Collection[str] = ()) -> None:
+
+def check(
+    body: Mapping[str, Any],
+    allowed: Collection[str] = (),
+    known: Mapping[str, tuple[Callable[[Any], bool], str]] = KNOWN,
+) -> None:
     """Look at the fields of a request.
 
     Args:
         body: the request.
+        known: of its protocol.
         allowed: fields of --allow-field; of `chat_template_kwargs` as "chat_template_kwargs.KEY".
 
     Raises:
@@ -114,13 +184,14 @@ def check(body: Mapping[str, Any], allowed: Collection[str] = ()) -> None:
     for name, value in body.items():
         if name == "chat_template_kwargs":
             _check_template(value, allowed)
-        elif name in allowed or (value is None and name in KNOWN):
+        elif name in allowed or (value is None and name in known):
             continue
-        elif name not in KNOWN:
+        elif name not in known:
             raise _unknown(name)
-        elif not KNOWN[name][0](value):
-            mend = f" (--allow-field {name} lets it pass)" if KNOWN[name][0] in (_free_choice, _free_format) else ""
-            raise bad(f"{name} must be {KNOWN[name][1]}{mend}.", "field", name)
+        elif not known[name][0](value):
+            fits, words = known[name]
+            mend = f" (--allow-field {name} lets it pass)" if fits in _FREE else ""
+            raise bad(f"{name} must be {words}{mend}.", "field", name)
 
 
 def refuse(body: Mapping[str, Any]) -> None:

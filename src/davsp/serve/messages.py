@@ -5,7 +5,7 @@ computed of it. Only roles, parts and fields that are known to hold no other pic
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -14,6 +14,16 @@ from davsp.query import Query
 from davsp.serve.refusals import Refusal, bad
 
 Send = Callable[[Image.Image], str]
+
+
+class Types(NamedTuple):
+    """What a protocol calls the parts of a message that the defense is put at."""
+
+    text: str
+    image: str
+
+
+CHAT = Types("text", "image_url")
 ROLES = ("assistant", "developer", "function", "system", "tool", "user")
 PARTS = {"text": {"type", "text"}, "refusal": {"type", "refusal"}, "image_url": {"type", "image_url"}}
 FIELDS = {  # of a message, as OpenAI and the servers in docs/serve.md know them; others could hold a picture (Ollama's `images`)
@@ -70,14 +80,14 @@ def _check_part(part: Any, where: str) -> None:
         raise bad(f"{where}.{kind} must be a text.", param=where)
 
 
-def picture_urls(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+def picture_urls(messages: Sequence[Mapping[str, Any]], types: Types = CHAT) -> list[str]:
     """Of all messages, in their order."""
     return [
-        part["image_url"]["url"]
+        url if isinstance(url := part["image_url"], str) else url["url"]
         for message in messages
         if isinstance(message.get("content"), list)
         for part in message["content"]
-        if part["type"] == "image_url"
+        if part["type"] == types.image
     ]
 
 
@@ -97,44 +107,47 @@ def defended(
     pictures: Sequence[Image.Image],
     send: Send,
     text: bool = True,
+    types: Types = CHAT,
 ) -> list[dict[str, Any]]:
     """The messages as the model is to see them; `messages` itself is left as it is.
 
     Args:
         defense: one that only changes the input.
-        messages: checked.
+        messages: checked; what has no role (a tool call of `davsp.serve.responses`) stays as it is.
         pictures: those of `picture_urls`, read.
         send: a finished picture -> its address in the message.
         text: whether the questions of users get the defense's text.
+        types: of the protocol's parts.
 
     Raises:
         Refusal: 500 if the defense takes a picture away; 400 if it wants another text for each picture of one message.
         DavspError: the defense can't be applied.
     """
     left = iter(pictures)
-    return [_message(defense, message, left, send, text) for message in messages]
+    return [_message(defense, message, left, send, text, types) for message in messages]
 
 
 def _message(
-    defense: Defense, message: Mapping[str, Any], left: Iterator[Image.Image], send: Send, text: bool
+    defense: Defense, message: Mapping[str, Any], left: Iterator[Image.Image], send: Send, text: bool, types: Types
 ) -> dict[str, Any]:
     content = message.get("content")
-    asks = text and message["role"] == "user"
+    asks = text and message.get("role") == "user"
     if isinstance(content, str):
         return {**message, "content": _prepare(defense, content, [])[0]} if asks else dict(message)
     parts = [dict(part) for part in content or []]
-    image_parts = [part for part in parts if part["type"] == "image_url"]
-    text_parts = [part for part in parts if part["type"] == "text"]
+    image_parts = [part for part in parts if part["type"] == types.image]
+    text_parts = [part for part in parts if part["type"] == types.text]
     if not image_parts and not asks:
         return dict(message)
     question = "\n".join(part["text"] for part in text_parts)  # as servers join them
     prepared, images = _prepare(defense, question, [next(left) for _ in image_parts])
     for part, image in zip(image_parts, images, strict=True):
-        part["image_url"] = {**part["image_url"], "url": send(image)}
+        url, was = send(image), part["image_url"]
+        part["image_url"] = url if isinstance(was, str) else {**was, "url": url}
     if asks and text_parts:
         _place(text_parts, question, prepared)
     elif asks and prepared:
-        parts.append({"type": "text", "text": prepared})
+        parts.append({"type": types.text, "text": prepared})
     return {**message, "content": parts}
 
 

@@ -6,6 +6,7 @@ It answers exactly as `davsp eval` does here, and takes no more than that: one u
 import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -18,33 +19,37 @@ from starlette.routing import Route
 from davsp.errors import DavspError
 from davsp.lvlm import LVLM
 from davsp.prompts.base import to_bytes
-from davsp.serve import calls, messages, refusals
+from davsp.serve import calls, refusals
 from davsp.serve.admission import admit, read_json
 from davsp.serve.pictures import decode, from_data_url
+from davsp.serve.protocols import CHAT, RESPONSES, Protocol
 from davsp.serve.refusals import Refusal, bad
-from davsp.serve.replies import Completion, reply
+from davsp.serve.replies import Completion, reply, response
 from davsp.serve.settings import ServeSettings
 
 PIXELS = "x-davsp-pixels"
 """Header of every reply to a picture: sha256 of the 8-bit RGB pixels that the model saw, after the server's own resizing."""
-FIELDS = calls.FIELDS | {"repetition_penalty"}
+FIELDS = {
+    "messages": calls.FIELDS | {"repetition_penalty"},
+    "input": {"model", "input", "max_output_tokens", "stream", "stream_options", "temperature", "top_p", "user", "metadata", "store"},
+}  # fmt: skip
 
 
 def model_app(lvlm: LVLM, name: str, settings: ServeSettings) -> Starlette:
     """An ASGI app that serves the model under a name. Of the settings, limits, token and host count."""
     thread, token = ThreadPoolExecutor(1), settings.token
 
-    async def chat(request: Request) -> Response:
+    async def answer(protocol: Protocol, request: Request) -> Response:
         body = await read_json(request, settings)
-        question, file = _question_and_file(body, name, settings)
+        question, file = _question_and_file(protocol, body, name, settings)
         longest = calls.longest(body, 48)
         completion, seen_hash = await asyncio.get_running_loop().run_in_executor(
             thread, _answer, lvlm, question, file, longest, settings
         )
-        response = reply(completion, body)
+        answered = (reply if protocol is CHAT else response)(completion, body)
         if seen_hash:
-            response.headers[PIXELS] = seen_hash
-        return response
+            answered.headers[PIXELS] = seen_hash
+        return answered
 
     async def models(request: Request) -> Response:
         return JSONResponse(
@@ -64,28 +69,34 @@ def model_app(lvlm: LVLM, name: str, settings: ServeSettings) -> Starlette:
         return endpoint
 
     routes = [
-        Route("/v1/chat/completions", shaped(chat), methods=["POST"]),
+        Route("/v1/chat/completions", shaped(partial(answer, CHAT)), methods=["POST"]),
+        Route("/v1/responses", shaped(partial(answer, RESPONSES)), methods=["POST"]),
         Route("/v1/models", shaped(models)),
         Route("/health", lambda request: JSONResponse({"status": "ok"})),
     ]
     return Starlette(routes=routes)
 
 
-def _question_and_file(body: Any, name: str, settings: ServeSettings) -> tuple[str, bytes | None]:
-    conversation = messages.check(body)
+def _question_and_file(protocol: Protocol, body: Any, name: str, settings: ServeSettings) -> tuple[str, bytes | None]:
+    conversation = protocol.check(body)
     if body.get("model") != name:
         raise Refusal(404, f"model {body.get('model')!r} is not served; it is {name!r}.", "model_not_found", "model")
-    for field in sorted(body.keys() - FIELDS):
+    for field in sorted(body.keys() - FIELDS[protocol.conversation]):
         raise bad(f"{field} is not known to this server; leave it out.", "field", field)
     for field, known in (calls.GREEDY | {"top_p": (1,), "repetition_penalty": (1,)}).items():
         if body.get(field) is not None and body[field] not in known:
             raise bad(f"{field} must be {known[0]} or left out: answers are greedy.", "field", field)
+    urls = protocol.picture_urls(conversation)
+    if isinstance(conversation, str):
+        return conversation, None
     if len(conversation) != 1:
-        raise bad("messages must hold one message of role user and no other.", param="messages")
-    urls, content = messages.picture_urls(conversation), conversation[0]["content"]
+        raise bad(
+            f"{protocol.conversation} must hold one message of role user and no other.", param=protocol.conversation
+        )
     if len(urls) > 1:
-        raise bad("the model takes one picture.", "several_pictures", "messages")
-    texts = [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
+        raise bad("the model takes one picture.", "several_pictures", protocol.conversation)
+    content = conversation[0]["content"]
+    texts = [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]
     return "\n".join(texts), from_data_url(urls[0], settings.max_picture_bytes) if urls else None
 
 

@@ -32,9 +32,7 @@ def reply(completion: Completion, request: dict[str, Any]) -> Response:
 
 def _events(completion: Completion, head: dict[str, Any], usage: bool) -> Iterator[str]:
     head = head | {"object": "chat.completion.chunk"}
-    words = completion.text.split(" ")
-    pieces = [" " * (i > 0) + word for i, word in enumerate(words)]
-    deltas = [{"role": "assistant", "content": ""}, *({"content": piece} for piece in pieces if piece)]
+    deltas = [{"role": "assistant", "content": ""}, *({"content": piece} for piece in _pieces(completion.text))]
     for delta in deltas:
         yield _event(head | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
     yield _event(head | {"choices": [{"index": 0, "delta": {}, "finish_reason": completion.finish}]})
@@ -43,5 +41,67 @@ def _events(completion: Completion, head: dict[str, Any], usage: bool) -> Iterat
     yield "data: [DONE]\n\n"
 
 
+def _pieces(text: str) -> list[str]:
+    pieces = [" " * (i > 0) + word for i, word in enumerate(text.split(" "))]
+    return [piece for piece in pieces if piece]
+
+
 def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value)}\n\n"
+
+
+def response(completion: Completion, request: dict[str, Any]) -> Response:
+    """The answer to a Responses request, whole or as a stream."""
+    head = {
+        "id": f"resp_{uuid.uuid4().hex}", "object": "response", "created_at": int(time.time()), "model": request.get("model"),
+        "error": None, "incomplete_details": None, "instructions": None, "metadata": request.get("metadata") or {}, "tools": [],
+        "tool_choice": "auto", "parallel_tool_calls": True, "temperature": 0, "top_p": 1, "max_output_tokens": request.get("max_output_tokens"),
+        "store": False,
+    }  # fmt: skip
+    cut = completion.finish == "length"
+    status = "incomplete" if cut else "completed"
+    part = {"type": "output_text", "text": completion.text, "annotations": [], "logprobs": []}
+    item = {
+        "id": f"msg_{uuid.uuid4().hex}",
+        "type": "message",
+        "role": "assistant",
+        "status": status,
+        "content": [part],
+    }
+    details = {"incomplete_details": {"reason": "max_output_tokens"}} if cut else {}
+    whole = head | {"status": status, "output": [item], "usage": _usage(completion.usage)} | details
+    if not request.get("stream"):
+        return JSONResponse(whole)
+    started = head | {"status": "in_progress", "output": [], "usage": None}
+    events = _response_events(completion.text, started, item, whole)
+    numbered = (
+        f"event: {event['type']}\n{_event(event | {'sequence_number': number})}" for number, event in enumerate(events)
+    )
+    return Response("".join(numbered), media_type="text/event-stream")
+
+
+def _response_events(
+    text: str, started: dict[str, Any], item: dict[str, Any], whole: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    (part,) = item["content"]
+    yield {"type": "response.created", "response": started}
+    yield {"type": "response.in_progress", "response": started}
+    unfinished = item | {"status": "in_progress", "content": []}
+    yield {"type": "response.output_item.added", "output_index": 0, "item": unfinished}
+    at = {"item_id": item["id"], "output_index": 0, "content_index": 0}
+    yield {"type": "response.content_part.added", "part": part | {"text": ""}} | at
+    for piece in _pieces(text):
+        yield {"type": "response.output_text.delta", "delta": piece, "logprobs": []} | at
+    yield {"type": "response.output_text.done", "text": text, "logprobs": []} | at
+    yield {"type": "response.content_part.done", "part": part} | at
+    yield {"type": "response.output_item.done", "output_index": 0, "item": item}
+    yield {"type": f"response.{whole['status']}", "response": whole}
+
+
+def _usage(usage: dict[str, int] | None) -> dict[str, Any] | None:
+    if usage is None:
+        return None
+    return {
+        "input_tokens": usage["prompt_tokens"], "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "output_tokens": usage["completion_tokens"], "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": usage["total_tokens"],
+    }  # fmt: skip

@@ -2,7 +2,8 @@
 
 The other checks are for good messages; this one holds whatever the parsing did. Texts are looked at one by one and joined without a
 separator, a message and the conversation as a whole, since TGI joins the parts of a message so. Keys count, and so does JSON inside
-texts (the arguments of a tool call), since templates write both out.
+texts (the arguments of a tool call), since templates write both out. The conversation is `messages` of chat completions, `instructions`
+and `input` of responses.
 """
 
 import json
@@ -26,7 +27,7 @@ def sweep(body: Mapping[str, Any], canvases: Collection[str] = ()) -> None:
     """Look at a body that is about to leave.
 
     Args:
-        body: with checked messages.
+        body: with a checked conversation.
         canvases: the addresses that stand for the defense's own canvases; each may be the url of an image part.
 
     Raises:
@@ -42,12 +43,24 @@ def _look_over(body: Mapping[str, Any], canvases: Collection[str]) -> None:
     _values(body, "", canvases)
     texts: list[str] = []  # of the conversation; those of a message stand beside each other in it
     calls: list[str] = []
-    for message in body["messages"]:
-        content = message.get("content")
-        texts += [content] if isinstance(content, str) else _texts(content or [])
-        calls += _leaves({name: value for name, value in message.items() if name not in ("role", "content")})
+    for message in _conversation(body):
+        for name, value in message.items():
+            if name in ("content", "output"):  # an output is a tool's message
+                texts += [value] if isinstance(value, str) else _texts(value or [])
+            elif name not in ("type", "role"):
+                calls += _leaves({name: value})
     _look("".join(texts))
     _look("".join(calls))
+
+
+def _conversation(body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Everything of a body that becomes a message, in its order."""
+    for name in ("instructions", "messages", "input"):
+        value = body.get(name)
+        if isinstance(value, str):
+            yield {"content": value}
+        elif isinstance(value, list):
+            yield from (message for message in value if isinstance(message, dict))
 
 
 def _values(value: Any, key: str, canvases: Collection[str], depth: int = 0) -> None:

@@ -1,6 +1,7 @@
 """The server behind: what goes to it, and what comes back as its own bytes."""
 
 import json
+import re
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ HOP = {  # of one connection, or of a body that is no longer the same
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
     "transfer-encoding", "upgrade", "host", "content-length", "expect", "accept-encoding", "authorization", "cookie", "set-cookie",
 }  # fmt: skip
+NO_PATH = (404, 405, 501)
+A_MODEL = re.compile(rb"\bmodel\b|model_not_found", re.IGNORECASE)  # what is missing is a model, not the path
 
 
 class Upstream:
@@ -34,13 +37,15 @@ class Upstream:
         timeout = httpx2.Timeout(settings.upstream_timeout, connect=settings.connect_timeout)
         self.http = async_client(limits, settings.trust_env, transport, timeout=timeout, follow_redirects=False)
 
-    async def forward(self, request: Request, sent: bytes) -> Response:
-        """The upstream's reply to a chat request: its status and bytes; a stream as it comes.
+    async def forward(self, request: Request, sent: bytes, path: str = "/chat/completions") -> Response:
+        """The upstream's reply to a request: its status and bytes; a stream as it comes.
 
         Raises:
-            Refusal: 502 or 504 if there is no reply, or none that is JSON or a stream of events.
+            Refusal: 502 or 504 if there is no reply, or none that is JSON or a stream of events; 501 if it has no /responses.
         """
-        reply = await self._send("POST", "/chat/completions", self._headers(request.headers), sent)
+        reply = await self._send("POST", path, self._headers(request.headers), sent)
+        if path == "/responses" and reply.status_code in NO_PATH:
+            return await _about_a_model(reply)
         kind = reply.headers.get("content-type", "").partition(";")[0].strip().lower()
         if reply.status_code == 200 and kind == "text/event-stream":
             return _Stream(reply)
@@ -99,6 +104,23 @@ async def _whole(reply: httpx2.Response) -> bytes:
     finally:
         await reply.aclose()
     return data
+
+
+async def _about_a_model(reply: httpx2.Response) -> Response:
+    """A reply of `NO_PATH` if it says that a model is missing. Servers without the path say so in many ways, some without JSON."""
+    try:
+        data = await _whole(reply)
+    except Refusal as refusal:
+        if refusal.code != "upstream_no_json":
+            raise
+        data = b""
+    if A_MODEL.search(data):
+        return Response(data, reply.status_code, _end_to_end(reply.headers))
+    raise Refusal(
+        501,
+        "the upstream has no /responses; ask by /v1/chat/completions, or put an upstream there that has it.",
+        "no_responses",
+    )
 
 
 class _Stream(StreamingResponse):
