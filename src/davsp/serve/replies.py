@@ -52,7 +52,7 @@ def _event(value: dict[str, Any]) -> str:
 
 def response(completion: Completion, request: dict[str, Any]) -> Response:
     """The answer to a Responses request, whole or as a stream."""
-    head = {
+    head: dict[str, Any] = {
         "id": f"resp_{uuid.uuid4().hex}", "object": "response", "created_at": int(time.time()), "model": request.get("model"),
         "error": None, "incomplete_details": None, "instructions": None, "metadata": request.get("metadata") or {}, "tools": [],
         "tool_choice": "auto", "parallel_tool_calls": True, "temperature": 0, "top_p": 1, "max_output_tokens": request.get("max_output_tokens"),
