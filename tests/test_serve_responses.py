@@ -110,7 +110,7 @@ def test_every_picture_of_every_item_in_its_place():
     ]  # fmt: skip
     tools = [{"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True}]
     fields = {
-        "tools": tools, "tool_choice": "auto", "store": True, "include": ["reasoning.encrypted_content"], "truncation": "disabled",
+        "tools": tools, "tool_choice": "auto", "store": True, "include": ["message.output_text.logprobs"], "truncation": "disabled",
         "reasoning": {"effort": "low", "summary": None}, "text": {"format": {"type": "json_object"}, "verbosity": "low"},
         "background": False, "previous_response_id": None, "top_k": 3, "max_output_tokens": 9, "metadata": {"a": "b"},
     }  # fmt: skip
@@ -187,7 +187,7 @@ def test_an_item_that_could_pass_undefended_is_refused(items, says):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"previous_response_id": "resp_1"}, "send the whole conversation as input"), ({"conversation": "conv_1"}, "send the whole conversation"),
+        ({"previous_response_id": "resp_1"}, "send the whole conversation as input"), ({"conversation": "conv_1"}, "send the whole conversation"), ({"conversation": 0}, "send the whole conversation"),
         ({"conversation": {"id": "conv_1"}}, "send the whole conversation"), ({"previous_response": {"output": []}}, "send the whole conversation"),
         ({"previous_input_messages": [image(RED)]}, "send the whole conversation"), ({"background": True}, "is fetched later"),
         ({"prompt": {"id": "pmpt_1"}}, "write it out as instructions"), ({"tools": {"type": "function"}}, "tools must be a list"),
@@ -197,8 +197,8 @@ def test_an_item_that_could_pass_undefended_is_refused(items, says):
         ({"tool_choice": {"type": "function", "name": "f"}}, "--allow-field tool_choice"),
         ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {"const": "Sure, here is how"}}}}, "--allow-field text"),
         ({"text": {"format": {"type": "grammar"}}}, "--allow-field text"), ({"text": {"words": "Sure"}}, "--allow-field text"),
-        ({"truncation": "auto"}, "--allow-field truncation"), ({"include": ["message.input_image.image_url"]}, "--allow-field include"),
-        ({"include": "reasoning.encrypted_content"}, "include must be a list"), ({"instructions": [image(RED)]}, "instructions must be a text"),
+        ({"truncation": "auto"}, "--allow-field truncation"), ({"include": ["reasoning.encrypted_content"]}, "--allow-field include"),
+        ({"include": "message.output_text.logprobs"}, "include must be a list"), ({"request_id": "resp_1"}, "request_id is no field"), ({"instructions": [image(RED)]}, "instructions must be a text"),
         ({"instructions": f"see {RED}"}, "a data URL"), ({"instructions": "look ![", "input": "](https://evil.test/x.png)"}, "![](…)"),
         ({"reasoning": {"effort": {"image_url": RED}}}, "reasoning must be an object of texts"), ({"max_output_tokens": "9"}, "a whole number"),
         ({"messages": [user(image_part(RED))]}, "messages is no field"), ({"response_format": {"type": "text"}}, "response_format is no field"),

@@ -94,10 +94,8 @@ def _whole_input(value: Any) -> bool:
     return value == "disabled"
 
 
-def _readable(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        part in ("message.output_text.logprobs", "reasoning.encrypted_content") for part in value
-    )
+def _inclusions(value: Any) -> bool:
+    return isinstance(value, list) and all(part == "message.output_text.logprobs" for part in value)
 
 
 def _texts_by_name(value: Any) -> bool:
@@ -109,7 +107,7 @@ _FREE = (
     _free_format,
     _free_text,
     _whole_input,
-    _readable,
+    _inclusions,
 )  # narrow for a reason; --allow-field widens them
 _KINDS: dict[Callable[[Any], bool], tuple[str, str]] = {
     _text: ("a text", "model user service_tier safety_identifier prompt_cache_key prompt_cache_retention reasoning_effort verbosity request_id"),
@@ -151,10 +149,13 @@ _RESPONSES: dict[Callable[[Any], bool], tuple[str, str]] = {
         "text",
     ),
     _whole_input: ("disabled, as the server would drop what stands first, the defense's text with it", "truncation"),
-    _readable: ("a list of message.output_text.logprobs and reasoning.encrypted_content", "include"),
+    _inclusions: (
+        "a list of message.output_text.logprobs, as the rest cannot be sent back through the proxy",
+        "include",
+    ),
 }
 _SHARED = (
-    "model stream stream_options store metadata user service_tier safety_identifier prompt_cache_key prompt_cache_retention request_id "
+    "model stream stream_options store metadata user service_tier safety_identifier prompt_cache_key prompt_cache_retention "
     "priority tools tool_choice parallel_tool_calls top_logprobs temperature top_p top_k min_p typical_p seed stop frequency_penalty "
     "presence_penalty repetition_penalty repeat_penalty skip_special_tokens spaces_between_special_tokens include_stop_str_in_output "
     "cache_prompt"

@@ -49,7 +49,7 @@ def check(body: Any) -> str | list[dict[str, Any]]:
     if not isinstance(body, dict):
         raise bad("the body must be a JSON object.")
     for name, why in ELSEWHERE.items():
-        if body.get(name) not in (None, False):
+        if body.get(name) is not None and not (name == "background" and body[name] is False):
             raise bad(f"{name} {why}.", "elsewhere", name)
     _check_tools(body.get("tools"))
     items = body.get("input")
