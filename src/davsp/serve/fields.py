@@ -67,6 +67,10 @@ def _list(value: Any) -> bool:
     return isinstance(value, list)
 
 
+def _tools(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, dict) and v.get("type") == "function" for v in value)
+
+
 def _object(value: Any) -> bool:
     return isinstance(value, dict)
 
@@ -108,6 +112,7 @@ _FREE = (
     _free_text,
     _whole_input,
     _inclusions,
+    _tools,
 )  # narrow for a reason; --allow-field widens them
 _KINDS: dict[Callable[[Any], bool], tuple[str, str]] = {
     _text: ("a text", "model user service_tier safety_identifier prompt_cache_key prompt_cache_retention reasoning_effort verbosity request_id"),
@@ -130,7 +135,8 @@ _KINDS: dict[Callable[[Any], bool], tuple[str, str]] = {
     _texts: ("a list of texts", "modalities"),
     _stop: ("a text or a list of texts", "stop"),
     _scalars: ("an object of texts, numbers and flags", "metadata stream_options audio"),
-    _list: ("a list", "messages tools functions"),
+    _list: ("a list", "messages functions"),
+    _tools: ("a list of tools of type function, as the server would read what another one brings undefended", "tools"),
     _object: ("an object", "web_search_options"),
     _free_choice: ("auto or none, as a call that must be made cannot refuse", "tool_choice function_call"),
     _free_format: ("of type text or json_object, as a schema can force words", "response_format"),
@@ -140,6 +146,7 @@ KNOWN = {name: (fits, words) for fits, (words, names) in _KINDS.items() for name
 
 _RESPONSES: dict[Callable[[Any], bool], tuple[str, str]] = {
     _anything: ("", "input previous_response_id conversation"),  # `davsp.serve.responses` looks at them
+    _list: ("a list", "tools"),  # and at these
     _text: ("a text", "instructions"),
     _flag: ("true or false", "background"),
     _whole: ("a whole number", "max_output_tokens max_tool_calls"),
@@ -196,9 +203,16 @@ def check(
 
 
 def refuse(body: Mapping[str, Any]) -> None:
-    """Raises Refusal if a field is there that no option lets in."""
-    for name in NEVER & body.keys():
+    """Raises Refusal if a field is there that no option lets in, a key of `chat_template_kwargs` among them."""
+    template = body.get("chat_template_kwargs")
+    keys = {f"chat_template_kwargs.{key}" for key in template} if isinstance(template, Mapping) else set()
+    for name in filter(never, sorted(body.keys() | keys)):
         raise bad(f"{name} would change what the model sees of picture or question; leave it out.", "field", name)
+
+
+def never(name: str) -> bool:
+    """Whether no option lets a field in; of `chat_template_kwargs` as "chat_template_kwargs.KEY"."""
+    return name.removeprefix("chat_template_kwargs.") in NEVER
 
 
 def _check_template(value: Any, allowed: Collection[str]) -> None:
@@ -215,8 +229,8 @@ def _check_template(value: Any, allowed: Collection[str]) -> None:
 
 def _unknown(name: str) -> Exception:
     return bad(
-        f"{name[:80]} is no field that is known to leave picture, question and refusal alone; leave it out, or start davsp serve "
-        "with --allow-field and its name.",
+        f"{name[:80]} is no field that is known to leave picture, question and refusal alone; leave it out, or allow it "
+        f"(--allow-field {name[:80]}).",
         "field",
         name[:80],
     )

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from davsp.errors import DavspError, refused_as
 from davsp.runtime import keys
 from davsp.runtime.loopback import is_loopback
-from davsp.serve.fields import ELSEWHERE, NEVER
+from davsp.serve.fields import ELSEWHERE, never
 
 MIB = 2**20
 
@@ -75,10 +75,8 @@ class ServeSettings(BaseModel):
         """
         with refused_as(lambda field, why, _: f"--{field.replace('_', '-')}: {why.lower()}; correct it."):
             settings = cls(**{name: value for name, value in values.items() if value is not None})
-        if never := (NEVER | ELSEWHERE.keys()) & set(settings.allow_fields):
-            raise DavspError(
-                f"--allow-field {min(never)} would let a picture or a template pass undefended; leave it out."
-            )
+        for name in (name for name in settings.allow_fields if never(name) or name in ELSEWHERE):
+            raise DavspError(f"--allow-field {name} would let a picture or a template pass undefended; leave it out.")
         keys.read(settings.api_key_env, "upstream")
         if settings.token is None and not settings.loopback:
             raise DavspError(

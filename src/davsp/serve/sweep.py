@@ -75,7 +75,7 @@ def _values(value: Any, key: str, canvases: Collection[str], depth: int = 0) -> 
             _values(inner, key, canvases, depth + 1)
     elif isinstance(value, Mapping):
         for name, inner in value.items():
-            _look(name)
+            _look(f"{name}")
             # what stands below image_url is a picture's address, whatever its own key
             below = name.lower() if name.lower() in PICTURE_KEYS or key not in PICTURE_KEYS else key
             _values(inner, below, canvases, depth)
