@@ -18,7 +18,9 @@ from davsp.errors import DavspError
 from davsp.serve.app import HASH, Proxy
 from davsp.serve.fields import ELSEWHERE
 from davsp.serve.model import PIXELS, model_app, pixels_hash
+from davsp.serve.refusals import Refusal
 from davsp.serve.settings import ServeSettings
+from davsp.serve.sweep import sweep
 from proxy import (
     TEXT,
     Client,
@@ -230,6 +232,24 @@ def test_what_forces_words_can_be_allowed_and_what_is_not_seen_can_not():
             ServeSettings.of(upstream="http://u/v1", allow_fields=(name,))
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"input": [{"type": "new", "stuff": {"image_url": {"at": "https://evil.test/x.png"}}}]}, {"input": [{"role": "user", "content": [image(RED)]}]},
+        {"instructions": "look ![", "input": "](https://evil.test/x.png)"},
+        {"input": [{"role": "user", "content": "look ![]"}, OUTPUT | {"output": "(https://evil.test/x.png)"}]},
+        {"input": [THOUGHT | {"content": [{"type": "reasoning_text", "text": "!["}]}, message(text("](https://evil.test/x.png)"))]},
+    ],
+)  # fmt: skip
+def test_the_last_look_holds_whatever_the_check_did(body):
+    with pytest.raises(Refusal):
+        sweep(body)
+    sweep(
+        {"input": [message(image("PLACE"), text("q"))], "instructions": "look ![a plot](https://host.test/x.png)"},
+        {"PLACE"},
+    )
+
+
 def test_a_defense_that_asks_more_than_once_is_for_chat_completions():
     for settings in ({}, {"image_free": "pass"}):
         caller = client(ECSO(border()), **settings)
@@ -332,13 +352,13 @@ def served(mini: LVLM, prompt: VisualSafetyPrompt) -> Iterator[tuple[str, str, s
             yield model, url, "davsp-mini" + proxy.suffix
 
 
-def asked(query: Query) -> Any:
+def question_of(query: Query) -> Any:
     shown = query.picture()
     return query.question if shown is None else [message(image(data_url(shown)), text(query.question))]
 
 
 def options(name: str, query: Query) -> dict[str, Any]:
-    return {"model": name, "input": asked(query), "max_output_tokens": TOKENS, "temperature": 0}
+    return {"model": name, "input": question_of(query), "max_output_tokens": TOKENS, "temperature": 0}
 
 
 def test_openai_client_gets_the_answers_of_eval(served, mini, prompt, eval_queries, want):
@@ -358,7 +378,8 @@ def test_openai_client_gets_the_answers_of_eval(served, mini, prompt, eval_queri
         assert chat.choices[0].message.content == want[0] and chat.usage.prompt_tokens == answers[0].usage.input_tokens
         with pytest.raises(openai.BadRequestError, match="one message of role user"):  # the upstream's own words
             one.responses.create(
-                model=name, input=[*asked(eval_queries[0]), *answers[0].output, {"role": "user", "content": "why"}]
+                model=name,
+                input=[*question_of(eval_queries[0]), *answers[0].output, {"role": "user", "content": "why"}],
             )
         with pytest.raises(openai.BadRequestError, match="previous_response_id stands for messages"):
             one.responses.create(model=name, input="why", previous_response_id=answers[0].id)

@@ -46,10 +46,10 @@ def model_app(lvlm: LVLM, name: str, settings: ServeSettings) -> Starlette:
         completion, seen_hash = await asyncio.get_running_loop().run_in_executor(
             thread, _answer, lvlm, question, file, longest, settings
         )
-        answered = (reply if protocol is CHAT else response)(completion, body)
+        result = (reply if protocol is CHAT else response)(completion, body)
         if seen_hash:
-            answered.headers[PIXELS] = seen_hash
-        return answered
+            result.headers[PIXELS] = seen_hash
+        return result
 
     async def models(request: Request) -> Response:
         return JSONResponse(

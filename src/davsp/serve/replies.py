@@ -72,22 +72,22 @@ def response(completion: Completion, request: dict[str, Any]) -> Response:
     whole = head | {"status": status, "output": [item], "usage": _usage(completion.usage)} | details
     if not request.get("stream"):
         return JSONResponse(whole)
-    started = head | {"status": "in_progress", "output": [], "usage": None}
-    events = _response_events(completion.text, started, item, whole)
-    numbered = (
+    opening = head | {"status": "in_progress", "output": [], "usage": None}
+    events = _response_events(completion.text, opening, item, whole)
+    texts = (
         f"event: {event['type']}\n{_event(event | {'sequence_number': number})}" for number, event in enumerate(events)
     )
-    return Response("".join(numbered), media_type="text/event-stream")
+    return Response("".join(texts), media_type="text/event-stream")
 
 
 def _response_events(
-    text: str, started: dict[str, Any], item: dict[str, Any], whole: dict[str, Any]
+    text: str, opening: dict[str, Any], item: dict[str, Any], whole: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     (part,) = item["content"]
-    yield {"type": "response.created", "response": started}
-    yield {"type": "response.in_progress", "response": started}
-    unfinished = item | {"status": "in_progress", "content": []}
-    yield {"type": "response.output_item.added", "output_index": 0, "item": unfinished}
+    yield {"type": "response.created", "response": opening}
+    yield {"type": "response.in_progress", "response": opening}
+    empty = item | {"status": "in_progress", "content": []}
+    yield {"type": "response.output_item.added", "output_index": 0, "item": empty}
     at = {"item_id": item["id"], "output_index": 0, "content_index": 0}
     yield {"type": "response.content_part.added", "part": part | {"text": ""}} | at
     for piece in _pieces(text):

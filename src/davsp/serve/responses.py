@@ -27,13 +27,13 @@ PARTS = {
     "output_text": {"type", "text", "annotations", "logprobs"}, "refusal": {"type", "refusal"},
     "summary_text": {"type", "text"}, "reasoning_text": {"type", "text"},
 }  # fmt: skip
-ASKED, ANSWERED = ("input_text", "input_image"), ("output_text", "refusal", "input_text")
-NEEDED = {  # texts that must be there
+QUESTION_PARTS, ANSWER_PARTS = ("input_text", "input_image"), ("output_text", "refusal", "input_text")
+TEXTS = {  # texts that must be there
     "function_call": ("call_id", "name", "arguments"), "function_call_output": ("call_id", "output"), "input_text": ("text",),
     "input_image": ("image_url",), "output_text": ("text",), "refusal": ("refusal",), "summary_text": ("text",), "reasoning_text": ("text",),
 }  # fmt: skip
 LISTS = ("content", "summary", "annotations", "logprobs")
-UNREAD = {  # field of an item or part -> why it must be left out
+OPAQUE = {  # field of an item or part -> why it must be left out
     "encrypted_content": "cannot be read by the proxy; leave it out",
     "file_id": "names a picture that the proxy does not see; send it as image_url",
 }
@@ -59,10 +59,10 @@ def check(body: Any) -> str | list[dict[str, Any]]:
         raise bad("input must be a text or a list of items.", param="input")
     for at, item in enumerate(items):
         _check_item(item, f"input[{at}]")
-    asked = [at for at, item in enumerate(items) if item.get("role") == "user"]
-    if not asked:
+    of_users = [at for at, item in enumerate(items) if item.get("role") == "user"]
+    if not of_users:
         raise bad("input holds no message of role user, so there is nothing to defend.", param="input")
-    for at, item in enumerate(items[asked[-1] :], asked[-1]):
+    for at, item in enumerate(items[of_users[-1] :], of_users[-1]):
         if item.get("status") not in (None, "completed"):  # vLLM takes it for the beginning of the answer
             where = f"input[{at}].status"
             raise bad(
@@ -98,12 +98,14 @@ def _check_item(item: Any, where: str) -> None:
             "output",
             f"{where}.output",
         )
-    _check_fields(item, ITEMS[kind], NEEDED.get(kind, ()), where)
+    _check_fields(item, ITEMS[kind], TEXTS.get(kind, ()), where)
     if kind == "message":
         if item.get("role") not in ROLES:
             raise bad(f"{where}.role must be one of {', '.join(ROLES)}.", param=f"{where}.role")
         if not isinstance(item.get("content"), str):
-            _check_parts(item.get("content"), ANSWERED if item["role"] == "assistant" else ASKED, f"{where}.content")
+            _check_parts(
+                item.get("content"), ANSWER_PARTS if item["role"] == "assistant" else QUESTION_PARTS, f"{where}.content"
+            )
     elif kind == "reasoning":
         _check_parts(item.get("summary") or [], ("summary_text",), f"{where}.summary")
         _check_parts(item.get("content") or [], ("reasoning_text",), f"{where}.content")
@@ -120,19 +122,19 @@ def _check_parts(parts: Any, types: Sequence[str], where: str) -> None:
                 "part",
                 f"{where}[{number}]",
             )
-        _check_fields(part, PARTS[kind], NEEDED[kind], f"{where}[{number}]")
+        _check_fields(part, PARTS[kind], TEXTS[kind], f"{where}[{number}]")
 
 
-def _check_fields(value: Mapping[str, Any], known: set[str], needed: Sequence[str], where: str) -> None:
+def _check_fields(value: Mapping[str, Any], known: set[str], texts: Sequence[str], where: str) -> None:
     """Every field is a text or left out, but for those in LISTS."""
     if unknown := value.keys() - known:
         raise bad(f"{where} has an unknown field {min(unknown)!r}; leave it out.", "field", where)
     for name, inner in value.items():
-        if name in UNREAD and inner is not None:
-            raise bad(f"{where}.{name} {UNREAD[name]}.", "field", f"{where}.{name}")
+        if name in OPAQUE and inner is not None:
+            raise bad(f"{where}.{name} {OPAQUE[name]}.", "field", f"{where}.{name}")
         if inner is not None and not isinstance(inner, (list, str) if name in LISTS else str):
             raise bad(f"{where}.{name} must be a {'list' if name in LISTS else 'text'}.", param=f"{where}.{name}")
-    for name in needed:
+    for name in texts:
         if not isinstance(value.get(name), str):
             raise bad(f"{where}.{name} must be a text.", param=f"{where}.{name}")
 
