@@ -1,11 +1,15 @@
 """Which road a request takes: the proxies of the environment are used only by who asks for them."""
 
 import asyncio
+import os
+import subprocess
+import sys
 
 import httpx2
 import pytest
 
 from davsp import DavspError
+from davsp.lvlm.remote import RemoteLVLM
 from davsp.runtime.http import PROXIES, async_client, road
 from judge_server import Judge
 from test_chat_judge import server as server  # a fixture
@@ -36,11 +40,28 @@ def test_a_proxy_of_the_environment_is_used_by_who_asks_for_it(server: Judge, mo
         get(server.url, True)
 
 
-def test_a_proxy_that_cannot_be_used_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:1080")
+@pytest.mark.parametrize("address", ["socks://127.0.0.1:1080", "http://127.0.0.1:99999", "127.0.0.1:99999", "://"])
+def test_a_proxy_that_cannot_be_used_is_one_sentence(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", address)
     async_client(LIMITS)
     with pytest.raises(DavspError, match=r"^the proxy that ALL_PROXY names cannot be used .*leave out --trust-env$"):
         async_client(LIMITS, True)
+
+
+def test_a_server_at_a_port_that_there_is_not() -> None:
+    with pytest.raises(DavspError, match="is no address of the model's server"):
+        RemoteLVLM("m", "http://127.0.0.1:99999/v1")
+
+
+def test_a_proxy_that_gradio_cannot_use() -> None:
+    """Gradio builds HTTP clients while it is imported; so it is imported anew, in a process of its own."""
+    pytest.importorskip("gradio")
+    code = "from davsp.app.server import _gradio; _gradio()"
+    environment = os.environ | {"ALL_PROXY": "socks://127.0.0.1:1080"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
+    assert (
+        done.returncode and "davsp.errors.DavspError: Gradio cannot use the proxy that ALL_PROXY names" in done.stderr
+    )
 
 
 def test_the_road_is_said_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:

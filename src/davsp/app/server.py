@@ -56,7 +56,7 @@ def serve(page: Callable[[], Any], sock: socket.socket, token: str | None, ready
     with tempfile.TemporaryDirectory(prefix="davsp-app-") as folder:  # stays empty; Gradio asks for one
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}  # read when it is imported
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else the folder would be left behind
-        import gradio as gr
+        gr = _gradio()
         import uvicorn
         from fastapi import FastAPI
 
@@ -74,6 +74,20 @@ def serve(page: Callable[[], Any], sock: socket.socket, token: str | None, ready
             Guard(app, loopback_only=token is None), log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2
         )  # fmt: skip
         uvicorn.Server(config).run(sockets=[sock])
+
+
+def _gradio() -> Any:
+    """Gradio builds HTTP clients while it is imported, and fails at a proxy of the environment that those cannot use."""
+    from davsp.runtime.http import named
+
+    try:
+        import gradio
+    except Exception as error:  # ValueError, ImportError, InvalidURL
+        if not named():
+            raise
+        why = str(error).splitlines()[0].rstrip(".")
+        raise DavspError(f"Gradio cannot use the proxy that {' or '.join(named())} names ({why}); unset it.") from error
+    return gradio
 
 
 def name_is_optional(app: Any) -> None:

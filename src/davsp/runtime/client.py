@@ -19,7 +19,7 @@ import httpx2
 
 from davsp.errors import DavspError
 from davsp.runtime import keys
-from davsp.runtime.http import async_client
+from davsp.runtime.http import HIGHEST, async_client
 from davsp.runtime.limit import Limit
 
 OPENAI = "https://api.openai.com/v1"
@@ -262,7 +262,7 @@ def _address(base_url: str, whose: str) -> str:
         url = httpx2.URL(base_url)
     except httpx2.InvalidURL as error:
         raise DavspError(f"{base_url!r} is no address of the {whose}'s server ({error}).") from error
-    if url.scheme not in ("http", "https") or not url.host:
+    if url.scheme not in ("http", "https") or not url.host or (url.port or 0) > HIGHEST:
         raise DavspError(f"{base_url!r} is no address of the {whose}'s server; give one as http://127.0.0.1:8000/v1.")
     if url.userinfo or url.query:
         raise DavspError(

@@ -11,6 +11,8 @@ import httpx2
 
 from davsp.errors import DavspError
 
+HIGHEST = 65535
+"""The last port; httpx takes a higher one, and the socket raises an OverflowError at it."""
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 
 
@@ -31,6 +33,9 @@ def async_client(
         transport = transport or httpx2.AsyncHTTPTransport(limits=limits)
         return httpx2.AsyncClient(transport=transport, **options)
     try:
+        for address in (os.environ[name] for name in named()):
+            if (httpx2.URL(address if "://" in address else f"http://{address}").port or 0) > HIGHEST:
+                raise ValueError(f"its port is above {HIGHEST}")
         return httpx2.AsyncClient(limits=limits, **options)
     except (ImportError, ValueError, httpx2.InvalidURL) as error:
         why = str(error).splitlines()[0].rstrip(".")
