@@ -17,6 +17,7 @@ from PIL import Image
 from davsp import VisualSafetyPrompt
 from davsp.defenses import Defense, VisualPrompt
 from davsp.serve.app import Proxy
+from davsp.serve.connections import SERVER
 from davsp.serve.fetch import Fetcher
 from davsp.serve.settings import ServeSettings
 
@@ -150,7 +151,7 @@ def client(defense: Defense | None = None, fetcher: Fetcher | None = None, **set
 def listening(app: Any) -> Iterator[str]:
     """The address of an app that is served on loopback, up to /v1."""
     with socket.create_server(("127.0.0.1", 0)) as bound:
-        config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(app, timeout_graceful_shutdown=1, **SERVER)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()

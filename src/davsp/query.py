@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from PIL.ImageFile import ImageFile
 
 from davsp.errors import DavspError
@@ -162,17 +162,30 @@ def unpacked(image: Image.Image) -> Image.Image:
 
 
 def flatten(image: Image.Image) -> Image.Image:
-    """RGB, upright by its EXIF, with transparency laid on white, 16-bit grey in 8 bit (Pillow would clip it to white)."""
-    image = ImageOps.exif_transpose(image)
+    """RGB, upright by its EXIF, with transparency laid on white, 16-bit grey in 8 bit (Pillow would clip it to white).
+
+    A picture that is so already is given back itself.
+    """
+    image.load()
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode == "I;16":
         image = image.point(lambda level: level * (1 / 257) + 0.5).convert("L")
     if image.mode == "RGB":
-        return image  # a copy already
+        return image
     if "A" in image.getbands() or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(white, layer).convert("RGB")
+        return _on_white(image)
     return image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """The picture on white, some rows at a time: of a large one only itself and the result are in memory."""
+    result, step = Image.new("RGB", image.size), max(1, 2**20 // image.width)
+    for top in range(0, image.height, step):
+        rows = image.crop((0, top, image.width, min(top + step, image.height))).convert("RGBA")
+        white = Image.new("RGBA", rows.size, "white")
+        result.paste(Image.alpha_composite(white, rows).convert("RGB"), (0, top))
+    return result
 
 
 def write_jsonl(path: str | Path, records: "Iterable[Query | Response | Verdict | Grade]") -> None:

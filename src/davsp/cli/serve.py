@@ -1,10 +1,11 @@
 """`davsp serve` and `davsp serve-model`."""
 
 import gc
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
     from davsp.defenses import Defense
     from davsp.serve.settings import ServeSettings
 
-SERVER: Any = {"log_level": "warning", "access_log": False, "server_header": False, "lifespan": "on"}
-"""Of uvicorn. No access log, as a query string could hold a text."""
+M_MMAP_THRESHOLD = -3  # of malloc.h
 Host = Annotated[str, typer.Option(help="Address to listen at; another than this machine's own needs --token-env.")]
 TokenEnv = Annotated[
     str | None, typer.Option(help="Environment variable with the token that clients must bring; left out: none.")
@@ -40,9 +40,22 @@ class LimitOptions:
 
     panel: ClassVar[str] = "Limits"
     max_body: Annotated[int | None, typer.Option(help="Bytes of a request; left out: 32 MiB.")] = None
+    max_text: Annotated[int | None, typer.Option(help="Bytes of a request besides its pictures; left out: 4 MiB.")] = (
+        None
+    )
+    max_values: Annotated[int | None, typer.Option(help="Values of a request's JSON; left out: 100,000.")] = None
     max_images: Annotated[int | None, typer.Option(help="Pictures of a request; left out: 8.")] = None
     max_picture_bytes: Annotated[int | None, typer.Option(help="Bytes of a picture; left out: 16 MiB.")] = None
     max_pixels: MaxPixels = None
+    max_request_pixels: Annotated[
+        int | None, typer.Option(help="Pixels of all pictures of a request; left out: 144 million.")
+    ] = None
+    max_held: Annotated[
+        int | None, typer.Option(help="Bytes of requests that each worker holds; one more is a 429; left out: 256 MiB.")
+    ] = None
+    max_decoding: Annotated[
+        int | None, typer.Option(help="Bytes that each worker's decoding takes at a time; left out: 256 MiB.")
+    ] = None
     concurrency: Annotated[int | None, typer.Option(help="Requests under way at once; left out: 128.")] = None
     workers: Annotated[
         int | None, typer.Option(help="Processes, each with its own --concurrency and --threads; left out: 1.")
@@ -128,11 +141,12 @@ def _work(load: "Callable[[], Defense]", expected: str, settings: "ServeSettings
     import uvicorn
 
     from davsp.serve.app import Proxy
+    from davsp.serve.connections import SERVER
 
     proxy = Proxy(load(), settings)
     if proxy.hash != expected:
         raise DavspError("the defense was changed on disk while the workers started; start davsp serve again.")
-    _leave_imports_alone()
+    _settle()
     uvicorn.Server(uvicorn.Config(proxy.app, **SERVER)).run([listening])
 
 
@@ -183,15 +197,25 @@ def _run(app: "Starlette", host: str, port: int) -> None:
     """Until Ctrl-C."""
     import uvicorn
 
+    from davsp.serve.connections import SERVER
+
     say(f"listening at {_address(host, port)}")
-    _leave_imports_alone()
+    _settle()
     uvicorn.run(app, host=host, port=port, **SERVER)
 
 
-def _leave_imports_alone() -> None:
-    """From now on the garbage collector passes by what torch and others loaded: one look at it all stalls every request by a quarter second."""
+def _settle() -> None:
+    """What a process sets once it has loaded everything.
+
+    The garbage collector passes by what torch and others loaded: one look at it all stalls every request by a quarter second. And glibc
+    gives large blocks back to the system when they are freed; left alone, it would learn from the first large picture to keep them.
+    """
+    import ctypes
+
     gc.collect()
     gc.freeze()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 4 * 2**20)
 
 
 def _address(host: str, port: int) -> str:

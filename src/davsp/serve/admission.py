@@ -2,14 +2,16 @@
 
 import asyncio
 import hmac
-import json
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from starlette.requests import Request
 
 from davsp.runtime.loopback import names_loopback
-from davsp.serve.refusals import Refusal, bad
+from davsp.serve.refusals import Refusal
 from davsp.serve.settings import ServeSettings
+
+SMALL = 2**16  # bytes of a request that there is always room for, as many as may be under way
 
 
 def admit(request: Request, token: str | None, loopback: bool) -> None:
@@ -28,29 +30,65 @@ def admit(request: Request, token: str | None, loopback: bool) -> None:
         )
 
 
-async def read_json(request: Request, settings: ServeSettings) -> Any:
-    """The body of a request.
+class Room:
+    """The bytes of requests that a worker holds. Who does not fit is told at once and waits outside.
+
+    Args:
+        size: in bytes.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.left = size
+
+    @contextmanager
+    def seat(self) -> "Iterator[Seat]":
+        """What one request holds, given back at the end of a `with`."""
+        seat = Seat(self)
+        try:
+            yield seat
+        finally:
+            seat.resize(0)
+
+
+class Seat:
+    """Some bytes of a room, none at first."""
+
+    def __init__(self, room: Room) -> None:
+        self.room, self.size = room, 0
+
+    def resize(self, size: int) -> None:
+        """Hold so many bytes in all. Raises Refusal (429) if they don't fit; a small request is never refused for others' large ones."""
+        if size > max(self.size, SMALL) and size - self.size > self.room.left:
+            raise Refusal(429, "the proxy holds as many large requests as it can; ask again.", "busy")
+        self.room.left -= size - self.size
+        self.size = size
+
+
+async def read(request: Request, seat: Seat, settings: ServeSettings) -> bytearray:
+    """The body of a request, which takes as much of the seat.
 
     Raises:
-        Refusal: 415 if it is not said to be plain JSON, 413 if it is too long, 408 if it comes too slowly, 400 if it is no JSON.
+        Refusal: 415 if it is not said to be plain JSON, 413 if it is too long, 408 if it comes too slowly, 429 if there is no room.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refusal(415, "the body must be sent as Content-Type: application/json.", "content_type")
     if request.headers.get("content-encoding", "identity") != "identity":
         raise Refusal(415, "the body must be sent without Content-Encoding.", "content_encoding")
-    large = Refusal(413, f"the body has more than {settings.max_body} bytes.", "body_too_large")
     length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length) > settings.max_body:
-        raise large
+    expected = int(length) if length.isdecimal() else 0
+    _check_length(expected, seat, settings)
     data = bytearray()
     try:
         async with asyncio.timeout(settings.body_timeout):
             async for chunk in request.stream():
                 data += chunk
-                if len(data) > settings.max_body:
-                    raise large
-        return json.loads(data)
+                _check_length(max(expected, len(data)), seat, settings)
+        return data
     except TimeoutError as error:
         raise Refusal(408, f"the body did not come within {settings.body_timeout:g} s.", "body_timeout") from error
-    except (ValueError, RecursionError) as error:
-        raise bad("the body is not JSON.") from error
+
+
+def _check_length(length: int, seat: Seat, settings: ServeSettings) -> None:
+    if length > settings.max_body:
+        raise Refusal(413, f"the body has more than {settings.max_body} bytes.", "body_too_large")
+    seat.resize(length)

@@ -6,9 +6,9 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -16,20 +16,23 @@ from typing import Any
 import httpx2
 from PIL import Image
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from davsp.defenses import Defense
 from davsp.errors import DavspError
 from davsp.serve import calls, fields, messages, refusals
-from davsp.serve.admission import admit, read_json
+from davsp.serve.admission import SMALL, Room, Seat, admit, read
+from davsp.serve.bodies import Body, parse
+from davsp.serve.connections import Drained
 from davsp.serve.counters import Counters
 from davsp.serve.fetch import Fetcher
-from davsp.serve.pictures import decode, from_data_url, to_data_url
+from davsp.serve.pictures import Budget, decoded, from_data_url, url_bytes
 from davsp.serve.protocols import CHAT, RESPONSES, Protocol
 from davsp.serve.refusals import Refusal, bad
-from davsp.serve.replies import reply
+from davsp.serve.replies import Completion, reply
 from davsp.serve.settings import ServeSettings
 from davsp.serve.sweep import sweep
 from davsp.serve.upstream import Upstream
@@ -62,7 +65,9 @@ class Proxy:
         self.metrics, self.under_way = Counters(), 0
         self.upstream = Upstream(settings, transport)
         self.fetch = fetcher or Fetcher(settings.allow_hosts, settings.max_picture_bytes, settings.fetch_timeout)
-        self.painters = ThreadPoolExecutor(settings.threads, "davsp-defense")
+        self.room, self.budget = Room(settings.max_held), Budget(settings.max_decoding)
+        self.readers = ThreadPoolExecutor(1, "davsp-small"), ThreadPoolExecutor(1, "davsp-large")
+        self.painters = ThreadPoolExecutor(settings.threads, "davsp-pictures")
         self.callers = ThreadPoolExecutor(settings.concurrency, "davsp-calls")
         routes = [
             Route("/v1/chat/completions", _Endpoint(partial(self.defend, CHAT)), methods=["POST"]),
@@ -72,7 +77,12 @@ class Proxy:
             Route("/metrics", self._route(self._page)),
             Route("/health", lambda request: JSONResponse({"status": "ok"})),
         ]
-        self.app = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers={404: _missing, 405: _missing})
+        self.app = Starlette(
+            routes=routes,
+            lifespan=self._lifespan,
+            middleware=[Middleware(Drained)],
+            exception_handlers={404: _missing, 405: _missing},
+        )
         self.app.router.redirect_slashes = False  # a path that is not served says so, and leads nowhere
 
     @asynccontextmanager
@@ -80,52 +90,65 @@ class Proxy:
         yield
         await self.upstream.http.aclose()
         await self.fetch.http.aclose()
-        self.painters.shutdown(wait=False, cancel_futures=True)
-        self.callers.shutdown(wait=False, cancel_futures=True)
+        for pool in (*self.readers, self.painters, self.callers):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     # -- a request that is defended --------------------------------------------------------------------------------
 
     async def defend(self, protocol: Protocol, scope: Any, receive: Any, send: Any) -> None:
         """`POST /v1/chat/completions` or `/v1/responses`, from its head to the last byte of the reply."""
         request, status = Request(scope, receive), str(GONE)
-        self.metrics.under_way.inc()
-        self.under_way += 1
         try:
-            response = await self._shaped(request, partial(self._answer, protocol))
-            status = str(response.status_code)
+            with self._place() as free:
+                response = await self._shaped(request, partial(self._answer, protocol) if free else _busy)
+                status = str(response.status_code)
+                if isinstance(response, StreamingResponse):
+                    return await response(scope, receive, send)
             await response(scope, receive, send)
         except ClientDisconnect:
             pass
         finally:
-            self.under_way -= 1
-            self.metrics.under_way.dec()
             self.metrics.requests.labels(status).inc()
 
-    async def _answer(self, protocol: Protocol, request: Request) -> Response:
-        if self.under_way > self.settings.concurrency:
-            raise Refusal(429, "the proxy is busy; ask again.", "busy")
-        body = await read_json(request, self.settings)
-        return await _unless_gone(request, self._respond(protocol, request, body))
+    @contextmanager
+    def _place(self) -> Iterator[bool]:
+        """Among the requests under way; False if there are too many."""
+        free = self.under_way < self.settings.concurrency
+        self.under_way += 1
+        self.metrics.under_way.inc()
+        try:
+            yield free
+        finally:
+            self.under_way -= 1
+            self.metrics.under_way.dec()
 
-    async def _respond(self, protocol: Protocol, request: Request, body: Any) -> Response:
+    async def _answer(self, protocol: Protocol, request: Request) -> Response:
+        with self.room.seat() as seat:
+            data = [await read(request, seat, self.settings)]
+            return await _unless_gone(request, self._respond(protocol, request, data, seat))
+
+    async def _respond(self, protocol: Protocol, request: Request, inbox: list[bytearray], seat: Seat) -> Response:
         start = time.perf_counter()
         if protocol is RESPONSES and not self.once:
             raise Refusal(
                 501, f"{self.defense.name} asks the model more than once; ask it by /v1/chat/completions.", "not_served"
             )
-        conversation = protocol.check(body)
-        fields.check(body, self.settings.allow_fields, protocol.known)
-        body["model"] = self._plain(body.get("model"))
-        urls = protocol.picture_urls(conversation)
+        reader = self.readers[len(inbox[0]) > SMALL]
+        body = await self._in_thread(reader, self._read, protocol, inbox.pop())  # its pictures are views of the bytes
+        urls = protocol.picture_urls(body.value[protocol.conversation])
         if len(urls) > self.settings.max_images:
             raise bad(
                 f"the request holds {len(urls)} pictures, at most {self.settings.max_images}.", "too_many_pictures"
             )
-        files = await asyncio.gather(*map(self._file, urls))
         idle = not urls and self.settings.image_free == "pass"
+        files = await self._fetched(urls, body, seat)
         if not self.once and not idle:
             return await self._ask_repeatedly(request, body, files)
-        sent = await self._in_thread(self.painters, self._defended_body, protocol, body, files, idle)
+        sent = [
+            await self._in_thread(self.painters if urls else reader, self._defended_body, protocol, body, files, idle)
+        ]
+        del body, files
+        seat.resize(len(sent[0]))
         self.metrics.pictures.inc(len(urls))
         self.metrics.defense.observe(time.perf_counter() - start)
         start = time.perf_counter()
@@ -133,52 +156,68 @@ class Proxy:
         self.metrics.upstream.observe(time.perf_counter() - start)
         return response
 
-    async def _file(self, url: str) -> bytes:
-        if url[:5].lower() == "data:":
-            return from_data_url(url, self.settings.max_picture_bytes)
-        return await self.fetch(url)
+    def _read(self, protocol: Protocol, data: bytearray) -> Body:
+        """The request that the bytes are, looked at but for its pictures; runs in a thread."""
+        body = parse(data, self.settings)
+        protocol.check(body.value)
+        fields.check(body.value, self.settings.allow_fields, protocol.known)
+        body.value["model"] = self._plain(body.value.get("model"))
+        return body
 
-    def _defended_body(self, protocol: Protocol, body: dict[str, Any], files: list[bytes], idle: bool) -> bytes:
-        """The defended body; runs in a thread, where Pillow and zlib leave the interpreter free."""
-        pictures = [decode(file, self.settings) for file in files]
-        place = secrets.token_hex()  # in a picture's stead; no client can know it
-        urls: list[bytes] = []
+    async def _fetched(self, urls: list[str], body: Body, seat: Seat) -> dict[str, bytes]:
+        """The files of pictures that are elsewhere, each in the seat before it is asked for."""
+        elsewhere = [url for url in dict.fromkeys(urls) if url not in body.pictures and url[:5].lower() != "data:"]
+        seat.resize(seat.size + len(elsewhere) * self.settings.max_picture_bytes)
+        return dict(zip(elsewhere, await asyncio.gather(*map(self.fetch, elsewhere)), strict=True))
+
+    def _files(self, urls: list[str], body: Body, fetched: dict[str, bytes]) -> list[bytes]:
+        return [fetched.get(url) or from_data_url(url, self.settings.max_picture_bytes, body.pictures) for url in urls]
+
+    def _defended_body(self, protocol: Protocol, body: Body, fetched: dict[str, bytes], idle: bool) -> bytes:
+        """What is sent on; runs in a thread, where Pillow, zlib and base64 leave the interpreter free."""
+        place = secrets.token_hex()  # in a canvas' stead; no client can know it
+        conversation, canvases = body.value[protocol.conversation], list[bytes]()
 
         def send(picture: Image.Image) -> str:
-            urls.append(to_data_url(picture).encode())
+            canvases.append(url_bytes(picture))
             return place
 
-        conversation = body[protocol.conversation]
-        if not idle:
-            conversation = protocol.defended(self.defense, conversation, pictures, send)
-        leaving = body | {protocol.conversation: conversation}
+        files = self._files(protocol.picture_urls(conversation), body, fetched)
+        with closing(decoded(files, self.settings, self.budget)) as pictures:
+            if not idle:
+                conversation = protocol.defended(self.defense, conversation, pictures, send)
+        leaving = body.value | {protocol.conversation: conversation}
         sweep(leaving, {place})
         try:
             text = json.dumps(leaving, allow_nan=False).encode()
         except ValueError as error:
             raise bad("the body holds a number that JSON has no word for.") from error
-        return _filled(text, place.encode(), urls)
+        return _filled(text, place.encode(), canvases)
 
-    async def _ask_repeatedly(self, request: Request, body: dict[str, Any], files: list[bytes]) -> Response:
+    async def _ask_repeatedly(self, request: Request, body: Body, fetched: dict[str, bytes]) -> Response:
         """The answer of a defense that asks more than once."""
-        sweep(body | {"messages": messages.without_pictures(body["messages"])})
-        before, question = calls.split(body)
-        longest = calls.longest(body, self.settings.max_new_tokens)
-        picture = (await self._in_thread(self.painters, decode, files[0], self.settings)) if files else None
 
         async def post(sent: dict[str, Any]) -> tuple[int, Any]:
             status, content, _ = await self.upstream.ask("POST", "/chat/completions", request.headers, sent)
             return status, content
 
-        lvlm = calls.UpstreamLVLM(body, before, self.settings.upstream, self.settings.canvas, post)
+        before, question = calls.split(body.value)
+        lvlm = calls.UpstreamLVLM(body.value, before, self.settings.upstream, self.settings.canvas, post)
         try:
-            completion = await self._in_thread(
-                self.callers, calls.answer, self.defense, lvlm, question, picture, longest
-            )
+            completion = await self._in_thread(self.callers, self._completion, body, fetched, question, lvlm)
         finally:
             lvlm.stopped = True  # whoever hung up is not asked for again
+        return reply(completion, body.value | {"model": body.value["model"] + self.suffix})
+
+    def _completion(self, body: Body, fetched: dict[str, bytes], question: str, lvlm: calls.UpstreamLVLM) -> Completion:
+        """Runs in a thread of its own, which waits for the upstream between the calls; the picture stays in the budget meanwhile."""
+        longest = calls.longest(body.value, self.settings.max_new_tokens)
+        sweep(body.value | {"messages": messages.without_pictures(body.value["messages"])})
+        files = self._files(messages.picture_urls(body.value["messages"]), body, fetched)
+        with closing(decoded(files, self.settings, self.budget)) as pictures:
+            completion = calls.answer(self.defense, lvlm, question, next(pictures, None), longest)
         self.metrics.pictures.inc(len(files))
-        return reply(completion, body | {"model": body["model"] + self.suffix})
+        return completion
 
     async def _in_thread(self, pool: ThreadPoolExecutor, work: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(pool, work, *args)
@@ -270,6 +309,10 @@ async def _unless_gone(request: Request, work: Any) -> Response:
         watch.cancel()
         task.cancel()
         await asyncio.gather(watch, task, return_exceptions=True)
+
+
+async def _busy(request: Request) -> Response:
+    raise Refusal(429, "the proxy is busy; ask again.", "busy")
 
 
 def _filled(text: bytes, place: bytes, urls: list[bytes]) -> bytes:

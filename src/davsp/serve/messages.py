@@ -4,7 +4,7 @@ Each message of the user is defended as a query of its own, so it looks the same
 computed of it. Only roles, parts and fields that are known to hold no other picture pass.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -104,7 +104,7 @@ def without_pictures(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, An
 def defended(
     defense: Defense,
     messages: Sequence[Mapping[str, Any]],
-    pictures: Sequence[Image.Image],
+    pictures: Iterable[Image.Image],
     send: Send,
     text: bool = True,
     types: Types = CHAT,
@@ -114,7 +114,7 @@ def defended(
     Args:
         defense: one that only changes the input.
         messages: checked; what has no role (a tool call of `davsp.serve.responses`) stays as it is.
-        pictures: those of `picture_urls`, read.
+        pictures: those of `picture_urls`, read; each is asked for when the one before it is sent.
         send: a finished picture -> its address in the message.
         text: whether the questions of users get the defense's text.
         types: of the protocol's parts.
@@ -128,22 +128,27 @@ def defended(
 
 
 def _message(
-    defense: Defense, message: Mapping[str, Any], left: Iterator[Image.Image], send: Send, text: bool, types: Types
+    defense: Defense, message: Mapping[str, Any], pictures: Iterator[Image.Image], send: Send, text: bool, types: Types
 ) -> dict[str, Any]:
     content = message.get("content")
     asks = text and message.get("role") == "user"
     if isinstance(content, str):
-        return {**message, "content": _prepare(defense, content, [])[0]} if asks else dict(message)
+        return {**message, "content": _text(defense, content)} if asks else dict(message)
     parts = [dict(part) for part in content or []]
     image_parts = [part for part in parts if part["type"] == types.image]
     text_parts = [part for part in parts if part["type"] == types.text]
     if not image_parts and not asks:
         return dict(message)
     question = "\n".join(part["text"] for part in text_parts)  # as servers join them
-    prepared, images = _prepare(defense, question, [next(left) for _ in image_parts])
-    for part, image in zip(image_parts, images, strict=True):
+    texts = set[str]()
+    for part in image_parts:  # one after the other, so that one is in memory
+        prepared, image = _prepare(defense, question, next(pictures))
         url, was = send(image), part["image_url"]
         part["image_url"] = url if isinstance(was, str) else {**was, "url": url}
+        texts.add(prepared)
+    if len(texts) > 1:
+        raise bad(f"{defense.name} puts another text at each picture; send one picture a message.", "several_pictures")
+    prepared = texts.pop() if texts else _text(defense, question)
     if asks and text_parts:
         _place(text_parts, question, prepared)
     elif asks and prepared:
@@ -151,16 +156,16 @@ def _message(
     return {**message, "content": parts}
 
 
-def _prepare(defense: Defense, question: str, pictures: list[Image.Image]) -> tuple[str, list[Image.Image]]:
-    pictures_or_none: Sequence[Image.Image | None] = pictures or [None]
-    queries = [Query("", question, "benign", "", image=picture) for picture in pictures_or_none]
-    prepared = defense.prepare(queries)
-    if len({query.question for query in prepared}) != 1:
-        raise bad(f"{defense.name} puts another text at each picture; send one picture a message.", "several_pictures")
-    images = [image for query in prepared if isinstance(image := query.image, Image.Image)]
-    if len(images) != len(pictures):
+def _prepare(defense: Defense, question: str, picture: Image.Image) -> tuple[str, Image.Image]:
+    (query,) = defense.prepare([Query("", question, "benign", "", image=picture)])
+    if not isinstance(query.image, Image.Image):
         raise Refusal(500, f"{defense.name} left a picture out, so nothing was sent on.", "defense")
-    return prepared[0].question, images
+    return query.question, query.image
+
+
+def _text(defense: Defense, question: str) -> str:
+    (query,) = defense.prepare([Query("", question, "benign", "")])
+    return query.question
 
 
 def _place(parts: list[dict[str, Any]], question: str, prepared: str) -> None:

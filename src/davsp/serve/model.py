@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -20,7 +21,9 @@ from davsp.errors import DavspError
 from davsp.lvlm import LVLM
 from davsp.prompts.base import to_bytes
 from davsp.serve import calls, refusals
-from davsp.serve.admission import admit, read_json
+from davsp.serve.admission import Room, admit, read
+from davsp.serve.bodies import Body, parse
+from davsp.serve.connections import Drained
 from davsp.serve.pictures import decode, from_data_url
 from davsp.serve.protocols import CHAT, RESPONSES, Protocol
 from davsp.serve.refusals import Refusal, bad
@@ -37,11 +40,12 @@ FIELDS = {
 
 def model_app(lvlm: LVLM, name: str, settings: ServeSettings) -> Starlette:
     """An ASGI app that serves the model under a name. Of the settings, limits, token and host count."""
-    thread, token = ThreadPoolExecutor(1), settings.token
+    thread, token, room = ThreadPoolExecutor(1), settings.token, Room(settings.max_held)
 
     async def answer(protocol: Protocol, request: Request) -> Response:
-        body = await read_json(request, settings)
-        question, file = _question_and_file(protocol, body, name, settings)
+        with room.seat() as seat:
+            whole = await asyncio.to_thread(parse, await read(request, seat, settings), settings)
+            body, (question, file) = whole.value, _question_and_file(protocol, whole, name, settings)
         longest = calls.longest(body, 48)
         completion, seen_hash = await asyncio.get_running_loop().run_in_executor(
             thread, _answer, lvlm, question, file, longest, settings
@@ -74,11 +78,11 @@ def model_app(lvlm: LVLM, name: str, settings: ServeSettings) -> Starlette:
         Route("/v1/models", shaped(models)),
         Route("/health", lambda request: JSONResponse({"status": "ok"})),
     ]
-    return Starlette(routes=routes)
+    return Starlette(routes=routes, middleware=[Middleware(Drained)])
 
 
-def _question_and_file(protocol: Protocol, body: Any, name: str, settings: ServeSettings) -> tuple[str, bytes | None]:
-    conversation = protocol.check(body)
+def _question_and_file(protocol: Protocol, whole: Body, name: str, settings: ServeSettings) -> tuple[str, bytes | None]:
+    body, conversation = whole.value, protocol.check(whole.value)
     if body.get("model") != name:
         raise Refusal(404, f"model {body.get('model')!r} is not served; it is {name!r}.", "model_not_found", "model")
     for field in sorted(body.keys() - FIELDS[protocol.conversation]):
@@ -97,7 +101,7 @@ def _question_and_file(protocol: Protocol, body: Any, name: str, settings: Serve
         raise bad("the model takes one picture.", "several_pictures", protocol.conversation)
     content = conversation[0]["content"]
     texts = [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]
-    return "\n".join(texts), from_data_url(urls[0], settings.max_picture_bytes) if urls else None
+    return "\n".join(texts), from_data_url(urls[0], settings.max_picture_bytes, whole.pictures) if urls else None
 
 
 def _answer(

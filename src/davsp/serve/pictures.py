@@ -1,36 +1,77 @@
 """Pictures in and out: data URL to an upright RGB picture, and back as lossless PNG."""
 
-import base64
 import binascii
 import io
 import re
 import struct
+import threading
 import zlib
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
+import pybase64
 from PIL import Image
+from PIL.ImageFile import ImageFile
 
 from davsp.query import flatten
+from davsp.serve.bodies import Bytes
 from davsp.serve.refusals import Refusal, bad
 from davsp.serve.settings import ServeSettings
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+BYTES = {"JPEG": 8, "MPO": 8, "PNG": 8, "WEBP": 20}  # a pixel: four as it is, four in RGB, twelve in WebP's decoder
 STORED = 2**21  # pixels up to which a PNG is stored, not packed
 _HEAD = re.compile(r"data:image/[a-z+.-]{1,20};base64,", re.IGNORECASE)
 
 
-def from_data_url(url: str, max_bytes: int) -> bytes:
+class Budget:
+    """Bytes of pixels that threads may take at a time. One that needs more than there is waits for its turn; one that needs more than
+    all takes all.
+
+    Args:
+        size: in bytes.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = self.left = size
+        self.turn, self.changed = threading.Lock(), threading.Condition()
+
+    @contextmanager
+    def hold(self, size: int) -> Iterator[None]:
+        """Take them, once they are there, until the end of a `with`."""
+        taken = min(size, self.size)
+        with self.turn, self.changed:  # in the order of arrival, so that small pictures don't pass a large one for ever
+            self.changed.wait_for(lambda: self.left >= taken)
+            self.left -= taken
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.left += taken
+                self.changed.notify_all()
+
+
+def from_data_url(url: str, max_bytes: int, cut: Mapping[str, Bytes] | None = None) -> bytes:
     """The file in a data URL.
+
+    Args:
+        url: a data URL, or the mark of one.
+        max_bytes: of the file.
+        cut: mark -> base64 (`davsp.serve.bodies`).
 
     Raises:
         Refusal: it is none in base64, or larger than `max_bytes`.
     """
-    head = _HEAD.match(url)
-    if head is None:
-        raise bad("image_url must be data:image/png;base64,… (or jpeg, webp).", "image_url")
-    if (len(url) - head.end()) * 3 // 4 > max_bytes + 2:
+    letters: str | Bytes | None = (cut or {}).get(url)
+    if letters is None:
+        head = _HEAD.match(url)
+        if head is None:
+            raise bad("image_url must be data:image/png;base64,… (or jpeg, webp).", "image_url")
+        letters = url[head.end() :]
+    if len(letters) * 3 // 4 > max_bytes + 2:
         raise bad(f"image_url: the picture has more than {max_bytes} bytes.", "image_too_large")
     try:
-        return base64.b64decode(url[head.end() :], validate=True)
+        return pybase64.b64decode(letters, validate=True)
     except (binascii.Error, ValueError) as error:
         raise bad("image_url: what follows base64, is not base64.", "image_url") from error
 
@@ -39,12 +80,47 @@ def decode(data: bytes, settings: ServeSettings) -> Image.Image:
     """The picture in a file, as `davsp eval` reads it: RGB, upright, on white. Its size is seen before it is decoded.
 
     Raises:
-        Refusal: no whole JPEG, PNG or WebP picture, more than one frame, or too many pixels.
+        Refusal: as `decoded`.
     """
+    (picture,) = decoded([data], settings)
+    return picture
+
+
+def decoded(
+    files: Sequence[bytes], settings: ServeSettings, budget: Budget | None = None
+) -> Generator[Image.Image, None, None]:
+    """The pictures in files, one at a time: what one takes of the budget is given back when the next one is asked for.
+
+    Raises:
+        Refusal: one is no whole JPEG, PNG or WebP picture, has more than one frame, or too many pixels, or all together have; all this
+            but for broken pixels is seen before the first one is decoded.
+    """
+    images = [_opened(file, settings) for file in reversed(files)]
+    if sum(image.width * image.height for image in images) > settings.max_request_pixels:
+        most = f"the pictures have more than {settings.max_request_pixels} pixels together"
+        raise bad(f"{most}; send fewer or smaller ones.", "image_pixels")
+    while images:
+        with (budget or Budget(0)).hold(_cost(images[-1])):
+            yield _flat(images.pop())
+
+
+def _opened(file: bytes, settings: ServeSettings) -> ImageFile:
+    """A picture whose head was read, no more."""
+    with _readable():
+        image = Image.open(io.BytesIO(file), formats=FORMATS)
+        _check(image, settings)
+        return image
+
+
+def _flat(image: Image.Image) -> Image.Image:
+    with _readable():
+        return flatten(image)
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _check(image, settings)
-            return flatten(image)
+        yield
     except Refusal:
         raise
     except Image.DecompressionBombError as error:
@@ -53,6 +129,12 @@ def decode(data: bytes, settings: ServeSettings) -> Image.Image:
         raise bad(
             "image_url: the picture cannot be read; send a whole JPEG, PNG or WebP file.", "image_broken"
         ) from error
+
+
+def _cost(image: Image.Image) -> int:
+    """Bytes that a picture takes at the most from its file to its canvas: the decoder's, one as it is, one in RGB, one padded to a square."""
+    decoder = 6 if "progressive" in image.info else 0  # all coefficients of a JPEG that comes in passes
+    return image.width * image.height * (BYTES[image.format or "WEBP"] + decoder) + 4 * max(image.size) ** 2
 
 
 def _check(image: Image.Image, settings: ServeSettings) -> None:
@@ -68,7 +150,12 @@ def _check(image: Image.Image, settings: ServeSettings) -> None:
 
 def to_data_url(image: Image.Image) -> str:
     """The picture as PNG in a data URL, no pixel changed."""
-    return "data:image/png;base64," + base64.b64encode(png(image.convert("RGB"))).decode()
+    return url_bytes(image).decode()
+
+
+def url_bytes(image: Image.Image) -> bytes:
+    """`to_data_url` in bytes, as it goes over the wire."""
+    return b"data:image/png;base64," + pybase64.b64encode(png(image if image.mode == "RGB" else image.convert("RGB")))
 
 
 def png(image: Image.Image) -> bytes:

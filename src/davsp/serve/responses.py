@@ -4,7 +4,7 @@ The defense acts by the code of `davsp.serve.messages`, so pixels and texts are 
 a Responses request. Only items, parts and fields that are known to hold no other picture pass.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -147,7 +147,7 @@ def picture_urls(items: str | Sequence[Mapping[str, Any]]) -> list[str]:
 def defended(
     defense: Defense,
     items: str | Sequence[Mapping[str, Any]],
-    pictures: Sequence[Image.Image],
+    pictures: Iterable[Image.Image],
     send: messages.Send,
     text: bool = True,
 ) -> str | list[dict[str, Any]]:

@@ -28,13 +28,18 @@ class ServeSettings(BaseModel):
         allow_fields: of a request, besides those that are known to be harmless (`davsp.serve.fields`).
         plain_names: take the upstream's own model names besides those that carry the defense's hash.
         max_body: bytes of a request.
+        max_text: bytes of a request besides its pictures in base64.
+        max_values: of its JSON: objects, lists, texts, numbers; JSON inside texts counts.
         max_images: pictures of a request, over all messages.
         max_picture_bytes: of one picture as a file.
         max_pixels: of the smallest square that holds the picture, as that is what a border pads it to.
+        max_request_pixels: of all pictures of a request together.
         max_aspect: longer side over shorter one.
         workers: processes.
         concurrency: requests under way in each worker; one more gets a 429.
         threads: pictures that each worker decodes and defends at a time; by default one a core of all workers together.
+        max_held: bytes of requests, defended ones included, that each worker holds; one that does not fit gets a 429.
+        max_decoding: bytes of pixels that each worker's decoding takes at a time; what does not fit waits, and the largest are decoded alone.
         body_timeout, fetch_timeout, connect_timeout, upstream_timeout: seconds; the last one is the longest silence.
         max_new_tokens: of defenses that ask more than once, where the client says nothing.
     """
@@ -53,13 +58,18 @@ class ServeSettings(BaseModel):
     allow_fields: tuple[str, ...] = ()
     plain_names: bool = False
     max_body: int = Field(32 * MIB, ge=1)
+    max_text: int = Field(4 * MIB, ge=1)
+    max_values: int = Field(100_000, ge=1)
     max_images: int = Field(8, ge=0)
     max_picture_bytes: int = Field(16 * MIB, ge=1)
     max_pixels: int = Field(36_000_000, ge=1, le=Image.MAX_IMAGE_PIXELS or 0)
+    max_request_pixels: int = Field(144_000_000, ge=1)
     max_aspect: float = Field(50, ge=1)
     concurrency: int = Field(128, ge=1)
     workers: int = Field(1, ge=1)
     threads: int = Field(default_factory=lambda values: max(1, (os.cpu_count() or 1) // values.get("workers", 1)), ge=1)
+    max_held: int = Field(256 * MIB, ge=1)
+    max_decoding: int = Field(256 * MIB, ge=1)
     body_timeout: float = Field(30, gt=0)
     fetch_timeout: float = Field(10, gt=0)
     connect_timeout: float = Field(10, gt=0)

@@ -37,8 +37,11 @@ class Upstream:
         timeout = httpx2.Timeout(settings.upstream_timeout, connect=settings.connect_timeout)
         self.http = async_client(limits, settings.trust_env, transport, timeout=timeout, follow_redirects=False)
 
-    async def forward(self, request: Request, sent: bytes, path: str = "/chat/completions") -> Response:
+    async def forward(self, request: Request, sent: list[bytes], path: str = "/chat/completions") -> Response:
         """The upstream's reply to a request: its status and bytes; a stream as it comes.
+
+        Args:
+            sent: the body in one piece; the list is empty afterwards, so that nobody holds it while the upstream answers.
 
         Raises:
             Refusal: 502 or 504 if there is no reply, or none that is JSON or a stream of events; 501 if it has no /responses.
@@ -59,13 +62,16 @@ class Upstream:
         Raises:
             Refusal: as `forward`.
         """
-        content = None if sent is None else json.dumps(sent).encode()
+        content = None if sent is None else [json.dumps(sent).encode()]
         reply = await self._send(method, path, self._headers(headers), content)
         return reply.status_code, json.loads(await _whole(reply)), reply.headers
 
     async def _send(
-        self, method: str, path: str, headers: list[tuple[bytes, bytes]], content: bytes | None
+        self, method: str, path: str, headers: list[tuple[bytes, bytes]], sent: list[bytes] | None
     ) -> httpx2.Response:
+        if sent:
+            headers = [*headers, (b"content-length", str(sum(map(len, sent))).encode())]
+        content = None if sent is None else _pieces(sent)
         request = self.http.build_request(method, self.url + path, headers=headers, content=content)
         try:
             return await self.http.send(request, stream=True)
@@ -87,6 +93,11 @@ class Upstream:
         elif not self.takes_token and "authorization" in client_headers:
             headers["authorization"] = client_headers["authorization"]
         return [(name.encode("latin-1"), value.encode("latin-1").strip(b" \t")) for name, value in headers.items()]
+
+
+async def _pieces(sent: list[bytes]) -> AsyncIterator[bytes]:
+    while sent:
+        yield sent.pop(0)
 
 
 async def _whole(reply: httpx2.Response) -> bytes:

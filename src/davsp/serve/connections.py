@@ -1,0 +1,171 @@
+"""Connections: a bound on the head of a request, and an answer that also reaches a client that is still sending.
+
+uvicorn's parser, httptools, keeps a head of any length until it is whole. So the bytes are counted before the parser sees them.
+And whoever closes a connection while the other side sends makes its system throw the answer away: what is still coming is read
+and dropped first.
+"""
+
+import asyncio
+import json
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from davsp.serve.refusals import Refusal, body
+
+HEAD = 2**16  # bytes of a request's first line and headers, and of what stands between the chunks of a body
+HEAD_SECONDS = 30.0
+DROPPED = 2**27  # bytes that are read and dropped so that a client reads why
+DROPPED_SECONDS = 30.0
+REFUSALS = {
+    "Request Header Fields Too Large": Refusal(431, f"the head has more than {HEAD} bytes.", "head_too_large"),
+    "Request Timeout": Refusal(408, f"the head did not come within {HEAD_SECONDS:g} s.", "head_timeout"),
+}
+LARGE, SLOW = REFUSALS
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """uvicorn's, for `uvicorn.Config(http=...)`, with a bound on heads: more bytes are a 431, too slow ones a 408."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.pending = 0  # bytes since the last head, piece of a body or message was whole; the parser keeps them
+        self.head = 0  # bytes of the headers of this request
+        self.dropped: int | None = None  # bytes since the connection was refused
+        self.timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:  # uvloop has transports of its own
+        super().connection_made(transport)
+        self._wait_for_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.dropped is not None:
+            self.dropped += len(data)
+            if self.dropped > DROPPED:
+                self.transport.abort()
+        elif self.pending > HEAD:
+            self._refuse(LARGE)
+        else:
+            self.pending += len(data)
+            super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.head = 0
+        if self.timer is None:
+            self._wait_for_head()
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value) + 4)
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self.pending = 0
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self.pending = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self.pending = 0
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Also where a header was too long, which ends the parser."""
+        if self.head > HEAD:
+            self._refuse(LARGE)
+        elif self.dropped is None:
+            super().send_400_response(msg)
+
+    def _count(self, size: int) -> None:
+        self.head += size
+        if self.head > HEAD:
+            raise ValueError  # the parser stops and uvicorn asks for a 400
+
+    def _wait_for_head(self) -> None:
+        self.timer = self.loop.call_later(HEAD_SECONDS, self._refuse, SLOW)
+
+    def _stop_timer(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
+    def _refuse(self, reason: str) -> None:
+        """Say why, stop writing, and drop what still comes for a while."""
+        self._stop_timer()
+        if self.transport.is_closing() or self.dropped is not None:
+            return
+        self.dropped = 0
+        if self.cycle is not None and not self.cycle.response_complete:
+            return self.transport.close()  # words would land in the middle of a reply
+        refusal = REFUSALS[reason]
+        content = json.dumps(body(refusal)).encode()
+        head = f"HTTP/1.1 {refusal.status} {reason}\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        self.transport.write(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
+        self.transport.write_eof()
+        self.flow.resume_reading()
+        self.loop.call_later(DROPPED_SECONDS, self.transport.abort)
+
+
+class Drained:
+    """An ASGI app whose replies are whole only when the request's body is, too: what the app left unread is read and dropped.
+
+    Args:
+        app: the app.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        whole = False
+        headers = dict(scope["headers"])
+        long = int(headers.get(b"content-length", b"0")) > HEAD or b"transfer-encoding" in headers
+
+        async def counted() -> Message:
+            nonlocal whole
+            message = await receive()
+            whole = message["type"] == "http.disconnect" or not message.get("more_body", False)
+            return message
+
+        async def drained(message: Message) -> None:
+            if whole:
+                return await send(message)
+            if message["type"] == "http.response.start" and (long or b"expect" in headers):
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+            last = message["type"] == "http.response.body" and not message.get("more_body", False)
+            if not last or b"expect" in headers:  # who expects a 100 and gets an answer sends nothing
+                return await send(message)
+            await send({**message, "more_body": True})
+            await drop()
+            await send({"type": "http.response.body", "body": b""})
+
+        async def drop() -> None:
+            left = DROPPED
+            try:
+                async with asyncio.timeout(DROPPED_SECONDS):
+                    while not whole and left > 0:
+                        left -= len((await counted()).get("body", b""))
+            except TimeoutError:
+                pass
+
+        await self.app(scope, counted, drained)
+
+
+SERVER: dict[str, Any] = {
+    "log_level": "warning", "access_log": False, "server_header": False, "lifespan": "on", "http": BoundedProtocol,
+}  # fmt: skip
+"""Options of uvicorn. No access log, as a query string could hold a text."""
