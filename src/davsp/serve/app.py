@@ -187,7 +187,7 @@ class Proxy:
             if not idle:
                 conversation = protocol.defended(self.defense, conversation, pictures, send)
         leaving = body.value | {protocol.conversation: conversation}
-        sweep(leaving, {place})
+        sweep(leaving, {place}, self.settings.max_values)
         try:
             text = json.dumps(leaving, allow_nan=False).encode()
         except ValueError as error:
@@ -212,7 +212,8 @@ class Proxy:
     def _completion(self, body: Body, fetched: dict[str, bytes], question: str, lvlm: calls.UpstreamLVLM) -> Completion:
         """Runs in a thread of its own, which waits for the upstream between the calls; the picture stays in the budget meanwhile."""
         longest = calls.longest(body.value, self.settings.max_new_tokens)
-        sweep(body.value | {"messages": messages.without_pictures(body.value["messages"])})
+        left = messages.without_pictures(body.value["messages"])
+        sweep(body.value | {"messages": left}, (), self.settings.max_values)
         files = self._files(messages.picture_urls(body.value["messages"]), body, fetched)
         with closing(decoded(files, self.settings, self.budget)) as pictures:
             completion = calls.answer(self.defense, lvlm, question, next(pictures, None), longest)

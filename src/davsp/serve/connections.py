@@ -48,11 +48,11 @@ class BoundedProtocol(HttpToolsProtocol):
             self.dropped += len(data)
             if self.dropped > DROPPED:
                 self.transport.abort()
-        elif self.pending > HEAD:
-            self._refuse(LARGE)
         else:
             self.pending += len(data)
             super().data_received(data)
+            if self.pending > HEAD:
+                self._refuse(LARGE)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()

@@ -23,24 +23,46 @@ PICTURE_KEYS = {
 DEEPEST = 4  # JSON in texts in texts
 
 
-def sweep(body: Mapping[str, Any], canvases: Collection[str] = ()) -> None:
+def sweep(body: Mapping[str, Any], canvases: Collection[str] = (), most: int = 100_000) -> None:
     """Look at a body that is about to leave.
 
     Args:
         body: with a checked conversation.
         canvases: the addresses that stand for the defense's own canvases; each may be the url of an image part.
+        most: values that the JSON inside its texts may have, all together.
 
     Raises:
-        Refusal: a picture, video or audio as data URL, as markdown, or as an address under a key that servers take pictures from.
+        Refusal: a picture, video or audio as data URL, as markdown, or as an address under a key that servers take pictures from; too
+            many values.
     """
     try:
-        _look_over(body, canvases)
+        _look_over(body, canvases, _Inner(most))
     except RecursionError as error:
         raise bad("the body is nested too deeply.") from error
 
 
-def _look_over(body: Mapping[str, Any], canvases: Collection[str]) -> None:
-    _values(body, "", canvases)
+class _Inner:
+    """Reads JSON inside texts, and no more of it than `most` values: a text is small, but what it says may be a million lists."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.left = most, 2 * most  # each text is read twice
+
+    def __call__(self, text: str) -> Any:
+        """What a text says as JSON, if that is an object, a list or a text; else None."""
+        if text.lstrip()[:1] not in ("{", "[", '"'):
+            return None
+        self.left -= text.count("{") + text.count("[") + text.count(",")
+        if self.left < 0:
+            raise bad(f"the JSON inside the texts holds more than {self.most} values.", "too_many_values")
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            return None
+        return value if isinstance(value, (dict, list, str)) else None
+
+
+def _look_over(body: Mapping[str, Any], canvases: Collection[str], inner: _Inner) -> None:
+    _values(body, "", canvases, inner)
     texts: list[str] = []  # of the conversation; those of a message stand beside each other in it
     calls: list[str] = []
     for message in _conversation(body):
@@ -48,7 +70,7 @@ def _look_over(body: Mapping[str, Any], canvases: Collection[str]) -> None:
             if name in ("content", "output"):  # an output is a tool's message
                 texts += [value] if isinstance(value, str) else _texts(value or [])
             elif name not in ("type", "role"):
-                calls += _leaves({name: value})
+                calls += _leaves({name: value}, inner)
     _look("".join(texts))
     _look("".join(calls))
 
@@ -63,7 +85,7 @@ def _conversation(body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield from (message for message in value if isinstance(message, dict))
 
 
-def _values(value: Any, key: str, canvases: Collection[str], depth: int = 0) -> None:
+def _values(value: Any, key: str, canvases: Collection[str], inner: _Inner, depth: int = 0) -> None:
     """Every key and every value by itself."""
     if isinstance(value, str):
         if value in canvases:
@@ -71,17 +93,17 @@ def _values(value: Any, key: str, canvases: Collection[str], depth: int = 0) -> 
         if key in PICTURE_KEYS and ADDRESS.match(value):
             raise bad(f"a field {key!r} holds an address that a server could take a picture from.", "hidden_picture")
         _look(value)
-        if (inner := _json(value)) is not None and depth < DEEPEST:
-            _values(inner, key, canvases, depth + 1)
+        if depth < DEEPEST and (says := inner(value)) is not None:
+            _values(says, key, canvases, inner, depth + 1)
     elif isinstance(value, Mapping):
-        for name, inner in value.items():
+        for name, below in value.items():
             _look(f"{name}")
             # what stands below image_url is a picture's address, whatever its own key
-            below = name.lower() if name.lower() in PICTURE_KEYS or key not in PICTURE_KEYS else key
-            _values(inner, below, canvases, depth)
+            under = name.lower() if name.lower() in PICTURE_KEYS or key not in PICTURE_KEYS else key
+            _values(below, under, canvases, inner, depth)
     elif isinstance(value, Sequence):
-        for inner in value:
-            _values(inner, key, canvases, depth)
+        for one in value:
+            _values(one, key, canvases, inner, depth)
 
 
 def _look(text: str) -> None:
@@ -104,29 +126,18 @@ def _texts(parts: Sequence[Any]) -> Iterator[str]:
             yield from (value for name, value in part.items() if name in ("text", "refusal") and isinstance(value, str))
 
 
-def _leaves(value: Any, depth: int = 0) -> Iterator[str]:
+def _leaves(value: Any, inner: _Inner, depth: int = 0) -> Iterator[str]:
     """Keys and values in their order; JSON in a text as what it says."""
     if isinstance(value, str):
-        inner = _json(value) if depth < DEEPEST else None
-        if inner is None:
+        says = inner(value) if depth < DEEPEST else None
+        if says is None:
             yield value
         else:
-            yield from _leaves(inner, depth + 1)
+            yield from _leaves(says, inner, depth + 1)
     elif isinstance(value, Mapping):
-        for name, inner in value.items():
+        for name, below in value.items():
             yield name
-            yield from _leaves(inner, depth)
+            yield from _leaves(below, inner, depth)
     elif isinstance(value, Sequence):
-        for inner in value:
-            yield from _leaves(inner, depth)
-
-
-def _json(text: str) -> Any:
-    """What a text says as JSON, if that is an object, a list or a text; else None."""
-    if text.lstrip()[:1] not in ("{", "[", '"'):
-        return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, (dict, list, str)) else None
+        for one in value:
+            yield from _leaves(one, inner, depth)

@@ -1,0 +1,264 @@
+"""Many and large requests: what is held and decoded at a time is bounded, heads are, and whoever is refused reads why."""
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from davsp.defenses import SafetyText
+from davsp.serve import connections
+from davsp.serve.admission import SMALL, Room
+from davsp.serve.pictures import Budget, decoded
+from davsp.serve.refusals import Refusal
+from davsp.serve.settings import ServeSettings
+from proxy import GOOD, border, client, data_url, image_part, listening, user
+from test_serve_pictures import file
+from tiny import picture
+
+
+def test_a_room_is_full_at_once_but_never_for_small_requests():
+    room = Room(10 * SMALL)
+    with room.seat() as large, room.seat() as other:
+        large.resize(8 * SMALL)
+        with pytest.raises(Refusal, match="busy"):
+            other.resize(3 * SMALL)
+        assert other.size == 0
+        other.resize(SMALL)
+        with room.seat() as small:
+            small.resize(SMALL)
+            assert room.left == 0
+            small.resize(SMALL // 2)
+        large.resize(2 * SMALL)
+        other.resize(3 * SMALL)
+    assert room.left == 10 * SMALL
+
+
+def test_a_budget_is_kept_in_turn_and_what_is_too_large_goes_alone():
+    budget, most, lock, order = Budget(100), [0], threading.Lock(), list[int]()
+    now = [0]
+
+    def work(number: int, size: int) -> None:
+        with budget.hold(size):
+            with lock:
+                order.append(number)
+                now[0] += min(size, 100)
+                most[0] = max(most[0], now[0])
+            time.sleep(0.002)
+            with lock:
+                now[0] -= min(size, 100)
+
+    sizes = [30, 500, 60, 30, 100, 10] * 10
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(len(sizes)), sizes))
+    assert most[0] <= 100 and budget.left == 100 and sorted(order) == list(range(60))
+
+
+def test_a_picture_is_decoded_when_it_is_asked_for_and_given_back_before_the_next():
+    budget, limits = Budget(10**6), ServeSettings(upstream="http://u/v1")
+    files = [file(picture(seed, (20, 30)), "PNG") for seed in range(3)]
+    pictures = decoded(files, limits, budget)
+    assert budget.left == 10**6
+    next(pictures)
+    first = budget.left
+    assert first < 10**6
+    next(pictures)
+    assert budget.left == first
+    pictures.close()
+    assert budget.left == 10**6
+
+
+def test_pixels_of_a_request_are_counted_before_any_is_decoded(monkeypatch):
+    caller = client(max_request_pixels=2000)
+    fits, one = data_url(picture(0, (40, 25))), data_url(Image.new("RGB", (41, 25)))
+    assert caller.post(user(image_part(fits), image_part(fits))).status_code == 200
+    monkeypatch.setattr("davsp.serve.pictures.flatten", None)
+    response = caller.post(user(image_part(fits), image_part(one)))
+    assert response.status_code == 400 and "2000 pixels together" in response.json()["error"]["message"]
+    assert len(caller.upstream.bodies) == 1
+
+
+class Slow(SafetyText):
+    """Takes its time over pictures, until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__("S")
+        self.go, self.begun = threading.Event(), threading.Event()
+
+    def prepare(self, queries: Any) -> Any:
+        if queries[0].image is not None:
+            self.begun.set()
+            assert self.go.wait(20)
+        return super().prepare(queries)
+
+
+def test_text_does_not_wait_behind_pictures():
+    defense = Slow()
+    caller = client(defense, threads=1)
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(caller.post, user(image_part(data_url(picture(n, (20, 20)))))) for n in range(3)]
+        assert defense.begun.wait(10)
+        assert caller.post(user("hello")).status_code == 200
+        assert caller.post(user("x" * 3 * SMALL)).status_code == 200
+        assert not any(one.done() for one in waiting)
+        defense.go.set()
+        assert {one.result().status_code for one in waiting} == {200}
+
+
+@contextmanager
+def connected(app: Any) -> Iterator[Any]:
+    with listening(app) as url:
+        port = int(url.split(":")[2].split("/")[0])
+
+        def connect() -> socket.socket:
+            return socket.create_connection(("127.0.0.1", port), timeout=20)
+
+        yield connect
+
+
+def everything(connection: socket.socket) -> bytes:
+    data = b""
+    while chunk := connection.recv(65536):
+        data += chunk
+    return data
+
+
+START = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize("close", [b"", b"Connection: close\r\n"])
+def test_a_refusal_reaches_a_client_that_is_still_sending(close):
+    caller = client(max_held=2**20)
+    size = 20 * 2**20
+    with connected(caller.proxy.app) as connect:
+        for path, length, status in (
+            (b"/v1/chat/completions", size, b"429"),
+            (b"/v1/chat/completions", 40 * 2**20, b"413"),
+            (b"/v1/completions", size, b"404"),
+            (b"/v1/models", size, b"405"),
+        ):
+            head = START.replace(b"/v1/chat/completions", path) + close + b"Content-Length: %d\r\n\r\n" % length
+            with connect() as connection:
+                connection.sendall(head)
+                for _ in range(length // 2**20):
+                    connection.sendall(b" " * 2**20)  # fails if the other side closes
+                reply = everything(connection)
+            assert reply.split(b" ", 2)[1] == status and b"connection: close" in reply.lower(), reply
+            assert json.loads(reply.partition(b"\r\n\r\n")[2])["error"]["code"]
+        assert caller.proxy.room.left == 2**20 and caller.proxy.under_way == 0
+
+
+def test_a_small_refused_request_keeps_its_connection():
+    caller = client()
+    with connected(caller.proxy.app) as connect, connect() as connection:
+        for _ in range(3):
+            connection.sendall(START.replace(b"json", b"xml") + b"Content-Length: 9\r\n\r\n")
+            time.sleep(0.02)
+            connection.sendall(b"<a>b</a>\n")
+            reply = connection.recv(65536)
+            assert b" 415 " in reply and b"close" not in reply.lower()
+
+
+def test_who_waits_for_a_100_is_refused_without_one():
+    caller = client(max_held=2**20)
+    with connected(caller.proxy.app) as connect, connect() as connection:
+        connection.sendall(START + b"Expect: 100-continue\r\nContent-Length: 20971520\r\n\r\n")
+        reply = everything(connection)
+        assert reply.startswith(b"HTTP/1.1 429") and b"100 Continue" not in reply
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"".join(b"X-%d: %s\r\n" % (n, b"a" * 1000) for n in range(70)),
+        b"X-A: " + b"a" * 2**17 + b"\r\n",
+        b"".join(b"A:\r\n" for _ in range(2**15)),
+    ],
+    ids=["many", "long", "empty"],
+)
+@pytest.mark.parametrize("step", [2**20, 1000])
+def test_a_head_that_is_too_long_is_a_431(content, step):
+    caller = client()
+    with connected(caller.proxy.app) as connect, connect() as connection:
+        data = START + content + b"Content-Length: 2\r\n\r\n{}"
+        for at in range(0, len(data), step):
+            connection.sendall(data[at : at + step])
+        for _ in range(40):  # still sending
+            connection.sendall(b"b" * 2**16)
+        reply = everything(connection)
+    assert reply.startswith(b"HTTP/1.1 431 ") and reply.count(b"HTTP/1.1") == 1
+    assert json.loads(reply.partition(b"\r\n\r\n")[2])["error"]["code"] == "head_too_large"
+
+
+def test_a_path_that_is_too_long_is_a_431():
+    with connected(client().proxy.app) as connect, connect() as connection:
+        connection.sendall(b"GET /" + b"a" * 2**17 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert everything(connection).startswith(b"HTTP/1.1 431 ")
+
+
+def test_a_head_below_the_bound_passes_and_the_next_one_counts_anew():
+    caller = client()
+    body = json.dumps({"model": caller.model, "messages": [user("q")]}).encode()
+    with connected(caller.proxy.app) as connect, connect() as connection:
+        for _ in range(3):
+            more = b"X-A: " + b"a" * (SMALL - 300) + b"\r\n"
+            connection.sendall(START + more + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            assert b" 200 " in connection.recv(65536)
+
+
+@pytest.mark.parametrize("flood", [b"2;" + b"e" * 2**18, b"2\r\n{}\r\n0\r\nX-T: " + b"t" * 2**18])
+def test_what_stands_between_chunks_is_bounded_too(flood):
+    """Extensions of chunks and trailers, which the parser would wait through or keep."""
+    with connected(client().proxy.app) as connect, connect() as connection:
+        connection.sendall(START + b"Transfer-Encoding: chunked\r\n\r\n" + flood)
+        with suppress(ConnectionError):
+            assert everything(connection) == b""
+
+
+def test_a_head_that_comes_too_slowly_is_a_408(monkeypatch):
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.2)
+    with connected(client().proxy.app) as connect:
+        with connect() as connection:
+            connection.sendall(START)
+            assert everything(connection).startswith(b"HTTP/1.1 408 ")
+        with connect() as silent:
+            assert everything(silent).startswith(b"HTTP/1.1 408 ")
+
+
+def test_requests_that_hold_no_more_than_fits_are_answered_again():
+    caller = client(border(), max_held=2**20, threads=1)
+    slow = threading.Event()
+
+    async def answer() -> Any:
+        while not slow.is_set():
+            await asyncio.sleep(0.01)
+        return GOOD
+
+    caller.upstream.answer = lambda number, body: answer()
+    noise = data_url(picture(1, (300, 300)))  # some 350 KB
+    with connected(caller.proxy.app) as connect:
+        body = json.dumps({"model": caller.model, "messages": [user(image_part(noise))]}).encode()
+        head = START + b"Content-Length: %d\r\n\r\n" % len(body)
+        with connect() as first, connect() as second, connect() as third, connect() as fourth:
+            for connection in (first, second):
+                connection.sendall(head)
+            time.sleep(0.2)
+            third.sendall(head + body)
+            assert b" 429 " in third.recv(65536)
+            for connection in (first, second):
+                connection.sendall(body)
+            while len(caller.upstream.bodies) < 2:
+                time.sleep(0.01)
+            fourth.sendall(head + body)  # what the others hold now is canvases of ten KB
+            while len(caller.upstream.bodies) < 3:
+                time.sleep(0.01)
+            slow.set()
+            assert all(b" 200 " in connection.recv(65536) for connection in (first, second, fourth))
+    assert caller.proxy.room.left == 2**20
