@@ -12,10 +12,13 @@ picture is a 640x480 JPEG of blurred noise and grain.
 CPU milliseconds a request of all three stand beside, as they hold on a busy machine, too. From them follow, where there are
 many clients, the most requests a second that this machine's cores allow the proxy alone, and all three together, and how
 many cores the proxy alone takes for 90 % of what the stub did.
+
+`--hostile` measures something else: what harmful loads do to other clients (perf/hostile.py).
 """
 
 import asyncio
 import base64
+import hashlib
 import io
 import json
 import os
@@ -45,23 +48,33 @@ STUB = b'{"id":"1","object":"chat.completion","choices":[{"index":0,"message":{"
 
 
 async def stub(port: int) -> None:
-    """Reads a request and answers after as many seconds as stand in its head X-Latency."""
+    """Reads a request and answers after as many seconds as stand in its head X-Latency; with X-Pixels by what it sees."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).lower()
-                await reader.readexactly(int(head.split(b"content-length: ")[1].split(b"\r\n")[0]))
+                body = await reader.readexactly(int(head.split(b"content-length: ")[1].split(b"\r\n")[0]))
                 await asyncio.sleep(float(head.split(b"x-latency: ")[1].split(b"\r\n")[0]))
-                size = str(len(STUB)).encode()
+                reply = STUB.replace(b"ok", pixels(body)) if b"x-pixels: " in head else STUB
+                size = str(len(reply)).encode()
                 writer.write(
-                    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: " + size + b"\r\n\r\n" + STUB
+                    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: "
+                    + size
+                    + b"\r\n\r\n"
+                    + reply
                 )
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, asyncio.LimitOverrunError, ConnectionError):
             writer.close()
 
     server = await asyncio.start_server(serve, "127.0.0.1", port, limit=2**20, backlog=512)
     await server.serve_forever()
+
+
+def pixels(body: bytes) -> bytes:
+    """SHA-256 of the picture in a request, decoded."""
+    file = base64.b64decode(body.split(b";base64,")[1].split(b'"')[0])
+    return hashlib.sha256(Image.open(io.BytesIO(file)).convert("RGB").tobytes()).hexdigest().encode()
 
 
 def proxy(core: int | None, options: list[str]) -> None:
@@ -138,8 +151,8 @@ class Served:
 
 
 @contextmanager
-def processes(prompt: str, core: int | None, *options: str) -> Iterator[Served]:
-    """They run, warmed up."""
+def processes(prompt: str, core: int | None, *options: str, source: Path | None = None) -> Iterator[Served]:
+    """They run, warmed up; the proxy from another checkout's `source`, if one is named."""
     ports, run = [free_port(), free_port()], [sys.executable, __file__, "--serve"]
     options_of_proxy = [
         "--prompt",
@@ -152,7 +165,8 @@ def processes(prompt: str, core: int | None, *options: str) -> Iterator[Served]:
         str(ports[1]),
     ]
     proxy_task = json.dumps([core, [*options_of_proxy, "--no-probe", "--plain-names", *options]])
-    started = [subprocess.Popen([*run, one]) for one in (str(ports[0]), proxy_task)]
+    env = os.environ | ({"PYTHONPATH": str(source.resolve())} if source else {})
+    started = [subprocess.Popen([*run, str(ports[0])]), subprocess.Popen([*run, proxy_task], env=env)]
     try:
         for port in ports:
             wait(port)
@@ -230,12 +244,19 @@ def main(
     workers: Annotated[int | None, typer.Option(help="Of the proxy with many clients; left out: one a core.")] = None,
     threads: Annotated[int | None, typer.Option(help="Of each worker; left out: the proxy's default.")] = None,
     beside: Annotated[str, typer.Option(help="What else ran.")] = "",
+    hostile: Annotated[bool, typer.Option("--hostile", help="Measure harmful loads in place of all this.")] = False,
+    before: Annotated[Path | None, typer.Option(help="With --hostile: `src` of a checkout to compare with.")] = None,
+    only: Annotated[str, typer.Option(help="With --hostile: part of the names of loads, or cpu; left out: all.")] = "",
     serve: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Measure, print, and write."""
     if serve:
         task = json.loads(serve)
         return asyncio.run(stub(task)) if isinstance(task, int) else proxy(*task)
+    if hostile:
+        import hostile as loads
+
+        return loads.main(out, before, only, beside)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     options = ["--workers", str(workers or cores), *(["--threads", str(threads)] if threads else [])]
     facts = {"seconds": seconds, "cores": cores, "many_clients_options": options}
