@@ -251,17 +251,15 @@ def show(row: dict[str, Any]) -> None:
 # -- CPU ---------------------------------------------------------------------------------------------------------------
 
 
-def pixels(port: int) -> dict[str, str]:
+def pixels(port: int, jpeg: bytes) -> dict[str, str]:
     """SHA-256 of the canvas that the stub decoded, by the picture that was sent."""
     from PIL import Image
 
-    from proxy import jpeg
-
-    rgb = Image.open(io.BytesIO(jpeg()))
+    rgb = Image.open(io.BytesIO(jpeg))
     images = {"grey": rgb.convert("L"), "small": rgb.resize((50, 41)), "tall": rgb.transpose(Image.Transpose.ROTATE_90)}
     images["transparent"] = Image.merge("RGBA", [*rgb.split(), rgb.convert("L")])
     seen = {}
-    for name, file in {"jpeg": jpeg(), **{name: png(image) for name, image in images.items()}}.items():
+    for name, file in {"jpeg": jpeg, **{name: png(image) for name, image in images.items()}}.items():
         with connect(port) as connection:
             connection.sendall(pictures(file, 1, b"X-Pixels: 1\r\n"))
             status, body = reply(connection)
@@ -286,7 +284,7 @@ def main(out: Path | None, before: Path | None, only: str, beside: str, pairs: i
     """Measure, print and write; `only` is a part of a load's name with its clients ("4 x 31"), or "cpu"."""
     from davsp import VisualSafetyPrompt
     from davsp.runtime.files import manifest, write_json
-    from proxy import processes, stretch
+    from proxy import jpeg, processes, stretch
 
     commit = before and subprocess.check_output(["git", "-C", str(before), "rev-parse", "HEAD"], text=True).strip()
     versions: dict[str, Path | None] = {"new": None} if before is None else {"before": before, "new": None}
@@ -320,7 +318,7 @@ def main(out: Path | None, before: Path | None, only: str, beside: str, pairs: i
                     name: stack.enter_context(processes(folder, None, "--workers", "1", source=source))
                     for name, source in sorted(versions.items(), reverse=bool(pair % 2))
                 }
-                result["pixels"] = {name: pixels(served.port) for name, served in both.items()}
+                result["pixels"] = {name: pixels(served.port, jpeg()) for name, served in both.items()}
                 result["same_pixels"] = result["pixels"]["before"] == result["pixels"]["new"]
                 for clients in spent:
                     for name, served in both.items():
