@@ -147,3 +147,11 @@ def test_probe_says_what_must_hold(answer, says):
     lines = asyncio.run(probe(ServeSettings(upstream="http://u/v1", canvas=56), None, upstream))
     assert says in lines[0] and "56x56 pixels alone" in lines[1]
     assert picture_of(upstream.bodies[0]["messages"][0]["content"][0]["image_url"]["url"]).size == (56, 56)
+
+
+def test_a_picture_in_the_models_own_words_does_not_reach_it():
+    """ECSO puts its caption into the next question, where a server could read a picture by address."""
+    caller = asking(ECSO(border()), "bad", "yes", "a caption ![](https://evil.test/x.png)", "never")
+    response = caller.post(ASK)
+    assert response.status_code == 400 and "![](…)" in response.json()["error"]["message"]
+    assert len(caller.upstream.bodies) == 3

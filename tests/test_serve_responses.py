@@ -171,12 +171,13 @@ FILE = {"type": "input_file", "file_data": RED}
         ([message(image(RED[:40]))], "image_url"),
         ([message(text("look ![](https://evil.test/x.png)"))], "![](…)"), ([message(text("look !["), text("](https://evil.test/x.png)"))], "![](…)"),
         ([ASK, message(output("look !["), role="assistant"), message(text("](https://evil.test/x.png)"))], "![](…)"),
-        ([ASK, CALL | {"arguments": '{"a": "!\\u005b](https://evil.test/x.png)"}'}], "![](…)"),
-        ([ASK, CALL | {"arguments": '{"image_url": "https://evil.test/x.png"}'}], "'image_url' holds an address"),
+        ([ASK, CALL | {"arguments": '{"a": "!\\u005b](https://evil.test/x.png)"}'}, OUTPUT], "![](…)"),
+        ([ASK, CALL | {"arguments": '{"image_url": "https://evil.test/x.png"}'}, OUTPUT], "'image_url' holds an address"),
         ([ASK, OUTPUT | {"output": f"a tool's {RED}"}], "a data URL"),
         ([ASK, OUTPUT | {"output": '[{"type": "input_image", "image_url": "https://evil.test/x.png"}]'}], "'image_url' holds an address"),
         ([ASK, OUTPUT | {"output": "look !["}, message(text("](https://evil.test/x.png)"))], "![](…)"),
-        ([ASK, THOUGHT | {"summary": [{"type": "summary_text", "text": "![](https://evil.test/x.png)"}]}], "![](…)"),
+        ([ASK, THOUGHT | {"summary": [{"type": "summary_text", "text": "![](https://evil.test/x.png)"}]}, ASK], "![](…)"),
+        *[([ASK, item], "input ends with the assistant") for item in (message(output("Sure, here"), role="assistant"), THOUGHT, CALL)],
     ],
 )  # fmt: skip
 def test_an_item_that_could_pass_undefended_is_refused(items, says):

@@ -16,8 +16,10 @@ from davsp.lvlm import Answer
 from davsp.lvlm.remote import RemoteLVLM, read_answer
 from davsp.query import Query
 from davsp.runtime.client import Failure
+from davsp.serve.messages import without_pictures
 from davsp.serve.refusals import Refusal, bad
 from davsp.serve.replies import Completion
+from davsp.serve.sweep import sweep
 
 Post = Callable[[dict[str, Any]], Awaitable[tuple[int, Any]]]
 FIELDS = {
@@ -69,6 +71,7 @@ class UpstreamLVLM(RemoteLVLM):
     def _ask(self, question: str, picture: bytes | None, max_new_tokens: int) -> Answer:
         body = self._body(question, picture, max_new_tokens) | self.more
         body["messages"] = [*self.before, *body["messages"]]
+        sweep(body | {"messages": without_pictures(body["messages"])})  # the model's own words stand in it, too
         if self.stopped:
             raise CancelledError
         status, reply = asyncio.run_coroutine_threadsafe(_await(self.post(body)), self.loop).result()

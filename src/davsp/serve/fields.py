@@ -4,7 +4,8 @@ Everything else is refused by its name, so that what a server learns next year c
 
 - what holds a picture or changes what the model sees (`NEVER`; no option lets these in);
 - what forces words or forbids a refusal: `logit_bias`, `prediction`, grammars (`structured_outputs`, `guided_*`, `regex`), `bad_words`,
-  `min_tokens` and `ignore_eos` (which go on past "I am sorry"), a schema as `response_format`, a tool call that must be made.
+  `min_tokens` and `ignore_eos` (which go on past "I am sorry"), a schema as `response_format`, a tool call that must be made, the
+  beginning of an answer as the last message.
   A model that has to begin with "Sure" is not asked any more, and no border can help;
 - what nobody here has heard of.
 
@@ -75,6 +76,10 @@ def _object(value: Any) -> bool:
     return isinstance(value, dict)
 
 
+def _wholes(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_whole, value))
+
+
 def _stop(value: Any) -> bool:
     return _text(value) or _texts(value)
 
@@ -115,7 +120,7 @@ _FREE = (
     _tools,
 )  # narrow for a reason; --allow-field widens them
 _KINDS: dict[Callable[[Any], bool], tuple[str, str]] = {
-    _text: ("a text", "model user service_tier safety_identifier prompt_cache_key prompt_cache_retention reasoning_effort verbosity request_id"),
+    _text: ("a text", "model user service_tier safety_identifier prompt_cache_key prompt_cache_retention reasoning_effort verbosity request_id cache_salt"),
     _flag: (
         "true or false",
         "stream logprobs store parallel_tool_calls skip_special_tokens spaces_between_special_tokens include_stop_str_in_output "
@@ -130,14 +135,15 @@ _KINDS: dict[Callable[[Any], bool], tuple[str, str]] = {
     _whole: (
         "a whole number",
         "max_tokens max_completion_tokens n seed top_logprobs top_k best_of repeat_last_n dry_allowed_length dry_penalty_last_n mirostat "
-        "n_probs min_keep priority prompt_logprobs",
+        "n_probs min_keep priority prompt_logprobs thinking_token_budget",
     ),
     _texts: ("a list of texts", "modalities"),
     _stop: ("a text or a list of texts", "stop"),
-    _scalars: ("an object of texts, numbers and flags", "metadata stream_options audio"),
+    _wholes: ("a list of whole numbers", "stop_token_ids"),
+    _scalars: ("an object of texts, numbers and flags", "metadata stream_options audio prompt_cache_options"),
     _list: ("a list", "messages functions"),
     _tools: ("a list of tools of type function, as the server would read what another one brings undefended", "tools"),
-    _object: ("an object", "web_search_options"),
+    _object: ("an object", "web_search_options moderation"),
     _free_choice: ("auto or none, as a call that must be made cannot refuse", "tool_choice function_call"),
     _free_format: ("of type text or json_object, as a schema can force words", "response_format"),
 }  # fmt: skip
@@ -163,7 +169,7 @@ _RESPONSES: dict[Callable[[Any], bool], tuple[str, str]] = {
 }
 _SHARED = (
     "model stream stream_options store metadata user service_tier safety_identifier prompt_cache_key prompt_cache_retention "
-    "priority tools tool_choice parallel_tool_calls top_logprobs temperature top_p top_k min_p typical_p seed stop frequency_penalty "
+    "prompt_cache_options moderation priority tools tool_choice parallel_tool_calls top_logprobs temperature top_p top_k min_p typical_p seed stop frequency_penalty "
     "presence_penalty repetition_penalty repeat_penalty skip_special_tokens spaces_between_special_tokens include_stop_str_in_output "
     "cache_prompt"
 )
@@ -189,6 +195,7 @@ def check(
         Refusal: a field that is not known or not of its kind; it names the field and the option.
     """
     refuse(body)
+    _check_end(body, allowed)
     for name, value in body.items():
         if name == "chat_template_kwargs":
             _check_template(value, allowed)
@@ -213,6 +220,21 @@ def refuse(body: Mapping[str, Any]) -> None:
 def never(name: str) -> bool:
     """Whether no option lets a field in; of `chat_template_kwargs` as "chat_template_kwargs.KEY"."""
     return name.removeprefix("chat_template_kwargs.") in NEVER
+
+
+def _check_end(body: Mapping[str, Any], allowed: Collection[str]) -> None:
+    """TGI and llama.cpp go on with a last message of the assistant, which so could begin with "Sure"."""
+    name = "messages" if "messages" in body else "input"
+    conversation = body.get(name)
+    if name in allowed or not isinstance(conversation, list) or not conversation:
+        return
+    if conversation[-1].get("role") == "assistant" or conversation[-1].get("type") in ("reasoning", "function_call"):
+        raise bad(
+            f"{name} ends with the assistant, and some servers go on with that, so that words could be forced; end with a question "
+            f"or a tool's output (--allow-field {name} lets it pass).",
+            "field",
+            name,
+        )
 
 
 def _check_template(value: Any, allowed: Collection[str]) -> None:

@@ -30,6 +30,7 @@ FIELDS = {  # of a message, as OpenAI and the servers in docs/serve.md know them
     "role", "content", "name", "refusal", "tool_calls", "tool_call_id", "function_call", "reasoning", "reasoning_content",
     "annotations", "audio",
 }  # fmt: skip
+TEXTS = ("name", "tool_call_id", "refusal", "reasoning", "reasoning_content")
 
 
 def check(body: Any) -> list[dict[str, Any]]:
@@ -55,6 +56,9 @@ def _check_message(message: dict[str, Any], where: str) -> None:
         raise bad(f"{where}.role must be one of {', '.join(ROLES)}.", param=f"{where}.role")
     if unknown := message.keys() - FIELDS:
         raise bad(f"{where} has an unknown field {min(unknown)!r}; leave it out.", "field", where)
+    for name in TEXTS:
+        if not isinstance(message.get(name), str | None):
+            raise bad(f"{where}.{name} must be a text.", param=f"{where}.{name}")
     content = message.get("content")
     if isinstance(content, str) or (content is None and message["role"] != "user"):
         return

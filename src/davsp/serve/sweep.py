@@ -14,7 +14,9 @@ from typing import Any
 from davsp.serve.refusals import bad
 
 MARKDOWN = re.compile(r"!\[\]\(\s*(data:|https?:)", re.IGNORECASE)  # TGI takes a picture from the text by it
-DATA = re.compile(r"data:(image|video|audio)/[\w.+-]*\s*[;,]", re.IGNORECASE)
+DATA = re.compile(  # its head alone, as in code that puts one together, is no picture
+    r"data:(image|video|audio)/[^,]{0,120},\s*([\w+/=-]{16}|<svg|%3c)", re.IGNORECASE
+)
 ADDRESS = re.compile(r"\s*(https?|file|ftp|data|blob):", re.IGNORECASE)
 PICTURE_KEYS = {
     "image", "images", "image_url", "image_urls", "input_image", "img", "picture", "video", "videos", "video_url", "input_video",
@@ -71,8 +73,9 @@ def _look_over(body: Mapping[str, Any], canvases: Collection[str], inner: _Inner
                 texts += [value] if isinstance(value, str) else _texts(value or [])
             elif name not in ("type", "role"):
                 calls += _leaves({name: value}, inner)
-    _look("".join(texts))
-    _look("".join(calls))
+    for joined in (texts, calls):
+        _look("".join(joined))
+        _look("".join(map(str.strip, joined)))  # as templates write them
 
 
 def _conversation(body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -93,13 +96,18 @@ def _values(value: Any, key: str, canvases: Collection[str], inner: _Inner, dept
         if key in PICTURE_KEYS and ADDRESS.match(value):
             raise bad(f"a field {key!r} holds an address that a server could take a picture from.", "hidden_picture")
         _look(value)
-        if depth < DEEPEST and (says := inner(value)) is not None:
+        if (says := inner(value)) is not None:
+            if depth == DEEPEST:
+                raise bad(
+                    f"JSON in a text holds JSON in a text, more than {DEEPEST} times; send it plainer.", "deep_json"
+                )
             _values(says, key, canvases, inner, depth + 1)
     elif isinstance(value, Mapping):
         for name, below in value.items():
-            _look(f"{name}")
+            word = f"{name}".lower()  # a program's own may be a number
+            _look(word)
             # what stands below image_url is a picture's address, whatever its own key
-            under = name.lower() if name.lower() in PICTURE_KEYS or key not in PICTURE_KEYS else key
+            under = word if word in PICTURE_KEYS or key not in PICTURE_KEYS else key
             _values(below, under, canvases, inner, depth)
     elif isinstance(value, Sequence):
         for one in value:
@@ -126,18 +134,18 @@ def _texts(parts: Sequence[Any]) -> Iterator[str]:
             yield from (value for name, value in part.items() if name in ("text", "refusal") and isinstance(value, str))
 
 
-def _leaves(value: Any, inner: _Inner, depth: int = 0) -> Iterator[str]:
+def _leaves(value: Any, inner: _Inner) -> Iterator[str]:
     """Keys and values in their order; JSON in a text as what it says."""
     if isinstance(value, str):
-        says = inner(value) if depth < DEEPEST else None
+        says = inner(value)  # not too deep: `_values` has looked
         if says is None:
             yield value
         else:
-            yield from _leaves(says, inner, depth + 1)
+            yield from _leaves(says, inner)
     elif isinstance(value, Mapping):
         for name, below in value.items():
             yield name
-            yield from _leaves(below, inner, depth)
+            yield from _leaves(below, inner)
     elif isinstance(value, Sequence):
         for one in value:
-            yield from _leaves(one, inner, depth)
+            yield from _leaves(one, inner)
