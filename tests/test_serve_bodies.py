@@ -141,11 +141,17 @@ def test_marks_are_not_those_of_another_request():
 
 
 def test_pictures_beyond_any_limit_stay_in_the_text():
+    url = "data:image/png;base64," + "QUJD" * 4
     body = parse(
-        json.dumps(["data:image/png;base64,QQ=="] * (CUTS + 3)).encode(),
+        json.dumps([url] * (CUTS + 3)).encode(),
         LIMITS.model_copy(update={"max_text": 10**6, "max_values": 999}),
     )
-    assert len(body.pictures) == CUTS and body.value[-1] == "data:image/png;base64,QQ=="
+    assert len(body.pictures) == CUTS and body.value[-1] == url
+
+
+def test_a_text_that_begins_with_the_head_of_a_picture_is_no_picture():
+    texts = ["data:image/png;base64,", "data:image/png;base64,... is a data URL"]
+    assert parse(json.dumps(texts).encode(), LIMITS) == (texts, {})
 
 
 def test_json_inside_texts_counts():

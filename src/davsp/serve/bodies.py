@@ -15,7 +15,9 @@ from davsp.serve.settings import ServeSettings
 
 Bytes = bytes | bytearray | memoryview
 START = b'"data:image'  # a slash follows, before which some encoders put a backslash
-HEAD = re.compile(rb'"data:image\\?/[a-z+.-]{1,20};base64,', re.IGNORECASE)
+HEAD = re.compile(  # with a payload, as a text may begin with the head alone
+    rb'"data:image\\?/[a-z+.-]{1,20};base64,(?=[\w+/=\\-]{16})', re.IGNORECASE
+)
 MARK = "data:image/cut;base64,"
 """How a mark begins. It looks like what it stands for, so whatever refuses a data URL refuses it, too."""
 CUTS = 256  # more pictures than any limit lets pass; those beyond stay in the text
