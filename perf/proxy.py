@@ -77,8 +77,9 @@ def pixels(body: bytes) -> bytes:
     return hashlib.sha256(Image.open(io.BytesIO(file)).convert("RGB").tobytes()).hexdigest().encode()
 
 
-def proxy(core: int | None, options: list[str]) -> None:
-    """`davsp serve`, on one core if one is named."""
+def proxy(core: int | None, options: list[str], hidden: list[str]) -> None:
+    """`davsp serve`, on one core if one is named, as if the `hidden` packages were not installed."""
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
     if core is not None:
         os.sched_setaffinity(0, {core})
     from davsp import cli
@@ -152,7 +153,7 @@ class Served:
 
 @contextmanager
 def processes(prompt: str, core: int | None, *options: str, source: Path | None = None) -> Iterator[Served]:
-    """They run, warmed up; the proxy from another checkout's `source`, if one is named."""
+    """They run, warmed up; the proxy from another checkout's `source`, if one is named, without uvloop if that one asks for none."""
     ports, run = [free_port(), free_port()], [sys.executable, __file__, "--serve"]
     options_of_proxy = [
         "--prompt",
@@ -164,7 +165,9 @@ def processes(prompt: str, core: int | None, *options: str, source: Path | None 
         "--port",
         str(ports[1]),
     ]
-    proxy_task = json.dumps([core, [*options_of_proxy, "--no-probe", "--plain-names", *options]])
+    asked_for = (source.resolve().parent / "pyproject.toml").read_text() if source else "uvloop"
+    hidden = [] if "uvloop" in asked_for else ["uvloop"]  # uvicorn takes it where it is installed
+    proxy_task = json.dumps([core, [*options_of_proxy, "--no-probe", "--plain-names", *options], hidden])
     env = os.environ | ({"PYTHONPATH": str(source.resolve())} if source else {})
     started = [subprocess.Popen([*run, str(ports[0])]), subprocess.Popen([*run, proxy_task], env=env)]
     try:
