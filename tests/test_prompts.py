@@ -104,6 +104,10 @@ def prompt():
         ("model_id", "m\x1b]0;title\x07", "field 'model_id' holds the control character '\\\\x1b'"),
         ("figures", {"rsr": float("nan")}, "field 'figures.rsr' holds nan, which is no figure"),
         ("figures", {"a\x1bb": 1.0}, "holds the control character"),
+        ("model_id", "m\nfiles agree", "field 'model_id' holds the control character '\\\\n'"),
+        ("model_id", "m\u202egnp.m", "field 'model_id' holds the control character"),
+        ("model_id", "\ud800", "field 'model_id' holds the control character"),
+        ("figures", {"a\nb": 1.0}, "holds the control character"),
         ("files", {"vsp.png\0": "0"}, "holds the control character '\\\\x00'"),
     ],
 )
@@ -115,11 +119,22 @@ def test_a_strangers_configuration_is_refused_before_it_is_shown(prompt, tmp_pat
         VisualSafetyPrompt.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["vsp_config.json", "vsp.safetensors", "vsp.png"])
+def test_a_pipe_in_a_strangers_folder_is_not_waited_for(prompt, tmp_path, name):
+    prompt.save_pretrained(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DavspError, match=f"{name} is a pipe or a device"):
+        VisualSafetyPrompt.from_pretrained(tmp_path)
+
+
 def test_the_size_of_a_strangers_picture_is_seen_before_it_is_decoded(prompt, tmp_path, monkeypatch):
     prompt.save_pretrained(tmp_path)
-    Image.new("1", (3000, 2000)).save(tmp_path / "vsp.png")
+    Image.new("1", (12000, 8000)).save(
+        tmp_path / "vsp.png"
+    )  # Pillow warns of such a size, and no warning is wanted here
     monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("it was decoded"))
-    with pytest.raises(DavspError, match="is 3000x2000, not 24x24"):
+    with pytest.raises(DavspError, match="is 12000x8000, not 24x24"):
         VisualSafetyPrompt.from_pretrained(tmp_path)
 
 

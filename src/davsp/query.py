@@ -2,6 +2,7 @@
 
 import io
 import json
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,7 +12,7 @@ from PIL import ExifTags, Image, ImageOps
 from PIL.ImageFile import ImageFile
 
 from davsp.errors import DavspError
-from davsp.runtime.files import read_bytes, sha256_bytes, write_text
+from davsp.runtime.files import check_regular, read_bytes, sha256_bytes, write_text
 
 COST = ("calls", "prompt_tokens", "image_tokens")
 """The fields of a response that say what it took, but for time."""
@@ -139,10 +140,13 @@ def picture_size(path: Path) -> tuple[int, int]:
     Raises:
         DavspError: as `open_picture`.
     """
-    return _opened(path, lambda image: image.size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the caller judges the size
+        return _opened(path, lambda image: image.size)
 
 
 def _opened(path: Path, read: Callable[[Image.Image], T]) -> T:
+    check_regular(path)
     try:
         with Image.open(path) as image:
             return read(image)

@@ -15,7 +15,7 @@ from torch import Tensor
 import davsp
 from davsp.errors import DavspError
 from davsp.prompts.measured import Measurement
-from davsp.runtime.files import read_bytes, read_tensors, sha256_bytes
+from davsp.runtime.files import check_regular, read_bytes, read_tensors, sha256_bytes
 
 Start = Literal["grey", "random", "white"]
 P = TypeVar("P", bound="Prompt")
@@ -187,6 +187,7 @@ def check_files(folder: Path, files: Mapping[str, str], free: Container[str] = (
     for name, saved_hash in files.items():
         if Path(name).name != name:
             raise DavspError(f"{folder}: field 'files' names {name!r}, which is no file of this folder; save anew")
+        check_regular(folder / name)
         if name not in free and sha256_bytes(read_bytes(folder / name)) != saved_hash:
             raise DavspError(
                 f"{folder / name} is not the file that was saved: its SHA-256 is not that of field 'files.{name}'; "

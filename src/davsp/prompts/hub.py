@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from davsp.errors import DavspError
+from davsp.runtime.files import check_regular
 
 
 def fetch(source: str | Path, revision: str | None, files: Sequence[str]) -> Path:
@@ -16,11 +17,13 @@ def fetch(source: str | Path, revision: str | None, files: Sequence[str]) -> Pat
         files: to be fetched; nothing else is.
 
     Raises:
-        DavspError: a revision of a folder, two revisions, or a hub id that cannot be loaded (offline: that is not in the cache).
+        DavspError: a pipe in place of a file, a revision of a folder, two revisions, or a hub id that cannot be loaded (offline: that is not in the cache).
     """
     if Path(source).is_dir():
         if revision is not None:
             raise DavspError(f"revision {revision!r} is for the hub, and {source} is a folder; leave it out")
+        for name in files:
+            check_regular(Path(source) / name)
         return Path(source)
     repo_id, _, behind = str(source).partition("@")
     if behind and revision not in (None, behind):

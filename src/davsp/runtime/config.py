@@ -8,18 +8,23 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from davsp.errors import DavspError, refused_as
-from davsp.runtime.files import read_json
+from davsp.runtime.files import check_regular, read_json
 
 Config = TypeVar("Config", bound=BaseModel)
+NAMES = ("model_id", "revision")
+"""Fields of one line, as the names of all fields are: a line break could pass for what davsp itself says."""
+BIDI = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}
+"""They change the order in which a terminal shows what follows."""
 
 
 def read_config(path: Path, kind: type[Config]) -> Config:
     """Read a configuration file.
 
     Raises:
-        DavspError: it is missing, no JSON, or a field is unknown or wrong, holds NaN, an infinity or a control character (a
-            terminal obeys those); the message names it.
+        DavspError: it is missing, no JSON, or a field is unknown or wrong, holds NaN, an infinity, a control character (a terminal
+            obeys those), half a character, or in a name a line break; the message names it.
     """
+    check_regular(path)
     content = read_json(path)
     _check(path, "", content)
     with refused_as(
@@ -32,17 +37,21 @@ def _check(path: Path, field: str, value: Any) -> None:
     """Raise DavspError at the first value that may be neither printed nor written again."""
     if isinstance(value, dict):
         for name, inner in value.items():
-            _check(path, field, name)
+            _check_text(path, field, name, lines=False)
             _check(path, f"{field}.{name}" if field else name, inner)
     elif isinstance(value, list):
         for inner in value:
             _check(path, field, inner)
     elif isinstance(value, float) and not math.isfinite(value):
         raise DavspError(f"{path}: field '{field}' holds {value}, which is no figure; correct or remove it")
-    elif isinstance(value, str) and (bad := next(filter(_controls, value), None)):
-        place = f"field '{field}'" if field else "a field"
-        raise DavspError(f"{path}: {place} holds the control character {bad!r}; correct or remove it")
+    elif isinstance(value, str):
+        _check_text(path, field, value, lines=field not in NAMES)
 
 
-def _controls(character: str) -> bool:
-    return unicodedata.category(character) == "Cc" and character not in "\n\r\t"
+def _check_text(path: Path, field: str, text: str, lines: bool) -> None:
+    for character in text:
+        if lines and character in "\n\r\t":
+            continue
+        if character in BIDI or unicodedata.category(character) in ("Cc", "Cs"):
+            place = f"field '{field}'" if field else "a field"
+            raise DavspError(f"{path}: {place} holds the control character {character!r}; correct or remove it")

@@ -156,6 +156,12 @@ def save_tensors(path: Pathlike, tensors: Mapping[str, Any], metadata: dict[str,
     write_bytes(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata))
 
 
+def check_regular(path: Pathlike) -> None:
+    """Raises DavspError at a pipe or a device in a stranger's folder, for which one would wait for ever."""
+    if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+        raise DavspError(f"{path} is a pipe or a device, not a file; put the file there")
+
+
 def read_bytes(path: Pathlike) -> bytes:
     """The file's bytes.
 
