@@ -31,6 +31,7 @@ from davsp.benchmarks import figstep, llava_bench, mm_safetybench, mm_vet, mme, 
 from davsp.benchmarks.custom import load_queries
 from davsp.cli import app
 from davsp.errors import DavspError
+from davsp.runtime.terminal import plain
 
 pytestmark = pytest.mark.filterwarnings("ignore::davsp.benchmarks.source.ShortWarning")  # all fixtures are short
 
@@ -307,3 +308,16 @@ def test_check_on_the_command_line(tmp_path, monkeypatch):
     assert run(app, ["data", "check", str(tmp_path / "empty")]).exit_code == 2
     with pytest.raises(DavspError, match="is no folder"):
         run(app, ["data", "check", str(tmp_path / "none")], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("name", ["a\0.png", "\x1b[31m.png", "a.png\n"])
+def test_the_name_of_a_strangers_picture_is_said_in_one_line_that_no_terminal_obeys(name, tmp_path):
+    line = {"id": "1", "question": "q", "label": "benign", "image": name}
+    (tmp_path / "queries.jsonl").write_text(json.dumps(line))
+    with pytest.raises(DavspError, match="names the image") as refused:
+        load_queries(tmp_path)
+    assert str(refused.value).isprintable()
+
+
+def test_what_is_said_of_strangers_words_is_plain():
+    assert plain("a\x1b[31mb\u202ec\n\td\ud800\0") == "a\\x1b[31mb\\u202ec\n\td\\ud800\\x00"

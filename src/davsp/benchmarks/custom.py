@@ -86,6 +86,8 @@ def _query(file: Path, number: int, line: str, allow_outside: bool) -> Query:
     if not values.get("id") or not values.get("question"):
         raise DavspError(f"{where} lacks an id or a question; give both.")
     image = values.pop("image", None)
+    if "\0" in str(image):
+        raise DavspError(f"{where} names the image {str(image)!r}, which no file can be called; mend the path.")
     if image is not None:
         image = file.parent / str(image)
         if not allow_outside and not image.resolve().is_relative_to(file.parent.resolve()):
@@ -93,9 +95,9 @@ def _query(file: Path, number: int, line: str, allow_outside: bool) -> Query:
                 f"{where} names the image {str(image)!r}, which is outside {file.parent}; copy it there, or give allow_outside=True."
             )
         if not image.is_file():
-            raise DavspError(f"{where} names the image {image}, which is not there; mend the path.")
+            raise DavspError(f"{where} names the image {str(image)!r}, which is not there; mend the path.")
         if why := fault(image):
-            raise DavspError(f"{where} names the image {image}, which {why}; mend it or take the line out.")
+            raise DavspError(f"{where} names the image {str(image)!r}, which {why}; mend it or take the line out.")
     answers = values.pop("answers", [])
     if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
         raise DavspError(f"{where}: answers must be a list of texts, not {answers!r}.")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from davsp.errors import DavspError, refused_as
+from davsp.runtime.terminal import plain
 
 if TYPE_CHECKING:
     from davsp.cli.options import ModelOptions
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 def say(text: str) -> None:
     """Print to stderr: what is no result."""
-    print(text, file=sys.stderr)
+    print(plain(text), file=sys.stderr)
 
 
 def load_lvlm(model: "ModelOptions") -> "LVLM":

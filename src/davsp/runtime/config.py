@@ -1,7 +1,7 @@
 """Configuration files: JSON that a pydantic model checks. They may come from strangers, and are printed and put on cards."""
 
 import math
-import unicodedata
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,12 +9,11 @@ from pydantic import BaseModel
 
 from davsp.errors import DavspError, refused_as
 from davsp.runtime.files import check_regular, read_json
+from davsp.runtime.terminal import CONTROLS
 
 Config = TypeVar("Config", bound=BaseModel)
 NAMES = ("model_id", "revision")
 """Fields of one line, as the names of all fields are: a line break could pass for what davsp itself says."""
-BIDI = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}
-"""They change the order in which a terminal shows what follows."""
 
 
 def read_config(path: Path, kind: type[Config]) -> Config:
@@ -49,9 +48,6 @@ def _check(path: Path, field: str, value: Any) -> None:
 
 
 def _check_text(path: Path, field: str, text: str, lines: bool) -> None:
-    for character in text:
-        if lines and character in "\n\r\t":
-            continue
-        if character in BIDI or unicodedata.category(character) in ("Cc", "Cs"):
-            place = f"field '{field}'" if field else "a field"
-            raise DavspError(f"{path}: {place} holds the control character {character!r}; correct or remove it")
+    if bad := CONTROLS.search(text) or (None if lines else re.search(r"[\n\r\t]", text)):
+        place = f"field '{field}'" if field else "a field"
+        raise DavspError(f"{path}: {place} holds the control character {bad[0]!r}; correct or remove it")
