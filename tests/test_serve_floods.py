@@ -1,21 +1,24 @@
 """Many and large requests: what is held and decoded at a time is bounded, heads are, and whoever is refused reads why."""
 
 import asyncio
+import gc
 import json
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import httpx2
 import pytest
 from PIL import Image
 
 from davsp.defenses import SafetyText
 from davsp.serve import connections
-from davsp.serve.admission import SMALL, Room
+from davsp.serve.admission import SMALL, Room, read
 from davsp.serve.pictures import Budget, decoded
 from davsp.serve.refusals import Refusal
 from davsp.serve.settings import ServeSettings
@@ -262,3 +265,42 @@ def test_requests_that_hold_no_more_than_fits_are_answered_again():
             slow.set()
             assert all(b" 200 " in connection.recv(65536) for connection in (first, second, fourth))
     assert caller.proxy.room.left == 2**20
+
+
+class Tracked(bytearray):
+    """One that can be seen to be let go."""
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [user("q")],
+        [user(image_part(data_url(picture(1, (9, 9)))))],
+        [user(image_part("data:image/png;base64,QUJD"))],
+        [user("![](https://a.test/b.png)")],
+        ["no message"],
+        [user("[" * 200_000)],
+        [user("the upstream breaks off")],
+    ],
+)
+def test_a_request_s_bytes_are_let_go_without_the_collector(messages, monkeypatch):
+    caller, held = client(max_text=150_000), []
+    caller.upstream.answer = lambda number, body: httpx2.ConnectError("") if "breaks" in str(body) else GOOD
+
+    async def tracked(*arguments: Any) -> bytearray:
+        data = Tracked(await read(*arguments))
+        held.append(weakref.ref(data))
+        return data
+
+    monkeypatch.setattr("davsp.serve.app.read", tracked)
+    caller.post(user("warm"))
+    gc.collect()
+    gc.disable()
+    try:
+        status = caller.post(*messages).status_code
+        end = time.monotonic() + 2  # the thread lets go a moment after its result is there
+        while held[1]() is not None and time.monotonic() < end:
+            time.sleep(0.01)
+        assert len(held) == 2 and held[1]() is None, status
+    finally:
+        gc.enable()

@@ -25,7 +25,7 @@ from davsp.defenses import Defense
 from davsp.errors import DavspError
 from davsp.serve import calls, fields, messages, refusals
 from davsp.serve.admission import SMALL, Room, Seat, admit, read
-from davsp.serve.bodies import Body, parse
+from davsp.serve.bodies import START, Body, parse
 from davsp.serve.connections import Drained
 from davsp.serve.counters import Counters
 from davsp.serve.fetch import Fetcher
@@ -133,21 +133,15 @@ class Proxy:
             raise Refusal(
                 501, f"{self.defense.name} asks the model more than once; ask it by /v1/chat/completions.", "not_served"
             )
-        reader = self.readers[len(inbox[0]) > SMALL]
-        body = await self._in_thread(reader, self._read, protocol, inbox.pop())  # its pictures are views of the bytes
-        urls = protocol.picture_urls(body.value[protocol.conversation])
-        if len(urls) > self.settings.max_images:
-            raise bad(
-                f"the request holds {len(urls)} pictures, at most {self.settings.max_images}.", "too_many_pictures"
-            )
-        idle = not urls and self.settings.image_free == "pass"
-        files = await self._fetched(urls, body, seat)
-        if not self.once and not idle:
-            return await self._ask_repeatedly(request, body, files)
-        sent = [
-            await self._in_thread(self.painters if urls else reader, self._defended_body, protocol, body, files, idle)
-        ]
-        del body, files
+        paints = inbox[0].find(START) >= 0
+        pool = self.painters if paints else self.readers[len(inbox[0]) > SMALL]
+        body, urls, sent = await self._in_thread(pool, self._read, protocol, inbox.pop(), paints)
+        if body is not None:
+            files = await self._fetched(urls, body, seat)
+            if not self.once and not self._idle(urls):
+                return await self._ask_repeatedly(request, body, files)
+            sent = await self._in_thread(self.painters, self._defended, protocol, body, urls, files)
+            del body, files
         seat.resize(len(sent[0]))
         self.metrics.pictures.inc(len(urls))
         self.metrics.defense.observe(time.perf_counter() - start)
@@ -156,25 +150,38 @@ class Proxy:
         self.metrics.upstream.observe(time.perf_counter() - start)
         return response
 
-    def _read(self, protocol: Protocol, data: bytearray) -> Body:
-        """The request that the bytes are, looked at but for its pictures; runs in a thread."""
+    def _read(self, protocol: Protocol, data: bytearray, paints: bool) -> tuple[Body | None, list[str], list[bytes]]:
+        """A request's pictures' addresses and what is sent on, or, if there is more to do before, the request; runs in a thread.
+
+        Args:
+            data: the bytes; the body's pictures are views of them, so both are let go together.
+            paints: whether this thread may do so; texts wait for the others.
+        """
         body = parse(data, self.settings)
-        protocol.check(body.value)
+        urls = protocol.picture_urls(protocol.check(body.value))
         fields.check(body.value, self.settings.allow_fields, protocol.known)
         body.value["model"] = self._plain(body.value.get("model"))
-        return body
+        if len(urls) > self.settings.max_images:
+            most = self.settings.max_images
+            raise bad(f"the request holds {len(urls)} pictures, at most {most}.", "too_many_pictures")
+        ready = (self.once or self._idle(urls)) and (paints or not urls) and not _elsewhere(urls, body)
+        return (None, urls, self._defended(protocol, body, urls, {})) if ready else (body, urls, [])
+
+    def _idle(self, urls: list[str]) -> bool:
+        return not urls and self.settings.image_free == "pass"
 
     async def _fetched(self, urls: list[str], body: Body, seat: Seat) -> dict[str, bytes]:
         """The files of pictures that are elsewhere, each in the seat before it is asked for."""
-        elsewhere = [url for url in dict.fromkeys(urls) if url not in body.pictures and url[:5].lower() != "data:"]
+        elsewhere = _elsewhere(urls, body)
         seat.resize(seat.size + len(elsewhere) * self.settings.max_picture_bytes)
         return dict(zip(elsewhere, await asyncio.gather(*map(self.fetch, elsewhere)), strict=True))
 
     def _files(self, urls: list[str], body: Body, fetched: dict[str, bytes]) -> list[bytes]:
-        return [fetched.get(url) or from_data_url(url, self.settings.max_picture_bytes, body.pictures) for url in urls]
+        most = self.settings.max_picture_bytes
+        return [fetched[url] if url in fetched else from_data_url(url, most, body.pictures) for url in urls]
 
-    def _defended_body(self, protocol: Protocol, body: Body, fetched: dict[str, bytes], idle: bool) -> bytes:
-        """What is sent on; runs in a thread, where Pillow, zlib and base64 leave the interpreter free."""
+    def _defended(self, protocol: Protocol, body: Body, urls: list[str], fetched: dict[str, bytes]) -> list[bytes]:
+        """What is sent on, in one piece; runs in a thread, where Pillow, zlib and base64 leave the interpreter free."""
         place = secrets.token_hex()  # in a canvas' stead; no client can know it
         conversation, canvases = body.value[protocol.conversation], list[bytes]()
 
@@ -182,9 +189,8 @@ class Proxy:
             canvases.append(url_bytes(picture))
             return place
 
-        files = self._files(protocol.picture_urls(conversation), body, fetched)
-        with closing(decoded(files, self.settings, self.budget)) as pictures:
-            if not idle:
+        with closing(decoded(self._files(urls, body, fetched), self.settings, self.budget)) as pictures:
+            if not self._idle(urls):
                 conversation = protocol.defended(self.defense, conversation, pictures, send)
         leaving = body.value | {protocol.conversation: conversation}
         sweep(leaving, {place}, self.settings.max_values)
@@ -192,7 +198,7 @@ class Proxy:
             text = json.dumps(leaving, allow_nan=False).encode()
         except ValueError as error:
             raise bad("the body holds a number that JSON has no word for.") from error
-        return _filled(text, place.encode(), canvases)
+        return [_filled(text, place.encode(), canvases)]
 
     async def _ask_repeatedly(self, request: Request, body: Body, fetched: dict[str, bytes]) -> Response:
         """The answer of a defense that asks more than once."""
@@ -269,6 +275,7 @@ class Proxy:
             refusal = error if isinstance(error, Refusal) else Refusal(500, str(error), "defense")
             self.metrics.refused.labels(refusal.code).inc()
             response = refusals.response(refusal)
+            _forget(error)
         except (ClientDisconnect, asyncio.CancelledError):
             raise
         except Exception as error:  # its message could hold what the client sent, so the log gets its place alone
@@ -279,8 +286,16 @@ class Proxy:
             log.error("%s at %s", type(error).__name__, where)
             self.metrics.refused.labels("internal").inc()
             response = refusals.response(Refusal(500, "the proxy failed; nothing more was sent on.", "internal"))
+            _forget(error)
         response.headers[HASH] = self.hash
         return response
+
+
+def _forget(error: BaseException | None) -> None:
+    """Let go of the frames that an error went through: they hold the request's bytes, and the error, until the collector comes."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 class _Endpoint:
@@ -310,6 +325,11 @@ async def _unless_gone(request: Request, work: Any) -> Response:
         watch.cancel()
         task.cancel()
         await asyncio.gather(watch, task, return_exceptions=True)
+        del task, watch  # an error holds this frame, and a task its error
+
+
+def _elsewhere(urls: list[str], body: Body) -> list[str]:
+    return [url for url in dict.fromkeys(urls) if url not in body.pictures and url[:5].lower() != "data:"]
 
 
 async def _busy(request: Request) -> Response:

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import pybase64
 from PIL import Image
 from PIL.ImageFile import ImageFile
@@ -167,10 +168,10 @@ def png(image: Image.Image) -> bytes:
         buffer = io.BytesIO()
         image.save(buffer, "PNG", compress_level=1)
         return buffer.getvalue()
-    row, pixels = 3 * image.width, image.tobytes()
-    rows = b"".join(b"\0" + pixels[at : at + row] for at in range(0, len(pixels), row))  # filter 0 before each
+    rows = np.zeros((image.height, 1 + 3 * image.width), np.uint8)  # filter 0 before each
+    rows[:, 1:] = np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, -1)
     header = struct.pack(">2I5B", image.width, image.height, 8, 2, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows, 0)), (b"IEND", b"")]
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows.data, 0)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(data, zlib.crc32(kind)))
         for kind, data in chunks

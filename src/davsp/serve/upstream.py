@@ -22,6 +22,33 @@ NO_PATH = (404, 405, 501)
 A_MODEL = re.compile(rb"\bmodel\b|model_not_found", re.IGNORECASE)  # what is missing is a model, not the path
 
 
+class Pools(httpx2.AsyncBaseTransport):
+    """Several pools of connections, of which a request takes the first that is least busy.
+
+    One pool looks at each of its idle connections at every request; with 64 of them that takes longer than the request itself.
+
+    Args:
+        limits: of the connections of each.
+    """
+
+    def __init__(self, limits: httpx2.Limits) -> None:
+        certificates = httpx2.create_ssl_context()
+        self.pools = [httpx2.AsyncHTTPTransport(verify=certificates, limits=limits) for _ in range(16)]
+        self.busy = [0] * len(self.pools)
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        number = self.busy.index(min(self.busy))
+        self.busy[number] += 1
+        try:
+            return await self.pools[number].handle_async_request(request)
+        finally:
+            self.busy[number] -= 1
+
+    async def aclose(self) -> None:
+        for pool in self.pools:
+            await pool.aclose()
+
+
 class Upstream:
     """One server that speaks OpenAI's protocol.
 
@@ -35,7 +62,10 @@ class Upstream:
         self.takes_token = settings.token is not None
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=settings.concurrency)
         timeout = httpx2.Timeout(settings.upstream_timeout, connect=settings.connect_timeout)
+        if transport is None and not settings.trust_env:
+            transport = Pools(limits)
         self.http = async_client(limits, settings.trust_env, transport, timeout=timeout, follow_redirects=False)
+        self.urls, self.waits = dict[str, httpx2.URL](), {"timeout": timeout.as_dict()}
 
     async def forward(self, request: Request, sent: list[bytes], path: str = "/chat/completions") -> Response:
         """The upstream's reply to a request: its status and bytes; a stream as it comes.
@@ -72,7 +102,8 @@ class Upstream:
         if sent:
             headers = [*headers, (b"content-length", str(sum(map(len, sent))).encode())]
         content = None if sent is None else _pieces(sent)
-        request = self.http.build_request(method, self.url + path, headers=headers, content=content)
+        url = self.urls.setdefault(path, httpx2.URL(self.url + path)) if path not in self.urls else self.urls[path]
+        request = httpx2.Request(method, url, headers=headers, content=content, extensions=self.waits)
         try:
             return await self.http.send(request, stream=True)
         except httpx2.TimeoutException as error:
