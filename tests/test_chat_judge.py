@@ -2,11 +2,14 @@
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -22,8 +25,7 @@ from davsp.judges.chat import ChatJudge
 from davsp.judges.guard import HARMBENCH, LLAMA_GUARD_3
 from davsp.judges.prompts import CHAT, DAVSP
 from davsp.judges.verdicts import judge_name, verdicts_of
-from davsp.runtime.client import retry_after
-from davsp.runtime.limit import Limit
+from davsp.runtime.replies import retry_after
 from judge_server import Judge, faulty, items, judge_server, truth
 
 SECRET = "sk-a-secret-of-this-test"
@@ -184,34 +186,52 @@ def test_a_wait_too_long_ends_the_asking(server: Judge) -> None:
         ("-3", 0.0),
         ("nan", None),
         ("soon", None),
+        ("1e999", math.inf),
+        ("9" * 400, math.inf),
+        ("-1e308", 0.0),
+        ("", None),
+        ("Mon, 99 Foo 99999 99:99:99 +99999999999", None),
+        ("Mon, 01 Jan 2024 00:00:00 +99999999999999999", None),
+        ("Mon, 02 Nov 2300 10:00:00 GMT", 274 * 365.2425 * 86400),
         ("Mon, 02 Nov 2026 10:00:30 GMT", 30.0),
         ("Mon, 02 Nov 2026 09:00:00 GMT", 0.0),
         ("Mon, 02 Nov 2026 12:00:10 +0200", 10.0),
     ],
 )
 def test_retry_after(header: str | None, seconds: float | None) -> None:
-    assert retry_after(header, datetime(2026, 11, 2, 10, tzinfo=UTC)) == seconds
+    found = retry_after(header, datetime(2026, 11, 2, 10, tzinfo=UTC))
+    assert found == (seconds if seconds is None else pytest.approx(seconds, rel=1e-4))
 
 
-def test_fewer_requests_at_once_after_a_429(server: Judge) -> None:
-    async def use() -> list[float]:
-        limit, bounds = Limit(16), []
-        async with limit as old:
-            pass
-        for _ in range(3):  # of one burst
-            limit.shrink(old)
-        bounds.append(limit.bound)
-        for _ in range(6):
-            async with limit as now:
-                limit.shrink(now)
-        bounds.append(limit.bound)
-        for _ in range(1000):
-            limit.grow()
-        return [*bounds, limit.bound]
-
-    assert asyncio.run(use()) == [8.0, 1.0, 16]
+def test_no_more_requests_at_once_than_asked_for(server: Judge) -> None:
     judge(server, concurrency=5).judge_all(items(60))
     assert server.most_under_way <= 5
+
+
+def test_429s_by_chance_do_not_slow_the_rest(server: Judge) -> None:
+    """Every third request is refused; the wait of one is no wait of the others, and what waited goes first."""
+    server.fault = lambda n, attempt: "429" if (n + attempt) % 3 == 0 else ""
+    chat = judge(server, concurrency=8)
+    assert labels(chat.judge_all(items(200))) == [truth(n) for n in range(200)]
+    assert chat.client.limit.bound >= 4 and set(server.answered.values()) == {1}
+
+
+def test_a_crowded_server_is_asked_for_less(server: Judge) -> None:
+    """It is at work on three requests at most and refuses all others at once: no answer is lost, and few are asked for again."""
+    working = threading.Semaphore(3)
+
+    def fault(item: int, attempt: int) -> str:
+        if not working.acquire(blocking=False):
+            return "429"
+        time.sleep(0.02)
+        working.release()
+        return ""
+
+    server.fault = fault
+    chat = judge(server, concurrency=16, backoff=0.2)
+    assert labels(chat.judge_all(items(200))) == [truth(n) for n in range(200)]
+    assert chat.client.limit.crowded and chat.client.limit.bound < 6
+    assert server.requests.total() < 300 and set(server.answered.values()) == {1}
 
 
 @pytest.mark.parametrize(("fault", "words"), [("401", "refuses the key"), ("404", "ends in /v1")])

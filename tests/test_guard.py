@@ -93,7 +93,7 @@ def test_labels_in_batches_of_several_lengths(taught: Path, tmp_path: Path) -> N
     verdicts = whole.judge_all(answers(*texts))
     assert [v.label for v in verdicts] == ["unsafe", "safe", "unsafe", "safe"]
     assert verdicts[0].reason == "S1 Violent Crimes, S10 Hate" and verdicts[0].raw == "unsafe\nS1,S10"
-    assert verdicts[0].judge == f"llama-guard-3/1:{taught.name}"
+    assert verdicts[0].judge == f"llama-guard-3/2:{taught.name}"
     single = LocalGuard(LLAMA_GUARD_3, str(taught), device="cpu", batch_size=1).judge_all(answers(*texts))
     assert [v.label for v in single] == [v.label for v in verdicts]
 

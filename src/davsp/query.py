@@ -70,6 +70,8 @@ class Response:
         calls: how often the model was asked for it; None in answers from before this was counted.
         prompt_tokens: of all calls together, pictures and the chat's own marks included; None where a server does not tell.
         image_tokens: how many of these stand for pictures; None where a server answers.
+        thought: what the model thought before or between; no judge sees it.
+        cut: all its tokens went before there was an answer, so nobody can tell what that would have been: it is unscored.
     """
 
     query_id: str
@@ -80,6 +82,8 @@ class Response:
     calls: int | None = None
     prompt_tokens: int | None = None
     image_tokens: int | None = None
+    thought: str = ""
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -220,10 +224,11 @@ def read_jsonl(path: str | Path, cls: type[Record]) -> list[Record]:
 
 
 def json_line(record: "Query | Response | Verdict | Grade") -> str:
-    """A record as it stands in a file, line end included. What is not known of an answer's cost is left out."""
+    """A record as it stands in a file, line end included. What is not known of an answer's cost is left out, and no thought."""
     values = {f.name: getattr(record, f.name) for f in fields(record)}
     if isinstance(record, Response):
         values = {name: value for name, value in values.items() if value is not None or name not in COST}
+        values = {name: value for name, value in values.items() if value or name not in ("thought", "cut")}
     if isinstance(record, Query):
         picture = record.picture()
         values["image"] = picture and {"sha256": sha256_bytes(picture.tobytes()), "size": list(picture.size)}

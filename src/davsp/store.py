@@ -165,7 +165,8 @@ def by_defense(path: Path) -> Answers:
     for number, line in enumerate(journal.lines(path), 1):
         try:
             response = Response(**json.loads(line.decode("utf-8", errors="replace")))
-            if not all(isinstance(text, str) for text in (response.query_id, response.defense, response.text)):
+            texts = (response.query_id, response.defense, response.text, response.thought)
+            if not all(isinstance(text, str) for text in texts):
                 raise TypeError("no text where one should be")
         except (ValueError, TypeError) as error:
             raise DavspError(f"{path}, line {number} is damaged ({error}); delete the file to answer anew") from error

@@ -133,7 +133,7 @@ def score(
 
     Every figure is given for each parser, as `acc_official`, `acc_plus_lenient`, ... acc and acc+ are fractions, scores
     are points. Pictures are drawn with replacement within their subtask. A sum is over the subtasks that are there.
-    Over-refusal is in the rows, too.
+    Over-refusal is in the rows, too. A picture is left out if the thought of one of its answers was cut.
 
     Args:
         queries: of MME.
@@ -150,26 +150,39 @@ def score(
         raise DavspError(f"the query {unknown.id} is of the category {unknown.category!r}, which is no subtask of MME.")
     mine = scoring.of_these(queries, responses)
     table: list[Row] = []
+    kept, both = _whole(queries, mine), [] if baseline is None else _whole(queries, mine, baseline.responses)
     for parser, parse in (judge or PARSERS).items():
-        now = _tables(queries, mine, parse)
-        then = None if baseline is None else _tables(queries, baseline.responses, parse)
+        now, paired = _tables(kept, mine, parse), _tables(both, mine, parse)
+        then = None if baseline is None else _tables(both, baseline.responses, parse)
         parts = {name: [name] for name in COUNTS}
         parts |= {"perception": list(PERCEPTION), "cognition": list(COGNITION), "total": list(COUNTS)}
         for split, names in parts.items():
             here = [name for name in names if name in now]
             if not here:
                 continue
-            strata = [now[name] for name in here]
-            before = None if then is None else [then[name] for name in here]
-            n = round(sum(float(s[:, 1].sum()) for s in strata))
+            strata, after = [now[name] for name in here], [paired[name] for name in here if name in paired]
+            before = None if then is None else [then[name] for name in here if name in then]
             measures = [("score", _points, 200.0 * len(here))]
             if len(names) == 1:
                 measures = [("acc", _acc, 1.0), ("acc_plus", _acc_plus, 1.0), *measures]
             for metric, statistic, top in measures:
                 head = {"model": model, "defense": scoring.whose(mine), "benchmark": queries[0].benchmark}
                 head |= {"split": split, "metric": f"{metric}_{parser}"}
-                table += scoring.rows(head, strata, statistic, n, before, seed, top)
+                table += scoring.rows(head, strata, statistic, _questions(strata), None, seed, top)
+                if before:
+                    table += scoring.rows(head, after, statistic, _questions(after), before, seed, top)[1:]
     return Scores(table + scoring.over_refusal(queries, mine, model, baseline, seed), [], mine)
+
+
+def _whole(queries: Sequence[Query], *answers: Sequence[Response]) -> list[Query]:
+    """The questions about pictures of which no answer was cut, under any of some defenses."""
+    pairs = [pair for mine in answers for pair in zip(queries, scoring.of_these(queries, mine), strict=True)]
+    gone = {(q.category, q.group) for q, r in pairs if r.cut}
+    return [q for q in queries if (q.category, q.group) not in gone]
+
+
+def _questions(strata: Sequence[NDArray[np.float64]]) -> int:
+    return round(sum(float(s[:, 1].sum()) for s in strata))
 
 
 def _tables(queries: Sequence[Query], responses: Sequence[Response], parse: Parser) -> dict[str, NDArray[np.float64]]:

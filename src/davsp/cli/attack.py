@@ -106,6 +106,7 @@ def attack(
     if test.benchmark:
         queries = [query for query in apart(queries) if query.label == "malicious"]
     lvlm = load_lvlm(model)
+    lvlm.reasoning_tags = judge_settings.reasoning_tags
     results = run(
         lvlm, defenses, queries, out, settings, direction, scorers[0], max_new_tokens=max_new_tokens,
         console=Console(stderr=True),

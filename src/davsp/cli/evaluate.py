@@ -109,6 +109,7 @@ def evaluate(
     if test.benchmark:
         queries = apart(queries)
     lvlm = _lvlm(model, server, engine, requests)
+    lvlm.reasoning_tags = settings.reasoning_tags
     _check(lvlm, defenses, direction)
     facts = _facts(lvlm, engine.engine, notes, defenses, names or ["keyword"], test, seed)
     evaluation = evaluate(

@@ -59,9 +59,17 @@ def judge(
     scorer = judges.judge_or_grader(judge, settings)
     benchmark = judges.GRADER_OF.get(judge)
     if benchmark:
-        scores = rescore(run, queries, None, seed=seed, graders={benchmark: scorer}, mode=mode)
+        scores = rescore(
+            run,
+            queries,
+            None,
+            seed=seed,
+            graders={benchmark: scorer},
+            mode=mode,
+            reasoning_tags=settings.reasoning_tags,
+        )
     else:
-        scores = rescore(run, queries, scorer, seed=seed, mode=mode)
+        scores = rescore(run, queries, scorer, seed=seed, mode=mode, reasoning_tags=settings.reasoning_tags)
     _print(Console(), scores)
     _print_mode(Console(), scores, mode)
     name = slug(judge_name(scorer))

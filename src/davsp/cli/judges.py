@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from davsp.cli.options import JudgeOptions, RequestOptions
     from davsp.query import Query
+    from davsp.runtime.thought import Tags
 
 GRADER_OF = {"mm-vet": "mm_vet", "exact": "mm_vet", "llava-bench": "llava_bench", "overlap": "llava_bench"}
 """Grader -> the published set that it grades; all other names are judges of answers to malicious queries."""
@@ -39,6 +40,8 @@ class JudgeSettings:
         cache: file of verdicts.
         device: of a guard that runs here.
         console: for progress, on stderr.
+        max_tokens: of a reply; None: as long as a label needs.
+        reasoning_tags: around thoughts, of the judges and of the model that is judged.
     """
 
     urls: Mapping[str, str]
@@ -49,6 +52,8 @@ class JudgeSettings:
     cache: Path
     device: str | None
     console: "Console"
+    max_tokens: int | None
+    reasoning_tags: "Tags"
 
 
 def judge_settings(
@@ -74,6 +79,7 @@ def judge_settings(
     from rich.console import Console
 
     from davsp.runtime import keys
+    from davsp.runtime.thought import read_tags
 
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise DavspError(f"--judge names {twice} twice; a second model is asked by davsp judge.")
@@ -84,7 +90,10 @@ def judge_settings(
     variable_of = _each("--judge-key-env", options.judge_key_env or [], names)
     for variable in variable_of.values():  # a key given in place of its variable would get into the manifest
         keys.read(variable, "judge")
-    return JudgeSettings(url_of, model_of, variable_of, runs or 1, requests, cache, device, Console(stderr=True))
+    return JudgeSettings(
+        url_of, model_of, variable_of, runs or 1, requests, cache, device, Console(stderr=True), options.judge_max_tokens,
+        read_tags(options.reasoning_tags),
+    )  # fmt: skip
 
 
 def _each(option: str, values: Sequence[str], names: Sequence[str]) -> dict[str, str]:
@@ -141,8 +150,9 @@ def judge_or_grader(name: str, settings: JudgeSettings) -> Any:
     url, model = settings.urls.get(name), settings.models.get(name)
     if name in GUARDS and url is None:
         return LocalGuard(
-            GUARDS[name], model, device=settings.device, cache=VerdictCache(settings.cache), console=settings.console
-        )
+            GUARDS[name], model, device=settings.device, cache=VerdictCache(settings.cache), console=settings.console,
+            max_tokens=settings.max_tokens, reasoning_tags=settings.reasoning_tags,
+        )  # fmt: skip
     prompts = CHAT | GUARDS | GRADERS
     if name not in prompts:
         raise DavspError(f"there is no judge {name!r}; choose one of {', '.join([*alone, *prompts])}.")
@@ -153,6 +163,7 @@ def judge_or_grader(name: str, settings: JudgeSettings) -> Any:
         prompts[name], model, url or OPENAI, variable, runs=settings.runs if name == IN_RUNS else 1,
         cache=VerdictCache(settings.cache), concurrency=settings.requests.concurrency,
         timeout=settings.requests.timeout, trust_env=settings.requests.trust_env, console=settings.console,
+        max_tokens=settings.max_tokens, reasoning_tags=settings.reasoning_tags,
     )  # fmt: skip
 
 

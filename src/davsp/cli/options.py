@@ -211,6 +211,16 @@ class JudgeOptions:
         typer.Option(help=f"The model to ask; left out: a guard's own weights, if it runs here.{EACH}"),
     ] = None
     judge_key_env: Annotated[list[str] | None, typer.Option(help=JUDGE_KEY + EACH)] = None
+    judge_max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest reply of a judge, its thought included; left out: a label's.")
+    ] = None
+    reasoning_tags: Annotated[
+        str,
+        typer.Option(
+            help="Pairs of tags around what a model or judge thinks, as JSON, or none: judged is what follows. An empty "
+            "first tag: the prompt opens the thought."
+        ),
+    ] = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
 
 
 @dataclass(frozen=True)

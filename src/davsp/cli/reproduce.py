@@ -114,6 +114,7 @@ def reproduce(
         raise DavspError("--judge names several judges; a table has one: score the run again with davsp judge.")
     judges.check_prompts(scorers, protocol.test)
     kit = _kit(model, protocol, out, methods, seed, text_model, borrowed)
+    kit.lvlm.reasoning_tags = settings.reasoning_tags
     evaluation: dict[str, Any] = {
         "judge": scorers[0], "graders": None if embedded_data else graders, "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,

@@ -10,6 +10,7 @@ from PIL import Image
 from davsp.lvlm import Answer, AnsweringLVLM, loaded
 from davsp.query import Query, Response
 from davsp.runtime.files import sha256_bytes, to_json
+from davsp.runtime.thought import split_thought
 from davsp.vector import HarmfulnessVector
 
 
@@ -46,7 +47,7 @@ class Defense(ABC):
         progress: Callable[[int], object] | None = None,
         max_new_tokens: int = 48,
     ) -> list[Response]:
-        """Answer the queries in their order, greedily.
+        """Answer the queries in their order, greedily. What the model thinks is kept apart from what it answers.
 
         Args:
             lvlm: the frozen model.
@@ -68,8 +69,12 @@ class Defense(ABC):
             questions = [prepared[i].question for i in batch]
             answers, projections = _answer(lvlm, pictures, questions, vector, max_new_tokens)
             seconds = (time.perf_counter() - start) / len(batch)
-            for i, (text, *tokens), projection in zip(batch, answers, projections, strict=True):
-                responses[i] = Response(queries[i].id, self.name, text, projection, seconds, 1, *tokens)
+            for i, answer, projection in zip(batch, answers, projections, strict=True):
+                split = split_thought(answer.opened + answer.text, lvlm.reasoning_tags)
+                responses[i] = Response(
+                    queries[i].id, self.name, split.answer, projection, seconds, 1, answer.prompt_tokens, answer.image_tokens,
+                    "\n".join(filter(None, (answer.thought, split.thought))), answer.cut or split.cut,
+                )  # fmt: skip
             if progress is not None:
                 progress(len(batch))
         return [responses[i] for i in range(len(queries))]

@@ -26,6 +26,7 @@ from davsp.query import Grade, Query, Response, Verdict, write_jsonl
 from davsp.runtime import parallel
 from davsp.runtime.files import alone, write_json
 from davsp.runtime.progress import bar as progress_bar
+from davsp.runtime.thought import TAGS
 from davsp.store import GRADES, METRICS, RESPONSES, VERDICTS, Answers, Store
 from davsp.vector import HarmfulnessVector
 
@@ -145,6 +146,8 @@ def _answers(
         "vector": _vector_hash(vector),
         "published": published,
     }
+    if lvlm.reasoning_tags != TAGS:
+        settings["reasoning_tags"] = lvlm.reasoning_tags
     described = {name: defense.describe() for name, defense in defenses.items()}
     store = None if out is None else Store(out, settings, described, plan, queries, batch_size, manifest)
     responses = {name: [] for name in defenses} if store is None else store.open(redo, console)

@@ -7,7 +7,7 @@ RUN/agreement.json           Krippendorff's α of all judges of the run, and whe
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from davsp.judges.graders import Grader
 from davsp.judges.verdicts import judge_name
 from davsp.query import Grade, Query, Response, Verdict, read_jsonl, write_jsonl
 from davsp.runtime import files
+from davsp.runtime.thought import TAGS, Tags, split_thought
 from davsp.store import METRICS, QUERIES, RESPONSES, VERDICTS, by_defense, query_hash, recorded
 
 _MEND = "give the --queries that it answered, or --benchmark with --split, --type and --rebuild as davsp eval had them"
@@ -45,6 +46,7 @@ def rescore(
     seed: int = 0,
     graders: Mapping[str, Grader] | None = None,
     mode: str = "sound",
+    reasoning_tags: Tags = TAGS,
 ) -> Rescoring:
     """Judge or grade the answers in a run folder; nothing is generated and no file of the run is changed.
 
@@ -56,6 +58,7 @@ def rescore(
         seed: of the bootstrap.
         graders: published set -> its grader, in place of the judge.
         mode: a published scorer's quirks, by name, whose rows are added to the sound ones; see docs/benchmarks.md.
+        reasoning_tags: around thoughts in answers of an older run, which has them in one text.
 
     Raises:
         DavspError: no such run, one that isn't finished, other queries, a mode that does not go with the judge, or the judge's
@@ -63,7 +66,7 @@ def rescore(
     """
     run = Path(run)
     _check_mode(mode, judge, graders or {})
-    responses = _responses(run)
+    responses = _responses(run, reasoning_tags)
     record = recorded(run)
     if record is None:
         raise DavspError(f"{run} does not say which queries were asked (run.json); run davsp eval.")
@@ -101,10 +104,18 @@ def slug(judge: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", f"{name}:{model.replace('/', '--')}").strip("-.")
 
 
-def _responses(run: Path) -> dict[str, list[Response]]:
+def _responses(run: Path, tags: Tags) -> dict[str, list[Response]]:
     if not (run / RESPONSES).exists():
         raise DavspError(f"{run} holds no answers ({RESPONSES}); give the folder that `davsp eval --out` wrote.")
-    return by_defense(run / RESPONSES)
+    return {name: [_apart(r, tags) for r in answers] for name, answers in by_defense(run / RESPONSES).items()}
+
+
+def _apart(response: Response, tags: Tags) -> Response:
+    """The response with its thought apart, where it is not so already."""
+    if response.thought or response.cut:
+        return response
+    thought, answer, cut = split_thought(response.text, tags)
+    return replace(response, text=answer, thought=thought, cut=cut)
 
 
 def _run_queries(

@@ -12,6 +12,8 @@ from davsp.judges.keyword import Label, has_words
 from davsp.judges.prompts import JudgePrompt
 from davsp.query import Grade, Query, Response, Verdict
 from davsp.runtime.progress import bar as progress_bar
+from davsp.runtime.replies import plain
+from davsp.runtime.thought import CUT, TAGS, Tags, split_thought
 
 RAW_CHARACTERS = 1000
 
@@ -30,6 +32,8 @@ class PromptJudge(ABC):
         cache: where verdicts are looked up and kept; None keeps none.
         console: where progress goes; None is silent.
         runs: how often a grader is asked about each answer.
+        max_tokens: of a reply; None takes the prompt's own, in which no model can think first.
+        reasoning_tags: what stands around a thought of the model; its verdict is what follows.
     """
 
     def __init__(
@@ -41,11 +45,14 @@ class PromptJudge(ABC):
         cache: VerdictCache | None = None,
         console: Console | None = None,
         runs: int = 1,
+        max_tokens: int | None = None,
+        reasoning_tags: Tags = TAGS,
     ) -> None:
         if runs < 1:
             raise DavspError("runs must be 1 or more.")
         self.prompt, self.model, self.where, self.runs = prompt, model, where, runs
         self.temperatures = prompt.temperatures if temperature is None else (temperature,)
+        self.max_tokens, self.reasoning_tags = max_tokens or prompt.max_tokens, reasoning_tags
         self.cache = cache
         self.console = console or Console(quiet=True)
 
@@ -87,9 +94,11 @@ class PromptJudge(ABC):
         """The ruling on each item. What the cache knows is not asked for, and of equal items only one."""
         rulings: dict[str, Ruling] = {}
         pending: dict[str, tuple[Query, str]] = {}
-        keys = [self._key(query, response.text, run) for query, response in items]
+        keys = [CUT if response.cut else self._key(query, response.text, run) for query, response in items]
         for key, (query, response) in zip(keys, items, strict=True):
-            if not self.prompt.grades and not has_words(response.text):
+            if response.cut:
+                rulings[key] = Ruling("unscored", CUT)
+            elif not self.prompt.grades and not has_words(response.text):
                 rulings[key] = Ruling("unscored", "the answer holds no words")
             elif key not in rulings and key not in pending:
                 known = self.cache.get(key) if self.cache else None
@@ -143,9 +152,21 @@ def _scores(label: str) -> tuple[float, ...]:
     return () if label == "unscored" else tuple(map(float, label.split()))
 
 
-def read_reply(prompt: JudgePrompt, reply: str) -> Ruling:
-    """A finished reply as a ruling."""
-    return Ruling(*prompt.read(reply), reply)
+def read_reply(prompt: JudgePrompt, reply: str, tags: Tags = TAGS, end: str = "stop") -> Ruling:
+    """A reply as a ruling on what follows its thought; unscored if that was cut.
+
+    Args:
+        prompt: what was asked.
+        reply: the model's words.
+        tags: around its thoughts.
+        end: why it ended: "stop" by itself; else it was cut, which does no harm behind a label that is a first line.
+    """
+    _, answer, cut = split_thought(reply, tags)
+    if cut:
+        return Ruling("unscored", "the judge's thought was cut", reply)
+    if end != "stop" and not (end == "length" and prompt.first_line and "\n" in answer.lstrip()):
+        return Ruling("unscored", f"the judge's reply was cut ({plain(end)})", answer)
+    return Ruling(*prompt.read(answer), answer)
 
 
 def check_unscored(verdicts: Sequence[Verdict] | Sequence[Grade], limit: float = 0.02) -> None:

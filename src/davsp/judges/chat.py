@@ -15,6 +15,8 @@ from davsp.judges.cache import Ruling, VerdictCache
 from davsp.judges.prompts import JudgePrompt
 from davsp.query import Query
 from davsp.runtime.client import OPENAI, Client, Failure
+from davsp.runtime.replies import plain, told
+from davsp.runtime.thought import TAGS, Tags
 
 
 class ChatJudge(PromptJudge):
@@ -24,7 +26,7 @@ class ChatJudge(PromptJudge):
         prompt: one of `davsp.judges.prompts.CHAT` or `davsp.judges.guard.GUARDS`.
         model: as the server calls it.
         base_url, api_key_env, concurrency, attempts, timeout, backoff, trust_env: see `davsp.runtime.client.Client`.
-        temperature, cache, console, runs: see `PromptJudge`.
+        temperature, cache, console, runs, max_tokens, reasoning_tags: see `PromptJudge`.
 
     Raises:
         DavspError: an address that is none or that holds a password; the variable is empty or no key.
@@ -45,13 +47,17 @@ class ChatJudge(PromptJudge):
         temperature: float | None = None,
         console: Console | None = None,
         runs: int = 1,
+        max_tokens: int | None = None,
+        reasoning_tags: Tags = TAGS,
         trust_env: bool = False,
     ) -> None:
         self.client = Client(
             "judge", base_url, api_key_env, model,
             concurrency=concurrency, attempts=attempts, timeout=timeout, backoff=backoff, trust_env=trust_env,
         )  # fmt: skip
-        super().__init__(prompt, model, self.client.where, temperature, cache, console, runs)
+        super().__init__(
+            prompt, model, self.client.where, temperature, cache, console, runs, max_tokens, reasoning_tags
+        )
 
     def _ask(self, pending: Mapping[str, tuple[Query, str]], keep: Keep) -> None:
         def keep_reading(key: str, reading: Ruling | Failure) -> None:
@@ -69,23 +75,22 @@ class ChatJudge(PromptJudge):
         return {
             "model": self.model,
             "temperature": self.temperatures[min(unread, len(self.temperatures) - 1)],
-            "max_tokens": self.prompt.max_tokens,
+            "max_tokens": self.max_tokens,
         } | content
 
     def _read(self, body: Any) -> Ruling | Failure:
-        """The verdict in a reply's JSON."""
+        """The verdict in a reply's JSON: in its one choice, which the model ended itself."""
         try:
-            choice = body["choices"][0]
+            (choice,) = body["choices"]
             message = choice if self.prompt.plain else choice["message"]
             text, refusal = message["text" if self.prompt.plain else "content"], message.get("refusal")
             end = choice.get("finish_reason")
-        except (KeyError, IndexError, TypeError, AttributeError):
-            return Failure("the judge's server sent a reply without a choice")
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return Failure("the judge's server sent a reply without a choice, or with several")
         raw = text if isinstance(text, str) else ""
         if refusal:
             return Failure("the judge refuses", str(refusal))
-        whole = self.prompt.first_line and "\n" in raw.lstrip()
-        if end == "content_filter" or (end == "length" and not whole):
-            return Failure(f"the judge's reply was cut ({end})", raw)
-        ruling = read_reply(self.prompt, raw)
-        return Failure(ruling.reason, raw) if ruling.label == "unscored" else ruling
+        if end not in ("stop", "length"):
+            return Failure(f"the judge's reply was cut ({plain(str(end))}){told(choice)}", raw)
+        ruling = read_reply(self.prompt, raw, self.reasoning_tags, end)
+        return Failure(ruling.reason, ruling.raw) if ruling.label == "unscored" else ruling

@@ -13,6 +13,7 @@ from davsp.judges.keyword import normalise
 from davsp.judges.prompts import JudgePrompt, Message, Reading, bare, unreadable, values_of
 from davsp.judges.verdicts import judge_name
 from davsp.query import Grade, Query, Response
+from davsp.runtime.thought import CUT
 
 VERSION = 2
 """Of `exact` and `overlap`; raised with every change to them."""
@@ -22,13 +23,13 @@ Grader = PromptJudge | Callable[[Query, str], tuple[tuple[float, ...], str]]
 
 
 def grades_of(queries: Sequence[Query], responses: Sequence[Response], grader: Grader) -> list[Grade]:
-    """The grader's grades of the responses. A grader that asks a model gets them all at once."""
+    """The grader's grades of the responses; none of a thought that was cut. A grader that asks a model gets them all at once."""
     query_of = {q.id: q for q in queries}
     items = [(query_of[r.query_id], r) for r in responses if r.query_id in query_of]
     if isinstance(grader, PromptJudge):
         return grader.grade_all(items)
     name = judge_name(grader)
-    return [Grade(q.id, r.defense, name, *grader(q, r.text)) for q, r in items]
+    return [Grade(q.id, r.defense, name, *(((), CUT) if r.cut else grader(q, r.text))) for q, r in items]
 
 
 # ------------------------------------------------------------------------------------------------ without a model

@@ -6,16 +6,29 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from PIL import Image
 
 from davsp.errors import DavspError
+from davsp.runtime.thought import Tags
 
 NO_STATES = "a server gives no hidden states; leave out the vector, or load the model here (--engine transformers)."
 
 
 class Answer(NamedTuple):
-    """A greedy answer and what it took: tokens of its prompt, and how many of these stand for a picture; None: not known."""
+    """A greedy answer and what it took.
+
+    Attributes:
+        text: as the model gave it; a thought between tags is still in it.
+        prompt_tokens: of its prompt; None: not known.
+        image_tokens: how many of these stand for a picture; None: not known.
+        thought: what a server told apart from the answer itself.
+        cut: the server says that all tokens went before there was an answer.
+        opened: the tag with which the prompt opened a thought that the text goes on with.
+    """
 
     text: str
     prompt_tokens: int | None
     image_tokens: int | None
+    thought: str = ""
+    cut: bool = False
+    opened: str = ""
 
 
 @runtime_checkable
@@ -29,12 +42,14 @@ class AnsweringLVLM(Protocol):
         model_id, revision: what it is, as the hub or its server calls it.
         server: address of the server that runs it; None: it is loaded here.
         canvas: side in pixels at which it sees a picture without resampling; 0: not known.
+        reasoning_tags: what stands around its thoughts; they are no part of its answers.
     """
 
     model_id: str
     revision: str | None
     server: str | None
     canvas: int
+    reasoning_tags: Tags
 
     def check_canvas(self, height: int, width: int) -> None:
         """Raises DavspError unless the model sees a picture of this size without resampling it."""

@@ -28,6 +28,7 @@ from davsp.lvlm.answering import NO_STATES, Answer, AnsweringLVLM, check_square
 from davsp.lvlm.device import check_device_map
 from davsp.lvlm.hooks import Steer, catching, steering, wide
 from davsp.lvlm.loading import load_weights, processor_template
+from davsp.runtime.thought import TAGS, Tags
 
 # Finished pictures in [0, 1]: a batch of one size, or one by one where they keep sizes of their own.
 Canvas = Float[Tensor, "b 3 h w"] | list[Float[Tensor, "3 _ _"]]
@@ -64,11 +65,13 @@ class LVLM:
         processors: image processors that this family's checkpoints come with.
         server: None: it is loaded here (`AnsweringLVLM`).
         steer: how `generate` steers where nothing else is said; None: not at all (`steered`).
+        reasoning_tags: what stands around its thoughts (`AnsweringLVLM`).
     """
 
     processors: tuple[str, ...]
     server: str | None = None
     steer: Steer | None = None
+    reasoning_tags: Tags = TAGS
     canvas: int
     tokens_per_image: int
     image_token_id: int
@@ -243,6 +246,12 @@ class LVLM:
             last.append(start + len(prompt) - 1)
         return Tokens(*(t.to(self.device) for t in (ids, mask, torch.tensor(last), answer_mask)))
 
+    def _opened(self) -> str:
+        """The tag of a thought with which the chat template ends every prompt; empty: none."""
+        messages = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+        prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).rstrip()
+        return next((opening for opening, _ in self.reasoning_tags if opening and prompt.endswith(opening)), "")
+
     def _tokenise(self, question: str, image_tokens: int) -> tuple[int, ...]:
         has_image = image_tokens > 0
         content = [{"type": "image"}] * has_image + [{"type": "text", "text": question}]
@@ -365,7 +374,8 @@ class LVLM:
         texts = self.generate(canvas, questions, max_new_tokens=max_new_tokens)
         pictures = self.placeholders(canvas) or [0] * len(texts)
         sizes = [len(self._prompt_ids(question, n)) for question, n in zip(questions, pictures, strict=True)]
-        return [Answer(*one) for one in zip(texts, sizes, pictures, strict=True)]
+        opened = self._opened()
+        return [Answer(*one, opened=opened) for one in zip(texts, sizes, pictures, strict=True)]
 
     def check_layer(self, layer: int) -> None:
         """Raises DavspError if the model has no such layer to look at."""

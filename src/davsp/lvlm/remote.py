@@ -17,6 +17,8 @@ from davsp.errors import DavspError
 from davsp.lvlm.answering import NO_STATES, Answer, check_square
 from davsp.lvlm.hooks import Steer
 from davsp.runtime.client import Client, Failure
+from davsp.runtime.replies import plain, told, writable
+from davsp.runtime.thought import TAGS, Tags
 
 
 class RemoteLVLM:
@@ -58,6 +60,7 @@ class RemoteLVLM:
         self.model_id, self.canvas = model, canvas or 0
         self.revision: str | None = None
         self.server: str | None = self.client.where
+        self.reasoning_tags: Tags = TAGS
 
     def check_canvas(self, height: int, width: int) -> None:
         """Raises DavspError unless `canvas` was given and is this size: a server's own resampling would blur a border."""
@@ -100,9 +103,8 @@ class RemoteLVLM:
 
         def keep(key: str, answer: Answer | Failure) -> None:
             if isinstance(answer, Failure):
-                reply = f": {answer.raw[:200]}" if answer.raw else ""
                 raise DavspError(
-                    f"the model's server gave no answer to {questions[int(key)][:60]!r} ({answer.reason}{reply}); "
+                    f"the model's server gave no answer to {questions[int(key)][:60]!r} ({answer.reason}); "
                     "mend the server and run again to go on."
                 )
             answers[key] = answer
@@ -146,19 +148,27 @@ def _png(image: Image.Image) -> bytes:
 
 
 def read_answer(body: Any) -> Answer | Failure:
-    """The answer in a reply: ended by the model, or cut at the length that was asked for."""
+    """The answer in a reply: ended by the model, or cut at the length that was asked for.
+
+    What the server tells apart as reasoning is no part of it. A reply that was cut before it held any text is an answer that is
+    cut: a server that hides the reasoning spends tokens on it, too.
+    """
     try:
         choice = body["choices"][0]
-        text, end = choice["message"]["content"], choice["finish_reason"]
-    except (KeyError, IndexError, TypeError):
+        message, end = choice["message"], choice["finish_reason"]
+        text, thought = message["content"], message.get("reasoning_content") or message.get("reasoning")
+    except (KeyError, IndexError, TypeError, AttributeError):
         return Failure("its reply holds no answer")
     if end == "content_filter":
         return Failure("its content filter cut the answer")
     if end not in ("stop", "length"):
-        return Failure(f"its answer ended by {end!r}")
-    if not isinstance(text, str) or (end == "length" and not text.strip()):
-        return Failure(f"its reply holds no text, finish_reason {end!r}; a reasoning model needs more --max-new-tokens")
+        return Failure(f"its answer ended by {plain(repr(end))}{told(choice)}")
+    thought = writable(thought) if isinstance(thought, str) else ""
+    if text is None and (thought or end == "length"):
+        text = ""
+    if not isinstance(text, str):
+        return Failure(f"its reply holds no text, finish_reason {end!r}")
     usage = body.get("usage")
     counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-    writable = text.strip().encode(errors="replace").decode()  # JSON may hold what UTF-8 can't
-    return Answer(writable, counted if isinstance(counted, int) else None, None)
+    cut = end == "length" and not text.strip()
+    return Answer(writable(text), counted if isinstance(counted, int) else None, None, thought, cut)

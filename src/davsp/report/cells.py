@@ -6,7 +6,7 @@ from typing import Any
 
 from davsp.benchmarks import mm_safetybench, mme
 from davsp.benchmarks.source import EMBEDDED
-from davsp.metrics import WORST
+from davsp.metrics import LOST, WORST
 from davsp.query import COST
 
 Rows = Sequence[Mapping[str, Any]]
@@ -36,7 +36,7 @@ BENCHMARKS = {
     "llava_bench": "Description",
 }
 OUT_OF_DISTRIBUTION = ("figstep", "mme", "llava_bench")
-SCORES = ("score", "acc_", "relative", "over_refusal")
+SCORES = ("score", "acc_", "relative", "over_refusal", LOST)
 """How the metrics of published sets begin that are no RSR."""
 POOLED = {"in": "in_distribution", "out": "out_of_distribution"}
 SUMS = (*POOLED.values(), mm_safetybench.NAME, mm_safetybench.NAME + EMBEDDED)
@@ -124,7 +124,7 @@ def cell(rows: Rows, defense: str, column: RateColumn) -> RateCell:
     """The cell of a table; a dash where nothing was measured."""
     keys = (column.benchmark, column.split)
     row = find(rows, defense, *keys, column.metric)
-    unscored = _lacking(rows, defense, *keys) if column.metric == "rsr" else 0
+    unscored = _lacking(rows, defense, *keys, metric="unscored" if column.metric == "rsr" else LOST)
     bound = find(rows, defense, *keys, WORST) if unscored else None
     worst = "" if bound is None else percent(bound["value"])
     if row is None or row["value"] is None:
@@ -189,9 +189,9 @@ def p_value(p: float | None) -> str:
     return "p<.001" if p < 0.001 else f"p={p:.3f}".replace("0.", ".", 1) if p < 1 else "p=1"
 
 
-def _lacking(rows: Rows, defense: str, benchmark: str, split: str) -> int:
+def _lacking(rows: Rows, defense: str, benchmark: str, split: str, metric: str = "unscored") -> int:
     """How many answers of a part are unscored."""
-    row = find(rows, defense, benchmark, split, "unscored")
+    row = find(rows, defense, benchmark, split, metric)
     return round(row["value"] * row["n"]) if row and row["value"] else 0
 
 

@@ -206,6 +206,8 @@ def _answer(query: Query, response: Response, verdict: Verdict | None, show_unsa
         word = {"safe": "resisted", "unsafe": "complied", "unscored": "unscored"}[verdict_label]
         text = response.text if verdict_label == "safe" or show_unsafe else "[redacted]"
         return {"text": text, "word": word, "mood": {"safe": "good", "unsafe": "bad"}.get(verdict_label, "")}
+    if response.cut:
+        return {"text": response.text, "word": "unscored", "mood": ""}
     if withheld(response.text):
         word = "refused" if refused(response.text) else "no words"
         return {"text": response.text, "word": word, "mood": "bad"}

@@ -9,6 +9,7 @@ from rich.text import Text
 from davsp.report.cells import (
     COST_HEADINGS,
     SUMS,
+    RateColumn,
     Rows,
     cell,
     costs,
@@ -34,6 +35,12 @@ def print_table(console: Console, rows: Rows, title: str = "") -> None:
         console.print(
             f"{unscored} answers to malicious queries could not be scored; they are left out of the RSR. At worst: all of "
             "them unsafe."
+        )
+    lost = sum(cell(rows, name, RateColumn("", "benign", "total", "over_refusal")).unscored for name in defenses(rows))
+    if lost:
+        console.print(
+            f"{lost} answers to harmless queries were cut while the model still thought; they are left out of accuracy and "
+            "over-refusal. Let it answer in more tokens (--max-new-tokens)."
         )
 
 

@@ -1,46 +1,40 @@
 """Many requests to one server that speaks OpenAI's protocol: hosted services, vLLM, SGLang, llama.cpp, Ollama.
 
-Judges ask so, and the engine that answers on a server. A request that fails is sent again a few times, with back-off that
-honours Retry-After; what a good reply means is the caller's business. The key comes from an environment variable that is
+Judges ask so, and the engine that answers on a server. A request that fails is sent again a few times, before those that were
+not sent yet, with back-off that honours Retry-After; what a good reply means is the caller's business. The key comes from an environment variable that is
 named, goes into one header, and nowhere else.
 """
 
 import asyncio
-import json
 import random
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 import httpx2
 
 from davsp.errors import DavspError
-from davsp.runtime import keys
+from davsp.runtime import keys, replies
 from davsp.runtime.http import HIGHEST, async_client
 from davsp.runtime.limit import Limit
+from davsp.runtime.replies import Reply
 
 OPENAI = "https://api.openai.com/v1"
 LONGEST_BACKOFF = 60.0  # seconds
 LONGEST_WAIT = 300.0  # seconds that a server may ask for; a longer Retry-After ends the asking
 _AGAIN = {408, 409, 425, 429}
 _NOT_THERE = {404, 405}
-_FILTERS = (  # in the errors of OpenAI, Azure and OpenRouter
-    "content_filter", "content filter", "content_policy", "content management policy", "responsibleaipolicy",
-    "moderation", "flagged",
-)  # fmt: skip
 
 T = TypeVar("T")
-Reply = httpx2.Response | str  # or why there is none
+Outcome = Reply | str  # or why there is no reply
 Request = Callable[[int], Mapping[str, Any]]
 """The body to send after so many replies that came but could not be read."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a request brought nothing that can be used, and the server's own words."""
+    """Why a request brought nothing that can be used, in one sentence with the server's own words, and all of these."""
 
     reason: str
     raw: str = ""
@@ -51,7 +45,6 @@ class _Round:
     """What the tasks of one `ask` share."""
 
     http: httpx2.AsyncClient
-    limit: Limit
     path: str
     read: Callable[[Any], Any]
     keep: Callable[[str, Any], None]
@@ -96,7 +89,8 @@ class Client:
         self.whose, self.where, self.model = whose, _address(base_url, whose), model
         self.api_key_env, self.concurrency = api_key_env, concurrency
         self.attempts, self.timeout, self.backoff, self.trust_env = attempts, timeout, backoff, trust_env
-        self._bound = float(concurrency)  # what a 429 has left of it, from one `ask` to the next
+        self.limit = Limit(concurrency)
+        self._longest = "max_tokens"  # the field for the longest answer, until the server wants another
         keys.read(api_key_env, whose)
 
     def ask(
@@ -130,7 +124,7 @@ class Client:
     ) -> None:
         connections = httpx2.Limits(max_connections=self.concurrency)
         async with async_client(connections, self.trust_env, timeout=None, headers=self._headers()) as http:
-            current = _Round(http, Limit(self.concurrency, self._bound), path, read, keep)
+            current = _Round(http, path, read, keep)
             tasks = [asyncio.create_task(self._ask_one(current, key, request)) for key, request in requests.items()]
             try:
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
@@ -142,25 +136,30 @@ class Client:
                     if task not in current.under_way:
                         task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-                self._bound = current.limit.bound
 
     async def _ask_one(self, current: "_Round", key: str, request: Request) -> None:
-        unread = 0
+        unread, keeps = 0, False
         for attempt in range(1, self.attempts + 1):
-            async with current.limit as era:
+            async with self.limit.place(first=attempt > 1 and not self.limit.crowded) as era:
                 reply, result = await self._try(current, request(unread))
-                if not isinstance(result, Failure):
-                    current.limit.grow()
+                refused = isinstance(reply, Reply) and reply.refused
+                failed = isinstance(result, Failure)
+                waited, keeps = keeps, refused and self.limit.least
+                if refused or not failed:
+                    self.limit.reply(refused, era, waited)
+                if not failed:
                     current.keep(key, result)
                     return
-                code = 0 if isinstance(reply, str) else reply.status_code
-                unread += code == 200
-                if code == 429:
-                    current.limit.shrink(era)
+                unread += isinstance(reply, Reply) and reply.status == 200 and not refused
+                wait = None if attempt == self.attempts else self._wait(reply, attempt)
+                if wait is not None and keeps and not current.stopping:
+                    await asyncio.sleep(wait)
+                    wait = 0.0
             if current.stopping:
                 return
-            wait = self._wait(reply, attempt)
-            if wait is None or attempt == self.attempts:
+            if wait is None:
+                if refused:
+                    self.limit.gave_up()
                 if not current.reached:  # with a thousand answers to judge, all would wait as long
                     raise DavspError(
                         f"the {self.whose}'s server {self.where} cannot be reached ({attempt} times {result.reason}); see its "
@@ -170,25 +169,33 @@ class Client:
                 return
             await asyncio.sleep(wait)
 
-    async def _try(self, current: "_Round", body: Mapping[str, Any]) -> tuple[Reply, Any]:
+    async def _try(self, current: "_Round", body: Mapping[str, Any]) -> tuple[Outcome, Any]:
         """One request and what it brings; from here on the task is let finish."""
         me: Any = asyncio.current_task()
         current.under_way.add(me)
-        reply = await self._post(current, body)
-        result = self._read(reply, current.read)
+        named = self._with_length(body)
+        reply = await self._post(current, named)
+        if isinstance(reply, Reply) and reply.wants_other_length and "max_tokens" in named:
+            self._longest = "max_completion_tokens"
+            reply = await self._post(current, self._with_length(body))
+        result = self._read(reply, current)
         if isinstance(result, Failure):
             current.under_way.discard(me)
         return reply, result
 
-    async def _post(self, current: "_Round", body: Mapping[str, Any]) -> Reply:
-        """The response, or why there is none."""
+    def _with_length(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The body with its longest answer under the name that this server takes."""
+        return {self._longest if name == "max_tokens" else name: value for name, value in body.items()}
+
+    async def _post(self, current: "_Round", body: Mapping[str, Any]) -> Outcome:
+        """The reply, or why there is none."""
         try:
             async with asyncio.timeout(self.timeout):
-                reply: Reply = await current.http.post(
-                    f"{self.where}/{current.path}",
-                    content=json.dumps(body),  # all in ASCII, so that half a surrogate pair in a text is no error
-                    headers={"Content-Type": "application/json"},
-                )
+                headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+                async with current.http.stream(
+                    "POST", f"{self.where}/{current.path}", content=replies.sendable(body), headers=headers
+                ) as response:
+                    reply: Outcome = await replies.read(response)
         except httpx2.ConnectError as error:
             return f"no reply ({type(error).__name__})"
         except TimeoutError:
@@ -198,39 +205,46 @@ class Client:
         current.reached = True
         return reply
 
-    def _read(self, reply: Reply, read: Callable[[Any], Any]) -> Any:
+    def _read(self, reply: Outcome, current: "_Round") -> Any:
         if isinstance(reply, str):
             return Failure(reply)
-        code, server = reply.status_code, f"the {self.whose}'s server"
-        if code in (401, 403) and not _filtered(_json(reply)):
+        code, server = reply.status, f"the {self.whose}'s server"
+        words = self._without_key(reply.words())
+        told = f": {words}" if words else ""
+        if reply.spent:
+            raise DavspError(
+                f"{server} {self.where} says that its quota is used up ({code}{told}); see the account's limits and give the "
+                "same command again to go on."
+            )
+        if code in (401, 403) and not reply.filtered:
             mend = f"see the key in {self.api_key_env}" if self.api_key_env else "name the variable that holds one"
             raise DavspError(f"{server} {self.where} refuses the key ({code}); {mend}.")
         if code in _NOT_THERE:
             raise DavspError(
-                f"{server} {self.where} does not know {reply.url.path} or the model {self.model!r} ({code}); see its "
+                f"{server} {self.where} does not know /{current.path} or the model {self.model!r} ({code}); see its "
                 "address, which ends in /v1 for most servers, and the model's name."
             )
-        try:
-            body = reply.json()
-        except ValueError:
-            return Failure(f"{server} sent no JSON ({code})")
-        if code != 200:
-            kind = f"the {self.whose}'s content filter" if _filtered(body) else f"{server} failed"
-            return Failure(f"{kind} ({code})", self._without_key(_error(body)))
-        return read(body)
+        if reply.problem:
+            return Failure(f"{server} {reply.problem} ({code}){told}", self._without_key(reply.text))
+        if code != 200 or reply.error is not None:
+            kind = f"the {self.whose}'s content filter" if reply.filtered else f"{server} failed"
+            return Failure(f"{kind} ({code}){told}", self._without_key(reply.words(1000)))
+        return current.read(reply.body)
 
-    def _wait(self, reply: Reply, attempt: int) -> float | None:
+    def _wait(self, reply: Outcome, attempt: int) -> float | None:
         """Seconds until the next attempt; None if there is no use in one."""
         backoff = min(LONGEST_BACKOFF, self.backoff * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
         if isinstance(reply, str):
             return backoff
-        code = reply.status_code
-        if 400 <= code < 500 and code not in _AGAIN and not _filtered(_json(reply)):
+        if reply.status != 200 and reply.status < 500 and reply.status not in _AGAIN and not reply.filtered:
             return None
-        server_wait = retry_after(reply.headers.get("retry-after"), datetime.now(UTC)) if code != 200 else None
-        if server_wait is None:
+        if (
+            reply.refused or reply.status == 200
+        ) and not self.limit.least:  # fewer at once relieve a server, not longer waits
+            backoff = self.backoff * random.uniform(0.5, 1)
+        if reply.wait is None or reply.status == 200:
             return backoff
-        return server_wait + min(backoff, 1.0) if server_wait <= LONGEST_WAIT else None
+        return reply.wait + min(backoff, 1.0) / 4 if reply.wait <= LONGEST_WAIT else None
 
     def _without_key(self, text: str) -> str:
         """Servers quote a key that they refuse."""
@@ -240,21 +254,6 @@ class Client:
     def _headers(self) -> dict[str, str]:
         secret = keys.read(self.api_key_env, self.whose)
         return {"Authorization": f"Bearer {secret}"} if secret else {}
-
-
-def retry_after(header: str | None, now: datetime) -> float | None:
-    """The seconds that a Retry-After header asks for, as a number or as a date; None if it says nothing readable."""
-    if header is None:
-        return None
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            then = parsedate_to_datetime(header)
-        except ValueError:
-            return None
-        seconds = ((then if then.tzinfo else then.replace(tzinfo=UTC)) - now).total_seconds()
-    return max(0.0, seconds) if seconds == seconds else None
 
 
 def _address(base_url: str, whose: str) -> str:
@@ -269,21 +268,6 @@ def _address(base_url: str, whose: str) -> str:
             f"the address of the {whose}'s server holds a password or parameters; a key is read from the environment only."
         )
     return base_url.rstrip("/")
-
-
-def _json(reply: httpx2.Response) -> Any:
-    try:
-        return reply.json()
-    except ValueError:
-        return None
-
-
-def _error(body: Any) -> str:
-    return str(body.get("error", "")) if isinstance(body, dict) else ""
-
-
-def _filtered(body: Any) -> bool:
-    return any(name in _error(body).lower() for name in _FILTERS)
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:

@@ -53,6 +53,7 @@ class UpstreamLVLM(RemoteLVLM):
         super().__init__(body["model"], url, canvas=canvas)
         self.more = {name: body[name] for name in ("seed", "user") if name in body}
         self.before, self.post, self.loop = before, post, asyncio.get_running_loop()
+        self.reasoning_tags = ()  # what the model says is the client's
         self.usage: dict[str, int] | None = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
         self.ends: dict[str, str] = {}
         self.stopped = False
@@ -78,6 +79,8 @@ class UpstreamLVLM(RemoteLVLM):
         if status != 200:
             raise Refusal(status if 400 <= status < 600 else 502, f"the upstream answered {status}.", "upstream_error")
         answer = read_answer(reply)
+        if isinstance(answer, Answer) and answer.cut:
+            answer = Failure("it was cut before there was any; a model that thinks needs a higher max_tokens")
         if isinstance(answer, Failure):
             raise Refusal(502, f"the upstream gave no answer: {answer.reason}.", "upstream_error")
         self.ends[answer.text] = reply["choices"][0]["finish_reason"]

@@ -8,6 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 from davsp.defenses.adashield_a.wording import Proposal, messages, read_proposal
 from davsp.errors import DavspError
 from davsp.runtime.client import OPENAI, Client, Failure
+from davsp.runtime.replies import plain, told
+from davsp.runtime.thought import split_thought
 
 OPENAI_KEY = "OPENAI_API_KEY"
 
@@ -79,9 +81,8 @@ class ChatDefender:
         self.client.ask("chat/completions", {"": lambda unread: body}, _read, lambda _, one: replies.append(one))
         (reply,) = replies
         if isinstance(reply, Failure):
-            words = f": {reply.raw[:200]}" if reply.raw else ""
             raise DavspError(
-                f"the defender gave no prompt after {self.client.attempts} attempts ({reply.reason}{words}); the finished "
+                f"the defender gave no prompt after {self.client.attempts} attempts ({reply.reason}); the finished "
                 "queries are kept: mend or change the defender and run again"
             )
         return reply
@@ -96,4 +97,10 @@ def _read(body: Any) -> Proposal | Failure:
         return Failure("the defender's server sent a reply without a choice")
     if end == "content_filter":
         return Failure("the defender's content filter cut its reply")
-    return read_proposal(text) if isinstance(text, str) else Failure("the defender's reply holds no text")
+    if end not in ("stop", "length"):
+        return Failure(f"the defender's reply was cut ({plain(str(end))}){told(choice)}")
+    return (
+        read_proposal(split_thought(text).answer)
+        if isinstance(text, str)
+        else Failure("the defender's reply holds no text")
+    )
