@@ -132,6 +132,7 @@ def test_litellm_has_learned_no_other_field_that_writes_messages():
     known = {
         "enable_prompt_caching", "turn_off_message_logging", "max_fallbacks", "fallback_depth", "langfuse_prompt_version",
         "input_cost_per_text_message", "aws_batch_role_arn", "ensure_alternating_roles", "merge_reasoning_content_in_choices",
+        "_encrypted_content_affinity_pinned",
     }  # fmt: skip
     assert {name for name in KEPT if any(word in name for word in words)} <= known
 

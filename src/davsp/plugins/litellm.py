@@ -48,7 +48,7 @@ SILENT = {
 WRITERS = {  # LiteLLM's own fields that write messages, templates or other requests once the hook has run
     "litellm_system_prompt", "user_continue_message", "assistant_continue_message", "fallbacks", "context_window_fallback_dict",
     "prompt_id", "prompt_variables", "prompt_label", "prompt_version", "prompt_environment", "custom_prompt_dict", "roles", "bos_token",
-    "eos_token", "final_prompt_value", "hf_model_name", "model_list", "model_config", "supports_system_message",
+    "eos_token", "initial_prompt_value", "final_prompt_value", "hf_model_name", "model_list", "model_config", "supports_system_message",
 }  # fmt: skip
 KEPT = set(all_litellm_params) - WRITERS | {"timeout", "drop_params", "extra_headers", "disable_global_guardrails"}
 """What LiteLLM keeps for itself, so that no model sees it."""
