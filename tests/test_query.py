@@ -7,10 +7,10 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from davsp import DavspError, Query, Response, Verdict
-from davsp.query import read_jsonl, write_jsonl
+from davsp.query import flatten, read_jsonl, write_jsonl
 from davsp.store import query_hash
 
 
@@ -106,3 +106,26 @@ def test_public_names():
     assert davsp.VisualSafetyPrompt.kind == "border" and "train" in dir(davsp)
     with pytest.raises(AttributeError, match="nonsense"):
         _ = davsp.nonsense
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "PA", "1", "L", "CMYK", "RGBa"])
+def test_a_large_picture_goes_on_white_in_bands_as_it_would_at_once(mode, monkeypatch):
+    rng = np.random.default_rng(0)
+    rgba = Image.fromarray(rng.integers(0, 256, (37, 23, 4), dtype=np.uint8), "RGBA")
+    image = rgba.convert("RGB").quantize(16).convert(mode) if mode in ("P", "PA") else rgba.convert(mode)
+    if mode == "P":
+        image.info["transparency"] = 3
+    clear = "A" in image.getbands() or "transparency" in image.info or mode == "RGBa"
+    layer = image.convert("RGBA")
+    white = Image.new("RGBA", layer.size, "white")
+    want = Image.alpha_composite(white, layer).convert("RGB") if clear else image.convert("RGB")
+    monkeypatch.setattr("davsp.query.BAND", 50)  # pixels: two rows
+    assert flatten(image).tobytes() == (want if mode != "RGBa" else image.convert("RGB")).tobytes()
+
+
+def test_a_picture_that_is_rgb_and_upright_is_not_copied():
+    image = Image.new("RGB", (4, 3))
+    assert flatten(image) is image
+    turned = image.copy()
+    turned.getexif()[ExifTags.Base.Orientation] = 6
+    assert flatten(turned).size == (3, 4)

@@ -17,6 +17,9 @@ from davsp.runtime.files import check_regular, read_bytes, sha256_bytes, write_t
 COST = ("calls", "prompt_tokens", "image_tokens")
 """The fields of a response that say what it took, but for time."""
 
+BAND = 2**20
+"""Pixels of a picture with transparency that are laid on white at a time."""
+
 T = TypeVar("T")
 Record = TypeVar("Record", "Query", "Response", "Verdict", "Grade")
 
@@ -188,7 +191,7 @@ def flatten(image: Image.Image) -> Image.Image:
 
 def _on_white(image: Image.Image) -> Image.Image:
     """The picture on white, some rows at a time: of a large one only itself and the result are in memory."""
-    result, step = Image.new("RGB", image.size), max(1, 2**20 // image.width)
+    result, step = Image.new("RGB", image.size), max(1, BAND // image.width)
     for top in range(0, image.height, step):
         rows = image.crop((0, top, image.width, min(top + step, image.height))).convert("RGBA")
         white = Image.new("RGBA", rows.size, "white")
