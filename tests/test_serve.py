@@ -95,7 +95,7 @@ def test_texts_of_a_message_joined_are_the_defended_question(defense, parts, tex
 
 def test_a_request_without_pictures():
     caller = client()
-    odd = "ünï \u2028 \ud83d😀"
+    odd = "ünï \u2028 \\ud83d 😀"
     assert caller.post(user("hello"), {"role": "assistant", "content": "hi"}, user(odd)).status_code == 200
     assert [m["content"] for m in caller.sent()] == [f"{TEXT} hello", "hi", f"{TEXT} {odd}"]
     passing = client(image_free="pass")
@@ -570,3 +570,18 @@ def test_a_proxy_of_its_own_settings_needs_an_address_of_the_upstream():
     with pytest.raises(DavspError, match="--upstream"):
         ServeSettings.of()
     assert isinstance(client().proxy, Proxy)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        r'{"model": "m", "messages": [{"role": "user", "content": "\ud83d"}]}', r'{"model": "m", "messages": [], "\ud83d": 1}',
+        r'{"model": "\ud83d", "messages": []}', r'{"model": "m", "messages": [{"role": "\ud83d", "content": "a"}]}',
+    ],
+)  # fmt: skip
+def test_half_a_surrogate_pair_is_a_400_in_shape(body):
+    caller = client()
+    for path in ("/v1/chat/completions", "/v1/responses"):
+        response = caller.raw(body.encode(), path=path)
+        assert response.status_code == 400 and error(response)["code"] == "no_character"
+    assert not caller.upstream.requests

@@ -159,3 +159,21 @@ def test_json_inside_texts_counts():
     sweep(inner, (), 300)
     with pytest.raises(Refusal, match="too_many_values"):
         sweep(inner, (), 250)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [r'"\ud83d"', r'"\uD83D"', r'"\ude00 a"', r'"\ud83d\ud83d"', r'"\ude00\ud83d"', r'"\ud83d😀"', r'"\\\ud83d"', r'"\ud83d\\ude00"', r'"\ud83d\ud83d\ude00\ude00"', r'{"\udfff": 1}'],
+)  # fmt: skip
+def test_half_a_surrogate_pair_is_refused_wherever_it_stands(text):
+    """JSON may hold one, UTF-8 can't: no tokenizer takes it, and no reply that quotes it can be written."""
+    with pytest.raises(Refusal, match="no_character") as refusal:
+        parse(f'{{"a": [{text}]}}'.encode(), LIMITS)
+    assert refusal.value.status == 400 and "surrogate" in refusal.value.message
+
+
+@pytest.mark.parametrize(
+    "text", [r'"\ud83d\ude00"', r'"\\ud83d"', r'"\u00e9 \uD83D\uDE00\ud83d\ude00"', '"😀"', r'"\\\\ude00"']
+)
+def test_whole_pairs_and_their_look_alikes_pass(text):
+    assert parse(text.encode(), LIMITS).value == json.loads(text)

@@ -22,6 +22,8 @@ MARK = "data:image/cut;base64,"
 """How a mark begins. It looks like what it stands for, so whatever refuses a data URL refuses it, too."""
 CUTS = 256  # more pictures than any limit lets pass; those beyond stay in the text
 DEEPEST = 64  # OpenAI's own requests nest less than 20 deep, schemas of tools included
+HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 _MARKS = b"[]{},"
 _REST = bytes(set(range(256)) - set(_MARKS))
 
@@ -42,7 +44,8 @@ def parse(data: bytes | bytearray, settings: ServeSettings) -> Body:
     """Read a request's body. Of the settings `max_text` and `max_values` count.
 
     Raises:
-        Refusal: 413 if it holds too much besides its pictures; 400 if it has too many values, is nested too deeply or is no JSON.
+        Refusal: 413 if it holds too much besides its pictures; 400 if it has too many values, is nested too deeply, holds half a
+            surrogate pair or is no JSON.
     """
     pieces, pictures, at = list[Bytes](), dict[str, Bytes](), 0
     view, secret = memoryview(data), secrets.token_hex(16)  # no client can know the marks
@@ -59,6 +62,8 @@ def parse(data: bytes | bytearray, settings: ServeSettings) -> Body:
             raise Refusal(413, large, "body_too_large")
         text = b"".join(pieces)
         check_size(text, settings.max_values)
+        if HALF.search(text) and HALF.search(PAIR.sub(b"", text.replace(b"\\\\", b""))):
+            raise bad("the body holds half a surrogate pair, which is no character.", "no_character")
         return Body(
             json.loads(text.decode("utf-8-sig")), pictures
         )  # in UTF-16 a quote is not the byte that was counted
