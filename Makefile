@@ -6,7 +6,7 @@ BIN := .venv/bin
 # davsp compiled by an earlier run, whatever the environment says of that.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-slow lint format docs app-deps clean
+.PHONY: demo test test-slow lint format docs app-deps hashes sbom clean
 
 demo: .venv/installed  ## train a visual safety prompt on the embedded model and show that it works
 	$(BIN)/davsp demo --out out/demo
@@ -35,6 +35,13 @@ docs: .venv/installed  ## the documentation as a site in out/site; warnings are 
 app-deps: .venv/installed  ## Gradio and Playwright, for davsp app and its test in a browser
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-app.lock
 
+hashes: out/tools/installed  ## requirements-hashes.txt anew: every file that is published of the versions in requirements.lock, but torch's
+	grep -v '^torch==' requirements.lock | out/tools/bin/uv pip compile - --quiet --upgrade --no-deps --universal --generate-hashes --no-annotate \
+		--no-python-downloads --python-version 3.13 --custom-compile-command 'make hashes' --output-file requirements-hashes.txt
+
+sbom: .venv/installed out/tools/installed  ## what is installed in .venv, with licences and who needs whom: CycloneDX in out/sbom.json
+	out/tools/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --mc-type library --output-reproducible --output-file out/sbom.json
+
 clean:  ## everything that can be made again
 	rm -rf .venv out
 
@@ -43,4 +50,9 @@ clean:  ## everything that can be made again
 	@echo "Setting up .venv: torch and friends, some minutes the first time"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev]'
+	@touch $@
+
+out/tools/installed: Makefile
+	$(PYTHON) -m venv out/tools
+	out/tools/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9 cyclonedx-bom==7.5.0
 	@touch $@

@@ -16,9 +16,10 @@ from davsp.cli import app
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "davsp"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TOP = ("README.md", "CONTRIBUTING.md", "SECURITY.md")
+PAGES = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS: Any = typer.main.get_command(app)
-OTHERS = {"--no-deps", "--no-log-images", "--mm-processor-kwargs", "--chat-template"}
+OTHERS = {"--no-deps", "--require-hashes", "--no-log-images", "--mm-processor-kwargs", "--chat-template"}
 """Options of other people's commands."""
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
