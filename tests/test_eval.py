@@ -150,7 +150,7 @@ def test_broken_pictures_are_named_or_skipped(data: Path, tiny_folder: Path, tmp
         1,
     ]
     assert davsp("eval", *same) == 2
-    assert "malicious-0.png, which is not there" in capsys.readouterr().err
+    assert "malicious-0.png', which is not there" in capsys.readouterr().err
     assert davsp("eval", *same, "--skip-broken") == 0
     said = capsys.readouterr().err
     for part in (

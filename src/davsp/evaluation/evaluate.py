@@ -145,9 +145,8 @@ def _answers(
         "max_new_tokens": max_new_tokens,
         "vector": _vector_hash(vector),
         "published": published,
+        "reasoning_tags": None if lvlm.reasoning_tags == TAGS else lvlm.reasoning_tags,  # older runs know of none
     }
-    if lvlm.reasoning_tags != TAGS:
-        settings["reasoning_tags"] = lvlm.reasoning_tags
     described = {name: defense.describe() for name, defense in defenses.items()}
     store = None if out is None else Store(out, settings, described, plan, queries, batch_size, manifest)
     responses = {name: [] for name in defenses} if store is None else store.open(redo, console)
