@@ -28,7 +28,7 @@ async def server(reader, writer):
         while await reader.readuntil(b"\r\n\r\n"):
             await asyncio.sleep(0.05)
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
-    except asyncio.IncompleteReadError:
+    except (asyncio.IncompleteReadError, asyncio.CancelledError):
         writer.close()
 
 async def main():
