@@ -158,6 +158,17 @@ def test_a_refusal_reaches_a_client_that_is_still_sending(close):
         assert caller.proxy.room.left == 2**20 and caller.proxy.under_way == 0
 
 
+def test_a_refusal_reaches_a_client_that_is_still_sending_chunks():
+    caller = client(max_held=2**20)
+    with connected(caller.proxy.app) as connect, connect() as connection:
+        connection.sendall(START + b"Transfer-Encoding: chunked\r\n\r\n")
+        for _ in range(20):
+            connection.sendall(b"%x\r\n" % 2**20 + b" " * 2**20 + b"\r\n")
+        connection.sendall(b"0\r\n\r\n")
+        reply = everything(connection)
+    assert reply.startswith(b"HTTP/1.1 429 ") and caller.proxy.room.left == 2**20
+
+
 def test_a_small_refused_request_keeps_its_connection():
     caller = client()
     with connected(caller.proxy.app) as connect, connect() as connection:
