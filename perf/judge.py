@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 TARGET = 3.0  # times as quick, where three in ten are refused by chance
-COUNT, LATENCY, MOST = 660, 0.05, 8
+LATENCY, MOST = 0.05, 8
 SCENARIOS: dict[str, dict[str, Any]] = {
     "5 % refused by chance": {"share": 0.05},
     "10 % refused by chance": {"share": 0.1},
@@ -98,7 +98,7 @@ async def send(writer: asyncio.StreamWriter, status: int, body: Any, retry_after
     await writer.drain()
 
 
-def ask(url: str, without: list[str]) -> None:
+def ask(url: str, count: int, without: list[str]) -> None:
     """Judge all items by whatever davsp there is on the path, and print seconds and how many verdicts are right.
 
     Args:
@@ -118,7 +118,7 @@ def ask(url: str, without: list[str]) -> None:
     judge = ChatJudge(CHAT["davsp"], "m", url, concurrency=MOST)
     items = [
         (Query(f"q{n}", "what is it?", "malicious", "t"), Response(f"q{n}", "none", f"item {n}: a kite"))
-        for n in range(COUNT)
+        for n in range(count)
     ]
     start = time.perf_counter()
     verdicts = judge.judge_all(items)
@@ -139,17 +139,25 @@ def server(scenario: dict[str, Any]) -> Iterator[str]:
             process.kill()
 
 
-def once(tree: Path, scenario: dict[str, Any], without: tuple[str, ...] = ()) -> dict[str, Any]:
+def once(tree: Path, scenario: dict[str, Any], count: int, without: tuple[str, ...] = ()) -> dict[str, Any]:
     """One build asks one server: seconds, right verdicts, and the server's counts."""
     with server(scenario) as url:
-        command = [sys.executable, __file__, "--ask", url, *(word for part in without for word in ("--without", part))]
+        command = [
+            sys.executable,
+            __file__,
+            "--ask",
+            url,
+            "--count",
+            str(count),
+            *(word for part in without for word in ("--without", part)),
+        ]
         environment = os.environ | {"PYTHONPATH": str(tree / "src"), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{tree} cannot ask: {done.stderr.strip().splitlines()[-1]}")
         with urllib.request.urlopen(url) as reply:
             counts = json.load(reply)
-    return {**json.loads(done.stdout), **counts}
+    return {"count": count, **json.loads(done.stdout), **counts}
 
 
 def summary(rows: list[dict[str, Any]], names: list[str]) -> dict[str, dict[str, Any]]:
@@ -163,14 +171,14 @@ def summary(rows: list[dict[str, Any]], names: list[str]) -> dict[str, dict[str,
         for build, ones in by_build.items():
             table[name][build] = {
                 "seconds": median(row["seconds"] for row in ones),
-                "requests_an_answer": median(row["requests"] / COUNT for row in ones),
-                "wrong_or_unscored": sum(COUNT - row["right"] for row in ones),
+                "requests_an_answer": median(row["requests"] / row["count"] for row in ones),
+                "wrong_or_unscored": sum(row["count"] - row["right"] for row in ones),
                 "answered_twice": sum(row["answered_twice"] for row in ones),
             }
     return table
 
 
-def parts(before: Path, rounds: int) -> list[dict[str, Any]]:
+def parts(before: Path, rounds: int, count: int) -> list[dict[str, Any]]:
     """The older build where three in ten are refused and asked to wait a second or nothing is said, without each of its parts."""
     rows = []
     for number in range(rounds):
@@ -179,7 +187,7 @@ def parts(before: Path, rounds: int) -> list[dict[str, Any]]:
                 if "retry-after" in without and "Retry-After" not in scenario:
                     continue
                 row = {"round": number + 1, "scenario": scenario, "part": name}
-                rows.append(row | once(before, SCENARIOS[scenario] | {"seed": number}, without))
+                rows.append(row | once(before, SCENARIOS[scenario] | {"seed": number}, count, without))
                 CONSOLE.print(f"{scenario}, {name}: {rows[-1]['seconds']:.1f} s")
     return rows
 
@@ -188,6 +196,7 @@ def main(
     before: Annotated[Path | None, typer.Option(help="Source tree of the older build.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the figures go, as JSON.")] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
+    count: Annotated[int, typer.Option(min=1, help="Answers that are judged.")] = 660,
     only: Annotated[
         list[str] | None, typer.Option("--scenario", help="By its name, repeatable; left out: all.")
     ] = None,
@@ -201,7 +210,7 @@ def main(
     if serves is not None:
         asyncio.run(serve(**json.loads(serves)))
     if asks is not None:
-        ask(asks, without or [])
+        ask(asks, count, without or [])
         return
     if before is None or not (before / "src" / "davsp").is_dir():
         raise SystemExit("--before must be the source tree of an older davsp: git worktree add ../before 4640fc4")
@@ -209,10 +218,10 @@ def main(
 
     facts = manifest(rounds=rounds, beside=beside, before=_commit(before))
     if only_parts:
-        rows = parts(before, rounds)
+        rows = parts(before, rounds, count)
         if out:
             write_json(
-                out, {"manifest": facts, "answers": COUNT, "latency": LATENCY, "concurrency": MOST, "rounds": rows}
+                out, {"manifest": facts, "answers": count, "latency": LATENCY, "concurrency": MOST, "rounds": rows}
             )
         return
     names = only or list(SCENARIOS)
@@ -221,7 +230,7 @@ def main(
         for name in names:
             for build in rng.sample(list(trees), len(trees)):
                 row = {"round": number + 1, "scenario": name, "build": build} | once(
-                    trees[build], SCENARIOS[name] | {"seed": number}
+                    trees[build], SCENARIOS[name] | {"seed": number}, count
                 )
                 rows.append(row)
                 CONSOLE.print(
@@ -240,7 +249,7 @@ def main(
         write_json(
             out,
             {
-                "manifest": facts, "answers": COUNT, "latency": LATENCY, "concurrency": MOST, "scenarios": table,
+                "manifest": facts, "answers": count, "latency": LATENCY, "concurrency": MOST, "scenarios": table,
                 "target": {"scenario": JUDGED, "ratio": TARGET, "met": met}, "rounds": rows,
             },
         )  # fmt: skip

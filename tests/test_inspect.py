@@ -127,6 +127,30 @@ def test_unscored_is_never_safe(sets: Path):
         inspect_tasks.figures("figstep")(samples * 2)
 
 
+def test_a_cut_thought_is_unscored(sets: Path):
+    """By judges, graders, MME's words and over-refusal alike."""
+    for name, judge in {"figstep": keyword, "mm_vet": exact, "mme": None, "vlguard": keyword}.items():
+        queries = BENCHMARKS[name].load(sets / name, "test")
+        query = next(q for q in queries if q.label == ("malicious" if name == "figstep" else "benign"))
+        score = inspect_tasks._scored(name, query, Response(query.id, "inspect", "", thought="i", cut=True), judge)
+        assert score.value == "unscored" and score.metadata["cut"], name
+    sample = SampleScore(score=score, sample_id=query.id, sample_metadata=inspect_tasks._facts(query))
+    found = inspect_tasks.figures("vlguard")([sample])
+    assert found["total cut"] == 1.0 and "total over_refusal" not in found
+
+
+def test_the_provider_tells_thought_and_answer_apart(monkeypatch: pytest.MonkeyPatch):
+    import anyio
+
+    api = plugin.DavspAPI("davsp-mini", defense="none", device_map="cpu")
+    texts = ["<think>i cannot</think> red", "<think>i cannot"]
+    monkeypatch.setattr(api.defended.lvlm, "generate", lambda *args, **options: [texts.pop(0)])
+    asked = [ChatMessageUser(content="what colour is it ?")]
+    whole, cut = (anyio.run(api.generate, asked, [], "none", GenerateConfig(max_tokens=99)) for _ in range(2))
+    assert whole.completion == "red" and whole.choices[0].message.content[0].reasoning == "i cannot"
+    assert whole.stop_reason == "stop" and (cut.completion, cut.stop_reason) == ("", "max_tokens")
+
+
 def test_a_model_without_a_word_on_its_defense_is_refused(folder: Path):
     with pytest.raises(DavspError, match="-M defense=FOLDER, or -M defense=none"):
         plugin.DavspAPI("davsp-mini")

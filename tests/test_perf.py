@@ -24,6 +24,7 @@ sys.path.append(str(Path(__file__).parents[1] / "perf"))  # behind the tests' ow
 import evaluation
 import hostile
 import inference
+import judge
 import random_llava
 import time_to_quality
 import training_step
@@ -310,3 +311,22 @@ def test_the_interval_of_a_ratio():
     new = [old * factor for old, factor in zip(before, (0.1, 0.5, 0.6, 0.7, 0.65, 0.6, 0.55, 0.8, 0.9), strict=True)]
     row = hostile.ratio({"before": before, "new": new})
     assert (row["ratio"], row["low"], row["high"]) == pytest.approx((0.6, 0.5, 0.8))
+
+
+# -- judge
+
+
+def test_two_builds_ask_the_same_judge(tmp_path):
+    """This one twice: each answer is judged right and answered once, and both meet the same refusals."""
+    out, root, name = tmp_path / "judge.json", Path(judge.__file__).parents[1], "10 % refused by chance"
+    judge.main(
+        root, out, rounds=1, count=30, only=[name], only_parts=False, beside="", serves=None, asks=None, without=None
+    )
+    written = json.loads(out.read_text())
+    before, now = written["rounds"]
+    assert before["requests"] == now["requests"] > 30 and {before["build"], now["build"]} == {"before", "now"}
+    for row in written["rounds"]:
+        assert (row["answered"], row["answered_twice"], row["right"]) == (30, 0, 30)
+        assert row["most_under_way"] <= judge.MOST
+    assert written["target"] == {"scenario": judge.JUDGED, "ratio": 3.0, "met": False}
+    assert written["scenarios"][name]["now"]["wrong_or_unscored"] == 0

@@ -19,6 +19,7 @@ from inspect_ai.model import (
     ChatMessage,
     ChatMessageAssistant,
     ContentImage,
+    ContentReasoning,
     ContentText,
     GenerateConfig,
     ModelAPI,
@@ -116,12 +117,17 @@ class DavspAPI(ModelAPI):
         _check(tools, config)
         longest = config.max_tokens or MAX_NEW_TOKENS
         response = await self._response(_Waiting(question(input), longest))
-        written = len(loaded(self.defended.lvlm).tokenizer(response.text, add_special_tokens=False)["input_ids"])
+        tokenizer, text = loaded(self.defended.lvlm).tokenizer, response.thought + response.text
+        written = len(tokenizer(text, add_special_tokens=False)["input_ids"])
         read = response.prompt_tokens or 0
-        message = ChatMessageAssistant(content=response.text, model=self.model_name, source="generate")
+        parts: list[Any] = [ContentReasoning(reasoning=response.thought), ContentText(text=response.text)]
+        message = ChatMessageAssistant(
+            content=parts if response.thought else response.text, model=self.model_name, source="generate"
+        )
+        cut = response.cut or written >= longest
         return ModelOutput(
             model=self.model_name,
-            choices=[ChatCompletionChoice(message=message, stop_reason="max_tokens" if written >= longest else "stop")],
+            choices=[ChatCompletionChoice(message=message, stop_reason="max_tokens" if cut else "stop")],
             usage=ModelUsage(input_tokens=read, output_tokens=written, total_tokens=read + written),
             time=response.seconds,
             metadata={"defense": response.defense, "defense_sha256": self.defense_sha256, "calls": response.calls},

@@ -29,6 +29,7 @@ from davsp.judges.graders import exact, grades_of, overlap
 from davsp.judges.keyword_lists import LISTS
 from davsp.judges.verdicts import verdicts_of
 from davsp.query import Grade, Query, Response, Verdict
+from davsp.runtime.thought import CUT, split_thought
 
 OFFLINE: dict[str, Any] = {"keyword": keyword, **LISTS, "exact": exact, "overlap": overlap}
 """Judges and graders that ask no model."""
@@ -142,7 +143,8 @@ def figures(name: str) -> Metric:
         if len({query.id for query in queries}) < len(queries):
             raise DavspError("a sample is scored twice; davsp's answers are greedy, so ask for one epoch.")
         answers = [
-            Response(query.id, WHOSE, score.score.answer or "") for query, score in zip(queries, scores, strict=True)
+            Response(query.id, WHOSE, score.score.answer or "", cut=bool((score.score.metadata or {}).get("cut")))
+            for query, score in zip(queries, scores, strict=True)
         ]
         records = [
             _record(record) for score in scores if (record := (score.score.metadata or {}).get("said")) is not None
@@ -172,7 +174,8 @@ def davsp_scorer(name: str, judge: str, model: str | None, url: str | None, key_
 
         async def score(state: TaskState, target: Target) -> Score:
             query = _query(dict(state.metadata))
-            answer = Response(query.id, WHOSE, state.output.completion)
+            thought, text, cut = split_thought(state.output.completion)
+            answer = Response(query.id, WHOSE, text, thought=thought, cut=cut)
             return await anyio.to_thread.run_sync(_scored, name, query, answer, judge_of_set)
 
         return score
@@ -198,6 +201,8 @@ def _judge(name: str, model: str | None, url: str | None, key_env: str | None) -
 
 
 def _scored(name: str, query: Query, answer: Response, judge: Any) -> Score:
+    if answer.cut and (name == "mme" or (name not in USUAL and query.label == "benign")):  # nobody is asked
+        return Score(value="unscored", answer=answer.text, explanation=CUT, metadata={"cut": True})
     if name == "mme":
         right = PARSERS["official"](answer.text) == query.reference.lower()
         return Score(value="right" if right else "wrong", answer=answer.text, explanation="by its words")
@@ -212,7 +217,7 @@ def _scored(name: str, query: Query, answer: Response, judge: Any) -> Score:
         value=value,
         answer=answer.text,
         explanation=f"{record.judge}: {record.reason}",
-        metadata={"said": asdict(record)},
+        metadata={"said": asdict(record), "cut": answer.cut},
     )
 
 
