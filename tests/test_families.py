@@ -13,6 +13,8 @@ from davsp import LVLM, DavspError, Query, VisualSafetyPrompt, evaluate
 from davsp.defenses import NoDefense, VisualPrompt
 from davsp.lvlm import FAMILIES
 from davsp.lvlm.resample import resample
+from davsp.prompts import AdditiveNoise
+from davsp.query import flatten
 from families import PLACEHOLDER, save_family
 from tiny import picture
 
@@ -163,6 +165,16 @@ def test_a_prompt_defends_and_is_measured(model, tmp_path):
     result = evaluate(model, {"none": NoDefense(), "davsp": VisualPrompt(prompt)}, queries, max_new_tokens=5)
     texts = {name: [r.text for r in result.responses[name]] for name in ("none", "davsp")}
     assert texts["none"] != texts["davsp"]
+
+
+def test_one_transparent_colour_is_white_with_and_without_a_prompt(model):
+    clear = picture(0, (model.canvas, model.canvas)).quantize(4).convert("RGB")
+    clear.info["transparency"] = clear.getpixel((0, 0))
+    white = flatten(clear)
+    assert white.getpixel((0, 0)) == (255, 255, 255) != clear.getpixel((0, 0))
+    assert torch.equal(model.preprocess([clear]), model.preprocess([white]))
+    for prompt in (VisualSafetyPrompt.create(model.canvas, 4), AdditiveNoise.create(model.canvas)):
+        assert torch.equal(prompt.resize([clear]), prompt.resize([white]))
 
 
 def test_a_canvas_that_would_be_resampled_is_refused(model, canvas):

@@ -47,8 +47,16 @@ def palette(size: tuple[int, int], clear: bool = False) -> Image.Image:
     return image
 
 
+def one_clear_colour(size: tuple[int, int]) -> Image.Image:
+    """RGB, and the colour of its first pixel is transparent."""
+    image = picture(1, size).quantize(4).convert("RGB")
+    image.info["transparency"] = image.getpixel((0, 0))
+    return image
+
+
 MODES = {
     "RGB": lambda size: picture(1, size),
+    "RGB and one transparent colour": one_clear_colour,
     "grey": lambda size: picture(1, size).convert("L"),
     "one bit": lambda size: picture(1, size).convert("1"),
     "alpha": lambda size: Image.merge("RGBA", [*picture(1, size).split(), picture(2, size).convert("L")]),

@@ -2,14 +2,17 @@
 
 import io
 import json
+import struct
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
 from davsp import DavspError, Query, Response, Verdict
+from davsp.lvlm.remote import RemoteLVLM
 from davsp.query import flatten, read_jsonl, write_jsonl
 from davsp.store import query_hash
 
@@ -77,6 +80,56 @@ def test_16_bit_grey_keeps_its_levels(tmp_path):
     assert np.asarray(picture)[..., 0].ravel().tolist() == list(range(256))
 
 
+def png(mode_bits: tuple[int, int], row: bytes, key: bytes) -> bytes:
+    """A PNG of one row of two pixels with one transparent colour; (bits a channel, 0 for grey or 2 for RGB)."""
+    bits, colour = mode_bits
+    head = struct.pack(">IIBBBBB", 2, 1, bits, colour, 0, 0, 0)
+    chunks = [(b"IHDR", head), (b"tRNS", key), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+    parts = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def test_one_transparent_colour_is_laid_on_white():
+    file = png((8, 2), bytes([255, 0, 0, 0, 255, 0]), struct.pack(">HHH", 255, 0, 0))
+    picture = flatten(Image.open(io.BytesIO(file)))
+    assert [picture.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (0, 255, 0)]
+    assert "transparency" not in picture.info  # who looks again finds none
+    (sent,) = RemoteLVLM("m", "http://127.0.0.1:1/v1").preprocess([Image.open(io.BytesIO(file))])
+    assert Image.open(io.BytesIO(sent)).tobytes() == picture.tobytes() and b"tRNS" not in sent
+
+
+@pytest.mark.parametrize("form", ["PNG", "PPM", "TIFF"])
+@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
+def test_16_bit_grey_shows_its_levels_in_every_byte_order_and_file(mode, form):
+    levels = np.arange(0, 65536, 257, dtype="<u2" if mode == "I;16" else ">u2")
+    buffer = io.BytesIO()
+    image = Image.frombytes(mode, (16, 16), levels.tobytes())
+    (image if form != "PPM" else Image.fromarray(levels.astype("<u2").reshape(16, 16))).save(buffer, form)
+    for picture in (image, Image.open(buffer)):
+        assert np.asarray(flatten(picture))[..., 0].ravel().tolist() == list(range(256))
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_numbers_without_a_white_are_refused(mode, tmp_path):
+    image = Image.new(mode, (4, 4), 7)
+    image.save(tmp_path / "x.tiff")
+    for query in (
+        Query("1", "?", "benign", "b", image=image),
+        Query("1", "?", "benign", "b", image=tmp_path / "x.tiff"),
+    ):
+        with pytest.raises(DavspError, match=rf"numbers \(mode {mode}\) do not say which one is white; save it as"):
+            query.picture()
+
+
+@pytest.mark.parametrize(("kind", "row", "key"), [((16, 0), b"\0\4\1\4", b"\0\4"), ((16, 2), bytes(12), bytes(6))])
+def test_16_bits_with_one_transparent_colour_are_refused(kind, row, key, tmp_path):
+    (tmp_path / "x.png").write_bytes(png(kind, row, key))
+    with pytest.raises(DavspError, match=r"x\.png: the picture has 16 bits a channel and one transparent colour"):
+        Query("1", "?", "benign", "b", image=tmp_path / "x.png").picture()
+
+
 @pytest.mark.parametrize("content", [None, b"", b"no picture", b"\x89PNG\r\n\x1a\n1234"])
 def test_an_unreadable_picture_is_named(tmp_path, content):
     path = tmp_path / "x.png"
@@ -115,12 +168,12 @@ def test_a_large_picture_goes_on_white_in_bands_as_it_would_at_once(mode, monkey
     image = rgba.convert("RGB").quantize(16).convert(mode) if mode in ("P", "PA") else rgba.convert(mode)
     if mode == "P":
         image.info["transparency"] = 3
-    clear = "A" in image.getbands() or "transparency" in image.info or mode == "RGBa"
+    clear = "a" in mode.lower() or "transparency" in image.info
     layer = image.convert("RGBA")
     white = Image.new("RGBA", layer.size, "white")
     want = Image.alpha_composite(white, layer).convert("RGB") if clear else image.convert("RGB")
     monkeypatch.setattr("davsp.query.BAND", 50)  # pixels: two rows
-    assert flatten(image).tobytes() == (want if mode != "RGBa" else image.convert("RGB")).tobytes()
+    assert flatten(image).tobytes() == want.tobytes()
 
 
 def test_a_picture_that_is_rgb_and_upright_is_not_copied():

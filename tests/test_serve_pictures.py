@@ -66,7 +66,15 @@ def kinds() -> dict[str, bytes]:
         "palette": file(rgb.quantize(16), "PNG"), "clear palette": file(rgb.quantize(16), "PNG", transparency=3),
         "bits": file(rgb.convert("1"), "PNG"), "grey alpha": file(rgb.convert("LA"), "PNG"), "16 bit": file(grey16, "PNG"),
         "one pixel": file(rgb.resize((1, 1)), "PNG"), "thin": file(rgb.resize((500, 10)), "PNG"), "two in one": file(rgb, "MPO", save_all=True, append_images=[rgb]),
+        "one clear colour": file(rgb, "PNG", transparency=rgb.getpixel((0, 0))),
     }  # fmt: skip
+
+
+def test_what_reading_refuses_is_said():
+    grey = Image.fromarray(np.zeros((4, 4), np.uint16))
+    with pytest.raises(Refusal) as caught:
+        decode(file(grey, "PNG", transparency=0), LIMITS)
+    assert "16 bits a channel and one transparent colour" in caught.value.message
 
 
 @pytest.mark.parametrize("name", kinds())

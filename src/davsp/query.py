@@ -157,6 +157,8 @@ def _opened(path: Path, read: Callable[[Image.Image], T]) -> T:
     try:
         with Image.open(path) as image:
             return read(image)
+    except DavspError as error:
+        raise DavspError(f"cannot open image {path}: {error}") from error
     except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
         reason = getattr(error, "strerror", None) or "it is not a readable picture"
         raise DavspError(f"cannot open image {path}: {reason}; give a PNG, JPEG or WebP file") from error
@@ -173,20 +175,41 @@ def unpacked(image: Image.Image) -> Image.Image:
 
 
 def flatten(image: Image.Image) -> Image.Image:
-    """RGB, upright by its EXIF, with transparency laid on white, 16-bit grey in 8 bit (Pillow would clip it to white).
+    """RGB, upright by its EXIF, transparency laid on white (alpha, or one transparent colour), 16-bit grey in 8 bit.
 
     A picture that is so already is given back itself.
+
+    Raises:
+        DavspError: its numbers do not say what they show: 32 bits, floats, 16 bits with one transparent colour.
     """
+    deep = _is_deep_grey(image)
     image.load()
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
-    if image.mode == "I;16":
-        image = image.point(lambda level: level * (1 / 257) + 0.5).convert("L")
-    if image.mode == "RGB":
-        return image
-    if "A" in image.getbands() or "transparency" in image.info:
+    if deep:
+        image = image.convert("I").point(lambda level: level * (1 / 257) + 0.5).convert("L")  # else clipped to white
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.has_transparency_data:
         return _on_white(image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _is_deep_grey(image: Image.Image) -> bool:
+    """Whether it is grey in 16 bits, white 65535; DavspError where the numbers do not say what they show."""
+    deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+    tags = getattr(image, "tag_v2", {})  # TIFF: bits a number, and whether 0 is black
+    usual = (tags.get(258, (16,)), tags.get(262, 1)) == ((16,), 1)
+    if (deep and not usual) or (image.mode in ("I", "F") and not deep):
+        raise DavspError(
+            f"the picture's numbers (mode {image.mode}) do not say which one is white; save it as an 8-bit PNG"
+        )
+    packed = [str(tile[3]) for tile in getattr(image, "tile", ())]  # 48-bit colour has the mode RGB
+    if "transparency" in image.info and any(";16" in name for name in (image.mode, *packed)):
+        raise DavspError(
+            "the picture has 16 bits a channel and one transparent colour, which has no like in 8; save it as an 8-bit PNG"
+        )
+    return deep
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -11,6 +11,7 @@ from torch import Tensor
 from davsp.errors import DavspError
 from davsp.lvlm.base import LVLM
 from davsp.lvlm.resample import resample
+from davsp.query import flatten
 
 
 class DeepseekVLLVLM(LVLM):
@@ -41,7 +42,7 @@ class DeepseekVLLVLM(LVLM):
         """
         if not images:
             raise DavspError("there is no image to prepare: the list is empty")
-        rgb = [image.convert("RGB") for image in images]
+        rgb = [flatten(image) for image in images]
         pixels = self.image_processor(rgb, do_rescale=False, do_normalize=False)[self.pixels]
         return torch.from_numpy(np.stack(pixels).astype(np.float32)) / 255
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from davsp.errors import DavspError
 from davsp.lvlm.base import LVLM
+from davsp.query import flatten
 
 
 class LlavaLVLM(LVLM):
@@ -32,7 +33,7 @@ class LlavaLVLM(LVLM):
         """
         if not images:
             raise DavspError("there is no image to prepare: the list is empty")
-        rgb = [image.convert("RGB") for image in images]
+        rgb = [flatten(image) for image in images]
         pixels = self.image_processor(rgb, do_rescale=False, do_normalize=False)["pixel_values"]
         return torch.from_numpy(np.stack(pixels).astype(np.float32)) / 255
 

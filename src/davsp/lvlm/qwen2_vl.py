@@ -11,6 +11,7 @@ from torch import Tensor
 
 from davsp.errors import DavspError
 from davsp.lvlm.base import LVLM, Canvas
+from davsp.query import flatten
 
 CANVAS = 448  # 256 image tokens; a multiple of 28, and of 32 and 14 besides, so that other families take it too
 
@@ -63,7 +64,7 @@ class Qwen2VLLVLM(LVLM):
             raise DavspError("there is no image to prepare: the list is empty")
         canvases = []
         for image in images:
-            pixels = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+            pixels = np.asarray(flatten(image)).transpose(2, 0, 1)
             size, unit = self.image_processor.size, self.patch * self.merge
             try:
                 pixels = self.image_processor.resize(pixels, size, self.image_processor.resample, unit)

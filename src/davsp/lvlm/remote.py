@@ -16,6 +16,7 @@ from torch import Tensor
 from davsp.errors import DavspError
 from davsp.lvlm.answering import NO_STATES, Answer, check_square
 from davsp.lvlm.hooks import Steer
+from davsp.query import flatten
 from davsp.runtime.client import Client, Failure
 from davsp.runtime.replies import plain, told, writable
 from davsp.runtime.thought import TAGS, Tags
@@ -143,7 +144,7 @@ class RemoteLVLM:
 
 def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG")
+    flatten(image).save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -194,6 +194,8 @@ def _picture(image: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(base64.b64decode(image.partition(",")[2], validate=True))) as picture:
             return flatten(picture)
+    except DavspError:
+        raise
     except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
         raise DavspError(
             "the picture in the data URL cannot be read; give a whole PNG, JPEG or WebP in base64."

@@ -21,6 +21,7 @@ from davsp.prompts.base import (
     sealed,
     start_values,
 )
+from davsp.query import flatten
 from davsp.runtime.config import read_config
 from davsp.runtime.files import to_json, write_all
 
@@ -58,7 +59,7 @@ class AdditiveNoise(Prompt):
 
     def resize(self, images: list[Image.Image]) -> Float[Tensor, "b 3 s s"]:
         """Shortest edge to the canvas (bicubic), centre crop: as LLaVA sees a picture without defense."""
-        return torch.stack([from_picture(fill(image.convert("RGB"), self.canvas)) for image in images])
+        return torch.stack([from_picture(fill(flatten(image), self.canvas)) for image in images])
 
     def apply(self, interior: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b 3 s s"]:
         """Add the noise and clamp to [0, 1]."""

@@ -27,6 +27,7 @@ from davsp.prompts.base import (
 )
 from davsp.prompts.hub import fetch
 from davsp.prompts.measured import measurement, with_interval
+from davsp.query import flatten, open_picture, picture_size
 from davsp.runtime.config import read_config
 from davsp.runtime.files import to_json, write_all
 
@@ -105,7 +106,7 @@ class VisualSafetyPrompt(Prompt):
         """The picture padded to a square and resized, at the cost of its own rows: Pillow resizes each row before it mixes
         rows, and a white one stays white, so what is put above and below a wide picture need not go through the first step.
         """
-        inside, picture = self.canvas - 2 * self.padding, image.convert("RGB")
+        inside, picture = self.canvas - 2 * self.padding, flatten(image)
         width = side = max(picture.size)
         if picture.height < side:
             width = inside
@@ -241,8 +242,6 @@ class VisualSafetyPrompt(Prompt):
         return prompt
 
     def _check_picture(self, path: Path) -> None:
-        from davsp.query import open_picture, picture_size
-
         width, height = picture_size(path)  # before a picture that may be huge is decoded
         if (width, height) != (self.canvas, self.canvas):
             raise DavspError(f"{path} is {width}x{height}, not {self.canvas}x{self.canvas}; save anew")

@@ -14,6 +14,7 @@ import pybase64
 from PIL import Image
 from PIL.ImageFile import ImageFile
 
+from davsp.errors import DavspError
 from davsp.query import flatten
 from davsp.serve.bodies import Bytes
 from davsp.serve.refusals import Refusal, bad
@@ -126,6 +127,8 @@ def _readable() -> Iterator[None]:
         raise
     except Image.DecompressionBombError as error:
         raise bad("image_url: the picture has too many pixels.", "image_pixels") from error
+    except DavspError as error:
+        raise bad(f"image_url: {error}.", "image_broken") from error
     except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
         raise bad(
             "image_url: the picture cannot be read; send a whole JPEG, PNG or WebP file.", "image_broken"
