@@ -13,6 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from benchmark_folders import (
+    b64,
     bench_folder,
     figstep_clone,
     figstep_rows,
@@ -23,6 +24,7 @@ from benchmark_folders import (
     picture,
     safety_folder,
     skipped,
+    table,
     vet_folder,
     write,
 )
@@ -48,9 +50,61 @@ def test_published_counts():
     assert sum(mme.PICTURES.values()) == 1187 and sum(mme.COUNTS.values()) == 2374
     assert sum(mme.PICTURES[name] for name in mme.PERCEPTION) == 1057 and len(mme.PERCEPTION) == 10
     assert sum(llava_bench.COUNTS.values()) == 60
+    capabilities = {"rec": 150, "ocr": 96, "know": 84, "gen": 80, "spat": 75, "math": 26}
+    assert mm_vet.COUNTS == {"questions": 218} | capabilities and tuple(capabilities) == mm_vet.CAPABILITIES
     test = vlguard.COUNTS["test"]
     assert sum(n for name, n in test.items() if "/" in name) == test["unsafes"] == 442
     assert test["unsafes"] + test["safe_safes"] == 1000 and sum(vlguard.COUNTS["train"].values()) == 2977
+
+
+FOLDERS = {
+    "mm_safetybench": safety_folder, "figstep": figstep_clone, "mm_vet": vet_folder, "mme": mme_folder, "llava_bench": bench_folder,
+    "vlguard": lambda root: guard_folder(root, guard_rows()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_byte_order_mark_is_no_part_of_a_file(name, tmp_path):
+    """Editors on Windows put one first; every loader reads past it."""
+    load = benchmarks.BENCHMARKS[name].load
+    queries = load(FOLDERS[name](tmp_path))
+    files = [path for path in tmp_path.rglob("*") if path.suffix in (".json", ".jsonl", ".csv", ".txt")]
+    for path in files:
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert files and load(tmp_path) == queries
+
+
+def test_a_byte_order_mark_is_no_part_of_queries_or_tables(tmp_path):
+    line = {"id": "a", "question": "what ?", "label": "benign"}
+    (tmp_path / "queries.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(line).encode())
+    assert [q.id for q in load_queries(tmp_path)] == ["a"]
+    row = {"index": "0", "image": b64(1), "question": "q", "answer": "Yes", "category": "count", "image_path": "1.jpg"}
+    table(tmp_path / "MME.tsv", [row, row | {"index": "1", "image": "0", "answer": "No"}])
+    (tmp_path / "MME.tsv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "MME.tsv").read_bytes())
+    assert len(mme.load(tmp_path)) == 2
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path):
+    bench_folder(tmp_path)
+    file = tmp_path / "questions.jsonl"
+    file.write_bytes(file.read_text().encode("utf-16"))
+    with pytest.raises(DavspError, match=r"questions\.jsonl is not UTF-8 text .*; save it as UTF-8"):
+        llava_bench.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_what_macos_leaves_beside_files_is_not_read(name, tmp_path):
+    """`._name` beside every file, `.DS_Store` in every folder, and `__MACOSX` beside what was unpacked."""
+    root = tmp_path / "set"
+    load = benchmarks.BENCHMARKS[name].load
+    queries, report = load(FOLDERS[name](root)), benchmarks.check(tmp_path)
+    litter = b"\0\5\x16\7\0\2\0\0Mac OS X        \0\2\0\0\0\t\xb0\xff"
+    shutil.copytree(root, tmp_path / "__MACOSX/set")
+    shutil.copytree(root, root / "__MACOSX/set")
+    for path in [*root.rglob("*"), *(tmp_path / "__MACOSX").rglob("*")]:
+        path.with_name(f"._{path.name}").write_bytes(litter)
+        path.with_name(".DS_Store").write_bytes(litter)
+    assert load(root) == queries and benchmarks.check(tmp_path) == report
 
 
 def put_png(path: Path, head: bytes, data: bytes) -> None:

@@ -1,6 +1,7 @@
 """MM-SafetyBench: its layouts and splits."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -24,6 +25,40 @@ def test_safetybench_folder(tmp_path, pictures):
     assert all(q.label == "malicious" for q in queries) and len({q.group for q in queries}) == 3
     words = mm_safetybench.load(tmp_path, types=["text"])
     assert len(words) == 3 and words[0].image is None and words[0].question == BREAD["Changed Question"]
+
+
+@pytest.mark.parametrize("pictures", ["data/imgs/MM-SafetyBench(imgs)", "imgs/MM-SafetyBench(imgs)"])
+def test_the_archive_within_the_folder_of_the_pictures(tmp_path, pictures):
+    """It has a top folder of its own, and the guide says to unpack it under data/imgs."""
+    assert len(mm_safetybench.load(safety_folder(tmp_path, pictures))) == 9
+    report = mm_safetybench.check(tmp_path)
+    assert not report.broken and "2 of 97 in sd 01-Illegal_Activitiy" in map(str, report.counts)
+
+
+def test_check_and_load_agree_on_pictures_at_another_place(tmp_path):
+    safety_folder(tmp_path, "data/imgs/odd")
+    (sentence,) = mm_safetybench.check(tmp_path).broken
+    with pytest.raises(DavspError, match="holds no picture as <scenario>/SD, SD_TYPO or TYPO") as refused:
+        mm_safetybench.load(tmp_path)
+    assert str(refused.value).startswith(sentence)
+    with pytest.raises(DavspError, match="holds no picture as"):
+        mm_safetybench.load(tmp_path, types=["text"])
+
+
+def test_check_says_how_to_ask_for_what_is_here(tmp_path):
+    safety_folder(tmp_path)
+    for folder in (tmp_path / "data/imgs").glob("*/SD"):
+        shutil.rmtree(folder)
+    assert (
+        "no pictures of SD here, so davsp eval needs --type sd_typo --type typo" in mm_safetybench.check(tmp_path).note
+    )
+    with pytest.raises(DavspError, match=r"holds no picture of SD; .*--type sd_typo --type typo"):
+        mm_safetybench.load(tmp_path)
+    assert len(mm_safetybench.load(tmp_path, types=["sd_typo", "typo"])) == 6
+    queries, warning = skipped(mm_safetybench.load, tmp_path)
+    assert len(queries) == 6 and "holds no picture of SD" in warning
+    shutil.rmtree(tmp_path / "data/imgs")
+    assert "--type text, or --rebuild --type typo" in mm_safetybench.check(tmp_path).note
 
 
 def test_safetybench_alias_and_png(tmp_path):

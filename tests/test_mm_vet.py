@@ -19,7 +19,7 @@ def test_mm_vet(tmp_path, top):
     assert one.reference == "5<OR>five" and one.answers == ("5", "five") and two.answers == ()
     assert two.group == one.group
     counts = [str(count) for count in mm_vet.check(tmp_path).counts]
-    assert "2 of 218 in questions" in counts and "1 of 26 in math" in counts and "1 of ? in rec" in counts
+    assert "2 of 218 in questions" in counts and "1 of 26 in math" in counts and "1 of 150 in rec" in counts
 
 
 def test_an_id_twice_in_one_object(tmp_path):

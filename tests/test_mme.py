@@ -1,6 +1,7 @@
 """MME: its layouts, and its scores by hand from the published rules."""
 
 import math
+import shutil
 
 import pytest
 
@@ -23,6 +24,17 @@ def test_mme_folder(tmp_path):
     assert question == "Is there a kite in the image?\nAnswer the question using a single word or phrase."
     report = mme.check(tmp_path)
     assert "2 of 60 in count" in map(str, report.counts) and "count, code_reasoning" in report.note
+
+
+@pytest.mark.parametrize("top", ["MME_Benchmark_release_version/MME_Benchmark", "MME_Benchmark", "."])
+def test_mme_lies_at_any_level_of_its_archive(tmp_path, top):
+    """The present archive has one level more, and LLaVA's guide puts eval_tool beside it."""
+    before = [(q.id, q.question) for q in mme.load(mme_folder(tmp_path / "a"))]
+    (tmp_path / "b" / top).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(tmp_path / "a/MME_Benchmark_release_version", tmp_path / "b" / top, dirs_exist_ok=True)
+    write(tmp_path / "b/eval_tool/Your_Results/count.txt", "0001.jpg\tIs it?\tYes\n0001.jpg\tIs it not?\tNo\n")
+    assert [(q.id, q.question) for q in mme.load(tmp_path / "b")] == before
+    assert mme.check(tmp_path / "b").layout == "official folders"
 
 
 def test_mme_pairs(tmp_path):

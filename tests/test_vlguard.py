@@ -44,3 +44,28 @@ def test_vlguard_bad_rows(tmp_path):
         vlguard.load(tmp_path, subsets=["odd"])
     guard_folder(tmp_path, [*rows, rows[0]], "train", "train/")  # published so: one picture twice
     assert [q.id for q in vlguard.load(tmp_path, "train", subsets=["unsafes"])] == ["unsafes/x1", "unsafes/x1~2"]
+
+
+def test_a_picture_in_both_splits_is_no_fault(tmp_path, monkeypatch):
+    """Eight published test pictures, with their ids, are in train.json, too: each split is looked at by itself."""
+    monkeypatch.setattr(
+        vlguard, "COUNTS", {split: {"unsafes": 1, "safe_unsafes": 2, "safe_safes": 2} for split in vlguard.COUNTS}
+    )
+    for split in vlguard.COUNTS:
+        guard_folder(tmp_path, guard_rows(), split, f"{split}/")
+    report = vlguard.check(tmp_path)
+    assert report.good and [str(count) for count in report.counts if "safe_safes" in count.name] == [
+        "2 of 2 in train safe_safes", "2 of 2 in test safe_safes"
+    ]  # fmt: skip
+    assert set(report.index) == {"train.json", "test.json"} and not report.note
+    (tmp_path / "test/privacyAlert/b.jpg").unlink()
+    broken = vlguard.check(tmp_path).broken
+    assert len(broken) == 1 and "test/privacyAlert/b.jpg is missing" in broken[0]
+    rows = guard_rows()
+    guard_folder(tmp_path, [*rows, rows[0]])
+    assert "'unsafes/x1' occurs twice" in vlguard.check(tmp_path).broken[0]
+
+
+def test_an_archive_unpacked_into_a_folder_of_its_name(tmp_path):
+    guard_folder(tmp_path, guard_rows(), lead="test/test/")
+    assert {q.image.parent.parent for q in vlguard.load(tmp_path)} == {tmp_path / "test/test"}

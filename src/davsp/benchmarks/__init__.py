@@ -5,7 +5,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from davsp.benchmarks import figstep, llava_bench, mm_safetybench, mm_vet, mme, vlguard
+from davsp.benchmarks import figstep, formats, llava_bench, mm_safetybench, mm_vet, mme, vlguard
 from davsp.benchmarks.scoring import Scores
 from davsp.benchmarks.source import EMBEDDED, Inventory
 from davsp.errors import DavspError
@@ -35,7 +35,7 @@ def check(root: Path) -> list[Inventory]:
     root = Path(root)
     if not root.is_dir():
         raise DavspError(f"{root} is no folder; give the one that holds the data sets.")
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    folders = [path for path in formats.files_in(root, "*") if path.is_dir()]
     inventories = []
     for name in BENCHMARKS:
         here = _check(name, root)

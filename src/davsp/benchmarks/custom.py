@@ -15,7 +15,7 @@ from typing import Any
 from davsp.benchmarks.source import SkippedWarning, fault
 from davsp.errors import DavspError
 from davsp.query import Query
-from davsp.runtime.files import read_bytes, write_bytes, write_text
+from davsp.runtime.files import read_text, write_bytes, write_text
 
 NAME = "queries.jsonl"
 FIELDS = {f.name for f in fields(Query)}
@@ -37,10 +37,7 @@ def load_queries(path: str | Path, skip_broken: bool = False, allow_outside: boo
     file = path / NAME if path.is_dir() else path
     if not file.exists():
         raise DavspError(f"there are no queries at {file}; give a folder with {NAME} or a .jsonl file.")
-    try:
-        lines = read_bytes(file).decode().split("\n")  # not splitlines: a question may hold U+2028
-    except UnicodeDecodeError as error:
-        raise DavspError(f"{file} is not UTF-8 text; give a .jsonl file of queries.") from error
+    lines = read_text(file).split("\n")  # not splitlines: a question may hold U+2028
     queries: dict[str, Query] = {}
     skipped = []
     for number, line in enumerate(lines, 1):

@@ -138,7 +138,7 @@ def _pictures(root: Path, csv: Path, split: str) -> Path | None:
 def _mirrored(root: Path) -> Path | None:
     """AdaShield's folder of topics, if it is there."""
     mirror = formats.first(root, "data/FigStep", "FigStep")
-    return mirror if mirror and any(mirror.glob("*/query_ForbidQI_*_6.png")) else None
+    return mirror if mirror and formats.files_in(mirror, "*/query_ForbidQI_*_6.png") else None
 
 
 def _read(root: Path, split: str, face: ImageFont.FreeTypeFont | None, problems: Problems) -> Download | None:
@@ -197,7 +197,7 @@ def _mirror(root: Path, mirror: Path, split: str, problems: Problems) -> Downloa
         )
     listed_names = None if split == "all" or split_file is None else set(_names_in(split_file, split, problems))
     items = []
-    for path in sorted(mirror.glob("*/query_ForbidQI_*_6.png")):
+    for path in formats.files_in(mirror, "*/query_ForbidQI_*_6.png"):
         parts = re.fullmatch(r"query_ForbidQI_(\d+)_(\d+)_6", path.stem)
         topic = _topic(parts[1]) if parts else None
         if parts is None or topic is None:

@@ -12,8 +12,9 @@ from typing import Any
 
 from davsp.benchmarks.source import Problems, Record
 from davsp.errors import DavspError
-from davsp.runtime.files import read_bytes
+from davsp.runtime.files import read_text
 
+HIDDEN = re.compile(r"(^|/)(\.|__MACOSX)")
 LONGEST_FIELD = 1 << 30  # of a TSV: a picture in base64 is a field
 
 
@@ -28,6 +29,11 @@ def beside(folder: Path, stem: str, suffixes: Sequence[str] = (".jpg", ".png", "
     return next((path for path in paths if path.exists()), paths[0])
 
 
+def files_in(folder: Path, pattern: str) -> list[Path]:
+    """The paths that match, in order, without the hidden ones: macOS leaves `._name` and `.DS_Store` beside all it copies."""
+    return sorted(path for path in folder.glob(pattern) if not HIDDEN.search(path.relative_to(folder).as_posix()))
+
+
 def csv_rows(
     path: Path, needed: Sequence[str], problems: Problems, delimiter: str = ","
 ) -> Iterator[tuple[str, Record]]:
@@ -36,10 +42,7 @@ def csv_rows(
     Raises:
         DavspError: unreadable, not UTF-8, or a needed column is not there.
     """
-    try:
-        text = read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DavspError(f"{path} is not UTF-8 text; fetch it again.") from error
+    text = read_text(path)
     before = csv.field_size_limit(LONGEST_FIELD)
     try:
         rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
@@ -114,7 +117,7 @@ def json_file(path: Path, problems: Problems) -> Any:
         return body
 
     try:
-        return json.loads(read_bytes(path), object_pairs_hook=unique)
+        return json.loads(read_text(path), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise DavspError(f"{path} is not JSON: {error}; fetch it again.") from error
 
@@ -123,7 +126,7 @@ def json_lines(
     path: Path, needed: Sequence[str], problems: Problems, other: Sequence[str] = ()
 ) -> Iterator[tuple[str, Record]]:
     """Where it stands and the object of each line of a JSON-lines file, with the fields of `has`."""
-    for number, line in enumerate(read_bytes(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # not splitlines: a text may hold U+2028
         where = f"{path}, line {number}"
         try:
             row = json.loads(line) if line.strip() else None
@@ -173,7 +176,7 @@ def shards(folder: Path, split: str, problems: Problems) -> list[Path]:
     """
     shard_of: dict[int, Path] = {}
     total = 0
-    for path in sorted(folder.glob(f"{split}-*.parquet")):
+    for path in files_in(folder, f"{split}-*.parquet"):
         parts = re.fullmatch(rf"{split}-(\d+)-of-(\d+)(-\w+)?\.parquet", path.name)
         if parts is None:
             continue

@@ -190,15 +190,25 @@ def _item(
 def _folder(
     root: Path, folder: Path, split: str, types: Sequence[str] | None, rebuild: bool, problems: Problems
 ) -> Download:
-    tops = ("QueryRelated", "imgs", "img", "images", "MM-SafetyBench(imgs)")
-    pictures = formats.first(root, *(f"{lead}{top}" for top in tops for lead in ("data/", "")))
+    pictures, here = _pictures(root)
     mirror = pictures is not None and pictures.name == "QueryRelated"
     split_file = formats.first(root, "data/datasplit/query_related.jsonl", "datasplit/query_related.jsonl")
     selection, index = _selection(root, split, split_file, problems)
-    here = [k for k in TYPES if pictures is not None and any(pictures.glob(f"*/{FOLDERS[k]}"))]
+    if pictures is not None and not here:
+        sentence = f"{pictures} holds no picture as <scenario>/SD, SD_TYPO or TYPO/<id>.jpg"
+        problems.add(sentence, "unpack the archive so that 01-Illegal_Activitiy is right in data/imgs")
     if types is None:
         types = here or ["text"]  # the questions alone: they are looked at, too
-    files = {path: scenario(path.stem) for path in sorted(folder.glob("*.json"))}
+    wanted = [k for k in types if k in TYPES and k not in here and not (rebuild and k == "typo")]
+    wanted = [
+        k for k in wanted if selection is None or any(FOLDERS[k] == folder_name for _, folder_name, _ in selection)
+    ]
+    if wanted:
+        names = ", ".join(FOLDERS[k] for k in wanted)
+        mend = f"put the pictures into {root / 'data/imgs'}, or ask for the types that are here ({_choice(here)})"
+        problems.add(f"{root} holds no picture of {names}", mend)
+        types = [k for k in types if k not in wanted]
+    files = {path: scenario(path.stem) for path in formats.files_in(folder, "*.json")}
     items: list[Item] = []
     seen: set[tuple[str, str, str]] = set()
     for path, name in files.items():
@@ -221,7 +231,7 @@ def _folder(
                 elif rebuilt:
                     picture = _png(render(row["Key Phrase"]))
                 else:
-                    picture = _picture(pictures or root / "data/imgs", name, FOLDERS[kind], number)
+                    picture = _picture(pictures or root, name, FOLDERS[kind], number)
                 plain = str(row.get(FIELDS["text"]) or "")
                 items.append(_item(kind, name, number, row[FIELDS[kind]], picture, where, rebuilt, plain))
     for name, folder_name, number in sorted((selection or set()) - seen):
@@ -230,8 +240,35 @@ def _folder(
     layout = "AdaShield's mirror" if mirror else "official folder"
     absent = [FOLDERS[kind] for kind in TYPES if kind not in here]
     note = "TYPO can be rebuilt approximately (davsp eval --rebuild), SD and SD_TYPO can not"
-    note = (f"no pictures of {', '.join(absent)} here; " if absent else "") + note
+    if absent:
+        note = f"no pictures of {', '.join(absent)} here, so davsp eval needs {_choice(here)}; {note}"
     return Download(layout, (*files, *index), items, _published(types) if selection is None else {}, note)
+
+
+def _pictures(root: Path) -> tuple[Path | None, list[str]]:
+    """The folder of the pictures, and the types of which it has any; the first folder of such a name if none has any.
+
+    The published archive holds a folder MM-SafetyBench(imgs), so that one may lie within another.
+    """
+    tops = ("QueryRelated", "imgs", "img", "images", "MM-SafetyBench(imgs)")
+    places = [
+        f"{lead}{top}{below}" for below in ("", "/MM-SafetyBench(imgs)") for top in tops for lead in ("data/", "")
+    ]
+    folders = [root / place for place in places if (root / place).is_dir()]
+    for folder in folders:
+        here = [
+            kind
+            for kind in TYPES
+            if any(scenario(p.parent.name) for p in formats.files_in(folder, f"*/{FOLDERS[kind]}"))
+        ]
+        if here:
+            return folder, here
+    return next((folder for folder in folders if formats.files_in(folder, "*")), None), []
+
+
+def _choice(here: Sequence[str]) -> str:
+    """The options of davsp eval that ask only for what is here."""
+    return " ".join(f"--type {kind}" for kind in here) or "--type text, or --rebuild --type typo"
 
 
 def _picture(pictures: Path, name: str, kind: str, number: str) -> Path:
@@ -294,7 +331,7 @@ def _parquet(root: Path) -> dict[tuple[str, str], Path]:
     files: dict[tuple[str, str], Path] = {}
     for top in (root / "data", root):
         for kind, stem in FOLDERS.items():
-            for path in sorted(top.glob(f"*/{stem}.parquet")):
+            for path in formats.files_in(top, f"*/{stem}.parquet"):
                 if name := scenario(path.parent.name):
                     files.setdefault((name, kind), path)
     return files

@@ -19,7 +19,7 @@ from davsp.benchmarks.source import Download, Inventory, Item, PictureSource, Pr
 from davsp.errors import DavspError
 from davsp.metrics import Row
 from davsp.query import Query, Response
-from davsp.runtime.files import read_bytes
+from davsp.runtime.files import read_text
 
 PICTURES = {
     "existence": 30,
@@ -43,6 +43,11 @@ COUNTS = {name: 2 * n for name, n in PICTURES.items()}
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 PERCEPTION = tuple(name for name in COUNTS if name not in COGNITION)
 NAME = "mme"
+
+TOPS = (
+    "MME_Benchmark_release_version/MME_Benchmark", "MME_Benchmark_release_version", "MME_Benchmark", "."
+)  # fmt: skip
+"""Where the subtasks may lie: the present archive has a level more than the first one."""
 
 OFFICIAL = "Please answer yes or no."
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -75,7 +80,10 @@ def load(
     problems, root = Problems(skip_broken), Path(root)
     download = _read(root, short_prompt, problems)
     if download is None and _tool(root) is not None:
-        raise DavspError(f"{root} holds the questions without pictures; fetch MME_Benchmark_release_version.zip.")
+        raise DavspError(
+            f"{root} holds the questions of eval_tool, without pictures; fetch MME_Benchmark_release_version.zip "
+            "and unpack it beside them."
+        )
     return source.queries(download, NAME, root, limit, seed, problems)
 
 
@@ -228,15 +236,15 @@ def _read(root: Path, short: bool, problems: Problems) -> Download | None:
         items = _items(((w, r["category"], r["image_path"], r["question"], r["answer"], r["image"]) for w, r in rows),
                        short, problems)  # fmt: skip
         return Download("TSV", (tsv,), items, dict(COUNTS))
-    for top in (root / "MME_Benchmark_release_version", root):
-        folders = [top / name for name in COUNTS if (top / name).is_dir()]
+    for top in TOPS:
+        folders = [root / top / name for name in COUNTS if (root / top / name).is_dir()]
         if folders:
-            return _from_folders(top, folders, short, problems)
+            return _from_folders(folders, short, problems)
     paths = formats.shards(root / "data", "test", problems) or formats.shards(root, "test", problems)
     return _from_parquet(paths, short, problems) if paths else None
 
 
-def _from_folders(top: Path, folders: Sequence[Path], short: bool, problems: Problems) -> Download:
+def _from_folders(folders: Sequence[Path], short: bool, problems: Problems) -> Download:
     index: list[Path] = []
 
     def rows() -> Iterator[tuple[str, str, str, str, str, PictureSource]]:
@@ -247,7 +255,7 @@ def _from_folders(top: Path, folders: Sequence[Path], short: bool, problems: Pro
                 problems.add(f"{folder} has images but no questions_answers_YN", "fetch it again")
                 continue
             suffixes = (".png", ".jpg", ".jpeg") if folder.name in COGNITION else (".jpg", ".png", ".jpeg")
-            for path in sorted(texts.glob("*.txt")):
+            for path in formats.files_in(texts, "*.txt"):
                 index.append(path)
                 picture = formats.beside(folder / "images" if nested else folder, path.stem, suffixes)
                 for number, line in enumerate(_lines(path), 1):
@@ -265,11 +273,7 @@ def _from_folders(top: Path, folders: Sequence[Path], short: bool, problems: Pro
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        text = read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DavspError(f"{path} is not UTF-8 text; fetch it again.") from error
-    return [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
+    return [line for line in read_text(path).replace("\r\n", "\n").split("\n") if line.strip()]
 
 
 def _from_parquet(paths: Sequence[Path], short: bool, problems: Problems) -> Download | None:

@@ -74,17 +74,22 @@ def load(
 
 
 def check(root: Path) -> Inventory:
-    """Count what is whole in the splits that are here."""
-    problems, root = Problems(skip=True), Path(root)
-    both = {split: _read(root, split, SUBSETS, problems) for split in COUNTS}
-    here = {split: download for split, download in both.items() if download is not None}
+    """Count what is whole in the splits that are here, each by itself: eight pictures, and so their ids, are in both."""
+    root = Path(root)
+    reports = {split: _report(root, split) for split in COUNTS}
+    here = [report for report in reports.values() if report.layout]
     if not here:
         return Inventory(NAME, root)
-    published = {key: n for download in here.values() for key, n in download.published.items()}
-    items = [item for download in here.values() for item in download.items]
-    index = tuple(path for download in here.values() for path in download.index)
-    absent = [f"no {split}.json here" for split in both if split not in here]
-    return source.report(Download("official folder", index, items, published, "; ".join(absent)), NAME, root, problems)
+    counts = tuple(count for report in here for count in report.counts)
+    broken = tuple(sentence for report in here for sentence in report.broken)
+    index = {file: digest for report in here for file, digest in report.index.items()}
+    absent = [f"no {split}.json here" for split, report in reports.items() if not report.layout]
+    return Inventory(NAME, root, here[0].layout, counts, broken, index, "; ".join(absent))
+
+
+def _report(root: Path, split: str) -> Inventory:
+    problems = Problems(skip=True)
+    return source.report(_read(root, split, SUBSETS, problems), NAME, root, problems)
 
 
 score = rsr.score
@@ -114,7 +119,7 @@ def _items(
     root: Path, path: Path, rows: list[Any], split: str, subsets: Sequence[str], problems: Problems
 ) -> Iterator[Item]:
     ids: dict[str, int] = {}
-    spare = split == "train"  # the published train.json names one picture twice
+    spare = split == "train"  # the published train.json has Ads_303871 twice
     for number, row in enumerate(rows, 1):
         where = f"{path}, item {number}"
         if not formats.has(row, ["image"], where, problems, ["id", "safe", "instr-resp"]):
@@ -150,6 +155,7 @@ def _items(
 
 
 def _picture(root: Path, split: str, name: str) -> Path:
-    """With or without the folder of the split."""
-    path = formats.first(root, f"{split}/{name}", f"data/{split}/{name}", name, f"data/{name}")
+    """With or without the folder of the split, or with two: an archive that was unpacked into a folder of its own name."""
+    leads = (f"{split}/", f"{split}/{split}/", "")
+    path = formats.first(root, *(f"{top}{lead}{name}" for lead in leads for top in ("", "data/")))
     return path or root / split / name

@@ -174,6 +174,18 @@ def read_bytes(path: Pathlike) -> bytes:
         raise DavspError(f"cannot read {path}: {error.strerror or error}") from error
 
 
+def read_text(path: Pathlike) -> str:
+    """The text of a user's UTF-8 file, line ends as they are, without the byte order mark that editors on Windows put first.
+
+    Raises:
+        DavspError: missing, unreadable or not UTF-8.
+    """
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DavspError(f"{path} is not UTF-8 text ({error}); save it as UTF-8, or fetch it again.") from error
+
+
 def read_json(path: Pathlike) -> Any:
     """Parse a JSON file.
 

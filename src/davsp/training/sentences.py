@@ -17,7 +17,7 @@ from davsp.errors import DavspError
 from davsp.lvlm import LVLM
 from davsp.lvlm.onehot import answer_losses
 from davsp.prompts.base import P, Prompt
-from davsp.runtime.files import read_bytes, sha256_bytes
+from davsp.runtime.files import read_text, sha256_bytes
 from davsp.training.batches import Batch, pixels
 from davsp.training.loop import Loop, complete, rows_of_step
 from davsp.training.settings import SentenceSettings
@@ -129,10 +129,7 @@ def read_sentences(path: str | Path) -> list[str]:
     Raises:
         DavspError: it can't be read, is not UTF-8, or holds no sentence.
     """
-    try:
-        lines = read_bytes(path).decode().split("\n")  # of text: a sentence may hold U+2028
-    except UnicodeDecodeError as error:
-        raise DavspError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8, one sentence a line") from error
+    lines = read_text(path).split("\n")  # not splitlines: a sentence may hold U+2028
     sentences = [line.strip() for line in lines if line.strip()]
     if not sentences:
         raise DavspError(f"{path} holds no sentence; write one a line")
