@@ -169,6 +169,15 @@ def test_a_refusal_reaches_a_client_that_is_still_sending_chunks():
     assert reply.startswith(b"HTTP/1.1 429 ") and caller.proxy.room.left == 2**20
 
 
+def test_what_is_too_long_for_a_text_is_refused_as_soon_as_it_is():
+    caller = client(max_text=2**16)
+    with connected(caller.proxy.app) as connect, connect() as connection:
+        connection.sendall(START + b"Content-Length: 20971520\r\n\r\n" + b" " * 2**18)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")  # the rest was not sent
+    picture_first = b'{"a": "data:image/png;base64,' + b"QUJD" * 2**16 + b'"}'
+    assert client(max_text=2**16).raw(picture_first).json()["error"]["code"] == "invalid_request"
+
+
 def test_a_small_refused_request_keeps_its_connection():
     caller = client()
     with connected(caller.proxy.app) as connect, connect() as connection:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from starlette.requests import Request
 
 from davsp.runtime.loopback import names_loopback
+from davsp.serve.bodies import START, too_much_text
 from davsp.serve.refusals import Refusal
 from davsp.serve.settings import ServeSettings
 
@@ -77,12 +78,16 @@ async def read(request: Request, seat: Seat, settings: ServeSettings) -> bytearr
     length = request.headers.get("content-length", "0")
     expected = int(length) if length.isdecimal() else 0
     _check_length(expected, seat, settings)
-    data = bytearray()
+    data, most = bytearray(), settings.max_text
     try:
         async with asyncio.timeout(settings.body_timeout):
             async for chunk in request.stream():
                 data += chunk
                 _check_length(max(expected, len(data)), seat, settings)
+                if len(data) > most:  # once: what has no picture so far is text, and the rest need not come
+                    if data.find(START) < 0:
+                        raise too_much_text(settings.max_text)
+                    most = settings.max_body
         return data
     except TimeoutError as error:
         raise Refusal(408, f"the body did not come within {settings.body_timeout:g} s.", "body_timeout") from error

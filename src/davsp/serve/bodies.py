@@ -58,8 +58,7 @@ def parse(data: bytes | bytearray, settings: ServeSettings) -> Body:
             at = ends
         pieces.append(view[at:])
         if sum(map(len, pieces)) > settings.max_text + 64 * len(pictures):
-            large = f"the body holds more than {settings.max_text} bytes besides its pictures."
-            raise Refusal(413, large, "body_too_large")
+            raise too_much_text(settings.max_text)
         text = b"".join(pieces)
         check_size(text, settings.max_values)
         if HALF.search(text) and HALF.search(PAIR.sub(b"", text.replace(b"\\\\", b""))):
@@ -108,6 +107,11 @@ def check_size(text: bytes, most: int) -> None:
         deepest = max(depth, deepest)
     if deepest > DEEPEST:
         raise bad(f"the body is nested more than {DEEPEST} deep.", "too_deep")
+
+
+def too_much_text(most: int) -> Refusal:
+    """More than so many bytes besides pictures."""
+    return Refusal(413, f"the body holds more than {most} bytes besides its pictures.", "body_too_large")
 
 
 def _too_many(most: int) -> Refusal:
