@@ -6,7 +6,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from davsp.cli import attack, baseline, data, evaluate, judge, mini, prompt, reproduce, serve, train, web
+from davsp.cli import attack, baseline, corruptions, data, evaluate, judge, mini, prompt, reproduce, serve, train, web
 from davsp.cli.groups import add
 from davsp.cli.inputs import say
 from davsp.errors import DavspError, Interrupted
@@ -52,6 +52,7 @@ app.add_typer(baseline.app, name="baseline")
 add(app, evaluate.evaluate, "eval")
 add(app, judge.judge)
 add(app, attack.attack)
+add(app, corruptions.corruptions)
 add(app, reproduce.reproduce)
 add(app, prompt.apply)
 add(app, prompt.info)
