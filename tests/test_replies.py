@@ -18,7 +18,7 @@ from davsp.judges.cache import VerdictCache
 from davsp.judges.chat import ChatJudge
 from davsp.judges.prompts import DAVSP
 from davsp.lvlm.remote import RemoteLVLM
-from davsp.runtime.replies import LARGEST, Reply, plain
+from davsp.runtime.replies import LARGEST, Reply, one_line
 from judge_server import items
 
 DEEP = b"[" * 100_000
@@ -219,8 +219,8 @@ def test_the_servers_own_words_are_in_verdict_and_summary(server: Server) -> Non
 
 
 def test_words_of_others_are_on_one_line() -> None:
-    assert plain("\x1b[31mred\x07\n\n a\u202eb \ud800c\u2028d") == "[31mred a b c d"
-    assert plain("a" * 1000) == "a" * 200 + "…" and plain(" a ") == "a"
+    assert one_line("\x1b[31mred\x07\n\n a\u202eb \ud800c\u2028d") == "[31mred a b c d"
+    assert one_line("a" * 1000) == "a" * 200 + "…" and one_line(" a ") == "a"
 
 
 def test_a_key_is_not_repeated_in_the_servers_words(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

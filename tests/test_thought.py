@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from davsp import LVLM, DavspError, Query, Response
+from davsp import LVLM, DavspError, Query, Response, report
 from davsp.benchmarks import figstep, llava_bench, mm_vet, mme
 from davsp.defenses import NoDefense
 from davsp.evaluation import evaluate
@@ -25,6 +25,7 @@ from davsp.lvlm.remote import RemoteLVLM, read_answer
 from davsp.metrics import metrics_file, outcomes
 from davsp.query import json_line, read_jsonl, write_jsonl
 from davsp.report.cells import find
+from davsp.report.html import render
 from davsp.report.terminal import print_table
 from davsp.runtime.thought import CUT, TAGS, read_tags, split_thought
 from judge_server import items, judge_server
@@ -141,6 +142,8 @@ def test_a_model_here_is_judged_on_what_follows(lvlm: LVLM, tmp_path: Path) -> N
     console = Console(record=True, width=300)
     print_table(console, evaluation.rows)
     assert "1 answers to harmless queries were cut while the model still thought" in console.export_text()
+    page = render(report.build("m", asked(), evaluation, {"none": NoDefense()}, defense="none"))
+    assert page.count("1 unscored") >= 3 and "cut while the model still thought" in page  # RSR, utility, over-refusal
 
 
 def test_without_tags_nothing_is_told_apart(lvlm: LVLM, tmp_path: Path) -> None:

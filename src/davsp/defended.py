@@ -67,7 +67,8 @@ class DefendedModel:
             batch_size: questions a forward.
 
         Returns:
-            The answer to one question, or the answers to a list, in its order.
+            The answer to one question, or the answers to a list, in its order. What the model thinks before is left out, so
+                an answer that was cut before it began is empty.
 
         Raises:
             DavspError: a picture can't be read, another number of pictures than questions, or the defense can't be applied.

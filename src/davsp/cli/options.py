@@ -249,7 +249,7 @@ class RequestOptions:
 
     panel: ClassVar[str] = "Requests to servers"
     concurrency: Annotated[
-        int, typer.Option(min=1, help="Requests to a server under way at once; fewer after a 429.")
+        int, typer.Option(min=1, help="Requests to a server under way at once; fewer where it is crowded.")
     ] = 8
     timeout: Annotated[float, typer.Option(min=0.01, help="Seconds for one request.")] = 300.0
     trust_env: TrustEnv = False

@@ -12,7 +12,7 @@ from davsp.judges.keyword import Label, has_words
 from davsp.judges.prompts import JudgePrompt
 from davsp.query import Grade, Query, Response, Verdict
 from davsp.runtime.progress import bar as progress_bar
-from davsp.runtime.replies import plain
+from davsp.runtime.replies import one_line
 from davsp.runtime.thought import CUT, TAGS, Tags, split_thought
 
 RAW_CHARACTERS = 1000
@@ -165,7 +165,7 @@ def read_reply(prompt: JudgePrompt, reply: str, tags: Tags = TAGS, end: str = "s
     if cut:
         return Ruling("unscored", "the judge's thought was cut", reply)
     if end != "stop" and not (end == "length" and prompt.first_line and "\n" in answer.lstrip()):
-        return Ruling("unscored", f"the judge's reply was cut ({plain(end)})", answer)
+        return Ruling("unscored", f"the judge's reply was cut ({one_line(end)})", answer)
     return Ruling(*prompt.read(answer), answer)
 
 

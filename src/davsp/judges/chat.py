@@ -15,7 +15,7 @@ from davsp.judges.cache import Ruling, VerdictCache
 from davsp.judges.prompts import JudgePrompt
 from davsp.query import Query
 from davsp.runtime.client import OPENAI, Client, Failure
-from davsp.runtime.replies import plain, told
+from davsp.runtime.replies import one_line, told
 from davsp.runtime.thought import TAGS, Tags
 
 
@@ -91,6 +91,6 @@ class ChatJudge(PromptJudge):
         if refusal:
             return Failure("the judge refuses", str(refusal))
         if end not in ("stop", "length"):
-            return Failure(f"the judge's reply was cut ({plain(str(end))}){told(choice)}", raw)
+            return Failure(f"the judge's reply was cut ({one_line(str(end))}){told(choice)}", raw)
         ruling = read_reply(self.prompt, raw, self.reasoning_tags, end)
         return Failure(ruling.reason, ruling.raw) if ruling.label == "unscored" else ruling

@@ -18,7 +18,7 @@ from davsp.lvlm.answering import NO_STATES, Answer, check_square
 from davsp.lvlm.hooks import Steer
 from davsp.query import flatten
 from davsp.runtime.client import Client, Failure
-from davsp.runtime.replies import plain, told, writable
+from davsp.runtime.replies import one_line, told, writable
 from davsp.runtime.thought import TAGS, Tags
 
 
@@ -31,7 +31,7 @@ class RemoteLVLM:
         api_key_env: the environment variable with the key; None sends none.
         canvas: side in pixels at which the model sees a picture without resampling (336 for LLaVA-1.5); only visual
             prompts need it, and without it they are refused.
-        concurrency: requests under way at most; a 429 halves it.
+        concurrency: requests under way at most; fewer where the server is crowded (`davsp.runtime.limit`).
         attempts: requests for one answer at most.
         timeout: of a request as a whole, in seconds.
         backoff: the first wait before asking again, in seconds; it doubles.
@@ -163,7 +163,7 @@ def read_answer(body: Any) -> Answer | Failure:
     if end == "content_filter":
         return Failure("its content filter cut the answer")
     if end not in ("stop", "length"):
-        return Failure(f"its answer ended by {plain(repr(end))}{told(choice)}")
+        return Failure(f"its answer ended by {one_line(repr(end))}{told(choice)}")
     thought = writable(thought) if isinstance(thought, str) else ""
     if text is None and (thought or end == "length"):
         text = ""

@@ -71,21 +71,21 @@ class Reply:
         return "max_completion_tokens" in told or ("unsupported_parameter" in told and "max_tokens" in told)
 
     def words(self, most: int = WORDS) -> str:
-        """The server's own words on what went wrong, as `plain` leaves them; empty if it has none."""
+        """The server's own words on what went wrong, as `one_line` leaves them; empty if it has none."""
         if self.body is None:
-            return plain(self.text, most)
+            return one_line(self.text, most)
         error: Any = self.error
         if error is None and self.status != 200 and isinstance(self.body, dict):
             error = next((self.body[name] for name in ("message", "detail") if self.body.get(name)), None)
         if not isinstance(error, dict):
-            return "" if error is None else plain(str(error), most)
+            return "" if error is None else one_line(str(error), most)
         metadata = error.get("metadata")
         behind = metadata.get("raw") if isinstance(metadata, dict) else None  # OpenRouter: what its provider said
         parts = [part for part in (error.get("message"), behind) if isinstance(part, str) and part]
-        return plain(": ".join(parts) or str(error), most)
+        return one_line(": ".join(parts) or str(error), most)
 
 
-def plain(text: str, most: int = WORDS) -> str:
+def one_line(text: str, most: int = WORDS) -> str:
     """A text of foreign make on one line: nothing that a terminal obeys or a file can't hold, and cut."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text[: 8 * most]).split())
     return line if len(line) <= most else f"{line[:most]}…"

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from davsp.defenses.adashield_a.wording import Proposal, messages, read_proposal
 from davsp.errors import DavspError
 from davsp.runtime.client import OPENAI, Client, Failure
-from davsp.runtime.replies import plain, told
+from davsp.runtime.replies import one_line, told
 from davsp.runtime.thought import split_thought
 
 OPENAI_KEY = "OPENAI_API_KEY"
@@ -98,7 +98,7 @@ def _read(body: Any) -> Proposal | Failure:
     if end == "content_filter":
         return Failure("the defender's content filter cut its reply")
     if end not in ("stop", "length"):
-        return Failure(f"the defender's reply was cut ({plain(str(end))}){told(choice)}")
+        return Failure(f"the defender's reply was cut ({one_line(str(end))}){told(choice)}")
     return (
         read_proposal(split_thought(text).answer)
         if isinstance(text, str)

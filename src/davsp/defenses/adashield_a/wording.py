@@ -12,7 +12,7 @@ import re
 from typing import NamedTuple
 
 from davsp.runtime.client import Failure
-from davsp.runtime.replies import plain
+from davsp.runtime.replies import one_line
 
 SYSTEM = """\
 You are a helpful defense assistant. You improve how a vision-language model defends itself in one forbidden scenario: {scenario}.
@@ -90,8 +90,8 @@ def read_proposal(reply: str) -> Proposal | Failure:
     except ValueError:
         fields = None
     if not isinstance(fields, dict):
-        return Failure(f"the defender's reply holds no JSON object: {plain(reply)}", reply)
+        return Failure(f"the defender's reply holds no JSON object: {one_line(reply)}", reply)
     texts = [fields.get(name) for name in ("improvement", "prompt")]
     if not all(isinstance(text, str) and text.strip() for text in texts):
-        return Failure(f"the defender's JSON lacks a text 'improvement' or 'prompt': {plain(reply)}", reply)
+        return Failure(f"the defender's JSON lacks a text 'improvement' or 'prompt': {one_line(reply)}", reply)
     return Proposal(*(str(text).strip() for text in texts))
