@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoImageProcessor
 
-from davsp import LVLM, DavspError
+from davsp import LVLM, DavspError, Query, evaluate
+from davsp.defenses import NoDefense
 from davsp.lvlm.hooks import steering
 from tiny import picture
 
@@ -232,3 +233,86 @@ def test_an_older_checkpoint_keeps_its_template_beside_the_tokenizer(tiny_folder
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     old = LVLM.from_pretrained(folder, device_map="cpu")
     assert torch.equal(old.encode(QUESTIONS, True).ids, lvlm.encode(QUESTIONS, True).ids)
+
+
+CONCAT = (
+    "{% for m in messages %}{{ 'user : ' + m['content'] }}{% endfor %}{{ ' assistant :' }}"  # as of Vicuna and Qwen2
+)
+TRIM = (
+    "{% for m in messages %}user : {{ m['content'] | trim }}{% endfor %} assistant :"  # as of Llama 3: prints the list
+)
+
+
+def with_templates(folder, tokenizers, **files):
+    """The checkpoint with a template in its tokenizer's configuration, and others in files of their own."""
+    (folder / "chat_template.jinja").unlink()
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"chat_template": tokenizers}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    for name, template in files.items():
+        (folder / f"{name}.json").write_text(json.dumps({"chat_template": template}))
+    return folder
+
+
+@pytest.mark.parametrize("base", [CONCAT, TRIM])
+def test_of_two_templates_the_processors_decides(lvlm, tiny_folder, tmp_path, base):
+    mine, other = lvlm.tokenizer.chat_template, TRIM.replace("user", "car")
+    json_file = with_templates(shutil.copytree(tiny_folder, tmp_path / "json"), base, chat_template=mine)
+    both = with_templates(
+        shutil.copytree(tiny_folder, tmp_path / "both"), base, chat_template=other, processor_config=mine
+    )
+    for folder in (json_file, both):
+        model = LVLM.from_pretrained(folder, device_map="cpu")
+        for images in (True, False):
+            assert torch.equal(model.encode(QUESTIONS, images).ids, lvlm.encode(QUESTIONS, images).ids)
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        (CONCAT, "it fails: can only concatenate"),
+        (TRIM, r"it makes .*type.*: .*text"),
+        ("user : cake assistant :", "it makes 'user : cake"),
+    ],
+)
+@pytest.mark.parametrize("images", [True, False])
+def test_a_template_that_does_not_show_the_question_is_named(tiny_folder, tmp_path, template, why, images):
+    model = LVLM.from_pretrained(
+        with_templates(shutil.copytree(tiny_folder, tmp_path / "model"), template), device_map="cpu"
+    )
+    with pytest.raises(
+        DavspError, match=rf"the chat template of .*model cannot show a question as it is \({why}.*jinja"
+    ):
+        model.encode(["what is this"], images)
+
+
+def test_a_template_without_a_place_for_the_picture_is_named(tiny_folder, tmp_path):
+    template = "{% for m in messages %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endfor %} assistant :"
+    model = LVLM.from_pretrained(
+        with_templates(shutil.copytree(tiny_folder, tmp_path / "model"), template), device_map="cpu"
+    )
+    assert model.encode(["what is this"], False).ids.shape == (1, 5)
+    with pytest.raises(DavspError, match="1 pictures are 0 times <image> there"):
+        model.encode(["what is this"], True)
+    with pytest.raises(DavspError, match="the question holds the image placeholder <image>"):
+        model.encode(["what is <image>"], False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("no_repeat_ngram_size", 2), ("suppress_tokens", [*range(5, 15)]), ("exponential_decay_length_penalty", [1, 3.0]),
+        ("max_time", 1e-5), ("stop_strings", ["cake"]), ("return_dict_in_generate", True), ("temperature", 0.1), ("num_beams", 4),
+        ("forced_eos_token_id", 2), ("do_sample", True), ("guidance_scale", 3.0), ("repetition_penalty", 2.0),
+    ],
+)  # fmt: skip
+def test_greedy_is_greedy_whatever_the_checkpoint_says(lvlm, tiny_folder, tmp_path, name, value):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(settings | {name: value}))
+    model = LVLM.from_pretrained(folder, device_map="cpu")
+    assert model.generate(None, QUESTIONS, 12) == lvlm.generate(None, QUESTIONS, 12)
+    assert (lvlm.overridden, model.overridden) == ({}, {name: value})
+    query = Query("1", "what is this", "benign", "test")
+    evaluate(model, {"none": NoDefense()}, [query], tmp_path / "run", max_new_tokens=2, manifest={})
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["generation_config_overridden"] == {name: value}

@@ -21,7 +21,7 @@ from davsp.errors import DavspError, Interrupted
 from davsp.evaluation.judging import Judgement, judge_custom, judge_published
 from davsp.judges import Judge, keyword
 from davsp.judges.graders import Grader
-from davsp.lvlm import AnsweringLVLM, fingerprint, model_name
+from davsp.lvlm import LVLM, AnsweringLVLM, fingerprint, model_name
 from davsp.query import Grade, Query, Response, Verdict, write_jsonl
 from davsp.runtime import parallel
 from davsp.runtime.files import alone, write_json
@@ -148,6 +148,8 @@ def _answers(
         "reasoning_tags": None if lvlm.reasoning_tags == TAGS else lvlm.reasoning_tags,  # older runs know of none
     }
     described = {name: defense.describe() for name, defense in defenses.items()}
+    if manifest is not None and isinstance(lvlm, LVLM) and lvlm.overridden:
+        manifest = {**manifest, "generation_config_overridden": lvlm.overridden}
     store = None if out is None else Store(out, settings, described, plan, queries, batch_size, manifest)
     responses = {name: [] for name in defenses} if store is None else store.open(redo, console)
     try:

@@ -120,6 +120,7 @@ class LocalGuard(PromptJudge):
 
         from davsp.lvlm.device import check_device_map
         from davsp.lvlm.identity import short_name
+        from davsp.lvlm.loading import make_greedy
 
         model = model or MODELS[prompt.name]
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -135,6 +136,7 @@ class LocalGuard(PromptJudge):
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.lm.eval()
+        make_greedy(self.lm)
         self.batch_size = batch_size
         super().__init__(
             prompt, short_name(model), f"transformers {_weights(self.lm)}", cache=cache, console=console, max_tokens=max_tokens,
@@ -162,8 +164,6 @@ class LocalGuard(PromptJudge):
                 **batch,
                 max_new_tokens=self.max_tokens,
                 do_sample=False,
-                temperature=None,
-                top_p=None,
                 pad_token_id=self.tokenizer.pad_token_id,
             )
         ends = self.lm.generation_config.eos_token_id

@@ -27,11 +27,15 @@ from davsp.errors import DavspError
 from davsp.lvlm.answering import NO_STATES, Answer, AnsweringLVLM, check_square
 from davsp.lvlm.device import check_device_map
 from davsp.lvlm.hooks import Steer, catching, steering, wide
-from davsp.lvlm.loading import load_weights, processor_template
+from davsp.lvlm.loading import chat_template, load_weights, make_greedy
 from davsp.runtime.thought import TAGS, Tags
 
 # Finished pictures in [0, 1]: a batch of one size, or one by one where they keep sizes of their own.
 Canvas = Float[Tensor, "b 3 h w"] | list[Float[Tensor, "3 _ _"]]
+
+
+PROBE = "a \"b\"\nc 'd'"
+"""A question that looks otherwise in a list or a JSON text: some templates print what they cannot read."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class LVLM:
         image_token_id, tokens_per_image: the placeholder, and how many of it stand for one canvas.
         mean, std: per-channel normalisation of the vision tower, (1, 3, 1, 1).
         processors: image processors that this family's checkpoints come with.
+        overridden: what the checkpoint's generation settings say against greedy answers; it does not count.
         server: None: it is loaded here (`AnsweringLVLM`).
         steer: how `generate` steers where nothing else is said; None: not at all (`steered`).
         reasoning_tags: what stands around its thoughts (`AnsweringLVLM`).
@@ -88,6 +93,7 @@ class LVLM:
         canvas: int | None = None,
     ):
         self.model = model.requires_grad_(False).eval()
+        self.overridden = make_greedy(model)
         self.tokenizer, self.model_id, self.revision = tokenizer, model_id, revision
         self.image_processor = image_processor
         self.layers = model.get_decoder().layers
@@ -101,6 +107,7 @@ class LVLM:
             for x in (image_processor.image_mean, image_processor.image_std)
         )
         self._prompt_ids = lru_cache(maxsize=16384)(self._tokenise)  # a training run asks the same questions again
+        self._check_template = lru_cache(maxsize=2)(self._rendered)
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
@@ -145,8 +152,7 @@ class LVLM:
                 raise DavspError(f"{model_id} is a '{config.model_type}' model; the families known are: {known}")
             family = FAMILIES[config.model_type]
             tokenizer = AutoTokenizer.from_pretrained(model_id, revision=revision)
-            if tokenizer.chat_template is None:
-                tokenizer.chat_template = processor_template(model_id, revision)
+            tokenizer.chat_template = chat_template(model_id, revision, tokenizer)
             processor = family.load_processor(model_id, revision)
             revision = getattr(config, "_commit_hash", None) or revision
             model = load_weights(model_id, revision, device_map, dtype, quantization)
@@ -248,19 +254,46 @@ class LVLM:
 
     def _opened(self) -> str:
         """The tag of a thought with which the chat template ends every prompt; empty: none."""
-        messages = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
-        prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).rstrip()
+        prompt = self.prompt("a", False).rstrip()
         return next((opening for opening, _ in self.reasoning_tags if opening and prompt.endswith(opening)), "")
+
+    def prompt(self, question: str, has_image: bool) -> str:
+        """The question in the checkpoint's chat template, with one placeholder where the picture stands.
+
+        Raises:
+            DavspError: the template does not show the question as it is.
+        """
+        self._check_template(PROBE, has_image)
+        return self._rendered(question, has_image)
+
+    def _rendered(self, question: str, has_image: bool) -> str:
+        content = [{"type": "image"}] * has_image + [{"type": "text", "text": question}]
+        messages = [{"role": "user", "content": content}]
+        try:
+            text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # a template is a program: TemplateError, TypeError, UndefinedError…
+            raise self._no_template(f"it fails: {error}") from error
+        if question.strip() not in text:
+            raise self._no_template(f"it makes {text[-200:]!r} of {question[:80]!r}")
+        return text
+
+    def _no_template(self, why: str) -> DavspError:
+        return DavspError(
+            f"the chat template of {self.model_id} cannot show a question as it is ({why}); put the template of its "
+            "processor into chat_template.jinja in its folder"
+        )
 
     def _tokenise(self, question: str, image_tokens: int) -> tuple[int, ...]:
         has_image = image_tokens > 0
-        content = [{"type": "image"}] * has_image + [{"type": "text", "text": question}]
-        messages = [{"role": "user", "content": content}]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = self.prompt(question, has_image)
         bos = self.tokenizer.bos_token
         ids = self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
         if ids.count(self.image_token_id) != int(has_image):
             token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+            if token not in question:
+                raise self._no_template(
+                    f"{int(has_image)} pictures are {ids.count(self.image_token_id)} times {token} there"
+                )
             raise DavspError(f"the question holds the image placeholder {token}; take it out: {question[:80]!r}")
         if not has_image:
             return tuple(ids)

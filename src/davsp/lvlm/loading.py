@@ -1,10 +1,11 @@
 """Reading a checkpoint's weights and template: devices, number formats, quantization."""
 
+import json
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, GenerationConfig
 from transformers.utils import cached_file
 
 from davsp.errors import DavspError
@@ -35,6 +36,22 @@ def load_weights(
     return model.to(device_map) if single and not quantization else model
 
 
+def make_greedy(model: Any) -> dict[str, Any]:
+    """Take everything but the special tokens out of a checkpoint's generation settings, so that greedy is greedy.
+
+    `generate` fills what it is not told from them: penalties, forbidden tokens, stop strings.
+
+    Returns:
+        What is gone and would have changed answers, as JSON; of no model that ships anything.
+    """
+    settings = model.generation_config
+    tokens = {name: getattr(settings, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**tokens)
+    ours = {*tokens, "max_length", "max_new_tokens", "use_cache", "transformers_version", "_from_model_config"}
+    said = json.loads(settings.to_json_string(use_diff=True))
+    return {name: value for name, value in said.items() if name not in ours and value not in (None, False)}
+
+
 def quantized(kind: str, dtype: torch.dtype) -> Any:
     """The settings of a quantized decoder; tower, projector and head keep `dtype`, as the picture's gradient needs them.
 
@@ -54,9 +71,19 @@ def quantized(kind: str, dtype: torch.dtype) -> Any:
     )
 
 
-def processor_template(model_id: str, revision: str | None) -> str:
-    """The chat template of older checkpoints, which keep it beside the tokenizer."""
-    path = cached_file(model_id, "chat_template.json", revision=revision, _raise_exceptions_for_missing_entries=False)
-    if path is None:
+def chat_template(model_id: str, revision: str | None, tokenizer: Any) -> Any:
+    """The template that the checkpoint's processor takes; where it has none of its own, the tokenizer's.
+
+    The tokenizer's is often that of the base model, which knows no pictures. Files are looked at in the order of transformers'
+    processors; chat_template.jinja, the last of them, is read by the tokenizer as well.
+
+    Raises:
+        DavspError: there is none.
+    """
+    for name in ("processor_config.json", "chat_template.json"):
+        path = cached_file(model_id, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if path is not None and (template := read_json(path).get("chat_template")) is not None:
+            return template
+    if tokenizer.chat_template is None:
         raise DavspError(f"{model_id} has no chat template; choose a chat checkpoint or add chat_template.jinja to it")
-    return read_json(path)["chat_template"]
+    return tokenizer.chat_template

@@ -94,9 +94,7 @@ def token_ids(lvlm: LVLM, question: str, start: int, end: int) -> list[int]:
 
 def _part(lvlm: LVLM, question: str, has_image: bool, start: int, end: int) -> tuple[list[int], list[int]]:
     """The prompt's tokens, with one placeholder for a picture, and which of them stand for the characters."""
-    content = [{"type": "image"}] * has_image + [{"type": "text", "text": question}]
-    messages = [{"role": "user", "content": content}]
-    text = lvlm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = lvlm.prompt(question, has_image)
     at = text.rfind(question)
     if at < 0:
         raise DavspError(
