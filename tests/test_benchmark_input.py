@@ -1,6 +1,7 @@
 """Broken pictures, limits, short downloads, and `davsp data check`."""
 
 import json
+import re
 import shutil
 import struct
 import sys
@@ -29,10 +30,11 @@ from benchmark_folders import (
     write,
 )
 from davsp import benchmarks
-from davsp.benchmarks import figstep, llava_bench, mm_safetybench, mm_vet, mme, source, vlguard
+from davsp.benchmarks import figstep, llava_bench, mm_safetybench, mm_vet, mme, official, source, vlguard
 from davsp.benchmarks.custom import load_queries
 from davsp.cli import app
 from davsp.errors import DavspError
+from davsp.runtime.files import sha256_bytes
 from davsp.runtime.terminal import plain
 
 pytestmark = pytest.mark.filterwarnings("ignore::davsp.benchmarks.source.ShortWarning")  # all fixtures are short
@@ -105,6 +107,55 @@ def test_what_macos_leaves_beside_files_is_not_read(name, tmp_path):
         path.with_name(f"._{path.name}").write_bytes(litter)
         path.with_name(".DS_Store").write_bytes(litter)
     assert load(root) == queries and benchmarks.check(tmp_path) == report
+
+
+def test_official_files_are_known_by_their_hash(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    figstep_clone(tmp_path)
+    file = tmp_path / "data/question/safebench.csv"
+    published = file.read_bytes().replace(b"\r\n", b"\n")
+    monkeypatch.setitem(official.FILES["figstep"], "safebench.csv", sha256_bytes(published))
+    for same in (published, published.replace(b"\n", b"\r\n"), b"\xef\xbb\xbf" + published):
+        file.write_bytes(same)
+        assert figstep.check(tmp_path).official == {"data/question/safebench.csv": True}
+    file.write_bytes(published.replace(b"crane 1-1", b"crane 1-9"))
+    assert figstep.check(tmp_path).official == {"data/question/safebench.csv": False}
+    output = CliRunner().invoke(app, ["data", "check", str(tmp_path)]).output
+    assert "official: 0 of 1" in output
+    assert "figstep: edited, or saved anew (not the official bytes): data/question/safebench.csv" in output
+
+
+def test_official_hashes_are_of_the_files_that_the_loaders_read(tmp_path):
+    """Each set's table names its index files; what is invented here is none of them."""
+    for name, fill in FOLDERS.items():
+        report = benchmarks.BENCHMARKS[name].check(fill(tmp_path / name))
+        assert report.official and not any(report.official.values())
+    assert {name: len(files) for name, files in official.FILES.items()} == {
+        "figstep": 3, "mm_safetybench": 13, "vlguard": 2, "mm_vet": 1, "llava_bench": 3
+    }  # fmt: skip
+    assert list(official.FILES["mm_safetybench"]) == [f"{name}.json" for name in mm_safetybench.COUNTS]
+    assert set(official.MME_QUESTIONS) == set(mme.COUNTS)
+    hashes = [*official.MME_QUESTIONS.values(), *(h for files in official.FILES.values() for h in files.values())]
+    assert len(set(hashes)) == len(hashes) == 36 and all(re.fullmatch("[0-9a-f]{64}", h) for h in hashes)
+
+
+def test_mme_questions_are_compared_with_eval_tool(tmp_path, monkeypatch):
+    """The release has them in a thousand files; the tool has a list for each subtask, in another order."""
+    questions = [
+        "Is there a kite in the image?  Please answer yes or no.",
+        "Is there a boat in the image? Please answer yes or no.",
+    ]
+    rows = [f"0001.jpg\t{question}\t{answer}" for question, answer in zip(questions, ("Yes", "No"), strict=True)]
+    write(tmp_path / "tool/eval_tool/Your_Results/count.txt", "\n".join([rows[1] + "\tNo", rows[0] + "\tYes"]) + "\n")
+    hash_of = official.questions_hash(tuple(row.replace("  ", " ").split("\t")) for row in rows)
+    monkeypatch.setitem(official.MME_QUESTIONS, "count", hash_of)
+    assert mme.check(tmp_path / "tool").official == {"questions of count": True}
+    report = mme.check(mme_folder(tmp_path / "release"))
+    assert report.official == {
+        "questions of count": True,
+        "questions of artwork": False,
+        "questions of code_reasoning": False,
+    }
 
 
 def put_png(path: Path, head: bytes, data: bytes) -> None:

@@ -8,12 +8,13 @@ it as research only. A subtask's score is 100 · acc + 100 · acc+, where acc+ a
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
 
-from davsp.benchmarks import bootstrap, formats, scoring, source
+from davsp.benchmarks import bootstrap, formats, official, scoring, source
 from davsp.benchmarks.scoring import Scores
 from davsp.benchmarks.source import Download, Inventory, Item, PictureSource, Problems
 from davsp.errors import DavspError
@@ -88,7 +89,7 @@ def load(
 
 
 def check(root: Path) -> Inventory:
-    """Count questions with a whole picture by subtask."""
+    """Count questions with a whole picture by subtask, and compare the questions with those of the official eval_tool."""
     problems, root = Problems(skip=True), Path(root)
     download = _read(root, False, problems)
     tool = _tool(root)
@@ -96,7 +97,25 @@ def check(root: Path) -> Inventory:
         index = tuple(tool / f"{name}.txt" for name in COUNTS if (tool / f"{name}.txt").exists())
         note = "questions and answers without pictures: fetch MME_Benchmark_release_version.zip"
         download = Download("eval_tool (text only)", index, [], dict(COUNTS), note)
-    return source.report(download, NAME, root, problems)
+        rows = {path.stem: [_row(line) for line in _lines(path)] for path in index}
+    else:
+        rows = {}
+        for query in (item.query for item in download.items) if download else ():
+            picture = PurePosixPath(query.group).name
+            rows.setdefault(query.category, []).append((picture, query.question, query.reference))
+    report = source.report(download, NAME, root, problems)
+    if (root / source.MARK).exists():
+        return report
+    same = {
+        f"questions of {name}": official.questions_hash(rows[name]) == official.MME_QUESTIONS[name] for name in rows
+    }
+    return replace(report, official=same)
+
+
+def _row(line: str) -> tuple[str, str, str]:
+    """Picture, question and answer of a line of eval_tool, to which users append what a model said."""
+    picture, question, answer, *_ = [*line.split("\t"), "", ""]
+    return picture, question, answer
 
 
 # ------------------------------------------------------------------------------------------------ scoring

@@ -17,6 +17,7 @@ from typing import Any
 
 from PIL import Image
 
+from davsp.benchmarks.official import is_official
 from davsp.errors import DavspError
 from davsp.query import Query
 from davsp.runtime.files import read_json
@@ -120,6 +121,7 @@ class Inventory:
         broken: one sentence for each missing or broken picture and each row that cannot be used.
         index: file -> sha256 of the files that list the questions.
         note: what is not here, what can be rebuilt.
+        official: file -> whether it is as its authors published it, where that is known (`davsp.benchmarks.official`).
     """
 
     benchmark: str
@@ -129,6 +131,7 @@ class Inventory:
     broken: tuple[str, ...] = ()
     index: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
+    official: Mapping[str, bool] = field(default_factory=dict)
 
     @property
     def short(self) -> list[Count]:
@@ -174,7 +177,7 @@ def queries(
         )
     if limit is not None and limit < 1:
         raise DavspError(f"limit={limit} takes nothing; give 1 or more.")
-    download = _counterpart(download, root)
+    download = _counterpart(download, Path(root))
     items = _unique(download.items, problems)
     if short := [count for count in _counts(download, items) if not count.good]:
         rest = f" and {len(short) - 3} more" if len(short) > 3 else ""
@@ -216,7 +219,10 @@ def report(download: Download | None, name: str, root: Path, problems: Problems)
     whole = _whole(_unique(download.items, problems), problems)
     counts = tuple(_counts(download, whole))
     index = {str(path.relative_to(root)): _sha256(path) for path in download.index}
-    return Inventory(name, root, download.layout, counts, tuple(problems), index, download.note)
+    drawn = (root / MARK).exists()  # its files have the published names
+    known = {} if drawn else {str(path.relative_to(root)): is_official(name, path) for path in download.index}
+    official = {file: good for file, good in known.items() if good is not None}
+    return Inventory(name, root, download.layout, counts, tuple(problems), index, download.note, official)
 
 
 def _counterpart(download: Download, root: Path) -> Download:

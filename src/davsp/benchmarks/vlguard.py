@@ -84,7 +84,8 @@ def check(root: Path) -> Inventory:
     broken = tuple(sentence for report in here for sentence in report.broken)
     index = {file: digest for report in here for file, digest in report.index.items()}
     absent = [f"no {split}.json here" for split, report in reports.items() if not report.layout]
-    return Inventory(NAME, root, here[0].layout, counts, broken, index, "; ".join(absent))
+    official = {file: good for report in here for file, good in report.official.items()}
+    return Inventory(NAME, root, here[0].layout, counts, broken, index, "; ".join(absent), official)
 
 
 def _report(root: Path, split: str) -> Inventory:

@@ -42,6 +42,8 @@ def check(
         if len(files) > 3:
             together = "".join(f"{digest}  {name}\n" for name, digest in files).encode()
             listed = f"{len(files)} files, of their list {sha256_bytes(together)[:12]}"
+        if report.official:
+            listed += f"\nofficial: {sum(report.official.values())} of {len(report.official)}"
         state = "[green]" if report.good else "[red]"
         cells = (report.benchmark, str(report.root), report.layout, counts, str(len(report.broken)))
         table.add_row(*(f"{state}{escape(cell)}" for cell in cells), escape(listed))
@@ -53,6 +55,11 @@ def check(
             console.print(f"{name}: {'' if count.good else '[red]'}{escape(str(count))}")
         for file, digest in report.index.items() if every else ():
             console.print(f"{name}: {digest}  {escape(file)}", soft_wrap=True)
+        other = [file for file, official in report.official.items() if not official]
+        if other:
+            rest = "" if every or len(other) <= 3 else f" and {len(other) - 3} more"
+            names = ", ".join(other if every else other[:3]) + rest
+            console.print(f"{name}: edited, or saved anew (not the official bytes): {escape(names)}", soft_wrap=True)
         sentences = report.broken if every else report.broken[:SHOWN]
         for sentence in sentences:
             console.print(f"{name}: [red]{escape(sentence)}", soft_wrap=True)
