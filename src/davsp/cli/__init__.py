@@ -6,7 +6,21 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from davsp.cli import attack, baseline, corruptions, data, evaluate, judge, mini, prompt, reproduce, serve, train, web
+from davsp.cli import (
+    attack,
+    baseline,
+    canaries,
+    corruptions,
+    data,
+    evaluate,
+    judge,
+    mini,
+    prompt,
+    reproduce,
+    serve,
+    train,
+    web,
+)
 from davsp.cli.groups import add
 from davsp.cli.inputs import say
 from davsp.errors import DavspError, Interrupted
@@ -61,6 +75,7 @@ add(app, prompt.push)
 add(app, prompt.import_published)
 add(app, serve.serve)
 add(app, serve.serve_model)
+add(app, canaries.check)
 add(app, web.app)
 add(app, doctor)
 app.add_typer(mini.app, name="mini")

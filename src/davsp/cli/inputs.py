@@ -42,6 +42,14 @@ def load_lvlm(model: "ModelOptions") -> "LVLM":
     )  # fmt: skip
 
 
+def needs_extra() -> None:
+    """Raises DavspError where what the proxy needs is not installed."""
+    from importlib.util import find_spec
+
+    if missing := [name for name in ("starlette", "uvicorn", "prometheus_client") if find_spec(name) is None]:
+        raise DavspError(f"{missing[0]} is not installed: pip install 'davsp[serve]'.")
+
+
 def in_processes(count: int) -> None:
     """Run this very command as `count` processes and leave with their exit code; go on if this is one of them."""
     import typer

@@ -1,12 +1,14 @@
 """`davsp apply`, `davsp info` and `davsp import-published`: what one does with a finished prompt."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from davsp.cli.inputs import say
-from davsp.cli.options import Out
+from davsp.cli.canaries import Canaries, describe, own_queries, try_canaries, with_canaries
+from davsp.cli.inputs import is_shipped, load_lvlm, say
+from davsp.cli.options import ModelOptions, Out
 from davsp.errors import DavspError
 
 
@@ -47,7 +49,7 @@ def info(
     from davsp.defenses.adashield_a.pool import CONFIG as POOL
     from davsp.defenses.adashield_a.pool import Pool
     from davsp.defenses.pat.defense import CONFIG, PAT
-    from davsp.prompts import load_prompt, saved_files
+    from davsp.prompts import VisualSafetyPrompt, load_prompt, saved_files
     from davsp.runtime.table import TextTable
 
     if (prompt / POOL).exists():
@@ -78,6 +80,8 @@ def info(
     }
     for name, state in saved_files(prompt):
         print(f"{name}: {state}")
+    if isinstance(loaded, VisualSafetyPrompt) and loaded.canaries is not None:
+        print(describe(loaded))
     print(f"files agree: {agree[loaded.kind]}")
 
 
@@ -103,16 +107,37 @@ def _print_measured(measured: dict[str, Any]) -> None:
 
 def card(
     prompt: Annotated[Path, typer.Argument(help="Folder of a border.")],
-    run: Annotated[Path, typer.Option(help="Folder of a finished davsp eval or davsp demo with this prompt in it.")],
+    model: ModelOptions,
+    run: Annotated[
+        Path | None, typer.Option(help="Folder of a finished davsp eval or davsp demo with this prompt in it.")
+    ] = None,
+    canaries: Canaries = None,
 ) -> None:
-    """Put the figures of a run that measured a border on its card and into its configuration."""
+    """Put the figures of a run that measured a border on its card and into its configuration, and canaries beside it if it has none.
+
+    The canaries are asked of --model; left out: the model that the border was trained on.
+    """
     from davsp.prompts import VisualSafetyPrompt
 
     if not prompt.is_dir():
         raise DavspError(f"there is no folder {prompt}; give that of a border.")
-    measured = VisualSafetyPrompt.from_pretrained(prompt).measured(run)
-    measured.save_pretrained(prompt)
-    print(f"{prompt / 'README.md'}: {len(measured.config['measured']['figures'])} figures of {run}")
+    own = own_queries(canaries)
+    border = VisualSafetyPrompt.from_pretrained(prompt)
+    if run is not None:
+        border = border.measured(run)
+        border.save_pretrained(prompt)
+        print(f"{prompt / 'README.md'}: {len(border.config['measured']['figures'])} figures of {run}")
+    name = model.name or border.config.get("model_id")
+    shipped = name is not None and is_shipped(name)
+    if own is None and (border.canaries is not None or (run is not None and not shipped)):
+        return
+    if name is None:
+        raise DavspError(f"{prompt} names no model to ask for canaries; give one (--model).")
+    lvlm = load_lvlm(replace(model, name=name, revision=model.revision or border.config.get("revision")))
+    make = with_canaries if run is None else try_canaries
+    if watched := make(border, lvlm, own, shipped):
+        watched.save_pretrained(prompt)
+        print(describe(watched))
 
 
 def push(

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
+from davsp.cli.canaries import asking
 from davsp.cli.defenses import rows
 from davsp.cli.groups import chosen
-from davsp.cli.inputs import is_shipped, load_lvlm, say
+from davsp.cli.inputs import is_shipped, load_lvlm, needs_extra, say
 from davsp.cli.options import GRAMMAR, ModelOptions, TrustEnv
 from davsp.errors import DavspError
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
 
     from davsp.defenses import Defense
+    from davsp.prompts import VisualSafetyPrompt
+    from davsp.serve.canaries import Report
     from davsp.serve.settings import ServeSettings
 
 M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -100,28 +103,42 @@ def serve(
         typer.Option("--plain-names", help="Take the upstream's own model names, without the defense's hash, too."),
     ] = False,
     trust_env: TrustEnv = False,
-    probe: Annotated[bool, typer.Option(help="Look at the upstream first, with a picture of noise.")] = True,
+    probe: Annotated[
+        bool, typer.Option(help="Look at the upstream first, with a picture of noise and the prompt's canaries.")
+    ] = True,
+    require_effect: Annotated[
+        bool, typer.Option("--require-effect", help="Refuse to start unless the canaries show the border's effect.")
+    ] = False,
+    ready_seconds: Annotated[
+        float | None, typer.Option(help="For which /ready keeps what the canaries showed; left out: 60.")
+    ] = None,
 ) -> None:
     """Put a defense before a server: an OpenAI-compatible proxy that defends every picture and question (docs/serve.md)."""
-    _needs_extra()
+    needs_extra()
     import asyncio
 
     from davsp.lvlm.remote import RemoteLVLM
     from davsp.runtime.http import road
     from davsp.serve.app import Proxy
+    from davsp.serve.canaries import border_of, check_required
     from davsp.serve.probe import probe as look
     from davsp.serve.settings import ServeSettings
 
+    if require_effect and not probe:
+        raise DavspError("--require-effect looks at the upstream, and --no-probe does not; leave one out.")
     settings = ServeSettings.of(
-        upstream=upstream, canvas=canvas, host=host, port=port, token_env=token_env, api_key_env=api_key_env,
+        upstream=upstream, model=model, canvas=canvas, require_effect=require_effect or None, ready_seconds=ready_seconds, host=host, port=port, token_env=token_env, api_key_env=api_key_env,
         allow_hosts=tuple(allow_host or ()), allow_fields=tuple(allow_field or ()), image_free=image_free, plain_names=plain_names, trust_env=trust_env, **chosen(limits),
     )  # fmt: skip
     load = partial(_defense, prompt, defense, text, model)
     loaded = load()
     loaded.check(RemoteLVLM(model or "the upstream's model", upstream, api_key_env, canvas=canvas))
-    proxy = Proxy(loaded, settings)
     for line in asyncio.run(look(settings, model)) if probe else ():
         say(line)
+    report = _effect(border_of(loaded), settings) if probe else None
+    if require_effect:
+        check_required(report)
+    proxy = Proxy(loaded, settings, report=report)
     say(f"the upstream is reached {road(trust_env)}")
     say(f"{loaded.name}, {proxy.hash[:12]}: models are called NAME{proxy.suffix}")
     if settings.workers == 1:
@@ -130,6 +147,22 @@ def serve(
 
     say(f"{settings.workers} workers listen at {_address(host, port)}")
     several.run(partial(_work, load, proxy.hash, settings), settings.workers, host, port)
+
+
+def _effect(border: "VisualSafetyPrompt | None", settings: "ServeSettings") -> "Report | None":
+    """What the canaries show at the upstream, said in a line; None if there are none."""
+    import asyncio
+
+    from davsp.serve.canaries import NONE, at_start
+
+    if border is None or border.canaries is None:
+        if border is not None:
+            say(NONE)
+        return None
+    with asking(border) as progress:
+        report = asyncio.run(at_start(settings, border, progress))
+    say(report.line)
+    return report
 
 
 def _work(load: "Callable[[], Defense]", expected: str, settings: "ServeSettings", listening: "socket") -> None:
@@ -158,7 +191,7 @@ def serve_model(
     max_pixels: MaxPixels = None,
 ) -> None:
     """Serve a model by OpenAI's protocol, one question at a time: to try davsp serve and davsp eval --engine openai on."""
-    _needs_extra()
+    needs_extra()
     from davsp.lvlm import model_name
     from davsp.serve.model import model_app
     from davsp.serve.settings import ServeSettings
@@ -184,13 +217,6 @@ def _defense(prompt: Path | None, spec: str | None, text: str | None, model: str
     if isinstance(defense, NoDefense):
         raise DavspError("--defense none would send everything on undefended; ask the upstream itself.")
     return defense
-
-
-def _needs_extra() -> None:
-    from importlib.util import find_spec
-
-    if missing := [name for name in ("starlette", "uvicorn", "prometheus_client") if find_spec(name) is None]:
-        raise DavspError(f"{missing[0]} is not installed: pip install 'davsp[serve]'.")
 
 
 def _run(app: "Starlette", host: str, port: int) -> None:

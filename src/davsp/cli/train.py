@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from davsp.cli.canaries import Canaries, describe, own_queries, try_canaries
 from davsp.cli.groups import chosen
 from davsp.cli.inputs import (
     compare_texts,
@@ -126,12 +127,14 @@ def train(
     layer: Annotated[int | None, typer.Option(help="Layer of the projection; left out: the vector's.")] = None,
     mu_plus: Annotated[float | None, typer.Option(help="Margin of malicious queries; left out: the vector's.")] = None,
     mu_minus: Annotated[float | None, typer.Option(help="Margin of benign queries; left out: the vector's.")] = None,
+    canaries: Canaries = None,
     num_processes: Processes = 1,
     resume: Resume = True,
     seed: Seed = 0,
 ) -> None:
     """Train a visual safety prompt and save it as a folder. The methods that the paper compares: davsp baseline."""
     from davsp import embedded
+    from davsp.prompts import VisualSafetyPrompt
     from davsp.runtime import parallel
     from davsp.training import TrainSettings
     from davsp.training import train as run
@@ -140,9 +143,11 @@ def train(
         raise DavspError(f"--kind is border or additive, not {kind!r}.")
     if kind == "border" and eps is not None:
         raise DavspError("--eps is the bound of noise; give it with --kind additive, or leave it out.")
+    if kind == "additive" and canaries is not None:
+        raise DavspError("--canaries are of a border; leave them out, or take --kind border.")
     in_processes(num_processes)
     shipped = is_shipped(model.name)
-    queries = split_queries(data, "train")
+    queries, own = split_queries(data, "train"), own_queries(canaries, data.allow_outside)
     lvlm = load_lvlm(model)
     protocol = None if queries else shipped_protocol(model.name, data.malicious, data.benign, seed)
     if vector is None and protocol is None:
@@ -166,6 +171,9 @@ def train(
     if parallel.rank() > 0:
         return
     trained.save_pretrained(out)
+    if isinstance(trained, VisualSafetyPrompt) and (watched := try_canaries(trained, lvlm, own, shipped)):
+        watched.save_pretrained(out)
+        print(describe(watched))
     what = "vsp.png is the prompt" if kind == "border" else "noise.safetensors is the noise"
     print(f"saved to {out}: {what}; `davsp eval --prompt {out}` measures it")
 

@@ -25,6 +25,8 @@ from davsp.prompts.base import (
     start_values,
     to_bytes,
 )
+from davsp.prompts.canaries import FILE as CANARIES
+from davsp.prompts.canaries import Canaries, read_canaries
 from davsp.prompts.hub import fetch
 from davsp.prompts.measured import measurement, with_interval
 from davsp.query import flatten, open_picture, picture_size
@@ -44,9 +46,13 @@ class VisualSafetyPrompt(Prompt):
     """T(x, delta) = m * delta + Resize(x): delta in [0, 1] on a border of `padding` pixels, zero inside.
 
     Source: the paper's equation of T; p = 30 on a 336-pixel canvas there.
+
+    Attributes:
+        canaries: queries that it flips, by which a server's owner sees that it still works there; no part of what it is.
     """
 
     kind = "border"
+    canaries: Canaries | None = None
 
     def __init__(
         self, delta: Float[Tensor, "3 s s"], padding: int, text: str = "", config: dict[str, Any] | None = None
@@ -88,7 +94,7 @@ class VisualSafetyPrompt(Prompt):
         p = self.padding
         interior = torch.zeros(len(images), 3, self.canvas, self.canvas)
         for row, image in enumerate(images):
-            interior[row, :, p:-p, p:-p] = from_picture(self._inside(image))
+            interior[row, :, p:-p, p:-p] = from_picture(self.inside(image))
         return interior
 
     def painter(self) -> Callable[[Image.Image], Image.Image]:
@@ -97,13 +103,13 @@ class VisualSafetyPrompt(Prompt):
 
         def paint(picture: Image.Image) -> Image.Image:
             canvas = frame.copy()
-            canvas.paste(self._inside(picture), corner)
+            canvas.paste(self.inside(picture), corner)
             return canvas
 
         return paint
 
-    def _inside(self, image: Image.Image) -> Image.Image:
-        """The picture padded to a square and resized, at the cost of its own rows: Pillow resizes each row before it mixes
+    def inside(self, image: Image.Image) -> Image.Image:
+        """What stands inside the border: the picture padded to a square and resized, at the cost of its own rows: Pillow resizes each row before it mixes
         rows, and a white one stays white, so what is put above and below a wide picture need not go through the first step.
         """
         inside, picture = self.canvas - 2 * self.padding, flatten(image)
@@ -150,7 +156,7 @@ class VisualSafetyPrompt(Prompt):
     # -- at rest ---------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `vsp_config.json`, `vsp.safetensors`, `vsp.png` and the card; all or nothing.
+        """Write `vsp_config.json`, `vsp.safetensors`, `vsp.png` and the card, and `canaries.json` if it has some; all or nothing.
 
         What is saved is the 8-bit border (float32 k/255), so that tensor and picture are the same prompt. The picture's PNG
         text says how wide the border is and which text goes with it: it alone is enough to defend (docs/prompt.md).
@@ -158,7 +164,10 @@ class VisualSafetyPrompt(Prompt):
         Raises:
             DavspError: delta is not in [0, 1], or the folder can't be written.
         """
-        write_all(folder, self._contents())
+        contents = self._contents()
+        write_all(folder, contents)
+        if CANARIES not in contents:
+            (Path(folder) / CANARIES).unlink(missing_ok=True)  # those of the border that was there
 
     def _contents(self, source: str = "this folder or repository") -> dict[str, bytes]:
         """The files; the configuration last, as it seals the others by their hashes."""
@@ -176,7 +185,9 @@ class VisualSafetyPrompt(Prompt):
         at_rest.border().save(buffer, format="PNG", pnginfo=png_text)
         contents = {TENSORS: save({"delta": at_rest.delta.cpu().contiguous()}), PICTURE: buffer.getvalue()}
         contents[CARD] = card(sealed(config, contents), source).encode()
-        return contents | {CONFIG: to_json(sealed(config, contents)).encode()}
+        seal = {CONFIG: to_json(sealed(config, contents)).encode()}
+        own = self.canaries if self.canaries and self.canaries.belong(self) else None  # not of one it was trained from
+        return contents | ({CANARIES: own.contents()} if own else {}) | seal
 
     def _png_text(self) -> dict[str, str]:
         """What the picture says of itself, so that it can do without the other files."""
@@ -195,7 +206,7 @@ class VisualSafetyPrompt(Prompt):
         return other
 
     def push_to_hub(self, repo_id: str, *, license: str | None = None, token: str | None = None, **options: Any) -> str:
-        """Upload the four files to the hub.
+        """Upload the files to the hub: the four of the prompt, and its canaries.
 
         Args:
             repo_id: USER/NAME; made if it is not there.
@@ -228,9 +239,9 @@ class VisualSafetyPrompt(Prompt):
 
         Raises:
             DavspError: a file is missing or broken; an unknown field; a tensor of another shape, with NaN or outside
-                [0, 1]; a picture that is not the tensor's; a file that is not the one that was saved.
+                [0, 1]; a picture that is not the tensor's; a file that is not the one that was saved; canaries of another border.
         """
-        folder = fetch(source, revision, [CONFIG, TENSORS, PICTURE, CARD])
+        folder = fetch(source, revision, [CONFIG, TENSORS, PICTURE, CARD, CANARIES])
         config = read_config(folder / CONFIG, BorderConfig)
         delta = read_delta(folder / TENSORS, config.canvas)
         check_range(delta, 0, 1, str(folder / TENSORS))
@@ -239,6 +250,8 @@ class VisualSafetyPrompt(Prompt):
             raise DavspError(f"{folder / CONFIG}: field 'measured.pixels' is of another border; remove 'measured'")
         prompt._check_picture(folder / PICTURE)
         check_files(folder, config.files, free=[CARD])  # last: what is wrong inside a file says more than its hash
+        if (folder / CANARIES).exists():
+            prompt.canaries = read_canaries(folder / CANARIES, prompt)
         return prompt
 
     def _check_picture(self, path: Path) -> None:

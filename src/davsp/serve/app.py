@@ -26,6 +26,7 @@ from davsp.errors import DavspError
 from davsp.serve import calls, fields, messages, refusals
 from davsp.serve.admission import SMALL, Room, Seat, admit, read
 from davsp.serve.bodies import START, Body, parse
+from davsp.serve.canaries import Readiness, Report, border_of
 from davsp.serve.connections import Drained
 from davsp.serve.counters import Counters
 from davsp.serve.fetch import Fetcher
@@ -56,6 +57,7 @@ class Proxy:
         settings: ServeSettings,
         transport: httpx2.AsyncBaseTransport | None = None,
         fetcher: Fetcher | None = None,
+        report: Report | None = None,
     ) -> None:
         self.defense, self.settings = defense, settings
         self.hash = defense.sha256()
@@ -64,6 +66,7 @@ class Proxy:
         self.token = settings.token
         self.metrics, self.under_way = Counters(), 0
         self.upstream = Upstream(settings, transport)
+        self.ready = Readiness(self.upstream, settings, border_of(defense), report)
         self.fetch = fetcher or Fetcher(settings.allow_hosts, settings.max_picture_bytes, settings.fetch_timeout)
         self.room, self.budget = Room(settings.max_held), Budget(settings.max_decoding)
         self.readers = ThreadPoolExecutor(1, "davsp-small"), ThreadPoolExecutor(1, "davsp-large")
@@ -75,6 +78,7 @@ class Proxy:
             Route("/v1/models", self._route(self._models)),
             Route("/v1/models/{name:path}", self._route(self._models)),
             Route("/metrics", self._route(self._page)),
+            Route("/ready", self._route(self._readiness)),
             Route("/health", lambda request: JSONResponse({"status": "ok"})),
         ]
         self.app = Starlette(
@@ -88,6 +92,7 @@ class Proxy:
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         yield
+        self.ready.stop()
         await self.upstream.http.aclose()
         await self.fetch.http.aclose()
         for pool in (*self.readers, self.painters, self.callers):
@@ -256,6 +261,10 @@ class Proxy:
             if model["id"] == name:
                 return JSONResponse(model)
         raise Refusal(404, f"model {name!r} is not served.", "model_not_found", "model")
+
+    async def _readiness(self, request: Request) -> Response:
+        ready, why = await self.ready()
+        return JSONResponse(why, 200 if ready else 503)
 
     async def _page(self, request: Request) -> Response:
         return Response(self.metrics.page(), media_type="text/plain; version=0.0.4")

@@ -37,7 +37,7 @@ async def probe(settings: ServeSettings, model: str | None, transport: Any = Non
 
 
 async def _look(upstream: Upstream, settings: ServeSettings, model: str | None) -> list[str]:
-    name = model or await _first_model(upstream)
+    name = model or await first_model(upstream)
     if settings.canvas is None:
         return [f"the upstream serves {name}; no visual prompt, so no picture is sent to try."]
     side = settings.canvas
@@ -72,7 +72,8 @@ def must_hold(canvas: int | None) -> Sequence[str]:
     )
 
 
-async def _first_model(upstream: Upstream) -> str:
+async def first_model(upstream: Upstream) -> str:
+    """The first that the upstream lists; Refusal if it lists none."""
     status, listing, _ = await upstream.ask("GET", "/models", {})
     try:
         return str(listing["data"][0]["id"])

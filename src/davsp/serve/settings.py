@@ -19,6 +19,7 @@ class ServeSettings(BaseModel):
 
     Attributes:
         upstream: the server's address, up to and with `/v1`.
+        model: as the upstream calls it, for what the proxy itself asks; None: the first that it lists.
         canvas: side in pixels at which the upstream's model sees a picture without resampling; visual prompts need it.
         api_key_env: environment variable with the upstream's key.
         token_env: environment variable with the token that clients must bring.
@@ -41,12 +42,15 @@ class ServeSettings(BaseModel):
         max_held: bytes of requests, defended ones included, that each worker holds; one that does not fit gets a 429.
         max_decoding: bytes of pixels that each worker's decoding takes at a time; what does not fit waits, and the largest are decoded alone.
         body_timeout, fetch_timeout, connect_timeout, upstream_timeout: seconds; the last one is the longest silence.
+        require_effect: never ready without an effect of the border that was seen at the upstream.
+        ready_seconds: for which what /ready saw there holds, before the upstream is asked again.
         max_new_tokens: of defenses that ask more than once, where the client says nothing.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     upstream: str
+    model: str | None = None
     canvas: int | None = Field(None, ge=1)
     host: str = "127.0.0.1"
     port: int = Field(8100, ge=0, le=65535)
@@ -74,6 +78,8 @@ class ServeSettings(BaseModel):
     fetch_timeout: float = Field(10, gt=0)
     connect_timeout: float = Field(10, gt=0)
     upstream_timeout: float = Field(600, gt=0)
+    require_effect: bool = False
+    ready_seconds: float = Field(60, ge=1)
     max_new_tokens: int = Field(1024, ge=1)
 
     @classmethod
