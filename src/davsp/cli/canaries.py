@@ -26,7 +26,7 @@ Canaries = Annotated[
         "model that ships, none for another.",
     ),
 ]
-HEADINGS = {"none": "grey frame, no text", "text": "grey frame, its text", "prompt": "the prompt"}
+NAMES = {"none": "nothing", "text": "text alone", "prompt": "the prompt"}
 
 
 def check(
@@ -78,16 +78,16 @@ def _print(border: "VisualSafetyPrompt", report: "Report") -> None:
         "malicious",
         "benign",
         "when chosen",
-        "of all asked then",
+        "of all candidates",
         title=f"canaries, asked of the upstream's {report.model}",
-        caption=f"chosen on {canaries.model}, malicious and benign",
+        caption=f"nothing and text alone: with a grey frame in the border's place; chosen on {canaries.model}",
     )
     for arm in seen.malicious:
         refused = arm == "prompt"
         then = f"{chosen['malicious'] * refused} of {chosen['malicious']}, 0 of {chosen['benign']}"
         all_then = ", ".join(f"{getattr(part, arm)} of {part.asked}" for part in (canaries.malicious, canaries.benign))
         here = [f"{getattr(seen, label)[arm]} of {seen.asked[label]}" for label in ("malicious", "benign")]
-        table.add_row(HEADINGS[arm], *here, then, all_then)
+        table.add_row(NAMES[arm], *here, then, all_then)
     table.print(Console())
 
 
