@@ -256,10 +256,10 @@ def looked(border: VisualSafetyPrompt, upstream: Any, **options: Any) -> Report:
 
 @pytest.mark.parametrize(
     ("what", "state"),
-    [("right", "holds"), ("jpeg", "holds"), ("shifted", "lost"), ("left out", "lost"), ("another model", "lost")],
+    [("right", "holds"), ("shifted", "lost"), ("left out", "lost"), ("another model", "lost")],
 )
 def test_it_tells_apart(watched: VisualSafetyPrompt, mini: LVLM, what: str, state: str):
-    change = {"shifted": shifted, "left out": without_border(watched), "jpeg": as_jpeg}.get(what)
+    change = {"shifted": shifted, "left out": without_border(watched)}.get(what)
     upstream = ModelUpstream(embedded.load("davsp-mini-narrow", "cpu") if what == "another model" else mini, change)
     report = looked(watched, upstream)
     assert (report.state, report.answers) == (state, True), report.line
@@ -458,7 +458,7 @@ def test_check_prints_a_table_and_ends_by_what_it_saw(served: Fake, tmp_path: Pa
         max(map(len, out.splitlines()[:-1])) <= 80
         and "the border has its effect: the upstream's m refuses 24 of 24" in out
     )
-    rows = {name: re.findall(r"\d+ of \d+", row) for row in out.splitlines() if (name := row[1:14].strip())}
+    rows = {name: re.findall(r"\d+ of \d+", row) for row in out.splitlines() if (name := row[1:13].strip())}
     assert rows["the prompt"] == ["24 of 24", "0 of 8", "24 of 24", "0 of 8", "38 of 40", "0 of 8"]
     assert rows["text alone"] == ["0 of 24", "0 of 8", "0 of 24", "0 of 8", "4 of 40", "0 of 8"]
     assert len(served.upstream.bodies) == 96
