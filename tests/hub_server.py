@@ -67,6 +67,8 @@ class Hub(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.server.lfs[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
         sha = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
         repo["commits"][sha], repo["branches"][revision] = files, sha
         self.reply({"success": True, "commitOid": sha, "commitUrl": f"{self.server.url}/{owner}/{name}/commit/{sha}"})

@@ -17,6 +17,7 @@ import yaml
 from davsp import DavspError, VisualSafetyPrompt
 from davsp.prompts.hub import fetch
 from hub_server import TOKEN, hub
+from upstreams import canaried
 
 
 def davsp(code: str, home: Path, url: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -73,7 +74,7 @@ PUSH_AND_PULL = """
 from davsp import VisualSafetyPrompt
 print(VisualSafetyPrompt.from_pretrained("first").push_to_hub("user/vsp", license="mit"))
 again = VisualSafetyPrompt.from_pretrained("user/vsp")
-print(again.config["license"], again.pixels_sha256())
+print(again.config["license"], again.pixels_sha256(), again.canaries.digest())
 """
 PULL = """
 from davsp import DavspError, VisualSafetyPrompt
@@ -95,6 +96,7 @@ for source, revision in (("user/vsp", "never"), ("user/none", None)):
 def two(tmp_path: Path) -> list[VisualSafetyPrompt]:
     """Two borders, in folders."""
     borders = [VisualSafetyPrompt.create(24, 5, "random", seed=seed, text="be safe") for seed in (0, 1)]
+    borders[0] = canaried(borders[0])
     for name, prompt in zip(("first", "second"), borders, strict=True):
         prompt.save_pretrained(tmp_path / name)
     return borders
@@ -107,8 +109,8 @@ def test_there_and_back(two: list[VisualSafetyPrompt], tmp_path: Path):
         assert done.returncode == 0, done.stderr
         pushed, pulled = done.stdout.splitlines()
         files = server.repos["user/vsp"]["commits"][re.search(r"/user/vsp/commit/(\w{40})", pushed)[1]]
-        assert sorted(files) == ["README.md", "vsp.png", "vsp.safetensors", "vsp_config.json"]
-    assert pulled == f"mit {two[0].pixels_sha256()}"
+        assert sorted(files) == ["README.md", "canaries.json", "vsp.png", "vsp.safetensors", "vsp_config.json"]
+    assert pulled == f"mit {two[0].pixels_sha256()} {two[0].canaries.digest()}"
 
 
 @pytest.mark.slow
@@ -159,7 +161,7 @@ def test_a_push_that_fails_leaves_what_was_there(two: list[VisualSafetyPrompt], 
         old = repo["branches"]["main"]
         server.refused = step
         assert "cannot be pushed" in push("second")
-        assert repo["branches"]["main"] == old and len(repo["commits"][old]) == 4
+        assert repo["branches"]["main"] == old and len(repo["commits"][old]) == 5
 
 
 def test_what_names_no_revision_or_two(two: list[VisualSafetyPrompt], tmp_path: Path):

@@ -227,7 +227,8 @@ class VisualSafetyPrompt(Prompt):
             raise DavspError("the prompt names no licence to publish it under: give license='apache-2.0' or another")
         licensed = self.with_delta(self.delta)
         licensed.config["license"] = license
-        return push(repo_id, licensed._contents(repo_id), token, **options)
+        contents = licensed._contents(repo_id)
+        return push(repo_id, contents, token, gone=[name for name in (CANARIES,) if name not in contents], **options)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, revision: str | None = None) -> "VisualSafetyPrompt":

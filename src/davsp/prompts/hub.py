@@ -40,9 +40,12 @@ def fetch(source: str | Path, revision: str | None, files: Sequence[str]) -> Pat
 
 def push(
     repo_id: str, contents: Mapping[str, bytes], token: str | None = None, private: bool | None = None,
-    revision: str | None = None, commit_message: str = "Visual safety prompt",
+    revision: str | None = None, commit_message: str = "Visual safety prompt", gone: Sequence[str] = (),
 ) -> str:  # fmt: skip
     """Put files into a repository in one commit; the repository and the branch are made if they are not there.
+
+    Args:
+        gone: files of the prompt that was there before, which this one has not; they are taken away.
 
     Returns:
         The commit's address.
@@ -50,14 +53,16 @@ def push(
     Raises:
         DavspError: the hub cannot be reached, or refuses; none of the files is there then.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api: Any = HfApi(token=token)
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=data) for name, data in contents.items()]
+        operations: list[Any] = [CommitOperationAdd(name, data) for name, data in contents.items()]
+        old = (name for name in gone if api.file_exists(repo_id, name, revision=revision))
+        operations += [CommitOperationDelete(name) for name in old]
         return str(api.create_commit(repo_id, operations, commit_message=commit_message, revision=revision).commit_url)
     except Exception as error:  # as above
         raise DavspError(
