@@ -2,6 +2,7 @@
 
 import base64
 import json
+import time
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from davsp.serve.bodies import CUTS, DEEPEST, MARK, parse
+from davsp.serve.messages import check
 from davsp.serve.pictures import from_data_url
 from davsp.serve.refusals import Refusal
 from davsp.serve.settings import ServeSettings
@@ -177,3 +179,60 @@ def test_half_a_surrogate_pair_is_refused_wherever_it_stands(text):
 )
 def test_whole_pairs_and_their_look_alikes_pass(text):
     assert parse(text.encode(), LIMITS).value == json.loads(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data:image/" * 380_000,
+        "data:image/" * 10 + "," + " " * 4_000_000,
+        ("data:image/" * 10 + "," + " " * 2000) * 1900,
+        ("![](" + " " * 1000) * 4000,
+    ],
+    ids=["heads", "blanks", "both", "markdown"],
+)
+def test_the_last_look_takes_time_by_length_alone(text):
+    """What was tried twice here took seconds, and the interpreter with it."""
+    start = time.process_time()
+    sweep({"messages": [user(text), user("a")]})
+    assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "DATA:Image/png;base64,\n " + "A" * 16,
+        "data:image/png;data:image/png;base64," + "A" * 16,
+        "data:image/a data:video/b, " + "A" * 16,
+        "data:image/svg+xml;utf8,<SVG",
+        "![]( \n HTTPS://a.test",
+        "![](Data:x",
+    ],
+)
+def test_pictures_in_texts_in_every_spelling(text):
+    with pytest.raises(Refusal):
+        sweep({"messages": [user(text)]})
+    for at in range(1, len(text)):  # and over two messages
+        with pytest.raises(Refusal):
+            sweep({"messages": [user(text[:at]), user(text[at:])]})
+
+
+def test_what_is_quoted_in_a_refusal_is_short():
+    with pytest.raises(Refusal) as refusal:
+        check({"messages": [user({"type": "text", "text": "a", "x" * 10**6: 1})]})
+    assert len(refusal.value.message) < 1100
+
+
+def test_more_ends_than_beginnings_are_no_json():
+    start = time.process_time()
+    with pytest.raises(Refusal, match="invalid_request"):
+        parse(b"]" * 4_000_000, ServeSettings(upstream="http://u/v1"))
+    assert time.process_time() - start < 0.3
+
+
+def test_a_picture_of_escapes_alone_stays_in_the_text():
+    """The parser would hold the interpreter for as long as they take; as an encoder writes them they are one in 64."""
+    few, many = ("\\/" + "AAA" * 5) * 100, "\\/" * 100
+    assert len(parse(f'"data:image/png;base64,{few}"'.encode(), LIMITS).pictures) == 1
+    body = parse(f'"data:image/png;base64,{many}"'.encode(), LIMITS)
+    assert body == ("data:image/png;base64," + "/" * 100, {})

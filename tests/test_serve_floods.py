@@ -4,12 +4,15 @@ import asyncio
 import gc
 import json
 import socket
+import struct
 import threading
 import time
 import weakref
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
 import httpx2
@@ -19,7 +22,7 @@ from PIL import Image
 from davsp.defenses import SafetyText
 from davsp.serve import connections
 from davsp.serve.admission import SMALL, Room, read
-from davsp.serve.pictures import Budget, decoded
+from davsp.serve.pictures import Budget, decode, decoded
 from davsp.serve.refusals import Refusal
 from davsp.serve.settings import ServeSettings
 from proxy import GOOD, border, client, data_url, image_part, listening, user
@@ -324,3 +327,49 @@ def test_a_request_s_bytes_are_let_go_without_the_collector(messages, monkeypatc
         assert len(held) == 2 and held[1]() is None, status
     finally:
         gc.enable()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@cache
+def hostile_files() -> dict[str, bytes]:
+    """Small pictures in files that make their reader unpack, keep or repeat much."""
+    png, jpeg = file(picture(0, (8, 8)), "PNG"), file(Image.new("RGB", (512, 512)), "JPEG", progressive=True)
+    start, idat = png[:33], png[33:]
+    scan = jpeg[jpeg.rfind(b"\xff\xc4") : -2]
+
+    def segment(marker: int, data: bytes) -> bytes:
+        return bytes([0xFF, marker]) + struct.pack(">H", len(data) + 2) + data
+
+    def text(number: int) -> bytes:
+        return chunk(b"zTXt", b"k%d\0\0" % number + zlib.compress(b"a" * (2**20 - 8)))
+
+    return {
+        "texts": start + b"".join(map(text, range(60))) + idat,
+        "texts behind": png[:-12] + b"".join(map(text, range(60))) + png[-12:],
+        "chunks": start + chunk(b"abCd", b"") * 200_000 + idat,
+        "IDATs": png[:-12].replace(idat[:-12], chunk(b"IDAT", idat[8:20]) + chunk(b"IDAT", b"") * 200_000 + png[-12:]),
+        "EXIF": jpeg[:2] + segment(0xE1, b"Exif\0\0" + b"x" * 600) * 20_000 + jpeg[2:],
+        "comments": jpeg[:2] + segment(0xFE, b"") * 500_000 + jpeg[2:],
+        "reserved": jpeg[:2] + b"\xff\x02" * 500_000 + jpeg[2:],
+        "fill": jpeg[:2] + b"\xff" * 2_000_000 + jpeg[2:],
+        "scans": jpeg[:-2] + scan * 3000 + jpeg[-2:],
+    }
+
+
+@pytest.mark.parametrize("name", hostile_files())
+def test_a_file_of_ever_so_many_pieces_is_refused(name):
+    """Each took seconds or hundreds of megabytes."""
+    with pytest.raises(Refusal) as refusal:
+        decode(hostile_files()[name], ServeSettings(upstream="http://u/v1"))
+    assert refusal.value.code == ("image_broken" if name.startswith("texts") else "image_pieces")
+
+
+def test_a_photo_with_a_film_behind_it_and_a_picture_in_it_passes():
+    """Phones put films behind pictures and small pictures before them, in which the marker of a scan stands by chance."""
+    inner, film = file(picture(0, (9, 9)), "JPEG"), b"\xff\xda\0\0" * 1000
+    jpeg = file(picture(1, (30, 20)), "JPEG", progressive=True, exif=b"Exif\0\0" + inner * 20)
+    limits = ServeSettings(upstream="http://u/v1")
+    assert decode(jpeg + film, limits).tobytes() == decode(jpeg, limits).tobytes()

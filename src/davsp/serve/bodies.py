@@ -21,6 +21,7 @@ HEAD = re.compile(  # with a payload, as a text may begin with the head alone
 MARK = "data:image/cut;base64,"
 """How a mark begins. It looks like what it stands for, so whatever refuses a data URL refuses it, too."""
 CUTS = 256  # more pictures than any limit lets pass; those beyond stay in the text
+ESCAPED = 16  # of so many letters of a picture one may be; some encoders escape slashes, of which there is one in 64
 DEEPEST = 64  # OpenAI's own requests nest less than 20 deep, schemas of tools included
 HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
@@ -84,7 +85,9 @@ def _data_urls(data: bytes | bytearray) -> Iterator[tuple[int, int, int]]:
             return
         at = ends
         head = HEAD.match(data, quote)
-        if head and data[quote - 1 : quote] != b"\\" and data[ends - 1 : ends] != b"\\":
+        if not head or data[quote - 1 : quote] == b"\\" or data[ends - 1 : ends] == b"\\":
+            continue
+        if data.count(b"\\", head.end(), ends) <= (ends - quote) // ESCAPED:
             yield quote + 1, head.end(), ends
 
 
@@ -99,8 +102,11 @@ def check_size(text: bytes, most: int) -> None:
     if text.count(b'"') // 2 > 2 * most:  # keys are texts, too
         raise _too_many(most)
     marks = b"".join(text.split(b'"')[::2]).translate(None, _REST)
-    if marks.count(b"[") + marks.count(b"{") + marks.count(b",") > most:
+    opened, commas = marks.count(b"[") + marks.count(b"{"), marks.count(b",")
+    if opened + commas > most:
         raise _too_many(most)
+    if len(marks) - commas > 2 * opened:  # so that no more of them are walked through, either
+        raise bad("the body is not JSON in UTF-8.")
     depth = deepest = 0
     for mark in marks.replace(b",", b""):
         depth += 1 if mark in b"[{" else -1

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pybase64
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from PIL.ImageFile import ImageFile
 
 from davsp.errors import DavspError
@@ -23,7 +23,16 @@ from davsp.serve.settings import ServeSettings
 FORMATS = ("JPEG", "PNG", "WEBP")
 BYTES = {"JPEG": 8, "MPO": 8, "PNG": 8, "WEBP": 20}  # a pixel: four as it is, four in RGB, twelve in WebP's decoder
 STORED = 2**21  # pixels up to which a PNG is stored, not packed
+READS = 100_000  # pieces that a file is read in; a PNG of 16 MiB in chunks of 8 KiB, libpng's own, has 9,000
+SEGMENTS = 500  # of a JPEG; of 64 KiB at the most, so that 16 MiB have 256
+SCANS = 64  # of a JPEG; libjpeg itself writes up to 18
+MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")  # no stuffed byte, restart or start of image
+STEP = 2**20  # bytes that are searched at a time, as a search holds the interpreter
 _HEAD = re.compile(r"data:image/[a-z+.-]{1,20};base64,", re.IGNORECASE)
+
+
+PngImagePlugin.MAX_TEXT_MEMORY = 2**22
+"""Letters of all texts of a PNG. Pillow unpacks and keeps them: 64 MiB of its own accord, out of a file of 70 KB."""
 
 
 class Budget:
@@ -97,21 +106,61 @@ def decoded(
         Refusal: one is no whole JPEG, PNG or WebP picture, has more than one frame, or too many pixels, or all together have; all this
             but for broken pixels is seen before the first one is decoded.
     """
-    images = [_opened(file, settings) for file in reversed(files)]
-    if sum(image.width * image.height for image in images) > settings.max_request_pixels:
+    pixels, costs = 0, list[int]()
+    for file in files:  # what a head holds is let go of before the next
+        image, cost = _opened(file, settings)
+        pixels += image.width * image.height
+        costs.append(cost)
+    if pixels > settings.max_request_pixels:
         most = f"the pictures have more than {settings.max_request_pixels} pixels together"
         raise bad(f"{most}; send fewer or smaller ones.", "image_pixels")
-    while images:
-        with (budget or Budget(0)).hold(_cost(images[-1])):
-            yield _flat(images.pop())
+    for at, (file, cost) in enumerate(zip(files, costs, strict=True)):
+        with (budget or Budget(0)).hold(cost):
+            yield _flat(image if at == len(files) - 1 else _opened(file, settings)[0])
 
 
-def _opened(file: bytes, settings: ServeSettings) -> ImageFile:
-    """A picture whose head was read, no more."""
+class _File(io.BytesIO):
+    """A file that ends a reader in Python who takes it in ever so small pieces."""
+
+    reads = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.reads += 1
+        if self.reads > READS:
+            raise bad(f"image_url: the picture's file has more than {READS // 3} pieces; save it anew.", "image_pieces")
+        return super().read(size)
+
+
+def _opened(file: bytes, settings: ServeSettings) -> tuple[ImageFile, int]:
+    """A picture whose head was read, no more, and the bytes that it takes."""
+    scans = _scans(file) if file.startswith(b"\xff\xd8") else 1
     with _readable():
-        image = Image.open(io.BytesIO(file), formats=FORMATS)
+        image = Image.open(_File(file), formats=FORMATS)
         _check(image, settings)
-        return image
+        return image, _cost(image, scans)
+
+
+def _scans(file: bytes) -> int:
+    """Scans of a JPEG. Each costs a look at every pixel, and 82 bytes are one. Pillow's time for a head grows with the square of its segments."""
+    at, segments, scans = 2, 0, 0
+    while at < len(file):
+        marker = MARKER.search(file, at, at + STEP)
+        if marker is None:
+            at += STEP - 1
+            continue
+        if marker[1] == b"\xd9":
+            break
+        at = marker.end()
+        if marker[1] >= b"\xc0":  # a segment begins with its length; libjpeg passes the rest by like what is no marker
+            at += int.from_bytes(file[at : at + 2])
+        segments += 1
+        scans += marker[1] == b"\xda"
+        if segments > SEGMENTS or scans > SCANS:
+            most = f"{SCANS} scans or {SEGMENTS} segments"
+            raise bad(f"image_url: the JPEG has more than {most}; save it anew.", "image_pieces")
+        if marker[1] == b"\xda" and file.find(b"\xff\xda", at) < 0:
+            break
+    return scans
 
 
 def _flat(image: Image.Image) -> Image.Image:
@@ -135,9 +184,9 @@ def _readable() -> Iterator[None]:
         ) from error
 
 
-def _cost(image: Image.Image) -> int:
+def _cost(image: Image.Image, scans: int) -> int:
     """Bytes that a picture takes at the most from its file to its canvas: the decoder's, one as it is, one in RGB, one padded to a square."""
-    decoder = 6 if "progressive" in image.info else 0  # all coefficients of a JPEG that comes in passes
+    decoder = 2 * len(image.getbands()) if scans > 1 else 0  # all coefficients of a JPEG that comes in passes
     return image.width * image.height * (BYTES[image.format or "WEBP"] + decoder) + 4 * max(image.size) ** 2
 
 

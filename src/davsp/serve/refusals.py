@@ -2,6 +2,8 @@
 
 from starlette.responses import JSONResponse
 
+LONGEST = 1000  # letters of a message, which may quote the client
+
 
 class Refusal(Exception):
     """A request that gets no answer; nothing of it was sent on, or what came back is no answer.
@@ -16,6 +18,8 @@ class Refusal(Exception):
     def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
         super().__init__(code)  # the message may quote the client, and tracebacks are logged
         self.status, self.message, self.code, self.param = status, message, code, param
+        if len(message) > LONGEST:
+            self.message, self.param = message[:LONGEST] + "…", param and param[:LONGEST]
 
 
 def bad(message: str, code: str = "invalid_request", param: str | None = None) -> Refusal:
