@@ -68,6 +68,14 @@ def test_429s_by_chance_leave_the_bound(share: float, most: int) -> None:
         assert limit.bound >= most / 4 and requests < 1.15 / (1 - share)
 
 
+def test_half_of_all_refused_by_chance_is_seen_through() -> None:
+    """First it is taken for a crowd; once one at a time was refused as often, it is so no more."""
+    for seed in range(5):
+        limit = Limit(8)
+        seconds, _ = run(limit, lambda at_work, rng, time: rng.random() < 0.5, seed=seed)
+        assert seconds < 60 and not limit.crowded, (seed, seconds)
+
+
 @pytest.mark.parametrize("room", [1, 2, 4, 7])
 def test_a_crowd_lowers_the_bound(room: int) -> None:
     """A server that is at work on so many at most, and refuses all others at once."""
@@ -127,25 +135,30 @@ def test_places() -> None:
     """No more than the bound; what is asked again goes first; who gives up waiting takes no place with it."""
 
     async def use() -> list[str]:
-        limit, order = Limit(2), list[str]()
+        limit, order, gate = Limit(2), list[str](), asyncio.Event()
 
         async def hold(name: str, first: bool = False) -> None:
             async with limit.place(first):
                 assert limit.under_way <= 2
                 order.append(name)
-                await asyncio.sleep(0.01)
+                await gate.wait()
 
-        tasks = [asyncio.create_task(hold(name)) for name in "abcd"]
-        await asyncio.sleep(0.001)
-        tasks += [asyncio.create_task(hold("e")), asyncio.create_task(hold("again", first=True))]
-        await asyncio.sleep(0.001)
+        async def start(*names: str) -> list[asyncio.Task[None]]:
+            tasks = [asyncio.create_task(hold(name, first=name == "again")) for name in names]
+            for _ in range(5):
+                await asyncio.sleep(0)
+            return tasks
+
+        tasks = await start(*"abcd", "e", "again")
         tasks[3].cancel()
+        gate.set()
         await asyncio.gather(*tasks, return_exceptions=True)
         assert limit.under_way == 0
-        tasks = [asyncio.create_task(hold(name)) for name in "fgh"]
-        await asyncio.sleep(0.001)
+        gate.clear()
+        tasks = await start(*"fgh")
         for task in tasks[:2]:
             task.cancel()
+        gate.set()
         await asyncio.gather(*tasks, return_exceptions=True)
         assert limit.under_way == 0
         return order

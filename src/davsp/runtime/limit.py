@@ -5,7 +5,7 @@ from collections import deque
 from types import TracebackType
 
 WINDOW = 64  # replies after which a share of 429s is looked at
-MANY = 0.5  # a share of 429s above this is never taken for chance
+MANY = 0.5  # a share of 429s above this is not taken for chance before one at a time was tried
 FEW = 0.2  # one below this costs less than finding out why
 
 
@@ -99,7 +99,7 @@ class Limit:
                 usual = share if self.usual is None else 0.7 * self.usual + 0.3 * share
                 self.usual = usual if usual > 0.02 else 0.0
                 self._next(self.bound)
-        elif share > MANY and self.bound >= 2:
+        elif share > max(MANY, (self.usual or 0.0) + 0.25) and self.bound >= 2:
             self._halve()
         elif share > max(FEW, (self.usual or 0.0) + 0.25) and self.bound >= 2:
             self._next(self.bound / 2)
