@@ -302,7 +302,7 @@ class Tracked(bytearray):
         [user(image_part("data:image/png;base64,QUJD"))],
         [user("![](https://a.test/b.png)")],
         ["no message"],
-        [user("[" * 200_000)],
+        [user("[" * 120_000)],
         [user("the upstream breaks off")],
     ],
 )
