@@ -52,6 +52,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.dropped is not None:
             self.dropped += len(data)
+            self.flow.pause_reading()  # others have their turn: uvloop reads a busy connection 32 times in a row
+            self.loop.call_soon(self._go_on)
             if self.dropped > DROPPED:
                 self.transport.abort()
             elif self.dropped >= self.left:
@@ -105,6 +107,10 @@ class BoundedProtocol(HttpToolsProtocol):
             self.dropped, self.gone = 0, self.loop.create_future()
             self.flow.resume_reading()
             await self.gone
+
+    def _go_on(self) -> None:
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
 
     def _end_of_drop(self) -> None:
         if self.gone is not None and not self.gone.done():
