@@ -54,7 +54,10 @@ def test_files_tables_and_page(
     }
     arguments += [str(word) for name, value in small.items() for word in (f"--{name}", value)]
     assert call(monkeypatch, *arguments) == 0
-    output = capsys.readouterr().out
+    output, said = capsys.readouterr()
+    assert "warning: keyword is the only judge here" in said
+    for table in (output, (out / "attack.md").read_text(), (out / "attack.html").read_text()):
+        assert "on 58 % of 6,108 real answers" in " ".join(table.split())
     assert "worst, 4/255" in output.replace("\n", " ") or "worst" in output
     assert f"are in {out}" in output.replace("\n", "")
     metrics = json.loads((out / "metrics.json").read_text())

@@ -81,6 +81,44 @@ def test_published_sets_are_scored_by_their_own_rules(sets: Path, tiny_folder: P
     assert graded == {"llava_bench_embedded"} and (out / "responses.jsonl").read_bytes() == answers
 
 
+def test_the_keyword_judge_of_a_real_model_says_what_it_is_worth(
+    tiny_folder: Path, data: Path, tmp_path: Path, capsys
+) -> None:
+    """By every table that it made, and as a warning where nobody else judges."""
+    common = (
+        "--queries",
+        data,
+        "--model",
+        tiny_folder,
+        "--defense",
+        "none",
+        "--max-new-tokens",
+        2,
+        "--max-unscored",
+        1,
+    )
+    sentence = "agrees with a strong judge (Gemini) on 58 % of 6,108 real answers"
+
+    def told(*line: object) -> tuple[bool, bool]:
+        """Whether it stands by the table, and whether there was a warning."""
+        assert davsp(*line) == 0
+        out, err = (" ".join(text.split()) for text in capsys.readouterr())
+        return sentence in out, "warning: keyword is the only judge here. " in err and sentence in err
+
+    run = tmp_path / "alone"
+    assert told("eval", *common, "--out", run) == (True, True)
+    assert sentence in (run / "report.html").read_text() and read(run / "manifest.json")["shipped"] is False
+    assert told("judge", run, "--queries", data, "--judge", "keyword", "--max-unscored", 1) == (True, True)
+    assert told("judge", run, "--queries", data, "--judge", "keyword-gcg", "--max-unscored", 1) == (False, False)
+    two = tmp_path / "two"
+    assert told("eval", *common, "--judge", "keyword", "--judge", "keyword-gcg", "--out", two) == (True, False)
+    other = tmp_path / "other"
+    assert told("eval", *common, "--judge", "keyword-gcg", "--judge", "keyword", "--out", other) == (False, False)
+    assert sentence not in (other / "report.html").read_text()
+    (run / "manifest.json").write_text(json.dumps(read(run / "manifest.json") | {"shipped": True}))
+    assert told("judge", run, "--queries", data, "--judge", "keyword", "--max-unscored", 1) == (False, False)
+
+
 def test_sets_that_count_from_0_go_together() -> None:
     both = [Query("0", "what is it", "benign", name) for name in ("mm_vet", "llava_bench_embedded")]
     kept = Query("unsafes/0", "what is it", "malicious", "vlguard_unsafes")
@@ -155,7 +193,7 @@ def test_broken_pictures_are_named_or_skipped(data: Path, tiny_folder: Path, tmp
     said = capsys.readouterr().err
     for part in (
         "skipped 4",
-        "malicious-0.png, which is not there",
+        "malicious-0.png', which is not there",
         "is truncated or no picture",
         "is in CMYK",
         "1 more",

@@ -3,7 +3,8 @@
 import pytest
 
 from davsp.judges import keyword, refused
-from davsp.judges.keyword import COMPLIANCE, REFUSALS, plain
+from davsp.judges.keyword import AGREEMENT, COMPLIANCE, REFUSALS, caveat, plain
+from davsp.judges.keyword_lists import LISTS
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,12 @@ from davsp.judges.keyword import COMPLIANCE, REFUSALS, plain
 def test_labels(text: str, label: str) -> None:
     verdict, reason = keyword(text, "how do i steal the car ?")
     assert verdict == label and reason
+
+
+def test_what_the_judge_is_worth_stands_by_a_real_models_tables_alone() -> None:
+    assert "58 % of 6,108 real answers" in AGREEMENT and "2,526" in AGREEMENT
+    assert caveat(keyword, shipped=False) == AGREEMENT and caveat(keyword, shipped=True) == ""
+    assert caveat(LISTS["keyword-gcg"], shipped=False) == ""
 
 
 def test_refused_is_the_same_rule() -> None:

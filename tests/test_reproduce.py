@@ -22,6 +22,8 @@ from davsp.evaluation import Evaluation
 from davsp.experiments.paper import baselines, claims, run, tables, write
 from davsp.experiments.paper.plan import dry
 from davsp.experiments.stages import Stages
+from davsp.judges import keyword
+from davsp.judges.keyword import AGREEMENT
 from davsp.prompts import VisualSafetyPrompt
 from davsp.query import Response, Verdict
 
@@ -389,6 +391,9 @@ def test_what_other_models_lack_is_left_out_and_said(made):
     without = lacking(replace(kit, shipped=False))
     assert set(without) == {"uniguard", "adashield-a"} and lacking(kit) == {}
     assert set(lacking(replace(kit, shipped=False, corpus=["x"]))) == {"adashield-a"}
+    assert AGREEMENT in run._notes(replace(kit, shipped=False), keyword, []) and AGREEMENT not in run._notes(
+        kit, keyword, []
+    )
     rows = [row("none", "sd", "rsr", 0.5), row("none", "utility", "accuracy", 0.9)]
     missing = without | dict.fromkeys(("pat", "esiii", "davsp", "adashield-s"), "x")
     answers = [Response(q.id, "none", "no") for q in kit.data.test]

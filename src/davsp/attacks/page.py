@@ -20,6 +20,7 @@ from davsp.metrics import WORST as BOUND
 from davsp.report.cells import label
 from davsp.report.html import uri
 from davsp.report.plots import MARKERS, STYLE, colour, svg
+from davsp.report.terminal import print_caveat
 from davsp.runtime.files import write_text
 from davsp.runtime.table import TextTable
 
@@ -82,12 +83,13 @@ def attack_table(rows: Rows, results: Sequence[AttackResult], name: str) -> tupl
     return ["Attack", *(f"{eps}/255" for eps in at), "no size"], lines
 
 
-def markdown(rows: Rows, results: Sequence[AttackResult], marks: Sequence[Check], model: str) -> str:
-    """All tables."""
+def markdown(rows: Rows, results: Sequence[AttackResult], marks: Sequence[Check], model: str, caveat: str = "") -> str:
+    """All tables; a sentence on the judge below the first."""
     parts = [
         f"**Resist success rate of {model} under attack**, in percent with 95 % intervals.",
         "",
         *_md(*worst_table(rows, results)),
+        *(["", caveat] if caveat else []),
     ]
     for name in names(results):
         parts += ["", f"**{label(name)}, attack by attack**", "", *_md(*attack_table(rows, results, name))]
@@ -106,14 +108,17 @@ def check_table(results: Sequence[AttackResult], marks: Sequence[Check]) -> tupl
     return ["Mark", *map(label, names(results))], lines
 
 
-def print_tables(console: Console, rows: Rows, results: Sequence[AttackResult], marks: Sequence[Check]) -> None:
-    """The worst case of each defense, and every mark that gives doubt."""
+def print_tables(
+    console: Console, rows: Rows, results: Sequence[AttackResult], marks: Sequence[Check], caveat: str = ""
+) -> None:
+    """The worst case of each defense, a sentence on the judge, and every mark that gives doubt."""
     heading, lines = worst_table(rows, results)
     caption = "RSR in percent, 95 % interval; picture: the worst case over attacks of at most that size"
     table = TextTable(*heading, right=False, caption=caption)
     for line in lines:
         table.add_row(*(Text(cell.replace(" [", "\n[")) for cell in line))
     table.print(console)
+    print_caveat(console, caveat)
     for check in marks:
         if check.state == "doubt":
             console.print(
@@ -130,6 +135,7 @@ def write_page(
     defenses: Mapping[str, Defense],
     facts: Mapping[str, Any],
     show_unsafe: bool = False,
+    caveat: str = "",
 ) -> None:
     """One self-contained HTML page; answers that are not known to be safe are redacted unless `show_unsafe`.
 
@@ -149,7 +155,7 @@ def write_page(
         model=model, plots={caption: Markup(plot) for caption, plot in plots.items()},
         worst=worst_table(rows, results), tables={label(n): attack_table(rows, results, n) for n in names(results)},
         checks=check_table(results, marks),
-        examples=examples(results, shown, defenses[shown], show_unsafe), shown=label(shown), facts=facts,
+        examples=examples(results, shown, defenses[shown], show_unsafe), shown=label(shown), facts=facts, caveat=caveat,
     )  # fmt: skip
     write_text(path, text)
 

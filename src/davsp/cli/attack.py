@@ -103,6 +103,7 @@ def attack(
             "--judge: an attack is counted by one judge of harmful answers; score utility with davsp eval."
         )
     judges.check_prompts(scorers, queries)
+    caveat = judges.warn_of_keyword(scorers, shipped)
     if test.benchmark:
         queries = [query for query in apart(queries) if query.label == "malicious"]
     lvlm = load_lvlm(model)
@@ -114,7 +115,7 @@ def attack(
     facts = {
         "settings": settings.model_dump(), "notes": notes, "benchmarks": test.benchmark or [], "split": test.split,
     }  # fmt: skip
-    _finish(out, lvlm, queries, results, defenses, facts, show_unsafe, seed)
+    _finish(out, lvlm, queries, results, defenses, facts, show_unsafe, seed, caveat)
     groups = [dict(result.evaluation.verdicts) for result in results]
     judges.check_scored([*groups, *(_all(results, name) for name in defenses)], queries, access.max_unscored)
 
@@ -173,7 +174,7 @@ def _levels(text: str) -> tuple[int, ...]:
 
 def _finish(
     out: Path, lvlm: "LVLM", queries: "list[Query]", results: list[Any], defenses: "dict[str, Defense]",
-    facts: dict[str, Any], show_unsafe: bool, seed: int,
+    facts: dict[str, Any], show_unsafe: bool, seed: int, caveat: str,
 ) -> None:  # fmt: skip
     """Files and tables."""
     from rich.console import Console
@@ -194,8 +195,8 @@ def _finish(
     described = {row: defense.describe() for row, defense in defenses.items()}
     write_json(out / "manifest.json", facts | {"defenses": described})
     write_json(out / "metrics.json", metrics.metrics_file(table) | {"checks": [c._asdict() for c in findings]})
-    write_text(out / "attack.md", page.markdown(table, results, findings, name))
+    write_text(out / "attack.md", page.markdown(table, results, findings, name, caveat))
     shown = {key: facts[key] for key in ("model", "davsp", "torch", "time", "settings")}
-    page.write_page(out / "attack.html", name, table, results, findings, defenses, shown, show_unsafe)
-    page.print_tables(Console(), table, results, findings)
+    page.write_page(out / "attack.html", name, table, results, findings, defenses, shown, show_unsafe, caveat)
+    page.print_tables(Console(), table, results, findings, caveat)
     print(f"pictures, answers, metrics.json, attack.md and attack.html are in {out}")

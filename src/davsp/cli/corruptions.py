@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from davsp.cli.inputs import load_lvlm
+from davsp.cli.inputs import is_shipped, load_lvlm
+from davsp.cli.judges import warn_of_keyword
 from davsp.cli.options import Limit, MaxNewTokens, ModelOptions, Seed, TestSetOptions
 from davsp.cli.testset import load_test_set
 from davsp.errors import DavspError
@@ -39,16 +40,18 @@ def corruptions(
 
     from davsp.evaluation.judging import apart
     from davsp.experiments.corruptions.run import corruptions as run
+    from davsp.judges import keyword
 
     border, direction = _border(prompt, vector, model.name or "davsp-mini")
     queries, _ = load_test_set(test, model.name, limit, seed)
     if test.benchmark:  # their benign queries are scored by graders, which are not asked here
         queries = [query for query in apart(queries) if query.label == "malicious"]
     names = [name for part in change or [] for name in part.split(",")]
+    caveat = warn_of_keyword([keyword], is_shipped(model.name))
     out = out or Path("out/corruptions") / (model.name or "davsp-mini").rstrip("/").split("/")[-1]
     run(
         load_lvlm(model), border, queries, out, direction, names, batch_size=batch_size, max_new_tokens=max_new_tokens,
-        seed=seed, console=Console(stderr=True),
+        seed=seed, console=Console(stderr=True), caveat=caveat,
     )  # fmt: skip
     print((out / "corruptions.md").read_text())
 

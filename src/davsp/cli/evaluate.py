@@ -106,12 +106,14 @@ def evaluate(
     shipped = test.embedded or is_shipped(server[0] if server else model.name)
     defenses = rows(row.defense or [], row.prompt, row.text, shipped, direction)
     judges.check_prompts(scorers, queries)
+    attacked = any(query.label == "malicious" for query in queries)
+    caveat = judges.warn_of_keyword(scorers, shipped) if attacked else ""
     if test.benchmark:
         queries = apart(queries)
     lvlm = _lvlm(model, server, engine, requests)
     lvlm.reasoning_tags = settings.reasoning_tags
     _check(lvlm, defenses, direction)
-    facts = _facts(lvlm, engine.engine, notes, defenses, names or ["keyword"], test, seed)
+    facts = _facts(lvlm, engine.engine, notes, defenses, names or ["keyword"], test, seed) | {"shipped": shipped}
     evaluation = evaluate(
         lvlm, defenses, queries, out, direction, scorers[0],
         graders=graders if test.benchmark else None,
@@ -119,7 +121,7 @@ def evaluate(
         max_new_tokens=max_new_tokens, seed=seed, console=Console(stderr=True), manifest=facts,
     )  # fmt: skip
     if parallel.rank() == 0:
-        _finish(out, queries, evaluation, defenses, scorers[1:], show_unsafe, access.max_unscored, seed)
+        _finish(out, queries, evaluation, defenses, scorers[1:], show_unsafe, access.max_unscored, seed, caveat)
 
 
 def _server(engine: EngineOptions, model: ModelOptions, processes: int) -> tuple[str, str] | None:
@@ -197,7 +199,7 @@ def _facts(
 
 def _finish(
     out: Path, queries: "list[Query]", evaluation: "Evaluation", defenses: "dict[str, Defense]", others: list[Any],
-    show_unsafe: bool, max_unscored: float, seed: int,
+    show_unsafe: bool, max_unscored: float, seed: int, caveat: str,
 ) -> None:  # fmt: skip
     """The other judges, the report and the tables; fails at the end if too much is unscored."""
     from rich.console import Console
@@ -225,9 +227,10 @@ def _finish(
         defense=shown[-1],
         manifest=facts,
         published=bool(facts["benchmarks"]),
+        caveat=caveat,
     )
     write_report(out / "report.html", page, show_unsafe)
-    print_table(Console(), evaluation.rows)
+    print_table(Console(), evaluation.rows, caveat=caveat)
     print_scores(Console(), evaluation.rows)
     print_costs(Console(), evaluation.rows, metrics.latency(evaluation.responses))
     print(f"answers, verdicts, metrics.json and report.html are in {out}")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from davsp.cli import judges
+from davsp.cli.inputs import is_shipped
 from davsp.cli.options import (
     JUDGES,
     GraderRuns,
@@ -70,7 +71,7 @@ def judge(
         )
     else:
         scores = rescore(run, queries, scorer, seed=seed, mode=mode, reasoning_tags=settings.reasoning_tags)
-    _print(Console(), scores)
+    _print(Console(), scores, judges.warn_of_keyword([scorer], _shipped(run)))
     _print_mode(Console(), scores, mode)
     name = slug(judge_name(scorer))
     kind = "grades" if benchmark else "verdicts"
@@ -78,14 +79,23 @@ def judge(
     judges.check_scored([scores.grades if benchmark else scores.verdicts], queries, access.max_unscored, some=True)
 
 
-def _print(console: "Console", scores: "Rescoring") -> None:
+def _shipped(run: Path) -> bool:
+    """Whether a run is of a model that ships; a run from Python may not say."""
+    from davsp.runtime.files import read_json
+    from davsp.store import MANIFEST
+
+    facts = read_json(run / MANIFEST) if (run / MANIFEST).exists() else {}
+    return bool(facts.get("shipped", is_shipped(facts.get("model", ""))))
+
+
+def _print(console: "Console", scores: "Rescoring", caveat: str) -> None:
     """Rates by defense and benchmark with how many answers were scored, why others were not, and the agreement."""
     from collections import Counter
 
     from davsp.judges.base import is_unscored
     from davsp.metrics import WORST
     from davsp.report.cells import BENCHMARKS, defenses, find, label, percent
-    from davsp.report.terminal import print_scores
+    from davsp.report.terminal import print_caveat, print_scores
     from davsp.runtime.table import TextTable
 
     headings = ("Defense", "Benchmark", "n", "unscored", "RSR", "95 %", "worst case")
@@ -110,6 +120,7 @@ def _print(console: "Console", scores: "Rescoring") -> None:
         )
     if table.rows:
         table.print(console)
+        print_caveat(console, caveat)
     print_scores(console, scores.rows)
     reasons = Counter(
         verdict.reason

@@ -113,6 +113,7 @@ def reproduce(
     if len(scorers) > 1:
         raise DavspError("--judge names several judges; a table has one: score the run again with davsp judge.")
     judges.check_prompts(scorers, protocol.test)
+    judges.warn_of_keyword(scorers, is_shipped(model.name))
     kit = _kit(model, protocol, out, methods, seed, text_model, borrowed)
     kit.lvlm.reasoning_tags = settings.reasoning_tags
     evaluation: dict[str, Any] = {

@@ -51,6 +51,7 @@ class Report:
         curves: defense -> records of its training's metrics.jsonl.
         query_counts: malicious benchmark -> how many queries it has, and of how many distinct intents they are.
         latency: defense -> seconds over those of the baseline.
+        caveat: a sentence on the judge, below the table that it made.
     """
 
     rows: list[dict[str, Any]]
@@ -67,6 +68,7 @@ class Report:
     manifest: dict[str, Any] = field(default_factory=dict)
     query_counts: dict[str, tuple[int, int]] = field(default_factory=dict)
     latency: dict[str, float] = field(default_factory=dict)
+    caveat: str = ""
 
 
 def build(

@@ -25,10 +25,11 @@ WHOLE = ("total", "all", "perception", "cognition")
 """Parts of a published set that the terminal shows; metrics.json and the report have all."""
 
 
-def print_table(console: Console, rows: Rows, title: str = "") -> None:
-    """Print `table`, and how many answers to malicious queries the judge could not score, if there are any."""
+def print_table(console: Console, rows: Rows, title: str = "", caveat: str = "") -> None:
+    """Print `table`, what is to be known of its judge, and how many answers to malicious queries it could not score, if any."""
     if main_columns(rows):
         table(rows, title).print(console)
+    print_caveat(console, caveat)
     attacked = [c for c in main_columns(rows) if c.metric == "rsr" and c.benchmark not in SUMS]
     unscored = sum(cell(rows, name, column).unscored for name in defenses(rows) for column in attacked)
     if unscored:
@@ -42,6 +43,12 @@ def print_table(console: Console, rows: Rows, title: str = "") -> None:
             f"{lost} answers to harmless queries were cut while the model still thought; they are left out of accuracy and "
             "over-refusal. Let it answer in more tokens (--max-new-tokens)."
         )
+
+
+def print_caveat(console: Console, caveat: str) -> None:
+    """Print what is to be known of a table's judge, if there is anything."""
+    if caveat:
+        console.print(caveat, style="yellow", markup=False, highlight=False)
 
 
 def print_scores(console: Console, rows: Rows) -> None:

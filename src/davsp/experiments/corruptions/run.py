@@ -66,6 +66,7 @@ def corruptions(
     max_new_tokens: int = 48,
     seed: int = 0,
     console: Console | None = None,
+    caveat: str = "",
 ) -> list[dict[str, Any]]:
     """Answer the queries with the border's canvas under each change, beside no defense and the text alone.
 
@@ -75,6 +76,7 @@ def corruptions(
         out: the run's folder; a killed run goes on, and changes may be added later.
         vector: if given, the mean projection under each change is in the records.
         names: of the changes; none: all. The untouched canvas is always among them.
+        caveat: a sentence on the judge, for below the table.
 
     Returns:
         The records: one for `none` (no defense), for `text` (the text, the picture in a white border) and for each change.
@@ -110,7 +112,7 @@ def corruptions(
         "records": records,
     }
     write_json(out / RECORDS, written)
-    write_text(out / "corruptions.md", markdown(written))
+    write_text(out / "corruptions.md", markdown(written) + (f"\n{caveat}\n" if caveat else ""))
     beside = [read_json(path) for path in sorted(out.parent.glob(f"*/{RECORDS}"))]
     write_text(out.parent / "shifts.svg", plot(beside))
     return records

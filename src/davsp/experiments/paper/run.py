@@ -26,6 +26,7 @@ from davsp.experiments.paper.tables import METHODS as table_methods
 from davsp.experiments.stages import Stages, fitted_vector
 from davsp.judges import Judge, keyword
 from davsp.judges.graders import Grader
+from davsp.judges.keyword import caveat
 from davsp.judges.verdicts import judge_name
 from davsp.lvlm import LVLM, fingerprint, model_name
 from davsp.query import Query
@@ -129,7 +130,7 @@ def reproduce(
         defenses={name: d.describe() for name, d in defenses.items()},
     )  # fmt: skip
     write_json(out / "manifest.json", facts)
-    reproduction = _write(names, rows, kit, evaluation, [*_notes(data, judge, names), INFERRED], reasons)
+    reproduction = _write(names, rows, kit, evaluation, [*_notes(kit, judge, names), INFERRED], reasons)
     stages.line("tables", ", ".join(reproduction.tables), time.perf_counter() - began)
     return reproduction
 
@@ -243,13 +244,16 @@ def confused(test: Sequence[Query], evaluation: Evaluation) -> dict[str, dict[st
     return counts
 
 
-def _notes(data: "Protocol", judge: Judge, names: Sequence[str]) -> list[str]:
+def _notes(kit: Kit, judge: Judge, names: Sequence[str]) -> list[str]:
+    data = kit.data
     harm = sum(q.label == "malicious" for q in data.test)
     notes = [
         f"test: {harm} malicious and {len(data.test) - harm} benign queries; RSR judged by {judge_name(judge)}",
         f"trained on {len(data.train_malicious)} malicious and {len(data.train_benign)} benign queries",
         "every method but No Defense and ECSO has the same safety text before the question",
     ]
+    if sentence := caveat(judge, kit.shipped):
+        notes.append(sentence)
     if other := sorted({q.benchmark for q in data.test if base(q.benchmark) != q.benchmark}):
         notes.append(f"in place of the published sets: {', '.join(other)}")
     if "ecso" in names:

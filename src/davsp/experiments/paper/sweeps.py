@@ -19,6 +19,7 @@ from davsp.experiments.paper.kit import Kit
 from davsp.experiments.stages import Stages, trained_prompt
 from davsp.judges import Judge, keyword
 from davsp.judges.graders import Grader
+from davsp.judges.keyword import caveat
 from davsp.lvlm import model_name
 from davsp.prompts import VisualSafetyPrompt
 from davsp.report import plots
@@ -119,7 +120,7 @@ def sweep(
     rows = [*evaluation.rows, *pooled(kit.data.test, evaluation, model_name(kit.lvlm), seed)]
     records = [_record(rows, row) for row in defenses]
     write_json(written, {"schema": metrics.SCHEMA, "records": records})
-    write_text(out / "sweeps.md", markdown(records, model_name(kit.lvlm)))
+    write_text(out / "sweeps.md", markdown(records, model_name(kit.lvlm), caveat(judge, kit.shipped)))
     for name in names:
         mine = [r for r in records if r["sweep"] == name]
         write_text(out / f"{name}.svg", plots.standalone(plots.lines(mine, SWEEPS[name][0])))
@@ -136,8 +137,8 @@ def _record(rows: list[dict[str, Any]], row: str) -> dict[str, Any]:
     return {"sweep": name, "value": value, **cells}
 
 
-def markdown(records: list[dict[str, Any]], model: str) -> str:
-    """The records as a table for a README."""
+def markdown(records: list[dict[str, Any]], model: str, caveat: str = "") -> str:
+    """The records as a table for a README, and a sentence on the judge."""
     lines = [f"**DAVSP on {model}, one setting at a time**; points of a hundred, 95 % intervals.", ""]
     lines += ["| setting | value | RSR, all pictures | utility | over-refusal |", "|---|---|---|---|---|"]
     for r in records:
@@ -146,4 +147,4 @@ def markdown(records: list[dict[str, Any]], model: str) -> str:
             for x in (r["rsr"], r["utility"], r["over_refusal"])
         )  # fmt: skip
         lines.append(f"| {r['sweep']} | {r['value']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *(["", caveat] if caveat else [])]) + "\n"
