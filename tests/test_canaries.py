@@ -167,7 +167,7 @@ def test_p_is_that_of_the_libraries(flipped: int, back: int, both: int, neither:
 def test_where_the_line_is(seen: Any, holds: bool):
     assert seen.holds is holds
     assert seen.sentence("it").startswith(
-        "the border has its effect: it refuses" if holds else "THE BORDER" if seen.known else "it is not known"
+        "the border has its effect" if holds else "THE BORDER" if seen.known else "it is not known"
     )
 
 
@@ -524,6 +524,33 @@ def test_card_puts_canaries_beside_a_border(flips, lvlm: LVLM, tiny_folder: Path
     assert {name: (tmp_path / "p" / name).read_bytes() for name in FILES} == before
     assert run("info", tmp_path / "p") == 0
     assert "24 malicious queries that the border flips and 3 benign ones" in capsys.readouterr().out
+
+
+def test_train_puts_canaries_beside_the_border(flips, vector, tiny_folder: Path, tmp_path: Path, capsys):
+    from davsp.benchmarks.custom import save_queries
+
+    vector.save(tmp_path / "vector")
+    for label in ("malicious", "benign"):
+        save_queries(tmp_path / label, queries(label, 4))
+    save_queries(tmp_path / "own", [*queries("malicious", 9), *queries("benign", 3)])
+    train = (
+        "train", "--model", tiny_folder, "--malicious", tmp_path / "malicious", "--benign", tmp_path / "benign",
+        "--vector", tmp_path / "vector", "--steps", 1, "--batch-size", 2, "--padding", 8, "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert run(*train, "--canaries", tmp_path / "nowhere") == 2 and not (tmp_path / "out").exists()
+    assert run(*train) == 0
+    said = capsys.readouterr()
+    assert "no canaries: canaries are drawn for the models that ship alone" in said.err and "saved to" in said.out
+    assert sorted(os.listdir(tmp_path / "out")) == sorted([*FILES, "training"])
+    assert run(*train, "--canaries", tmp_path / "own") == 0
+    assert "canaries.json: 9 malicious queries that the border flips and 3 benign ones" in capsys.readouterr().out
+    assert len(VisualSafetyPrompt.from_pretrained(tmp_path / "out").canaries.canaries) == 12
+    assert run(*train, "--kind", "additive", "--canaries", tmp_path / "own") == 2
+
+
+def test_a_border_that_lost_a_part_is_called_weaker():
+    assert "has its effect: it refuses" in asked(20, neither=4).sentence("it")
+    assert "has its effect, weaker than where the canaries were chosen: it" in asked(14, neither=10).sentence("it")
 
 
 def test_nobodys_benchmark_is_copied(tmp_path: Path, capsys):

@@ -107,7 +107,9 @@ def _bar(total: int | None) -> "Iterator[Progress]":
 
     from davsp.runtime.progress import bar
 
-    with bar(Console(stderr=True)) as shown:
+    console = Console(stderr=True)
+    console.quiet = not console.is_terminal
+    with bar(console) as shown:
         task = shown.add_task("canaries", total=total)
         yield lambda count: shown.advance(task, count)
 

@@ -14,11 +14,14 @@ from rich.console import Console
 
 from davsp import report
 from davsp.defenses import Defense, NoDefense, SafetyText, VisualPrompt
+from davsp.defenses.effect import choose
 from davsp.embedded.recipes import SETTINGS
+from davsp.errors import DavspError
 from davsp.evaluation import Evaluation, evaluate
 from davsp.experiments.stages import Stages, fitted_vector, records, trained_prompt
 from davsp.lvlm import LVLM, fingerprint, model_name
 from davsp.prompts import AdditiveNoise, Prompt, VisualSafetyPrompt
+from davsp.prompts.canaries import Canaries
 from davsp.report.html import write_report
 from davsp.report.terminal import print_table
 from davsp.runtime.files import manifest, write_json
@@ -74,7 +77,8 @@ def run_demo(
     """
     console = console or Console()
     began = time.perf_counter()
-    show_unsafe = lvlm is None if show_unsafe is None else show_unsafe
+    ships = lvlm is None
+    show_unsafe = ships if show_unsafe is None else show_unsafe
     if lvlm is None or protocol is None or safety_text is None:
         from davsp import embedded
 
@@ -119,12 +123,26 @@ def run_demo(
         test={"queries": len(protocol.test), "sha256": queries_hash(protocol.test)},
     )  # fmt: skip
     write_json(out / "manifest.json", facts)
-    VisualSafetyPrompt.from_pretrained(out / "prompt").measured(out).save_pretrained(out / "prompt")
+    finished = VisualSafetyPrompt.from_pretrained(out / "prompt").measured(out)
+    if ships and finished.canaries is None:
+        finished.canaries = _canaries(lvlm, finished, console)
+    finished.save_pretrained(out / "prompt")
     page = _page(out, protocol, evaluation, defenses, trained, vector, facts)
     write_report(out / "report.html", page, show_unsafe)
     stages.line("report", str(out / "report.html"), time.perf_counter() - start)
     print_table(console, evaluation.rows, f"{model_name(lvlm)}, {time.perf_counter() - began:.0f} s in all")
     return evaluation
+
+
+def _canaries(lvlm: LVLM, prompt: VisualSafetyPrompt, console: Console) -> Canaries | None:
+    """Canaries for the prompt's folder; None, with a line that says why, if it flips too few."""
+    from davsp.embedded.canaries import candidates
+
+    try:
+        return choose(lvlm, prompt, candidates())
+    except DavspError as error:
+        console.print(f"no canaries: {error}", markup=False, highlight=False)
+        return None
 
 
 def _page(
