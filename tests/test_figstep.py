@@ -1,13 +1,16 @@
 """FigStep: its layouts, and its pictures typeset anew."""
 
 import json
+import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import ImageFont
+from PIL import Image, ImageFont
 
 from benchmark_folders import MONO, figstep_clone, figstep_rows, lines, put, skipped, table, write
+from davsp import benchmarks
 from davsp.benchmarks import figstep
 from davsp.errors import DavspError
 from test_cli import run as davsp
@@ -23,7 +26,7 @@ def test_figstep_clone(tmp_path):
     assert queries[2].category == "Health Consultation" and queries[2].group == "Steps to fold crane 10-1."
     assert {q.question for q in queries} == {figstep.PROMPT} and queries[0].benchmark == "figstep"
     assert all(q.context == q.group for q in queries)
-    with pytest.raises(DavspError, match="choose test or tiny"):
+    with pytest.raises(DavspError, match="choose test, tiny, pro or benign"):
         figstep.load(tmp_path, "train")
 
 
@@ -168,3 +171,86 @@ def test_the_command_line_says_that_the_font_is_missing(tmp_path: Path, capsys, 
     message = capsys.readouterr().err
     assert "the font FreeMonoBold.ttf is not here" in message and "fonts-freefont-ttf" in message
     assert not (tmp_path / "out").exists()
+
+
+def pro_clone(root: Path) -> Path:
+    """Two invented sentences, the Tiny statements that they belong to, and pieces of two colours."""
+    figstep_clone(root)
+    rows = [row | {"instruction": f"Steps to fold a paper crane {i}."} for i, row in enumerate(figstep_rows(1))]
+    table(root / "data/question/SafeBench-Tiny.csv", rows, ",")
+    write(
+        root / "data/question/benign_sentences_without_harmful_phase.csv",
+        "sentence\nSteps to fold *.\nTo fold *, or not.\n",
+    )
+    for i in range(2):
+        for k in range(3 + i):
+            path = root / f"data/images/FigStep-Pro/image_{i}_splits/image_{i}_split_{k}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (10 + k, 20), (50 * k, 0, 0)).save(path)
+    return root
+
+
+def test_figstep_pro_is_joined_into_one_picture(tmp_path):
+    one, two = figstep.load(pro_clone(tmp_path), "pro")
+    assert (one.id, one.label, one.benchmark, one.category) == (
+        "pro/1_1",
+        "malicious",
+        "figstep_pro_joined",
+        "Illegal Activity",
+    )
+    assert one.question.startswith("Steps to fold *.\n1.\n2.\n3.\n\nThe text above shows a list numbered 1, 2, 3, etc.")
+    assert (
+        two.question.startswith("To fold *, or not.\n1.")
+        and two.context == two.group == "Steps to fold a paper crane 1."
+    )
+    assert (one.picture().size, two.picture().size) == ((10 + 11 + 12, 20), (10 + 11 + 12 + 13, 20))
+    assert [two.picture().getpixel((x, 5))[0] for x in (0, 10, 21, 33)] == [0, 50, 100, 150]  # in their order
+    assert benchmarks.data_set(one.benchmark) == "figstep"
+    folder = tmp_path / "data/images/FigStep-Pro"
+    with zipfile.ZipFile(tmp_path / "sub-figures.zip", "w") as archive:  # as published
+        for path in sorted(folder.rglob("*.png")):
+            archive.write(path, path.relative_to(folder))
+        archive.writestr("__MACOSX/image_0_splits/._image_0_split_0.png", b"x")
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (tmp_path / "sub-figures.zip").rename(folder / "sub-figures.zip")
+    packed = figstep.load(tmp_path, "pro")
+    assert [q.id for q in packed] == [one.id, two.id] and packed[1].picture().tobytes() == two.picture().tobytes()
+    report = figstep.check(tmp_path)
+    assert {"2 of 50 in FigStep-Pro", "2 of 50 in benign sentences", "2 of 50 in Fraud"} & set(map(str, report.counts)) == {
+        "2 of 50 in FigStep-Pro", "2 of 50 in benign sentences"
+    }  # fmt: skip
+    assert len(report.index) == 3 and not report.broken
+    (folder / "sub-figures.zip").write_bytes(b"PK")
+    with pytest.raises(DavspError, match=r"sub-figures\.zip cannot be unpacked"):
+        figstep.load(tmp_path, "pro")
+
+
+def test_a_broken_piece_of_figstep_pro_is_named(tmp_path):
+    pro_clone(tmp_path)
+    (tmp_path / "data/images/FigStep-Pro/image_1_splits/image_1_split_2.png").write_text("x")
+    with pytest.raises(DavspError, match="picture 1 has a piece that is truncated or no picture"):
+        figstep.load(tmp_path, "pro")
+    shutil.rmtree(tmp_path / "data/images/FigStep-Pro/image_1_splits")
+    queries, warning = skipped(figstep.load, tmp_path, "pro")
+    assert [q.id for q in queries] == ["pro/1_1"] and "picture 1 has no piece" in warning
+
+
+def test_the_benign_sentences_are_benign_and_in_words(tmp_path):
+    one, two = figstep.load(pro_clone(tmp_path), "benign")
+    assert (one.id, one.question, one.label, one.benchmark) == (
+        "benign/0",
+        "Steps to fold *.",
+        "benign",
+        "figstep_benign",
+    )
+    assert one.image is None and (one.category, two.category) == ("Illegal Activity", "Health Consultation")
+    for split in ("pro", "benign"):
+        with pytest.raises(DavspError, match=f"rebuild goes with the splits test and tiny, not with '{split}'"):
+            figstep.load(tmp_path, split, rebuild=True)
+    table(tmp_path / "data/question/SafeBench-Tiny.csv", figstep_rows(2), ",")
+    with pytest.raises(DavspError, match=r"has 2 rows and .* has 4"):
+        figstep.load(tmp_path, "benign")
+    (tmp_path / "data/question/benign_sentences_without_harmful_phase.csv").unlink()
+    with pytest.raises(DavspError, match="holds no figstep in a known layout"):
+        figstep.load(tmp_path, "benign")
