@@ -25,7 +25,7 @@ from davsp.serve.admission import SMALL, Room, read
 from davsp.serve.pictures import Budget, decode, decoded
 from davsp.serve.refusals import Refusal
 from davsp.serve.settings import ServeSettings
-from proxy import GOOD, border, client, data_url, image_part, listening, user
+from proxy import GOOD, Events, border, client, data_url, image_part, listening, user
 from test_serve_pictures import file
 from tiny import picture
 
@@ -373,3 +373,66 @@ def test_a_photo_with_a_film_behind_it_and_a_picture_in_it_passes():
     jpeg = file(picture(1, (30, 20)), "JPEG", progressive=True, exif=b"Exif\0\0" + inner * 20)
     limits = ServeSettings(upstream="http://u/v1")
     assert decode(jpeg + film, limits).tobytes() == decode(jpeg, limits).tobytes()
+
+
+def test_requests_that_wait_for_a_reply_on_their_connection_are_few():
+    """uvicorn keeps each that comes, 3 KB for 25 bytes, and reads on at every reply."""
+    caller = client()
+    go = threading.Event()
+
+    async def answer() -> Any:
+        while not go.is_set():
+            await asyncio.sleep(0.01)
+        return GOOD
+
+    caller.upstream.answer = lambda number, body: answer()
+    body = json.dumps({"model": caller.model, "messages": [user("q")]}).encode()
+    whole = START + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    with connected(caller.proxy.app) as connect, connect() as few, connect() as many:
+        few.sendall(whole * (connections.PIPELINED + 1))
+        many.sendall(whole * (connections.PIPELINED + 2))
+        with suppress(ConnectionError):
+            assert everything(many) == b""  # nothing is in the middle of a reply
+        go.set()
+        data = b""
+        while data.count(b"a red cake") < connections.PIPELINED + 1:
+            data += few.recv(65536)
+        few.sendall(whole)
+        assert b" 200 " in few.recv(65536)
+
+
+@pytest.mark.parametrize("more", [b"\r\n", b"d"], ids=["blank line", "rest of a refused body"])
+def test_bytes_that_begin_no_head_keep_no_connection(more, monkeypatch):
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(connections, "DROPPED_SECONDS", 0.1)
+    with connected(client().proxy.app) as connect, connect() as connection:
+        connection.sendall(START.replace(b"json", b"xml") + b"Content-Length: %d\r\n\r\n" % (9 if more == b"d" else 0))
+        assert b" 415 " in connection.recv(65536)
+        monkeypatch.setattr(connections, "DROPPED_SECONDS", 0.1)
+        time.sleep(0.2)
+        connection.sendall(more)
+        start = time.monotonic()
+        everything(connection)
+        assert time.monotonic() - start < 4  # uvicorn's own timer, 5 s, is off
+
+
+def test_who_does_not_read_is_hung_up_on(monkeypatch):
+    monkeypatch.setattr(connections, "UNREAD_SECONDS", 0.3)
+    caller = client()
+    closed = Events(*[b"data: " + b"a" * 100_000 + b"\n\n"] * 200)
+    caller.upstream.answer = lambda number, body: closed.response()
+    body = json.dumps({"model": caller.model, "messages": [user("q")], "stream": True}).encode()
+    with connected(caller.proxy.app) as connect, connect() as connection:
+        connection.sendall(START + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        assert closed.closed.wait(10)
+        end = time.monotonic() + 5
+        while caller.proxy.under_way and time.monotonic() < end:
+            time.sleep(0.01)
+        assert caller.proxy.under_way == 0
+
+
+def test_what_is_not_http_is_a_400_in_shape():
+    with connected(client().proxy.app) as connect, connect() as connection:
+        connection.sendall(b"hello\r\n\r\n")
+        reply = everything(connection)
+    assert reply.startswith(b"HTTP/1.1 400 ") and b"no_http" in reply

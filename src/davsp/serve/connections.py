@@ -17,6 +17,8 @@ from davsp.serve.refusals import Refusal, body
 
 HEAD = 2**16  # bytes of a request's first line and headers, and of what stands between the chunks of a body
 HEAD_SECONDS = 30.0
+PIPELINED = 16  # requests that wait on a connection for the reply to one before
+UNREAD_SECONDS = 60.0  # that a client may take to read what is kept for it, 64 KiB or a reply that is not a stream
 DROPPED = 2**27  # bytes that are read and dropped so that a client reads why
 DROPPED_SECONDS = 30.0
 DROP = "davsp.drop"
@@ -24,12 +26,16 @@ DROP = "davsp.drop"
 REFUSALS = {
     "Request Header Fields Too Large": Refusal(431, f"the head has more than {HEAD} bytes.", "head_too_large"),
     "Request Timeout": Refusal(408, f"the head did not come within {HEAD_SECONDS:g} s.", "head_timeout"),
+    "Bad Request": Refusal(400, "the request is not HTTP.", "no_http"),
 }
-LARGE, SLOW = REFUSALS
+LARGE, SLOW, BROKEN = REFUSALS
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's, for `uvicorn.Config(http=...)`, with a bound on heads: more bytes are a 431, too slow ones a 408."""
+    """uvicorn's, for `uvicorn.Config(http=...)`, with a bound on heads: more bytes are a 431, too slow ones a 408.
+
+    Who asks much faster than it reads, or reads nothing, is hung up on.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -39,6 +45,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.left = 0  # bytes of this request's body that are still to come, if it said how many there are
         self.gone: asyncio.Future[None] | None = None  # that they came, or never will
         self.timer: asyncio.TimerHandle | None = None
+        self.unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:  # uvloop has transports of its own
         super().connection_made(transport)
@@ -47,7 +54,18 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         self._end_of_drop()
+        self.resume_writing()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.unread = self.loop.call_later(UNREAD_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self.unread is not None:
+            self.unread.cancel()
+            self.unread = None
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         if self.dropped is not None:
@@ -63,6 +81,11 @@ class BoundedProtocol(HttpToolsProtocol):
             super().data_received(data)
             if self.pending > HEAD:
                 self._refuse(LARGE)
+            if self.timer is None and self.timeout_keep_alive_task is None and self._rests():
+                self._wait_for_head()  # blank lines, or the rest of a body that was refused, end the other timers
+
+    def _rests(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -84,6 +107,14 @@ class BoundedProtocol(HttpToolsProtocol):
         self.left = next((int(value) for name, value in self.headers if name == b"content-length"), 0)
         self.scope["extensions"] = {DROP: {"drop": self.drop}}
         super().on_headers_complete()
+        if len(self.pipeline) > PIPELINED:  # each takes more memory than its bytes
+            self._refuse(BROKEN)
+            raise ValueError
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.pipeline:  # uvicorn reads on, and so collects more
+            self.flow.pause_reading()
 
     def on_body(self, body: bytes) -> None:
         self.pending = 0
@@ -96,10 +127,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Also where a header was too long, which ends the parser."""
-        if self.head > HEAD:
-            self._refuse(LARGE)
-        elif self.dropped is None:
-            super().send_400_response(msg)
+        self._refuse(LARGE if self.head > HEAD else BROKEN)
 
     async def drop(self) -> None:
         """Read and drop what is left of the body, past parser and app: a tenth of the time. The connection must be closed then."""
@@ -135,7 +163,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.is_closing() or self.dropped is not None:
             return
         self.dropped = 0
-        if self.cycle is not None and not self.cycle.response_complete:
+        if not self._rests():
             return self.transport.close()  # words would land in the middle of a reply
         refusal = REFUSALS[reason]
         content = json.dumps(body(refusal)).encode()
