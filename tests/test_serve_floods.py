@@ -436,3 +436,45 @@ def test_what_is_not_http_is_a_400_in_shape():
         connection.sendall(b"hello\r\n\r\n")
         reply = everything(connection)
     assert reply.startswith(b"HTTP/1.1 400 ") and b"no_http" in reply
+
+
+def test_who_hangs_up_while_waiting_for_a_thread_leaves_no_bytes_behind(monkeypatch):
+    """The pool keeps what waits in it, and the room has counted it as gone."""
+    defense, held = Slow(), []
+    caller = client(defense, threads=1)
+
+    async def tracked(*arguments: Any) -> bytearray:
+        data = Tracked(await read(*arguments))
+        held.append(weakref.ref(data))
+        return data
+
+    monkeypatch.setattr("davsp.serve.app.read", tracked)
+    body = json.dumps({"model": caller.model, "messages": [user(image_part(data_url(picture(0, (20, 20)))))]}).encode()
+    whole = START + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    with connected(caller.proxy.app) as connect, connect() as first:
+        first.sendall(whole)
+        assert defense.begun.wait(10)
+        for _ in range(5):
+            with connect() as other:
+                other.sendall(whole)
+                time.sleep(0.1)
+        end = time.monotonic() + 5
+        while time.monotonic() < end and any(one() is not None for one in held[1:]):
+            time.sleep(0.01)
+        assert len(held) == 6 and not any(one() is not None for one in held[1:])
+        first.close()
+        time.sleep(0.2)
+        assert caller.proxy.under_way == 1  # its thread still holds the bytes
+        defense.go.set()
+        while caller.proxy.under_way and time.monotonic() < end + 5:
+            time.sleep(0.01)
+        assert caller.proxy.under_way == 0
+
+
+def test_of_a_large_reply_both_ends_are_looked_at(monkeypatch):
+    """The parser would stop all other requests meanwhile."""
+    monkeypatch.setattr("davsp.serve.upstream.CHECKED", 20)
+    caller = client()
+    for content, status in ((b' {"a": [1, 2, 3, 4, 5, 6]}\n', 200), (b'{"a": [1, 2, 3, 4, 5, 6]', 502)):
+        caller.upstream.answer = lambda number, body, content=content: httpx2.Response(200, content=content)
+        assert caller.post(user("q")).status_code == status

@@ -215,9 +215,11 @@ class Proxy:
         before, question = calls.split(body.value)
         lvlm = calls.UpstreamLVLM(body.value, before, self.settings.upstream, self.settings.canvas, post)
         try:
-            completion = await self._in_thread(self.callers, self._completion, body, fetched, question, lvlm)
+            completion = await self._in_thread(
+                self.callers, self._completion, body, fetched, question, lvlm, stop=lvlm.stop
+            )
         finally:
-            lvlm.stopped = True  # whoever hung up is not asked for again
+            lvlm.stop()  # whoever hung up is not asked for again
         return reply(completion, body.value | {"model": body.value["model"] + self.suffix})
 
     def _completion(self, body: Body, fetched: dict[str, bytes], question: str, lvlm: calls.UpstreamLVLM) -> Completion:
@@ -231,8 +233,23 @@ class Proxy:
         self.metrics.pictures.inc(len(files))
         return completion
 
-    async def _in_thread(self, pool: ThreadPoolExecutor, work: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(pool, work, *args)
+    async def _in_thread(
+        self, pool: ThreadPoolExecutor, work: Callable[..., Any], *args: Any, stop: Callable[[], None] | None = None
+    ) -> Any:
+        """What the work gives. When the client hangs up: what waits in the pool is let go of, what runs counts until it ends."""
+        inbox = [args]
+        del args
+        future = pool.submit(lambda: work(*inbox.pop()))
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if stop:
+                stop()
+            if future.cancel():  # the pool keeps it until its turn comes
+                inbox.clear()
+            else:
+                await asyncio.gather(asyncio.wrap_future(future), return_exceptions=True)
+            raise
 
     def _plain(self, name: Any) -> str:
         """The upstream's own name of a model."""

@@ -6,7 +6,7 @@ calls (INFERRED). Whatever else a request holds is refused, as no paper says wha
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from typing import Any
 
 from PIL import Image
@@ -57,6 +57,13 @@ class UpstreamLVLM(RemoteLVLM):
         self.usage: dict[str, int] | None = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
         self.ends: dict[str, str] = {}
         self.stopped = False
+        self.asked: Future[tuple[int, Any]] | None = None
+
+    def stop(self) -> None:
+        """Ask no more, and let go of what is asked."""
+        self.stopped = True
+        if self.asked is not None:
+            self.asked.cancel()
 
     def ask(self, canvas: list[bytes] | None, questions: Sequence[str], max_new_tokens: int = 48) -> list[Answer]:
         """One after the other: it is one request's questions.
@@ -75,7 +82,10 @@ class UpstreamLVLM(RemoteLVLM):
         sweep(body | {"messages": without_pictures(body["messages"])})  # the model's own words stand in it, too
         if self.stopped:
             raise CancelledError
-        status, reply = asyncio.run_coroutine_threadsafe(_await(self.post(body)), self.loop).result()
+        self.asked = asyncio.run_coroutine_threadsafe(_await(self.post(body)), self.loop)
+        if self.stopped:  # meanwhile
+            self.asked.cancel()
+        status, reply = self.asked.result()
         if status != 200:
             raise Refusal(status if 400 <= status < 600 else 502, f"the upstream answered {status}.", "upstream_error")
         answer = read_answer(reply)

@@ -18,6 +18,9 @@ HOP = {  # of one connection, or of a body that is no longer the same
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
     "transfer-encoding", "upgrade", "host", "content-length", "expect", "accept-encoding", "authorization", "cookie", "set-cookie",
 }  # fmt: skip
+CHECKED = (
+    2**20
+)  # bytes up to which a reply is parsed; of a larger one only both ends are looked at, as all others wait meanwhile
 NO_PATH = (404, 405, 501)
 A_MODEL = re.compile(rb"\bmodel\b|model_not_found", re.IGNORECASE)  # what is missing is a model, not the path
 
@@ -135,7 +138,10 @@ async def _whole(reply: httpx2.Response) -> bytes:
     """All bytes of a reply that must be JSON."""
     try:
         data = b"".join([chunk async for chunk in reply.aiter_raw()])
-        json.loads(data)
+        if len(data) < CHECKED:
+            json.loads(data)
+        elif data[:64].lstrip()[:1] + data[-64:].rstrip()[-1:] != b"{}":
+            raise ValueError
     except httpx2.TimeoutException as error:
         raise Refusal(504, "the upstream stopped in the middle of its reply.", "upstream_timeout") from error
     except httpx2.HTTPError as error:
