@@ -208,12 +208,34 @@ def test_qwen_takes_prompts_of_many_sizes_and_pictures_of_their_own(tmp_path):
         VisualSafetyPrompt.create(side, 8).check(model)
     with pytest.raises(DavspError, match="multiples of 28"):
         LVLM.from_pretrained(folder, device_map="cpu", canvas=100)
-    with pytest.raises(DavspError, match="too thin"):
+    with pytest.raises(DavspError, match=r"1x300 pixels is too thin: .*qwen2_vl takes up to 1:200"):
         model.preprocess([picture(0, (1, 300))])
     config = json.loads((folder / "preprocessor_config.json").read_text())
     (folder / "preprocessor_config.json").write_text(json.dumps(config | {"merge_size": 1}))
     with pytest.raises(DavspError, match="restore its files"):
         LVLM.from_pretrained(folder, device_map="cpu")
+
+
+def test_an_undefended_picture_is_held_to_the_familys_rule_not_to_the_prompts(tmp_path):
+    """1:166 and small max_pixels: the processor's own smallest picture has more pixels than that, and the tower takes it."""
+    folder = save_family("qwen2_vl", tmp_path / "qwen2_vl")
+    model = LVLM.from_pretrained(folder, device_map="cpu", canvas=SIDE)
+    wide = picture(0, (10000, 60))
+    expected, got = theirs(folder, [wide]), model.preprocess([wide])
+    height, width = got.shape[-2:]
+    assert height * width > model.most and torch.equal(
+        model.pixel_inputs(got)["pixel_values"], expected["pixel_values"]
+    )
+    assert model.seen(10000, 60) == (height, width) and len(model.generate(got, ["what is this"], 2)) == 1
+    with pytest.raises(DavspError, match="use a prompt made for this model"):
+        model.check_canvas(height, width)
+    with pytest.raises(DavspError, match=r"60x56 pixels, but .* takes multiples of 28"):
+        model.states(torch.zeros(1, 3, 56, 60), ["yes"], [1])
+
+
+@pytest.mark.parametrize("size", [(100, 70), (41, 200), (300, 310), (3, 600), (5, 5), (2000, 30)])
+def test_the_size_of_an_undefended_picture_is_known_before_it_is_made(model, size):
+    assert model.preprocess([picture(0, size)]).shape[-2:] == model.seen(*size)
 
 
 def test_quantization_says_what_it_needs(tmp_path, monkeypatch):

@@ -316,3 +316,30 @@ def test_greedy_is_greedy_whatever_the_checkpoint_says(lvlm, tiny_folder, tmp_pa
     evaluate(model, {"none": NoDefense()}, [query], tmp_path / "run", max_new_tokens=2, manifest={})
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["generation_config_overridden"] == {name: value}
+
+
+def test_what_is_longer_than_the_positions_is_refused_before_it_is_computed(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 40
+    (folder / "config.json").write_text(json.dumps(config))
+    model = LVLM.from_pretrained(folder, device_map="cpu")
+    question = " ".join(["cake"] * 15)
+    canvas = model.preprocess([picture(0)])
+    prompt = model.encode([question], True).ids.shape[1]
+    room = 40 - prompt
+    model.generate(canvas, [question], room)
+    model.check_query(question, (90, 30), room)
+    model.encode([question], True, ["cake " * (room - 1)])  # and the end token
+    refused = pytest.raises(
+        DavspError, match=rf"{prompt} \+ {room + 1} tokens, but .*model has 40 positions; shorten .*cake"
+    )
+    for use in (
+        lambda: model.generate(canvas, [question], room + 1),
+        lambda: model.check_query(question, (90, 30), room + 1),
+        lambda: model.step(canvas, [question], 2, ["cake " * room]),
+    ):
+        with refused:
+            use()
+    with pytest.raises(DavspError, match="has 40 positions"):
+        model.states(canvas, ["cake " * 40], [1])

@@ -52,6 +52,16 @@ class Query:
     image: Image.Image | Path | None = None
     context: str = ""
 
+    def size(self) -> tuple[int, int] | None:
+        """Width and height of the picture as its file has it, before a turn by EXIF; nothing is decoded.
+
+        Raises:
+            DavspError: the file is missing or no picture.
+        """
+        if isinstance(self.image, Path):
+            return picture_size(self.image)
+        return None if self.image is None else self.image.size
+
     def picture(self) -> Image.Image | None:
         """The picture as RGB: turned as its EXIF says, transparency laid on white.
 

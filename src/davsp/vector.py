@@ -230,6 +230,11 @@ def collect_states(
 ) -> Float[Tensor, "n l d"]:
     """States of the last input token of undefended queries, on the CPU; pictures and words-only in batches apart."""
     states: list[Tensor] = [torch.empty(0)] * len(queries)
+    for query in queries:
+        try:
+            lvlm.check_query(f"{text} {query.question}" if text else query.question, query.size(), 0)
+        except DavspError as error:
+            raise DavspError(f"query {query.id!r} cannot be shown: {error}") from error
     with Progress(transient=True, disable=not progress) as bar:
         task = bar.add_task(name, total=len(queries))
         for batch in _batches(queries, batch_size):

@@ -8,7 +8,7 @@ import typer
 
 from davsp.cli import judges
 from davsp.cli.defenses import rows
-from davsp.cli.inputs import compare_texts, in_processes, is_shipped, load_lvlm
+from davsp.cli.inputs import compare_texts, in_processes, is_shipped, load_lvlm, say
 from davsp.cli.options import (
     JUDGES,
     GraderRuns,
@@ -23,7 +23,7 @@ from davsp.cli.options import (
     TestSetOptions,
     VerdictOptions,
 )
-from davsp.cli.testset import load_test_set
+from davsp.cli.testset import load_test_set, noted
 from davsp.errors import DavspError
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def evaluate(
     from rich.console import Console
 
     from davsp.evaluation import evaluate
+    from davsp.evaluation.fitting import fitting
     from davsp.evaluation.judging import apart
     from davsp.runtime import keys, parallel
     from davsp.vector import HarmfulnessVector
@@ -113,6 +114,10 @@ def evaluate(
     lvlm = _lvlm(model, server, engine, requests)
     lvlm.reasoning_tags = settings.reasoning_tags
     _check(lvlm, defenses, direction)
+    queries, note = noted(lambda: fitting(lvlm, defenses, queries, max_new_tokens, test.skip_broken))[0]
+    if note:
+        say(f"note: {note}")
+        notes.append(note)
     facts = _facts(lvlm, engine.engine, notes, defenses, names or ["keyword"], test, seed) | {"shipped": shipped}
     evaluation = evaluate(
         lvlm, defenses, queries, out, direction, scorers[0],

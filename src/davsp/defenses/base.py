@@ -30,6 +30,15 @@ class Defense(ABC):
     def prepare(self, queries: Sequence[Query]) -> list[Query]:
         """The queries as the LVLM is to see them, in the same order; the given ones are left as they are."""
 
+    def sketch(self, question: str, size: tuple[int, int] | None) -> tuple[str, tuple[int, int] | None]:
+        """The question that the first call shows, and (width, height) of its picture, without looking at the picture.
+
+        So it is known before a run what the model has no room for. Who changes a picture's size, or a question by its picture,
+        overrides this.
+        """
+        (prepared,) = self.prepare([Query("", question, "benign", "")])
+        return prepared.question, size
+
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Everything that decides the answers, as JSON; a resumed evaluation compares it."""

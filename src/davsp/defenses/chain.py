@@ -44,6 +44,11 @@ class Chain(Defense):
             queries = defense.prepare(queries)
         return list(queries)
 
+    def sketch(self, question: str, size: tuple[int, int] | None) -> tuple[str, tuple[int, int] | None]:
+        for defense in self.defenses:
+            question, size = defense.sketch(question, size)
+        return question, size
+
     def respond(self, lvlm: AnsweringLVLM, queries: Sequence[Query], *args: Any, **options: Any) -> list[Response]:
         """As every defense: the last one answers what the others have prepared."""
         self.check(lvlm)

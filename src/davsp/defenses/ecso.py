@@ -108,6 +108,9 @@ class ECSO(Defense):
         """As the first call sees them."""
         return self.inner.prepare(queries)
 
+    def sketch(self, question: str, size: tuple[int, int] | None) -> tuple[str, tuple[int, int] | None]:
+        return self.inner.sketch(question, size)
+
     def respond(
         self,
         lvlm: AnsweringLVLM,

@@ -78,6 +78,9 @@ class Intervention(Defense):
     def prepare(self, queries: Sequence[Query]) -> list[Query]:
         return self.inner.prepare(queries)
 
+    def sketch(self, question: str, size: tuple[int, int] | None) -> tuple[str, tuple[int, int] | None]:
+        return self.inner.sketch(question, size)
+
     def respond(
         self,
         lvlm: AnsweringLVLM,

@@ -33,6 +33,9 @@ class VisualPrompt(Defense):
         canvas = None if picture is None else self.paint(picture)
         return replace(query, image=canvas, question=self.prompt.question(query.question))
 
+    def sketch(self, question: str, size: tuple[int, int] | None) -> tuple[str, tuple[int, int] | None]:
+        return self.prompt.question(question), size and (self.prompt.canvas, self.prompt.canvas)
+
     def describe(self) -> dict[str, Any]:
         padding = getattr(self.prompt, "padding", None)
         facts = {

@@ -18,6 +18,7 @@ from rich.console import Console
 from davsp import metrics
 from davsp.defenses.base import Defense
 from davsp.errors import DavspError, Interrupted
+from davsp.evaluation.fitting import fitting
 from davsp.evaluation.judging import Judgement, judge_custom, judge_published
 from davsp.judges import Judge, keyword
 from davsp.judges.graders import Grader
@@ -79,13 +80,14 @@ def evaluate(
         manifest: for manifest.json, which is written as soon as `out` is known to be this run's.
 
     Raises:
-        DavspError: no queries, an id twice, an unreadable picture, responses in `out` that belong to another
+        DavspError: no queries, an id twice, an unreadable picture, a query that the model has no room for, responses in `out` that belong to another
             run and `redo` is False, or another process writes there.
         Interrupted: Ctrl-C; what was answered is kept.
 
     Of several processes only the first judges; the others return the responses alone.
     """
     _check(queries, defenses)
+    fitting(lvlm, defenses, queries, max_new_tokens)
     console = console or Console(quiet=True)
     with nullcontext() if out is None or parallel.rank() > 0 else alone(out):
         responses = _answers(

@@ -18,6 +18,7 @@ from davsp.defenses.effect import choose
 from davsp.embedded.recipes import SETTINGS
 from davsp.errors import DavspError
 from davsp.evaluation import Evaluation, evaluate
+from davsp.evaluation.fitting import fitting
 from davsp.experiments.stages import Stages, fitted_vector, records, trained_prompt
 from davsp.lvlm import LVLM, fingerprint, model_name
 from davsp.prompts import AdditiveNoise, Prompt, VisualSafetyPrompt
@@ -85,6 +86,7 @@ def run_demo(
         lvlm = lvlm or embedded.load()
         protocol = protocol or embedded.protocol(seed)
         safety_text = embedded.SAFETY_TEXT if safety_text is None else safety_text
+    fitting(lvlm, {"none": NoDefense(), "text": SafetyText(safety_text)}, protocol.test, max_new_tokens)
     settings = settings or SETTINGS.model_copy(update={"seed": seed})
     vector_text = safety_text if vector_text is None else vector_text
     padding = padding or round(lvlm.canvas / 12)

@@ -63,6 +63,7 @@ class LVLM:
         model_id, revision: where it came from.
         model, tokenizer: the transformers objects; no weight takes a gradient.
         canvas: height and width in pixels at which the model sees a picture without resampling.
+        positions: tokens of prompt and answer together at most; None: its configuration does not say.
         num_layers: decoder blocks; the layers one can ask for are 1 to num_layers - 1.
         image_token_id, tokens_per_image: the placeholder, and how many of it stand for one canvas.
         mean, std: per-channel normalisation of the vision tower, (1, 3, 1, 1).
@@ -98,6 +99,7 @@ class LVLM:
         self.image_processor = image_processor
         self.layers = model.get_decoder().layers
         self.num_layers = len(self.layers)
+        self.positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.device, self.dtype = model.device, model.dtype
         self.eos_token_id: int = tokenizer.eos_token_id
         self.pad_token_id: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -206,6 +208,18 @@ class LVLM:
         """Raises DavspError unless the model sees a picture of this size without resampling it."""
         check_square(self, height, width)
 
+    def check_pixels(self, height: int, width: int) -> None:
+        """Raises DavspError unless the tower takes pixels of this size: those of `preprocess`, and every canvas."""
+        check_square(self, height, width)
+
+    def seen(self, width: int, height: int) -> tuple[int, int]:
+        """Height and width that `preprocess` gives a picture of this size.
+
+        Raises:
+            DavspError: the family takes no such picture.
+        """
+        return self.canvas, self.canvas
+
     def token_inputs(self, ids: Int[Tensor, "b t"]) -> dict[str, Tensor]:
         """What else the model wants to know of the tokens."""
         return {}
@@ -228,7 +242,7 @@ class LVLM:
             padding_side: right for training and states, left for generation.
 
         Raises:
-            DavspError: no question, or one that holds the image placeholder.
+            DavspError: no question, one that holds the image placeholder, or more tokens than the model has positions.
         """
         if not questions:
             raise DavspError("there is no question to ask: the list of queries is empty")
@@ -238,6 +252,8 @@ class LVLM:
             images = [self.tokens_per_image * images] * len(questions)
         prompts = [list(self._prompt_ids(question, n)) for question, n in zip(questions, images, strict=True)]
         endings = [self._answer_ids(answer) for answer in answers or [None] * len(prompts)]
+        for question, prompt, ending in zip(questions, prompts, endings, strict=True):
+            self._check_length(question, len(prompt), len(ending))
         length = max(len(p) + len(e) for p, e in zip(prompts, endings, strict=True))
         ids = torch.full((len(prompts), length), self.pad_token_id)
         mask = torch.zeros_like(ids)
@@ -299,6 +315,18 @@ class LVLM:
             return tuple(ids)
         at = ids.index(self.image_token_id)
         return (*ids[:at], *[self.image_token_id] * image_tokens, *ids[at + 1 :])
+
+    def check_query(self, question: str, size: tuple[int, int] | None, answer_tokens: int) -> None:
+        """Raises DavspError unless the model can take a question and a picture of (width, height), and has room for the answer."""
+        image_tokens = 0 if size is None else self.image_tokens(*self.seen(*size))
+        self._check_length(question, len(self._prompt_ids(question, image_tokens)), answer_tokens)
+
+    def _check_length(self, question: str, prompt_tokens: int, answer_tokens: int) -> None:
+        if self.positions is not None and prompt_tokens + answer_tokens > self.positions:
+            raise DavspError(
+                f"prompt and answer take up to {prompt_tokens} + {answer_tokens} tokens, but {self.model_id} has "
+                f"{self.positions} positions; shorten the question {question[:60]!r}"
+            )
 
     def _answer_ids(self, answer: str | None) -> list[int]:
         if answer is None:
@@ -371,9 +399,14 @@ class LVLM:
             max_new_tokens: an answer is cut there.
             steer: (layer, vector (D,)): the vector is added to that layer's output at the last prompt token and at
                 every answer token (test-time intervention, the paper's Table 5); a `Steer` can do more.
+
+        Raises:
+            DavspError: prompt and answer would not fit the model's positions, or as `encode`.
         """
         steer = steer or self.steer
         tokens = self.encode(questions, self.placeholders(canvas), padding_side="left")
+        for question, length in zip(questions, tokens.mask.sum(1).tolist(), strict=True):
+            self._check_length(question, length, max_new_tokens)
         settings = GenerationConfig(
             do_sample=False,
             num_beams=1,
@@ -424,7 +457,7 @@ class LVLM:
         if canvas is None:
             return False
         for one in canvas[:1] if isinstance(canvas, Tensor) else canvas:
-            self.check_canvas(*one.shape[-2:])
+            self.check_pixels(*one.shape[-2:])
         return [self.image_tokens(*one.shape[-2:]) for one in canvas]
 
     def inputs(self, tokens: Tokens, canvas: Canvas | None, masked: bool = False) -> dict[str, Any]:

@@ -8,11 +8,13 @@ import torch
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from davsp.errors import DavspError
 from davsp.lvlm.base import LVLM, Canvas
 from davsp.query import flatten
 
+THINNEST = 200  # of `smart_resize`
 CANVAS = 448  # 256 image tokens; a multiple of 28, and of 32 and 14 besides, so that other families take it too
 
 
@@ -55,6 +57,19 @@ class Qwen2VLLVLM(LVLM):
                 f"{self.least} to {self.most} pixels in all: use a prompt made for this model"
             )
 
+    def check_pixels(self, height: int, width: int) -> None:
+        unit = self.patch * self.merge
+        if height % unit or width % unit:
+            raise DavspError(f"the canvas is {width}x{height} pixels, but {self.model_id} takes multiples of {unit}")
+
+    def seen(self, width: int, height: int) -> tuple[int, int]:
+        if max(width, height) > THINNEST * min(width, height):
+            raise DavspError(
+                f"a picture of {width}x{height} pixels is too thin: {self.model_id} takes up to 1:{THINNEST}; cut or pad it"
+            )
+        rows, columns = smart_resize(height, width, self.patch * self.merge, self.least, self.most)
+        return int(rows), int(columns)
+
     def preprocess(self, images: list[Image.Image]) -> Canvas:
         """The checkpoint's own resize: to the nearest multiples of 28 within its bounds of pixels, bicubic.
 
@@ -64,12 +79,10 @@ class Qwen2VLLVLM(LVLM):
             raise DavspError("there is no image to prepare: the list is empty")
         canvases = []
         for image in images:
+            self.seen(*image.size)
             pixels = np.asarray(flatten(image)).transpose(2, 0, 1)
             size, unit = self.image_processor.size, self.patch * self.merge
-            try:
-                pixels = self.image_processor.resize(pixels, size, self.image_processor.resample, unit)
-            except ValueError as error:  # thinner than 1:200
-                raise DavspError(f"a picture of {image.width}x{image.height} pixels is too thin: {error}") from error
+            pixels = self.image_processor.resize(pixels, size, self.image_processor.resample, unit)
             canvases.append(torch.from_numpy(pixels.astype(np.float32)) / 255)
         same = all(one.shape == canvases[0].shape for one in canvases)
         return torch.stack(canvases) if same else canvases

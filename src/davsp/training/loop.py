@@ -45,6 +45,7 @@ def complete(run: "Loop", resume: bool, progress: bool) -> Prompt:
 
 
 def _complete(run: "Loop", resume: bool, progress: bool) -> Prompt:
+    run.longest()  # a question that is too long is better refused now than when it is drawn
     checkpoint, settings, device = run.checkpoint, run.settings, run.lvlm.device
     state = checkpoint.restore(device) if resume else None
     state = state or checkpoint.start(run.prompt.delta.detach().clone().to(device))
@@ -158,13 +159,22 @@ class Loop:
         cosine = (1 + math.cos(math.pi * step / self.settings.steps)) / 2
         return self.settings.lr * (cosine if self.settings.schedule == "cosine" else 1)
 
-    def memory_advice(self, free: int) -> str | None:
-        """A sentence if the activations of a step will crowd a device with `free` bytes."""
-        settings, longest, answered = self.settings, 0, False
+    def longest(self) -> tuple[int, bool]:
+        """Tokens of the longest row that a step may draw, and whether rows have answers.
+
+        Raises:
+            DavspError: a row has more tokens than the model has positions.
+        """
+        longest, answered = 0, False
         for questions, answers in self._questions():
             images = [self.lvlm.image_tokens(self.prompt.canvas, self.prompt.canvas)] * len(questions)
             longest = max(longest, self.lvlm.encode(questions, images, answers).ids.shape[1])
             answered |= answers is not None
+        return longest, answered
+
+    def memory_advice(self, free: int) -> str | None:
+        """A sentence if the activations of a step will crowd a device with `free` bytes."""
+        settings, (longest, answered) = self.settings, self.longest()
         row = estimate_memory(self.lvlm, 1, longest, self.layer, answered, settings.activation_checkpointing)
         return advice(row, min(settings.micro_batch or settings.batch_size, settings.batch_size), free)
 

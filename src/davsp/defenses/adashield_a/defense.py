@@ -71,6 +71,12 @@ class AdaShieldA(Defense):
             prepared += text.prepare([query])
         return prepared
 
+    def sketch(self, question: str, size: tuple[int, int] | None) -> tuple[str, tuple[int, int] | None]:
+        """Under the longest prompt of the pool: which one it will be the picture decides."""
+        config = self.pool.config
+        longest = max((row.defense_prompt for row in config.rows), key=len)
+        return SafetyText(longest, self.name, config.placement, config.separator).sketch(question, size)
+
     def describe(self) -> dict[str, Any]:
         """The pool's content by its hash, and what a reader wants to know at once."""
         config = self.pool.config

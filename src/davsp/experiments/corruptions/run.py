@@ -50,6 +50,9 @@ class Corrupted(Defense):
             for q in self.inner.prepare(queries)
         ]
 
+    def sketch(self, question: str, size: tuple[int, int] | None) -> tuple[str, tuple[int, int] | None]:
+        return self.inner.sketch(question, size)
+
     def describe(self) -> dict[str, Any]:
         return {"kind": "corrupted", "change": self.name, "inner": self.inner.describe()}
 

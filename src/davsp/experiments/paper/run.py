@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from davsp import metrics
-from davsp.defenses import Defense
+from davsp.defenses import Defense, NoDefense, SafetyText
 from davsp.defenses.ecso import Templates
 from davsp.errors import DavspError
 from davsp.evaluation import Evaluation, evaluate
+from davsp.evaluation.fitting import fitting
 from davsp.experiments.paper import write
 from davsp.experiments.paper.claims import PICTURES, Claim, claims
 from davsp.experiments.paper.kit import Kit
@@ -110,6 +111,7 @@ def reproduce(
     if unknown := [name for name in names if name not in TABLES]:
         raise DavspError(f"table {unknown[0]!r} is not known: choose {', '.join(TABLES)} or all")
     began = time.perf_counter()
+    fitting(kit.lvlm, {"none": NoDefense(), "text": SafetyText(kit.text)}, kit.data.test, max_new_tokens)
     lvlm, data, stages, seed = kit.lvlm, kit.data, kit.stages, kit.settings.seed
     out = stages.out
     kit, names = _with_earlier(kit, names)  # answers of defenses that are not asked for again would be dropped
