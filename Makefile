@@ -6,7 +6,7 @@ BIN := .venv/bin
 # davsp compiled by an earlier run, whatever the environment says of that.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-slow lint format docs app-deps hashes sbom clean
+.PHONY: demo test test-slow faults lint format docs app-deps hashes sbom clean
 
 demo: .venv/installed  ## train a visual safety prompt on the embedded model and show that it works
 	$(BIN)/davsp demo --out out/demo
@@ -16,6 +16,9 @@ test: .venv/installed  ## everything that guards a change, in three minutes
 
 test-slow: .venv/installed  ## the long tests whole; make test has a short form of each
 	$(PYTEST) -m slow
+
+faults: .venv/installed  ## ten minutes of inputs that nobody wrote by hand, by fixed seeds; writes docs/reliability.md
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m faults
 
 lint: .venv/installed  ## style, types and the order of the rooms
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[lint]'

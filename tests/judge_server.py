@@ -58,8 +58,8 @@ class Judge(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, handler: "type[Handler]") -> None:
+        super().__init__(("127.0.0.1", 0), handler)
         self.lock, self.release = threading.Lock(), threading.Event()
         self.requests: Counter[int] = Counter()
         self._answered: Counter[int] = Counter()
@@ -201,8 +201,8 @@ def faulty(share: float, slow: Callable[[int], bool] = lambda item: False) -> Ca
 
 
 @contextmanager
-def judge_server() -> Iterator[Judge]:
-    server = Judge()
+def judge_server(handler: type[Handler] = Handler) -> Iterator[Judge]:
+    server = Judge(handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:

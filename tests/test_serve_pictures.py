@@ -3,6 +3,7 @@
 import asyncio
 import io
 import struct
+import warnings
 import zlib
 from typing import Any
 
@@ -16,7 +17,7 @@ from PIL import Image
 from davsp import AdditiveNoise, DavspError, VisualSafetyPrompt
 from davsp.query import open_picture
 from davsp.serve.fetch import Fetcher, is_public
-from davsp.serve.pictures import STORED, decode, from_data_url, png
+from davsp.serve.pictures import STORED, decode, from_data_url, png, quiet
 from davsp.serve.refusals import Refusal
 from davsp.serve.settings import ServeSettings
 from proxy import border, client, data_url, image_part, picture_of, text_part, user
@@ -128,6 +129,21 @@ def test_pixels_beyond_pillows_own_limit_are_refused_undecoded(monkeypatch):
         with pytest.raises(Refusal) as stop:
             decode(data, LIMITS)
         assert stop.value.code in ("image_pixels", "image_broken")
+
+
+def test_odd_bytes_in_pictures_leave_no_warnings_behind():
+    """Pillow warns of each in a text of its own, and Python keeps them all."""
+    odd = [
+        b"Exif\0\0MM\0*" + struct.pack(">IHHHIII", 8, 1, tag, 3, 9999, 2**31, 0) for tag in range(3)
+    ]  # beyond its end
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        decode(file(picture(0), "JPEG", exif=odd[0]), LIMITS)
+        assert len(seen) == 1
+        quiet()
+        for exif in odd:
+            decode(file(picture(0), "JPEG", exif=exif), LIMITS)
+        assert len(seen) == 1
 
 
 @pytest.mark.parametrize(

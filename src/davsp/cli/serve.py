@@ -238,6 +238,9 @@ def _settle() -> None:
     """
     import ctypes
 
+    from davsp.serve.pictures import quiet
+
+    quiet()
     gc.collect()
     gc.freeze()
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):

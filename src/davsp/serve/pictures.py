@@ -5,6 +5,7 @@ import io
 import re
 import struct
 import threading
+import warnings
 import zlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,11 @@ _HEAD = re.compile(r"data:image/[a-z+.-]{1,20};base64,", re.IGNORECASE)
 
 PngImagePlugin.MAX_TEXT_MEMORY = 2**22
 """Letters of all texts of a PNG. Pillow unpacks and keeps them: 64 MiB of its own accord, out of a file of 70 KB."""
+
+
+def quiet() -> None:
+    """Have this process not warn of odd bytes in pictures: Python keeps every new text of a warning, and clients would write them."""
+    warnings.filterwarnings("ignore", module="PIL")
 
 
 class Budget:
