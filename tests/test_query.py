@@ -176,6 +176,18 @@ def test_a_large_picture_goes_on_white_in_bands_as_it_would_at_once(mode, monkey
     assert flatten(image).tobytes() == want.tobytes()
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize("byte_order", [b":M", b"\0\0"])
+def test_broken_exif_is_passed_over_however_often_a_picture_is_made_plain(mode, byte_order):
+    """As by the proxy, which reads a picture and hands it to the defense, which does so again."""
+    image, turned, file = Image.new(mode, (4, 3)), Image.Exif(), io.BytesIO()
+    turned[ExifTags.Base.Orientation] = 6
+    image.save(file, "JPEG", exif=turned)
+    data = file.getvalue().replace(b"Exif\0\0MM", b"Exif\0\0" + byte_order)
+    once = flatten(Image.open(io.BytesIO(data)))
+    assert data != file.getvalue() and once.size == (4, 3) and flatten(once).tobytes() == once.tobytes()
+
+
 def test_a_picture_that_is_rgb_and_upright_is_not_copied():
     image = Image.new("RGB", (4, 3))
     assert flatten(image) is image

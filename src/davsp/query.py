@@ -202,7 +202,10 @@ def flatten(image: Image.Image) -> Image.Image:
         image = image.convert("LA")
     if image.has_transparency_data:
         return _on_white(image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+        image.info.clear()  # of EXIF that Pillow passed over as broken when it opened the file, and would read anew in this copy
+    return image
 
 
 def _is_deep_grey(image: Image.Image) -> bool:
