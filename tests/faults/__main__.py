@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from davsp.runtime.files import manifest, write_text
+from davsp.runtime.files import write_text
 from davsp.serve.pictures import quiet
 from faults import Seen, bodies, floods, kills, pictures, replies
 
@@ -98,12 +98,10 @@ Time and memory under load: `python perf/proxy.py --hostile` measures these. Mod
 
 def page(seen: dict[str, Seen], seconds: dict[str, float]) -> str:
     """The page, in Markdown."""
-    facts = manifest()
-    commit = f"{(facts['commit'] or 'unknown')[:9]}{' with changes' * bool(facts['dirty'])}"
     libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     lines = [
         START,
-        f"On {datetime.now(UTC):%Y-%m-%d}: davsp {version('davsp')} at commit {commit}, Python {platform.python_version()} on {platform.system()}, {libraries}.",
+        f"On {datetime.now(UTC):%Y-%m-%d}: davsp {version('davsp')}, Python {platform.python_version()} on {platform.system()}, {libraries}.",
         "",
         "| part | seed | inputs | broken promises | seconds |",
         "|---|---|---|---|---|",
