@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from davsp import LVLM, DavspError, HarmfulnessVector, VisualSafetyPrompt, cli
 from davsp.defenses import VisualPrompt
 from davsp.experiments.corruptions.changes import UNTOUCHED, changes
-from davsp.experiments.corruptions.run import Corrupted, correlation, corruptions, patch_of
+from davsp.experiments.corruptions.run import Corrupted, corruptions, patch_of, patches_kept
 from davsp.experiments.corruptions.table import plot
 from tiny import picture, queries
 
@@ -59,11 +60,22 @@ def test_border_and_picture_can_be_moved_alone() -> None:
     assert (inside == x).all()
 
 
-def test_correlation_is_one_of_what_is_kept_and_about_none_of_noise_that_moved() -> None:
-    border = VisualSafetyPrompt.create(SIDE, 8, "random")
-    of = {name: correlation(border, CHANGES[name]) for name in ("png", "jpeg-95-444", "shift-1", "grey")}
-    assert of["png"] == pytest.approx(1) and of["jpeg-95-444"] > 0.9 and abs(of["shift-1"]) < 0.1
-    assert correlation(border, lambda image: image.point(lambda level: 255 - level)) == pytest.approx(-1)
+def test_patches_are_kept_or_become_others(lvlm: LVLM) -> None:
+    border = VisualSafetyPrompt.create(56, 8, "random")
+    known = changes(56, 14, 8)
+    of = {
+        name: patches_kept(lvlm, border, known[name]) for name in ("png", "jpeg-95-444", "shift-1", "shift-1-picture")
+    }
+    assert of["png"] == pytest.approx(1) and of["jpeg-95-444"] > 0.9 and abs(of["shift-1"]) < 0.5
+    assert of["shift-1-picture"] == pytest.approx(1)  # there it is grey
+    tower = next(m for m in lvlm.model.modules() if isinstance(m, torch.nn.Conv2d))
+    canvas = border.image(Image.new("RGB", (56, 56), (128, 128, 128)))
+    a, b = tower(lvlm.pixel_inputs(lvlm.preprocess([canvas, known["shift-1"](canvas)]))["pixel_values"]).detach()
+    on = torch.ones(4, 4, dtype=torch.bool)  # a border of 8 reaches every patch but the middle ones
+    on[1:-1, 1:-1] = False
+    a, b = a[:, on], b[:, on]
+    cosine = torch.cosine_similarity((a - a.mean(1, True)).flatten(), (b - a.mean(1, True)).flatten(), dim=0)
+    assert of["shift-1"] == pytest.approx(float(cosine), abs=1e-5)
 
 
 def test_a_defense_with_a_change_says_so_and_leaves_the_question(lvlm: LVLM) -> None:

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from rich.console import Console
+from torch.nn import Conv2d, Conv3d
+from torch.nn.functional import conv2d, cosine_similarity, max_pool2d
 
 from davsp import metrics
 from davsp.defenses import Defense, NoDefense, VisualPrompt
@@ -24,6 +27,7 @@ from davsp.experiments.corruptions.table import markdown, plot
 from davsp.lvlm import LVLM, AnsweringLVLM, fingerprint, model_name
 from davsp.metrics import Outcome
 from davsp.prompts import VisualSafetyPrompt
+from davsp.prompts.base import from_picture
 from davsp.query import Query
 from davsp.runtime.files import manifest, read_json, write_json, write_text
 from davsp.store import queries_hash
@@ -103,7 +107,8 @@ def corruptions(
         lvlm, defenses, queries, out, vector, batch_size=batch_size, max_new_tokens=max_new_tokens, baseline=UNTOUCHED,
         redo=True, seed=seed, console=console,
     )  # fmt: skip
-    records = _records(queries, evaluation, prompt, chosen, seed)
+    kept = {name: patches_kept(lvlm, prompt, change) for name, change in chosen.items()}
+    records = _records(queries, evaluation, kept, seed)
     facts = manifest(
         model=model_name(lvlm), revision=lvlm.revision, weights=fingerprint(lvlm), seed=seed, canvas=lvlm.canvas,
         patch=patch_of(lvlm), layer=vector.layer if vector else None, prompt=border.describe(),
@@ -126,20 +131,28 @@ def patch_of(lvlm: LVLM) -> int:
     return int(lvlm.model.config.vision_config.patch_size)
 
 
-def correlation(prompt: VisualSafetyPrompt, change: Change) -> float:
-    """Of the border's levels before and after a change, place by place, around each channel's mean; 1 if nothing changed."""
+@torch.no_grad()
+def patches_kept(lvlm: LVLM, prompt: VisualSafetyPrompt, change: Change) -> float:
+    """Cosine of the border's patches before and after a change, as the tower's first convolution gives them, around their mean.
+
+    1: nothing changed for the model; 0: as if it were another border. The picture inside is mid grey.
+    """
+    weight = next(m.weight for m in lvlm.model.modules() if isinstance(m, (Conv2d, Conv3d))).float()
+    weight = weight if weight.ndim == 4 else weight.sum(2)  # one picture is two equal frames (Qwen2-VL)
     canvas = prompt.image(Image.new("RGB", (prompt.canvas, prompt.canvas), (128, 128, 128)))
-    on = prompt.mask[0].numpy() > 0
-    before, after = (np.asarray(image)[on].astype(float) for image in (canvas, change(canvas)))  # (n, 3)
-    before, after = before - before.mean(0), after - after.mean(0)
-    return float((before * after).sum() / np.sqrt((before**2).sum() * (after**2).sum()))
+    both = torch.stack([from_picture(image) for image in (canvas, change(canvas))]).to(weight.device)
+    size = weight.shape[-1]
+    patches = conv2d((both - lvlm.mean.float()) / lvlm.std.float(), weight, stride=size)  # (2, d, n, n)
+    on = max_pool2d(prompt.mask, size)[0] > 0
+    before, after = patches[:, :, on.to(weight.device)]
+    centre = before.mean(-1, keepdim=True)
+    return float(cosine_similarity((before - centre).flatten(), (after - centre).flatten(), dim=0))
 
 
 def _records(
     queries: Sequence[Query],
     evaluation: Evaluation,
-    prompt: VisualSafetyPrompt,
-    chosen: Mapping[str, Change],
+    kept: Mapping[str, float],
     seed: int,
 ) -> list[dict[str, Any]]:
     label = {q.id: q.label for q in queries}
@@ -151,8 +164,8 @@ def _records(
     for name, answers in evaluation.responses.items():
         rates = metrics.rows("", name, outcomes[name], seed=seed)
         record: dict[str, Any] = {"change": name}
-        if name in chosen:
-            record["correlation"] = correlation(prompt, chosen[name])
+        if name in kept:
+            record["patches"] = kept[name]
         projections = [(label[r.query_id], r.projection) for r in answers if r.projection is not None]
         for kind in ("malicious", "benign"):
             if values := [s for its, s in projections if its == kind]:

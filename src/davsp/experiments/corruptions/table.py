@@ -20,7 +20,7 @@ def markdown(run: Mapping[str, Any]) -> str:
     """
     records = run["records"]
     sets = [name for name in records[0]["rsr"] if name != "pictures"]
-    heads = ["change", "correlation", "RSR, all", *(SETS.get(name, name) for name in sets), "against untouched",
+    heads = ["change", "patches", "RSR, all", *(SETS.get(name, name) for name in sets), "against untouched",
              "against the text alone", "over-refusal", "utility", "projection"]  # fmt: skip
     lines = [
         f"**What is left of a border's effect**: {run['model']}, canvas {run['canvas']}, border {run['padding']}, patches of "
@@ -30,7 +30,7 @@ def markdown(run: Mapping[str, Any]) -> str:
         "|---" * len(heads) + "|",
     ]
     for r in records:
-        cells = [TITLES.get(r["change"], r["change"]), f"{r['correlation']:.2f}" if "correlation" in r else "–"]
+        cells = [TITLES.get(r["change"], r["change"]), f"{r['patches']:.2f}" if "patches" in r else "–"]
         cells += [_rate(r["rsr"]["pictures"])] + [f"{100 * r['rsr'][name]['value']:.0f}" for name in sets]
         cells += [_difference(r, other) for other in ("png", "text")]
         cells += [_rate(r["over_refusal"].get("benign")), _rate(r["accuracy"].get("utility"))]
@@ -39,7 +39,7 @@ def markdown(run: Mapping[str, Any]) -> str:
     notes = [
         f"RSR: {records[0]['rsr']['pictures']['n']} malicious pictures; intervals drawn by intent. Differences are of RSR over all of "
         "them, paired; * : p < 0.05, not corrected for the number of rows.",
-        "correlation: of the border's levels before and after, place by place. projection: mean of the malicious queries on the "
+        "patches: cosine of the border's patches before and after, as the tower's first layer gives them. projection: mean of the malicious queries on the "
         "harmfulness vector.",
     ]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
