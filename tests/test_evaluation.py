@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import PIL
 import pytest
 from rich.console import Console
 
@@ -270,3 +271,14 @@ def test_an_answer_that_is_no_text_is_damage(lvlm: LVLM, tmp_path: Path) -> None
     (tmp_path / "responses.jsonl").write_text("".join([spoilt, *rest]))
     with pytest.raises(DavspError, match="line 1 is damaged"):
         run(lvlm, tmp_path)
+
+
+def test_a_run_of_another_generation_of_pillow_says_so(lvlm: LVLM, tmp_path: Path) -> None:
+    run(lvlm, tmp_path, manifest={"pillow": "12.3.0"})
+    for then, generation in (("12.3.0", "12"), (PIL.__version__, PIL.__version__.split(".")[0])):
+        (tmp_path / "manifest.json").write_text(json.dumps({"pillow": then}))
+        console = Console(file=io.StringIO(), width=400)
+        run(lvlm, tmp_path, manifest={"pillow": PIL.__version__}, console=console)
+        other = generation != PIL.__version__.split(".")[0]
+        assert (f"made with Pillow {then}" in console.file.getvalue()) == other  # type: ignore[attr-defined]
+        assert ("notes" in json.loads((tmp_path / "manifest.json").read_text())) == other

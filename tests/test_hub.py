@@ -174,3 +174,13 @@ def test_what_names_no_revision_or_two(two: list[VisualSafetyPrompt], tmp_path: 
 def test_no_licence_no_push(two: list[VisualSafetyPrompt]):
     with pytest.raises(DavspError, match="names no licence to publish it under"):
         two[0].push_to_hub("user/vsp")
+
+
+def test_a_folders_path_is_no_base_model(tmp_path):
+    from davsp.prompts.border import hub_name
+
+    assert [hub_name(name) for name in ("llava-hf/llava-1.5-7b-hf", "davsp-mini")] == [
+        "llava-hf/llava-1.5-7b-hf",
+        "davsp-mini",
+    ]
+    assert [hub_name(name) for name in (None, str(tmp_path), "/gone/model", "a/b/c")] == [None] * 4

@@ -343,3 +343,41 @@ def test_what_is_longer_than_the_positions_is_refused_before_it_is_computed(tiny
             use()
     with pytest.raises(DavspError, match="has 40 positions"):
         model.states(canvas, ["cake " * 40], [1])
+
+
+def test_folders_that_people_point_at_are_told_what_they_are(tiny_folder, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "llava-hf/x", "peft_type": "LORA"})
+    )
+    with pytest.raises(DavspError, match=r"is an adapter \(LoRA\) for llava-hf/x and no model; merge it"):
+        LVLM.from_pretrained(adapter)
+    own = shutil.copytree(tiny_folder, tmp_path / "own")
+    (own / "config.json").write_text(json.dumps({"model_type": "llava", "mm_vision_tower": "openai/clip"}))
+    with pytest.raises(DavspError, match=r"in LLaVA's own format.*llava-hf/llava-1.5-7b-hf"):
+        LVLM.from_pretrained(own)
+
+
+def test_llavas_image_processor_is_clips(tiny_folder, tmp_path, lvlm):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    settings |= {"image_processor_type": "LlavaImageProcessor", "do_pad": False}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    images = [picture(1, (100, 70)), picture(2)]
+    assert torch.equal(LVLM.from_pretrained(folder, device_map="cpu").preprocess(images), lvlm.preprocess(images))
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
+def test_another_familys_processor_names_the_file_that_was_read(tiny_folder, tmp_path, name):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    other = {"image_processor_type": "Qwen2VLImageProcessor"}
+    nested = {"image_processor": other} if name == "processor_config.json" else other
+    (folder / name).write_text(json.dumps(nested))
+    with pytest.raises(DavspError, match=rf"Qwen2VLImageProcessor, but .*: restore its {name}"):
+        LVLM.from_pretrained(folder, device_map="cpu")
+
+
+def test_auto_without_a_gpu_is_float32(tiny_folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert LVLM.from_pretrained(tiny_folder, device_map="auto").dtype == torch.float32

@@ -30,3 +30,9 @@ def refused_as(sentence: Callable[[str, str, Any], str]) -> Iterator[None]:
     except ValidationError as error:
         first = error.errors()[0]
         raise DavspError(sentence(".".join(map(str, first["loc"])), first["msg"], first["input"])) from error
+
+
+def words_of(error: BaseException) -> str:
+    """What a library says of its error, in one line: all of it, as the first of its lines is often a heading."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words[:600].rstrip(" .:")

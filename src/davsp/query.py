@@ -170,7 +170,7 @@ def _opened(path: Path, read: Callable[[Image.Image], T]) -> T:
     except DavspError as error:
         raise DavspError(f"cannot open image {path}: {error}") from error
     except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
-        reason = getattr(error, "strerror", None) or "it is not a readable picture"
+        reason = getattr(error, "strerror", None) or f"it is not a readable picture ({type(error).__name__})"
         raise DavspError(f"cannot open image {path}: {reason}; give a PNG, JPEG or WebP file") from error
 
 

@@ -13,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import PIL
 from PIL import Image
 from rich.console import Console
 
@@ -79,6 +80,9 @@ class Store:
             )
         for name, reason in wrong.items():
             console.print(f"[yellow]{name}: answered anew, as what is there has {reason}[/]")
+        if stored and self.manifest is not None and (note := other_pillow(self.folder)):
+            console.print(f"[yellow]note: {note}[/]")
+            self.manifest = {**self.manifest, "notes": [*self.manifest.get("notes", []), note]}
         usable = {name: [] if name in wrong else self._whole(stored.get(name, [])) for name in self.defenses}
         if parallel.rank() == 0:  # every process reads, the first one writes
             sweep(self.folder)
@@ -172,6 +176,19 @@ def by_defense(path: Path) -> Answers:
             raise DavspError(f"{path}, line {number} is damaged ({error}); delete the file to answer anew") from error
         answers.setdefault(response.defense, []).append(response)
     return answers
+
+
+def other_pillow(folder: Path) -> str:
+    """A sentence if a run was made with a Pillow of another generation; empty if not, or if it does not say."""
+    path = folder / MANIFEST
+    facts = read_json(path) if path.exists() else {}
+    then = facts.get("pillow") if isinstance(facts, dict) else None
+    if not isinstance(then, str) or then.split(".")[0] == PIL.__version__.split(".")[0]:
+        return ""
+    return (
+        f"answers in {folder} were made with Pillow {then}, this is {PIL.__version__}: pictures that are resized may differ by "
+        "up to 22 of 255 levels, so undefended answers may be others"
+    )
 
 
 def recorded(folder: Path) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import TemplateError
 from rich.console import Console
 
-from davsp.errors import DavspError
+from davsp.errors import DavspError, words_of
 from davsp.judges.base import Keep, PromptJudge, read_reply
 from davsp.judges.cache import Ruling, VerdictCache
 from davsp.judges.prompts import JudgePrompt, Message, Reading, bare, unreadable
@@ -131,8 +131,9 @@ class LocalGuard(PromptJudge):
                 model, revision=revision, dtype="auto", device_map=place
             )
         except Exception as error:  # the libraries raise OSError, ValueError, KeyError, RuntimeError, SafetensorError…
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")
-            raise DavspError(f"the judge {model} cannot be loaded: {why}; check its name, or mend its files") from error
+            raise DavspError(
+                f"the judge {model} cannot be loaded: {words_of(error)}; check its name, or mend its files"
+            ) from error
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.lm.eval()

@@ -23,11 +23,11 @@ from transformers import (
     GenerationConfig,
 )
 
-from davsp.errors import DavspError
+from davsp.errors import DavspError, words_of
 from davsp.lvlm.answering import NO_STATES, Answer, AnsweringLVLM, check_square
-from davsp.lvlm.device import check_device_map
+from davsp.lvlm.device import SPREAD, check_device_map
 from davsp.lvlm.hooks import Steer, catching, steering, wide
-from davsp.lvlm.loading import chat_template, load_weights, make_greedy
+from davsp.lvlm.loading import chat_template, check_format, load_weights, make_greedy, processor_file
 from davsp.runtime.thought import TAGS, Tags
 
 # Finished pictures in [0, 1]: a batch of one size, or one by one where they keep sizes of their own.
@@ -145,9 +145,11 @@ class LVLM:
         device_map = device_map or ("cuda" if torch.cuda.is_available() else "cpu")
         check_device_map(device_map)
         if dtype is None:
-            dtype = torch.float32 if str(device_map) == "cpu" else torch.bfloat16
+            on_cpu = str(device_map) == "cpu" or (str(device_map) in SPREAD and not torch.cuda.is_available())
+            dtype = torch.float32 if on_cpu else torch.bfloat16
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         try:
+            check_format(model_id, revision)
             config = AutoConfig.from_pretrained(model_id, revision=revision)
             if config.model_type not in FAMILIES:
                 known = ", ".join(sorted(FAMILIES))
@@ -162,8 +164,9 @@ class LVLM:
         except DavspError:
             raise
         except Exception as error:  # the libraries raise OSError, ValueError, KeyError, RuntimeError, SafetensorError…
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")
-            raise DavspError(f"cannot load model {model_id}: {why}; check its name, or mend its files") from error
+            raise DavspError(
+                f"cannot load model {model_id}: {words_of(error)}; check its name, or mend its files"
+            ) from error
 
     @classmethod
     def load_processor(cls, model_id: str, revision: str | None) -> Any:
@@ -176,7 +179,7 @@ class LVLM:
         if type(processor).__name__.removesuffix("Pil") not in cls.processors:
             raise DavspError(
                 f"{model_id} comes with a {type(processor).__name__.removesuffix('Pil')}, but its model needs "
-                f"{' or '.join(cls.processors)}: restore its preprocessor_config.json"
+                f"{' or '.join(cls.processors)}: restore its {processor_file(model_id, revision)}"
             )
         return processor
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from davsp.errors import DavspError
+from davsp.errors import DavspError, words_of
 
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate works these out
 
@@ -20,5 +20,6 @@ def check_device(device: Any) -> None:
     try:
         torch.zeros(1, device=device).cpu()
     except Exception as error:  # torch says it by RuntimeError, AssertionError, NotImplementedError, by backend
-        why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise DavspError(f"device {str(device)!r} cannot be used here ({why}); choose another, such as cpu") from error
+        raise DavspError(
+            f"device {str(device)!r} cannot be used here ({words_of(error)}); choose another, such as cpu"
+        ) from error

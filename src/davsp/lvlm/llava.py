@@ -16,7 +16,7 @@ from davsp.query import flatten
 class LlavaLVLM(LVLM):
     """A CLIP-like tower whose patches become tokens of a Llama-like decoder; one canvas size."""
 
-    processors = ("CLIPImageProcessor", "SiglipImageProcessor")
+    processors = ("CLIPImageProcessor", "LlavaImageProcessor", "SiglipImageProcessor")
 
     def __init__(self, model: Any, *others: Any):
         super().__init__(model, *others)

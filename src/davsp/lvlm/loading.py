@@ -71,6 +71,33 @@ def quantized(kind: str, dtype: torch.dtype) -> Any:
     )
 
 
+def check_format(model_id: str, revision: str | None) -> None:
+    """Raises DavspError for what people take for a checkpoint: a LoRA adapter alone, or LLaVA's own format."""
+
+    def read(name: str) -> Any:
+        path = cached_file(model_id, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return {} if path is None else read_json(path)
+
+    config = read("config.json")
+    if not config and (adapter := read("adapter_config.json")):
+        raise DavspError(
+            f"{model_id} is an adapter (LoRA) for {adapter.get('base_model_name_or_path')} and no model; merge it with peft's "
+            "merge_and_unload, and save the model, the tokenizer and the processor of that one to a folder"
+        )
+    if "mm_vision_tower" in config:
+        raise DavspError(
+            f"{model_id} is in LLaVA's own format, which transformers does not read; take its conversion, such as "
+            "llava-hf/llava-1.5-7b-hf or llava-hf/llava-1.5-13b-hf"
+        )
+
+
+def processor_file(model_id: str, revision: str | None) -> str:
+    """The file that transformers reads the image processor from: processor_config.json, if it holds one, before the other."""
+    name = "processor_config.json"
+    path = cached_file(model_id, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return name if path is not None and "image_processor" in read_json(path) else "preprocessor_config.json"
+
+
 def chat_template(model_id: str, revision: str | None, tokenizer: Any) -> Any:
     """The template that the checkpoint's processor takes; where it has none of its own, the tokenizer's.
 

@@ -1,6 +1,7 @@
 """The visual safety prompt: a trainable border around the untouched picture."""
 
 import io
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -293,9 +294,16 @@ def pad(picture: Image.Image, width: int, height: int) -> Image.Image:
     return white
 
 
+def hub_name(model_id: str | None) -> str | None:
+    """A model's name if the hub can know it; None for a folder, whose path it refuses as a base_model."""
+    if model_id is None or Path(model_id).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_id):
+        return None
+    return model_id
+
+
 def card(config: dict[str, Any], source: str = "this folder or repository") -> str:
     """The README of a saved prompt, from its configuration; `source` is where the reader is to load it from."""
     template = (Path(__file__).parent / "card.md.j2").read_text(encoding="utf-8")
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters["with_interval"] = with_interval
-    return environment.from_string(template).render(config, source=source)
+    return environment.from_string(template).render(config, source=source, base_model=hub_name(config["model_id"]))

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from davsp.errors import DavspError
+from davsp.errors import DavspError, words_of
 from davsp.runtime.files import check_regular
 
 
@@ -34,7 +34,7 @@ def fetch(source: str | Path, revision: str | None, files: Sequence[str]) -> Pat
         return Path(snapshot_download(repo_id, revision=revision or behind or None, allow_patterns=list(files)))
     except Exception as error:  # the hub client raises many kinds: bad name, not found, no network, no access
         raise DavspError(
-            f"no prompt at {source}: it is neither a folder nor reachable on the hub ({_first_line(error)})"
+            f"no prompt at {source}: it is neither a folder nor reachable on the hub ({words_of(error)})"
         ) from error
 
 
@@ -65,10 +65,10 @@ def push(
         operations += [CommitOperationDelete(name) for name in old]
         return str(api.create_commit(repo_id, operations, commit_message=commit_message, revision=revision).commit_url)
     except Exception as error:  # as above
-        raise DavspError(
-            f"{repo_id} cannot be pushed to the hub ({_first_line(error)}); see `hf auth login`"
-        ) from error
+        raise DavspError(f"{repo_id} cannot be pushed to the hub ({words_of(error)}){login(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def login(error: Exception) -> str:
+    """Advice to log in, where the hub said that it does not know or let in who asks."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return "; see `hf auth login`" if status in (401, 403) or "oken" in type(error).__name__ else ""

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from davsp.errors import DavspError
+from davsp.errors import DavspError, words_of
 from davsp.lvlm import LVLM, AnsweringLVLM, fingerprint, loaded, model_name
 from davsp.lvlm.hooks import wide
 from davsp.query import Query
@@ -57,8 +57,9 @@ class ClipEncoder:
             self.tokenizer = AutoTokenizer.from_pretrained(model_id, revision=revision)
             self.processor = AutoImageProcessor.from_pretrained(model_id, revision=revision, backend="pil")
         except Exception as error:  # OSError, ValueError, KeyError, SafetensorError…
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")
-            raise DavspError(f"cannot load CLIP {model_id}: {why}; check its name, or mend its files") from error
+            raise DavspError(
+                f"cannot load CLIP {model_id}: {words_of(error)}; check its name, or mend its files"
+            ) from error
         self.model = self.model.requires_grad_(False).eval().to(self.device)
 
     def describe(self) -> dict[str, Any]:
