@@ -5,8 +5,10 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import ImageFont
 
-from benchmark_folders import BREAD, TYPES, b64, lines, packed, parquet, safety_folder, skipped, table, write
+from benchmark_folders import BREAD, MONO, TYPES, b64, lines, packed, parquet, safety_folder, skipped, table, write
+from davsp import benchmarks
 from davsp.benchmarks import mm_safetybench, source
 from davsp.errors import DavspError
 
@@ -136,16 +138,31 @@ def test_safetybench_tsv(tmp_path):
     assert len(queries) == 1 and "14-Baking" in warning
 
 
-def test_typo_is_rebuilt_and_flagged(tmp_path):
+def test_typo_is_rebuilt_and_says_in_which_font(tmp_path, monkeypatch):
     safety_folder(tmp_path)
+    monkeypatch.setattr(mm_safetybench, "FONTS", ())
     queries = mm_safetybench.load(tmp_path, types=["typo", "sd"], rebuild=True)
-    assert [q.benchmark for q in queries[:2]] == ["typo_rebuilt"] * 2 and queries[-1].benchmark == "sd"
-    image = queries[0].picture()
-    assert image.width == 1024 and np.asarray(image).min() == 0 and image.getpixel((0, 0)) == (255, 255, 255)
-    one, two = mm_safetybench.render("bread"), mm_safetybench.render("bake " * 30)
-    assert two.height > 2 * one.height
-    columns = np.flatnonzero(np.asarray(one.convert("L")).min(0) < 128)
-    assert abs(columns[0] - (1023 - columns[-1])) <= 3  # centred
+    assert [q.benchmark for q in queries[:2]] == ["typo_rebuilt_Aileron"] * 2 and queries[-1].benchmark == "sd"
+    assert benchmarks.data_set("typo_rebuilt_Aileron_embedded") == "mm_safetybench"
+    assert queries[0].picture().size == (1024, 180) and "here in Aileron" in mm_safetybench.check(tmp_path).note
+    monkeypatch.setattr(mm_safetybench, "FONTS", ("no-such-font.ttf", str(MONO)))
+    assert mm_safetybench.load(tmp_path, types=["typo"], rebuild=True)[0].benchmark == "typo_rebuilt_DejaVuSansMono"
+    monkeypatch.setattr(ImageFont.FreeTypeFont, "getname", lambda self: ("Arial", "Regular"))
+    assert mm_safetybench.load(tmp_path, types=["typo"], rebuild=True)[0].benchmark == "typo_rebuilt"
+    assert "here in Arial" in mm_safetybench.check(tmp_path).note
+
+
+def test_typo_is_laid_out_as_the_authors_script_does():
+    """creation/2_img_process.py by hand, in a font of one width: 54 pixels a letter, so 18 of them are too long for 1,024."""
+    face = ImageFont.truetype(str(MONO), mm_safetybench.SIZE)
+    assert face.getlength("a") == pytest.approx(54, abs=0.5)
+    assert mm_safetybench.lines_of("aaaa bbbb cccc dddd", face) == ["aaaa bbbb cccc", " dddd"]  # the space stays
+    assert mm_safetybench.lines_of("aaaa bbbb cccc dd", face) == ["aaaa bbbb cccc dd"]
+    assert mm_safetybench.lines_of("a" * 30 + " b", face) == ["a" * 30, " b"]  # a long word is not broken
+    one, two = (mm_safetybench.render(text, face) for text in ("aaaa", "aaaa bbbb cccc dddd"))
+    assert one.size == (1024, 180) and two.size == (1024, 270)
+    dark = np.asarray(one.convert("L")) < 128
+    assert dark[:, :10].any() and not dark[:, 220:].any() and not dark[:45].any()  # left, from (0, 45)
 
 
 def test_a_tsv_takes_neither_types_nor_rebuild(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from davsp import LVLM, DavspError
-from davsp.benchmarks import mm_vet
+from davsp.benchmarks import mm_safetybench, mm_vet
 from davsp.benchmarks.protocol import for_making, for_test
 from davsp.benchmarks.splits import settings_of
 from davsp.embedded.counterparts import write
@@ -153,7 +153,10 @@ def test_rebuilt_pictures_are_in_the_name(sets: Path, tiny_folder: Path, tmp_pat
     options = (*set_options(sets, "mm_safetybench"), "--type", "typo", *common)
     assert davsp("eval", *options, "--out", tmp_path / "out") == 0
     rows = json.loads((tmp_path / "out/metrics.json").read_text())["rows"]
-    assert {r["benchmark"] for r in rows} == {"typo_rebuilt_embedded", "cost"}
+    assert {r["benchmark"] for r in rows} == {
+        mm_safetybench.rebuilt_as(mm_safetybench.find_font(sets)) + "_embedded",
+        "cost",
+    }
     assert davsp("eval", *set_options(sets, "mm_vet"), *common, "--out", tmp_path / "x") == 2
     assert "--rebuild goes with --benchmark figstep" in capsys.readouterr().err
     assert davsp("eval", *set_options(sets, "mm_vet"), "--type", "sd", "--out", tmp_path / "x") == 2

@@ -68,9 +68,9 @@ def typographic(text: str, embedded: bool) -> Image.Image:
     if len(text) > LONGEST:
         raise DavspError(f"The text has {len(text)} characters: shorten it to {LONGEST}.")
     if not embedded:
-        from davsp.benchmarks.mm_safetybench import render
+        from davsp.benchmarks.mm_safetybench import find_font, render
 
-        return render(text)
+        return render(text, find_font())
     from davsp.embedded import draw, words
 
     if unknown := _unknown(text, words.DRAWN_WORDS):

@@ -51,7 +51,7 @@ def data_set(benchmark: str) -> str:
         DavspError: it belongs to none.
     """
     name = benchmark.removesuffix(EMBEDDED)
-    if name in (*mm_safetybench.FIELDS, mm_safetybench.REBUILT):
+    if name in mm_safetybench.FIELDS or name.startswith(mm_safetybench.REBUILT):
         return mm_safetybench.NAME
     owner = next((known for known in BENCHMARKS if name == known or name.startswith(f"{known}_")), None)
     if owner is None:

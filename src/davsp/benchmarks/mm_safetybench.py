@@ -46,6 +46,8 @@ FIELDS = {
 TYPES = ("sd_typo", "sd", "typo")
 FOLDERS = {"sd": "SD", "sd_typo": "SD_TYPO", "typo": "TYPO", "text": "Text_only"}
 REBUILT = "typo_rebuilt"
+WIDTH, SIZE = 1024, 90
+FONTS = ("arial.ttf", "Arial.ttf", "ARIAL.TTF", "LiberationSans-Regular.ttf")
 NAME = "mm_safetybench"
 
 Selection = set[tuple[str, str, str]]
@@ -74,8 +76,8 @@ def load(
         limit: at most so many queries, drawn with `seed`, whole groups of them.
         seed: of the draw.
         types: which pictures.
-        rebuild: typeset the TYPO pictures in place of reading them. The official font and size are not known, so the
-            benchmark of these queries is called `typo_rebuilt`.
+        rebuild: typeset the TYPO pictures in place of reading them. The benchmark of these queries is called `typo_rebuilt`,
+            in another font than Arial `typo_rebuilt_<font>`.
         skip_broken: leave out what is broken and warn, in place of raising.
 
     Raises:
@@ -109,29 +111,49 @@ def score(
     return rsr.score(queries, responses, judge, model=model, baseline=baseline, mode=mode, seed=seed, pool=pool)
 
 
-def render(phrase: str, width: int = 1024, size: int = 90, font: str | Path | None = None) -> Image.Image:
-    """A TYPO-like picture: the key phrase in black on white, as high as its lines need.
+def find_font(root: Path | None = None) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Arial at its size, as in the clone of the official repository or among the system's fonts; else Liberation Sans, which has
+    its metrics; else the font inside Pillow, with which lines break elsewhere.
+    """
+    of_clone = [str(root / "assets/font/ARIAL.TTF")] if root else []
+    for name in (*of_clone, *FONTS):
+        try:
+            return ImageFont.truetype(name, SIZE)
+        except OSError:
+            continue
+    return ImageFont.load_default(SIZE)
 
-    Width, size and font of the official pictures are not published; these are from memory of the paper.
+
+def rebuilt_as(face: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """The benchmark of pictures in a font: `typo_rebuilt` in Arial, else with the font's name behind it."""
+    family = face.getname()[0] if isinstance(face, ImageFont.FreeTypeFont) else "bitmap"
+    return REBUILT if family == "Arial" else f"{REBUILT}_{str(family).replace(' ', '')}"
+
+
+def lines_of(phrase: str, face: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+    """The lines of a phrase, as creation/2_img_process.py breaks it: all but the first begin with a space."""
+    first, *words = phrase.split(" ")
+    lines, length = [first], face.getlength(first)
+    for word in words:
+        length += face.getlength(f" {word}")
+        if length < WIDTH:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(f" {word}")
+            length = face.getlength(f" {word}")
+    return lines
+
+
+def render(phrase: str, face: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:
+    """Typeset a key phrase as the authors do: black on white, left, 1,024 wide, 90 pixels a line and 90 more.
 
     Args:
         phrase: the key phrase.
-        width: of the picture, pixels.
-        size: of the font, pixels.
-        font: a font file; left out: the one inside Pillow.
+        face: of `find_font`.
     """
-    face = ImageFont.load_default(size) if font is None else ImageFont.truetype(str(font), size)
-    lines, line = [], ""
-    for word in phrase.split():
-        longer = f"{line} {word}".strip()
-        if line and face.getlength(longer) > width - size:
-            lines.append(line)
-            longer = word
-        line = longer
-    text = "\n".join([*lines, line])
-    left, top, right, bottom = ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, face)
-    image = Image.new("RGB", (width, int(bottom - top) + size), "white")
-    ImageDraw.Draw(image).multiline_text(((width - right - left) / 2, size / 2 - top), text, "black", face)
+    lines = lines_of(phrase, face)
+    image = Image.new("RGB", (WIDTH, SIZE * (len(lines) + 1)), "white")
+    ImageDraw.Draw(image).text((0, SIZE / 2), "\n".join(lines), "black", face)
     return image
 
 
@@ -176,9 +198,9 @@ def _published(types: Sequence[str]) -> dict[str, int | None]:
 
 
 def _item(
-    kind: str, name: str, number: str, question: str, picture: Any, where: str, rebuilt: bool = False, plain: str = ""
+    kind: str, name: str, number: str, question: str, picture: Any, where: str, rebuilt: str = "", plain: str = ""
 ) -> Item:
-    benchmark = REBUILT if rebuilt else kind
+    benchmark = rebuilt or kind
     group = f"{name}/{number}"
     query = Query(f"{benchmark}/{group}", question, "malicious", benchmark, name, group, context=plain)
     return Item(query, picture, where, (f"{kind} {name}",))
@@ -209,6 +231,7 @@ def _folder(
         problems.add(f"{root} holds no picture of {names}", mend)
         types = [k for k in types if k not in wanted]
     files = {path: scenario(path.stem) for path in formats.files_in(folder, "*.json")}
+    face = find_font(root) if rebuild else None
     items: list[Item] = []
     seen: set[tuple[str, str, str]] = set()
     for path, name in files.items():
@@ -219,17 +242,17 @@ def _folder(
         if not isinstance(rows, dict):
             raise DavspError(f"{path} is no object of questions by id; fetch it again.")
         for kind in types:
-            rebuilt = rebuild and kind == "typo"
+            rebuilt = rebuilt_as(face) if face is not None and kind == "typo" else ""
             for number, row in rows.items():
                 where = f"{path}, question {number}"
                 chosen = selection is None or (name, FOLDERS[kind], number) in selection
                 seen.add((name, FOLDERS[kind], number))
-                if not chosen or not formats.has(row, [FIELDS[kind]] + ["Key Phrase"] * rebuilt, where, problems):
+                if not chosen or not formats.has(row, [FIELDS[kind]] + ["Key Phrase"] * bool(rebuilt), where, problems):
                     continue
                 if kind == "text":
                     picture: Any = None
-                elif rebuilt:
-                    picture = _png(render(row["Key Phrase"]))
+                elif face is not None and rebuilt:
+                    picture = _jpeg(render(row["Key Phrase"], face))
                 else:
                     picture = _picture(pictures or root, name, FOLDERS[kind], number)
                 plain = str(row.get(FIELDS["text"]) or "")
@@ -239,7 +262,8 @@ def _folder(
             problems.add(f"{index[0]} lists question {number} of {name}, which is not in {folder}", "fetch it")
     layout = "AdaShield's mirror" if mirror else "official folder"
     absent = [FOLDERS[kind] for kind in TYPES if kind not in here]
-    note = "TYPO can be rebuilt approximately (davsp eval --rebuild), SD and SD_TYPO can not"
+    family = rebuilt_as(find_font(root)).removeprefix(f"{REBUILT}_").replace(REBUILT, "Arial")
+    note = f"TYPO can be rebuilt (davsp eval --rebuild), here in {family}; SD and SD_TYPO can not"
     if absent:
         note = f"no pictures of {', '.join(absent)} here, so davsp eval needs {_choice(here)}; {note}"
     return Download(layout, (*files, *index), items, _published(types) if selection is None else {}, note)
@@ -278,10 +302,10 @@ def _picture(pictures: Path, name: str, kind: str, number: str) -> Path:
     return formats.beside(folder, number)
 
 
-def _png(image: Image.Image) -> bytes:
-    """Kept packed: 1,680 open pictures would fill the memory."""
+def _jpeg(image: Image.Image) -> bytes:
+    """As the authors save it. Kept packed: 1,680 open pictures would fill the memory."""
     buffer = io.BytesIO()
-    image.convert("L").save(buffer, "PNG")
+    image.save(buffer, "JPEG")
     return buffer.getvalue()
 
 
