@@ -22,7 +22,7 @@ def test_nothing_is_broken(name: str, times: int) -> None:
 
 
 def test_what_would_leave_undefended_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("davsp.serve.app.sweep", lambda *arguments: None)
+    monkeypatch.setattr("davsp.serve.preparation.sweep", lambda *arguments: None)
     assert any("a picture in a text" in one for one in bodies.run(1, 200).broken)
 
 

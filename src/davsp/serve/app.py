@@ -1,20 +1,15 @@
 """The proxy itself: who may ask, what is read, defended and sent on, and how it ends."""
 
 import asyncio
-import json
 import logging
-import re
-import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import httpx2
-from PIL import Image
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
@@ -23,16 +18,17 @@ from starlette.routing import Route
 
 from davsp.defenses import Defense
 from davsp.errors import DavspError
-from davsp.serve import calls, fields, messages, refusals
+from davsp.serve import calls, messages, refusals
 from davsp.serve.admission import SMALL, Room, Seat, admit, read
-from davsp.serve.bodies import START, Body, parse
+from davsp.serve.bodies import START, Body
 from davsp.serve.canaries import Readiness, Report, border_of
 from davsp.serve.connections import Drained
 from davsp.serve.counters import Counters
 from davsp.serve.fetch import Fetcher
-from davsp.serve.pictures import Budget, decoded, from_data_url, url_bytes
+from davsp.serve.pictures import decoded
+from davsp.serve.preparation import Preparation, elsewhere
 from davsp.serve.protocols import CHAT, RESPONSES, Protocol
-from davsp.serve.refusals import Refusal, bad
+from davsp.serve.refusals import Refusal
 from davsp.serve.replies import Completion, reply
 from davsp.serve.settings import ServeSettings
 from davsp.serve.sweep import sweep
@@ -62,13 +58,13 @@ class Proxy:
         self.defense, self.settings = defense, settings
         self.hash = defense.sha256()
         self.suffix = f"+davsp-{self.hash[:12]}"
-        self.once = calls.asks_once(defense)
+        self.work = Preparation(defense, settings, self.suffix)
         self.token = settings.token
         self.metrics, self.under_way = Counters(), 0
         self.upstream = Upstream(settings, transport)
         self.ready = Readiness(self.upstream, settings, border_of(defense), report)
         self.fetch = fetcher or Fetcher(settings.allow_hosts, settings.max_picture_bytes, settings.fetch_timeout)
-        self.room, self.budget = Room(settings.max_held), Budget(settings.max_decoding)
+        self.room = Room(settings.max_held)
         self.readers = ThreadPoolExecutor(1, "davsp-small"), ThreadPoolExecutor(1, "davsp-large")
         self.painters = ThreadPoolExecutor(settings.threads, "davsp-pictures")
         self.callers = ThreadPoolExecutor(settings.concurrency, "davsp-calls")
@@ -134,18 +130,18 @@ class Proxy:
 
     async def _respond(self, protocol: Protocol, request: Request, inbox: list[bytearray], seat: Seat) -> Response:
         start = time.perf_counter()
-        if protocol is RESPONSES and not self.once:
+        if protocol is RESPONSES and not self.work.once:
             raise Refusal(
                 501, f"{self.defense.name} asks the model more than once; ask it by /v1/chat/completions.", "not_served"
             )
         paints = inbox[0].find(START) >= 0
         pool = self.painters if paints else self.readers[len(inbox[0]) > SMALL]
-        body, urls, sent = await self._in_thread(pool, self._read, protocol, inbox.pop(), paints)
+        body, urls, sent = await self._in_thread(pool, self.work.read, protocol, inbox.pop(), paints)
         if body is not None:
             files = await self._fetched(urls, body, seat)
-            if not self.once and not self._idle(urls):
+            if not self.work.once and not self.work.idle(urls):
                 return await self._ask_repeatedly(request, body, files)
-            sent = await self._in_thread(self.painters, self._defended, protocol, body, urls, files)
+            sent = await self._in_thread(self.painters, self.work.defended, protocol, body, urls, files)
             del body, files
         seat.resize(len(sent[0]))
         self.metrics.pictures.inc(len(urls))
@@ -155,55 +151,11 @@ class Proxy:
         self.metrics.upstream.observe(time.perf_counter() - start)
         return response
 
-    def _read(self, protocol: Protocol, data: bytearray, paints: bool) -> tuple[Body | None, list[str], list[bytes]]:
-        """A request's pictures' addresses and what is sent on, or, if there is more to do before, the request; runs in a thread.
-
-        Args:
-            data: the bytes; the body's pictures are views of them, so both are let go together.
-            paints: whether this thread may do so; texts wait for the others.
-        """
-        body = parse(data, self.settings)
-        urls = protocol.picture_urls(protocol.check(body.value))
-        fields.check(body.value, self.settings.allow_fields, protocol.known)
-        body.value["model"] = self._plain(body.value.get("model"))
-        if len(urls) > self.settings.max_images:
-            most = self.settings.max_images
-            raise bad(f"the request holds {len(urls)} pictures, at most {most}.", "too_many_pictures")
-        ready = (self.once or self._idle(urls)) and (paints or not urls) and not _elsewhere(urls, body)
-        return (None, urls, self._defended(protocol, body, urls, {})) if ready else (body, urls, [])
-
-    def _idle(self, urls: list[str]) -> bool:
-        return not urls and self.settings.image_free == "pass"
-
     async def _fetched(self, urls: list[str], body: Body, seat: Seat) -> dict[str, bytes]:
         """The files of pictures that are elsewhere, each in the seat before it is asked for."""
-        elsewhere = _elsewhere(urls, body)
-        seat.resize(seat.size + len(elsewhere) * self.settings.max_picture_bytes)
-        return dict(zip(elsewhere, await asyncio.gather(*map(self.fetch, elsewhere)), strict=True))
-
-    def _files(self, urls: list[str], body: Body, fetched: dict[str, bytes]) -> list[bytes]:
-        most = self.settings.max_picture_bytes
-        return [fetched[url] if url in fetched else from_data_url(url, most, body.pictures) for url in urls]
-
-    def _defended(self, protocol: Protocol, body: Body, urls: list[str], fetched: dict[str, bytes]) -> list[bytes]:
-        """What is sent on, in one piece; runs in a thread, where Pillow, zlib and base64 leave the interpreter free."""
-        place = secrets.token_hex()  # in a canvas' stead; no client can know it
-        conversation, canvases = body.value[protocol.conversation], list[bytes]()
-
-        def send(picture: Image.Image) -> str:
-            canvases.append(url_bytes(picture))
-            return place
-
-        with closing(decoded(self._files(urls, body, fetched), self.settings, self.budget)) as pictures:
-            if not self._idle(urls):
-                conversation = protocol.defended(self.defense, conversation, pictures, send)
-        leaving = body.value | {protocol.conversation: conversation}
-        sweep(leaving, {place}, self.settings.max_values)
-        try:
-            text = json.dumps(leaving, allow_nan=False).encode()
-        except ValueError as error:
-            raise bad("the body holds a number that JSON has no word for.") from error
-        return [_filled(text, place.encode(), canvases)]
+        missing = elsewhere(urls, body)
+        seat.resize(seat.size + len(missing) * self.settings.max_picture_bytes)
+        return dict(zip(missing, await asyncio.gather(*map(self.fetch, missing)), strict=True))
 
     async def _ask_repeatedly(self, request: Request, body: Body, fetched: dict[str, bytes]) -> Response:
         """The answer of a defense that asks more than once."""
@@ -227,8 +179,8 @@ class Proxy:
         longest = calls.longest(body.value, self.settings.max_new_tokens)
         left = messages.without_pictures(body.value["messages"])
         sweep(body.value | {"messages": left}, (), self.settings.max_values)
-        files = self._files(messages.picture_urls(body.value["messages"]), body, fetched)
-        with closing(decoded(files, self.settings, self.budget)) as pictures:
+        files = self.work.files(messages.picture_urls(body.value["messages"]), body, fetched)
+        with closing(decoded(files, self.settings, self.work.budget)) as pictures:
             completion = calls.answer(self.defense, lvlm, question, next(pictures, None), longest)
         self.metrics.pictures.inc(len(files))
         return completion
@@ -250,18 +202,6 @@ class Proxy:
             else:
                 await asyncio.gather(asyncio.wrap_future(future), return_exceptions=True)
             raise
-
-    def _plain(self, name: Any) -> str:
-        """The upstream's own name of a model."""
-        if not isinstance(name, str) or not name:
-            raise bad("model must be a text.", param="model")
-        plain = name.removesuffix(self.suffix)
-        if plain != name or (self.settings.plain_names and not re.search(r"\+davsp-[0-9a-f]{12}$", name)):
-            return plain
-        mend = re.sub(r"\+davsp-[0-9a-f]{12}$", "", name) + self.suffix
-        raise Refusal(
-            404, f"model {name!r} is not served; under this defense it is {mend!r}.", "model_not_found", "model"
-        )
 
     # -- the rest --------------------------------------------------------------------------------------------------
 
@@ -354,18 +294,8 @@ async def _unless_gone(request: Request, work: Any) -> Response:
         del task, watch  # an error holds this frame, and a task its error
 
 
-def _elsewhere(urls: list[str], body: Body) -> list[str]:
-    return [url for url in dict.fromkeys(urls) if url not in body.pictures and url[:5].lower() != "data:"]
-
-
 async def _busy(request: Request) -> Response:
     raise Refusal(429, "the proxy is busy; ask again.", "busy")
-
-
-def _filled(text: bytes, place: bytes, urls: list[bytes]) -> bytes:
-    """JSON with each picture in its place: the encoder, which looks at each letter, would take a tenth of a request's time."""
-    first, *rest = text.split(place)
-    return b"".join([first, *chain.from_iterable(zip(urls, rest, strict=True))])
 
 
 async def _missing(request: Request, error: Exception) -> Response:
