@@ -60,20 +60,26 @@ def test_verdicts_from_a_failing_server(server: Judge, tmp_path: Path, count: in
 
     with pytest.raises(Interrupted, match="same command again"):
         judge(server, cache, **options).judge_all(pairs)
-    first = server.requests.total()
+    first = server.requests.copy()
     assert kill_at <= server.answered.total() < kill_at + 100
-    verdicts = judge(server, cache, **options).judge_all(pairs)
+    again = judge(server, cache, **options)
+    stored = {n for n, (query, response) in enumerate(pairs) if again.cache.get(again._key(query, response.text))}
+    verdicts = again.judge_all(pairs)
 
     assert [v.query_id for v in verdicts] == [q.id for q, _ in pairs]
     for n, verdict in enumerate(verdicts):
         assert verdict.label == ("unscored" if n in never else truth(n)), (n, verdict)
     assert set(server.answered) == set(range(count)) - never
-    assert set(server.answered.values()) == {1}, "an answer that had been judged was asked for again"
-    assert server.requests.total() - server.answered.total() > 0.25 * server.requests.total() > 0.25 * first
+    assert server.answered.total() * 0.98 < len(
+        server.answered
+    )  # on a busy machine a reply may come after the timeout, and is lost
+    assert len(stored) > 0.9 * kill_at
+    for n in stored:
+        assert server.requests[n] == first[n], f"{n} had been judged and was asked for again"
+    assert server.requests.total() - server.answered.total() > 0.25 * server.requests.total() > 0.25 * first.total()
 
     before = server.requests.total()
-    again = judge(server, cache, attempts=2).judge_all(pairs)
-    assert again == verdicts
+    assert judge(server, cache, attempts=2).judge_all(pairs) == verdicts
     assert server.requests.total() - before == 2 * len(never)  # what is unscored is not done, and asked for anew
 
 
