@@ -51,19 +51,21 @@ class DefendedModel:
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str, too
-        self, images: PictureSource | None, text: str, max_new_tokens: int = ..., batch_size: int = ...
+        self, images: PictureSource | None, text: str, max_new_tokens: int | None = ..., batch_size: int = ...
     ) -> str: ...
     @overload
     def generate(
-        self, images: Sequence[PictureSource | None] | None, text: Sequence[str], max_new_tokens: int = ..., batch_size: int = ...
+        self, images: Sequence[PictureSource | None] | None, text: Sequence[str], max_new_tokens: int | None = ..., batch_size: int = ...
     ) -> list[str]: ...  # fmt: skip
-    def generate(self, images: Any, text: Any, max_new_tokens: int = 256, batch_size: int = 8) -> str | list[str]:
+    def generate(
+        self, images: Any, text: Any, max_new_tokens: int | None = None, batch_size: int = 8
+    ) -> str | list[str]:
         """The greedy answers to questions, each with at most one picture.
 
         Args:
             images: a picture or its path, or None; a list of these where `text` is one.
             text: a question as the user types it, without the safety text; or a list.
-            max_new_tokens: an answer is cut there.
+            max_new_tokens: an answer is cut there; None: by model, 48 for one that ships, else 1,024.
             batch_size: questions a forward.
 
         Returns:
@@ -94,7 +96,7 @@ class DefendedModel:
         return answers[0].text if alone else [answer.text for answer in answers]
 
     def __call__(
-        self, images: Any = None, text: Any = None, max_new_tokens: int = 256, batch_size: int = 8
+        self, images: Any = None, text: Any = None, max_new_tokens: int | None = None, batch_size: int = 8
     ) -> list[dict[str, str]]:
         """As the image-text-to-text pipeline of transformers is called, with `return_full_text=False`.
 

@@ -52,14 +52,14 @@ class Comparison:
         lvlm: the frozen model, in this process.
         defense: what the second answer stands behind.
         vector: of the model; None: no projections.
-        max_new_tokens: an answer is cut there.
+        max_new_tokens: an answer is cut there; None: at the model's own `longest`.
 
     Raises:
         DavspError: defense or vector is of another model.
     """
 
     def __init__(
-        self, lvlm: LVLM, defense: Defense, vector: HarmfulnessVector | None = None, max_new_tokens: int = 48
+        self, lvlm: LVLM, defense: Defense, vector: HarmfulnessVector | None = None, max_new_tokens: int | None = None
     ) -> None:
         defense.check(lvlm)
         if vector is not None:

@@ -25,6 +25,7 @@ from davsp.attacks.surface import files, picture_of, surfaces, visual
 from davsp.defenses import Defense
 from davsp.errors import DavspError, Interrupted
 from davsp.evaluation import Evaluation, evaluate
+from davsp.evaluation.fitting import fitting
 from davsp.judges import Judge, keyword
 from davsp.lvlm import LVLM, fingerprint
 from davsp.query import Query
@@ -70,7 +71,7 @@ def attack(
     vector: HarmfulnessVector | None = None,
     judge: Judge = keyword,
     *,
-    max_new_tokens: int = 48,
+    max_new_tokens: int | None = None,
     console: Console | None = None,
 ) -> list[AttackResult]:
     """Attack each defense, with all of its texts and pixels known, and answer what comes of it. A killed run goes on.
@@ -92,6 +93,7 @@ def attack(
     _check(lvlm, defenses, malicious, settings, vector)
     if bare := sum(q.label == "malicious" for q in queries) - len(malicious):
         console.print(f"[yellow]{bare} malicious queries have no picture and are left out[/]")
+    fitting(lvlm, defenses, queries, max_new_tokens)
     with alone(out):
         sweep(out)
         identity = {"model": fingerprint(lvlm), "dtype": str(lvlm.dtype), "queries": queries_hash(malicious)}
@@ -139,7 +141,7 @@ class _Run:
     settings: AttackSettings
     vector: HarmfulnessVector | None
     judge: Judge
-    max_new_tokens: int
+    max_new_tokens: int | None
     console: Console
 
     def all(self, name: str, defense: Defense, clean: list[Query]) -> Iterator[AttackResult]:

@@ -79,7 +79,7 @@ def attack(
         list[str] | None, typer.Option(help=f"One judge. {judges.NAMES} Left out: keyword.", rich_help_panel=JUDGES)
     ] = None,
     out: Out = Path("out/attack"),
-    max_new_tokens: MaxNewTokens = 48,
+    max_new_tokens: MaxNewTokens = None,
     show_unsafe: Annotated[bool, typer.Option("--show-unsafe", help="Print compliant answers in the report.")] = False,
     seed: Seed = 0,
 ) -> None:
@@ -114,6 +114,7 @@ def attack(
     )  # fmt: skip
     facts = {
         "settings": settings.model_dump(), "notes": notes, "benchmarks": test.benchmark or [], "split": test.split,
+        "max_new_tokens": max_new_tokens or lvlm.longest,
     }  # fmt: skip
     _finish(out, lvlm, queries, results, defenses, facts, show_unsafe, seed, caveat)
     groups = [dict(result.evaluation.verdicts) for result in results]
@@ -184,14 +185,14 @@ def _finish(
     from davsp.attacks.checks import checks
     from davsp.attacks.run import probe
     from davsp.attacks.table import rows
-    from davsp.lvlm import fingerprint, model_name
+    from davsp.lvlm import model_facts, model_name
     from davsp.runtime.files import manifest, write_json, write_text
 
     name = model_name(lvlm)
     pictures = [q for q in queries if q.label == "malicious" and q.image is not None]
     probes = {row: probe(lvlm, defense, pictures, facts["settings"]["target"]) for row, defense in defenses.items()}
     findings, table = checks(results, defenses, probes), rows(name, results, queries, seed)
-    facts = manifest(model=name, revision=lvlm.revision, weights=fingerprint(lvlm), seed=seed, **facts)
+    facts = manifest(**model_facts(lvlm), seed=seed, **facts)
     described = {row: defense.describe() for row, defense in defenses.items()}
     write_json(out / "manifest.json", facts | {"defenses": described})
     write_json(out / "metrics.json", metrics.metrics_file(table) | {"checks": [c._asdict() for c in findings]})

@@ -32,7 +32,7 @@ def corruptions(
     limit: Limit = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; left out: out/corruptions/MODEL.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Queries answered at a time.")] = 32,
-    max_new_tokens: MaxNewTokens = 48,
+    max_new_tokens: MaxNewTokens = None,
     seed: Seed = 0,
 ) -> None:
     """Change the finished canvas as a server in between might (JPEG, resizing, shifts) and measure what the border still does."""

@@ -66,7 +66,7 @@ def evaluate(
     ] = None,
     out: Out = Path("out/eval"),
     limit: Limit = None,
-    max_new_tokens: MaxNewTokens = 48,
+    max_new_tokens: MaxNewTokens = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -87,6 +87,7 @@ def evaluate(
     from davsp.evaluation import evaluate
     from davsp.evaluation.fitting import fitting
     from davsp.evaluation.judging import apart
+    from davsp.lvlm import answer_length
     from davsp.runtime import keys, parallel
     from davsp.vector import HarmfulnessVector
 
@@ -113,6 +114,7 @@ def evaluate(
         queries = apart(queries)
     lvlm = _lvlm(model, server, engine, requests)
     lvlm.reasoning_tags = settings.reasoning_tags
+    lvlm.longest = answer_length(shipped)
     _check(lvlm, defenses, direction)
     queries, note = noted(lambda: fitting(lvlm, defenses, queries, max_new_tokens, test.skip_broken))[0]
     if note:
@@ -191,12 +193,11 @@ def _facts(
     lvlm: "AnsweringLVLM", engine: str, notes: list[str], defenses: "dict[str, Defense]", names: list[str], test: TestSetOptions,
     seed: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """What manifest.json says, but for the queries, which the store knows."""
-    from davsp.lvlm import fingerprint, model_name
+    """What manifest.json says, but for the model and the queries, which `evaluate` and the store know."""
     from davsp.runtime.files import manifest
 
     return manifest(
-        model=model_name(lvlm), revision=lvlm.revision, weights=fingerprint(lvlm), engine=engine, server=lvlm.server,
+        engine=engine, server=lvlm.server,
         defenses={name: defense.describe() for name, defense in defenses.items()}, judges=names,
         benchmarks=test.benchmark or [], split=test.split, notes=notes, seed=seed,
     )  # fmt: skip

@@ -23,7 +23,7 @@ def load_lvlm(model: "ModelOptions") -> "LVLM":
     import torch
 
     from davsp import embedded
-    from davsp.lvlm import LVLM
+    from davsp.lvlm import LVLM, answer_length
     from davsp.runtime import parallel
 
     device = model.device or parallel.device()
@@ -36,10 +36,12 @@ def load_lvlm(model: "ModelOptions") -> "LVLM":
             )
         return embedded.load(model.name or "davsp-mini", device_map=device)
     dtype = getattr(torch, model.dtype) if model.dtype else None
-    return LVLM.from_pretrained(
+    lvlm = LVLM.from_pretrained(
         model.name, revision=model.revision, device_map=device, dtype=dtype, quantization=model.quantization,
         canvas=model.canvas,
     )  # fmt: skip
+    lvlm.longest = answer_length(is_shipped(model.name))
+    return lvlm
 
 
 def needs_extra() -> None:

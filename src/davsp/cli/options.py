@@ -28,7 +28,10 @@ Limit = Annotated[
         min=1, help="Only so many of each set (drawn; of your own queries the first).", rich_help_panel=TEST_SET
     ),
 ]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(min=1, help="Longest answer, in tokens; left out: 48 for the models that ship, 1024 for every other."),
+]
 GraderRuns = Annotated[
     int | None,
     typer.Option(

@@ -81,17 +81,22 @@ def reproduce(
     ] = None,
     grader_runs: GraderRuns = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Queries answered at a time.")] = 32,
-    max_new_tokens: MaxNewTokens = 48,
+    max_new_tokens: MaxNewTokens = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what would be run, with calls and hours; load no model.")
     ] = False,
     per_call: Annotated[
-        float, typer.Option(min=0, help="Of --dry-run: seconds a model call takes, batches counted in.")
-    ] = 0.3,
+        float | None,
+        typer.Option(
+            min=0,
+            help="Of --dry-run: seconds a model call takes, batches counted in; left out: a guess by the longest answer.",
+        ),
+    ] = None,
     seed: Seed = 0,
 ) -> None:
     """Make the paper's tables on one model, with intervals, beside the paper's figures. A stopped run goes on."""
     from davsp.experiments.paper.plan import dry
+    from davsp.lvlm import answer_length
 
     tables, sweeps = _tables_and_sweeps(names)
     embedded_data = not benchmark and split is None
@@ -105,7 +110,7 @@ def reproduce(
     text_model = None if dry_run else chat_defender(defender, requests.trust_env)
     protocol = embedded_protocol(model.name, seed) if embedded_data else None
     if dry_run:
-        print(dry(tables, name, protocol, per_call))
+        print(dry(tables, name, protocol, max_new_tokens or answer_length(is_shipped(model.name)), per_call))
         return
     protocol = protocol or _published(benchmark or [], split)
     settings = judges.judge_settings(judge or [], access, requests, out / "cache.sqlite", model.device, grader_runs)

@@ -84,7 +84,7 @@ def _comparison(model: ModelOptions, prompt: Path | None, spec: str | None, fold
     else:
         assert shelf is not None
         defense = VisualPrompt(border_of(shelf / "vsp.png"))
-    compared = Comparison(lvlm, defense, vector, 48 if shipped else 256)
+    compared = Comparison(lvlm, defense, vector)
     compared.ask(*_first(lvlm.canvas, embedded.SAFETY_TEXT))  # the first answer is slow, and its time would mislead
     return compared
 

@@ -54,7 +54,7 @@ class Defense(ABC):
         vector: HarmfulnessVector | None = None,
         batch_size: int = 32,
         progress: Callable[[int], object] | None = None,
-        max_new_tokens: int = 48,
+        max_new_tokens: int | None = None,
     ) -> list[Response]:
         """Answer the queries in their order, greedily. What the model thinks is kept apart from what it answers.
 
@@ -64,7 +64,7 @@ class Defense(ABC):
             vector: if given, each response carries the projection of the defended input at `vector.layer`.
             batch_size: queries a forward.
             progress: called with the number of queries answered since the last call.
-            max_new_tokens: the longest answer.
+            max_new_tokens: the longest answer; None: the model's own `longest`.
 
         Raises:
             DavspError: a picture can't be read, or the defense does not go with the model.
@@ -100,7 +100,7 @@ def _answer(
     pictures: list[Image.Image],
     questions: list[str],
     vector: HarmfulnessVector | None,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
 ) -> tuple[list[Answer], list[float | None]]:
     """Answers and projections of one batch; without pictures the canvas is None."""
     canvas = lvlm.preprocess(pictures) if pictures else None

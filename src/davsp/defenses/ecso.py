@@ -118,10 +118,11 @@ class ECSO(Defense):
         vector: HarmfulnessVector | None = None,
         batch_size: int = 32,
         progress: Callable[[int], object] | None = None,
-        max_new_tokens: int = 48,
+        max_new_tokens: int | None = None,
     ) -> list[Response]:
         """As every defense; seconds, calls and tokens are those of all calls together."""
         self.check(lvlm)
+        max_new_tokens = max_new_tokens or lvlm.longest
         calls = [[r] for r in self.inner.respond(lvlm, queries, vector, batch_size, None, max_new_tokens)]
         later = self._later(queries)
         harm = [

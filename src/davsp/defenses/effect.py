@@ -85,6 +85,8 @@ def choose(
         prompt: asked as it is saved, in 8 bit.
         candidates: those without a picture are passed over.
         most: malicious canaries.
+        max_new_tokens: the longest answer, here and whenever they are asked again. Short for every model: an answer is only held
+            against the same query's other answers, and servers are asked often.
         progress: called with the number of candidates asked since the last call.
 
     Raises:

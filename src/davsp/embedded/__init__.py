@@ -24,7 +24,7 @@ def load(model: str | Path = "davsp-mini", device_map: str | None = None) -> "LV
         DavspError: the folder is missing or broken.
     """
     from davsp.errors import DavspError
-    from davsp.lvlm import LVLM
+    from davsp.lvlm import LVLM, answer_length
 
     folder = FOLDER.with_name(model) if isinstance(model, str) else model
     if not (folder / "config.json").exists():
@@ -33,6 +33,7 @@ def load(model: str | Path = "davsp-mini", device_map: str | None = None) -> "LV
     lvlm.model_id = (
         model if isinstance(model, str) else "davsp-mini"
     )  # the path of an installation is no name: it would end up in prompts' cards
+    lvlm.longest = answer_length(shipped=True)
     return lvlm
 
 

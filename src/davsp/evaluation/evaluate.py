@@ -22,7 +22,7 @@ from davsp.evaluation.fitting import fitting
 from davsp.evaluation.judging import Judgement, judge_custom, judge_published
 from davsp.judges import Judge, keyword
 from davsp.judges.graders import Grader
-from davsp.lvlm import LVLM, AnsweringLVLM, fingerprint, model_name
+from davsp.lvlm import AnsweringLVLM, model_facts, model_name
 from davsp.query import Grade, Query, Response, Verdict, write_jsonl
 from davsp.runtime import parallel
 from davsp.runtime.files import alone, write_json
@@ -52,7 +52,7 @@ def evaluate(
     *,
     graders: Mapping[str, Grader] | None = None,
     batch_size: int = 32,
-    max_new_tokens: int = 48,
+    max_new_tokens: int | None = None,
     baseline: str = "none",
     redo: bool = False,
     seed: int = 0,
@@ -71,13 +71,14 @@ def evaluate(
         graders: None for custom queries. For those of the published sets: set -> its grader, or {}; each set is
             then scored as its authors do (`davsp.evaluation.judging`).
         batch_size: queries a forward, and responses written at a time. Queries of like length share a batch.
-        max_new_tokens: the longest answer.
+        max_new_tokens: the longest answer, in tokens; None: by model, 48 for one that ships, else 1,024.
         baseline: the defense that the paired differences start from; if it is not among `defenses`, there are none.
         redo: what to do with responses of another model, defense or set of queries found in `out`: answer anew
             and say why, or refuse.
         seed: of the bootstrap.
         console: where progress and notes go; None is silent.
-        manifest: for manifest.json, which is written as soon as `out` is known to be this run's.
+        manifest: for manifest.json, which is written as soon as `out` is known to be this run's; the model's facts and the longest
+            answer are added.
 
     Raises:
         DavspError: no queries, an id twice, an unreadable picture, a query that the model has no room for, responses in `out` that belong to another
@@ -87,6 +88,7 @@ def evaluate(
     Of several processes only the first judges; the others return the responses alone.
     """
     _check(queries, defenses)
+    max_new_tokens = max_new_tokens or lvlm.longest
     fitting(lvlm, defenses, queries, max_new_tokens)
     console = console or Console(quiet=True)
     with nullcontext() if out is None or parallel.rank() > 0 else alone(out):
@@ -141,8 +143,9 @@ def _answers(
 ) -> Answers:
     """The answers under each defense in the order of the queries, kept in `out` while they come."""
     plan = planned(queries)
+    facts = model_facts(lvlm)
     settings = {
-        "model": fingerprint(lvlm),
+        "model": facts["weights"],
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
         "vector": _vector_hash(vector),
@@ -150,8 +153,8 @@ def _answers(
         "reasoning_tags": None if lvlm.reasoning_tags == TAGS else lvlm.reasoning_tags,  # older runs know of none
     }
     described = {name: defense.describe() for name, defense in defenses.items()}
-    if manifest is not None and isinstance(lvlm, LVLM) and lvlm.overridden:
-        manifest = {**manifest, "generation_config_overridden": lvlm.overridden}
+    if manifest is not None:
+        manifest = {**facts, "max_new_tokens": max_new_tokens, **manifest}
     store = None if out is None else Store(out, settings, described, plan, queries, batch_size, manifest)
     responses = {name: [] for name in defenses} if store is None else store.open(redo, console)
     try:

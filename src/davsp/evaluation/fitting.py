@@ -12,7 +12,7 @@ def fitting(
     lvlm: AnsweringLVLM,
     defenses: Mapping[str, Defense],
     queries: Sequence[Query],
-    max_new_tokens: int,
+    max_new_tokens: int | None = None,
     skip_broken: bool = False,
 ) -> tuple[list[Query], str]:
     """The queries that the model can take under every defense, and a sentence on those that are left out.
@@ -24,7 +24,7 @@ def fitting(
         lvlm: the frozen model.
         defenses: by name.
         queries: as for `evaluate`.
-        max_new_tokens: the longest answer.
+        max_new_tokens: the longest answer; None: the model's own `longest`.
         skip_broken: leave out what does not fit, in place of raising.
 
     Raises:
@@ -32,7 +32,8 @@ def fitting(
     """
     if not isinstance(lvlm, LVLM):
         return list(queries), ""
-    reasons = {query.id: why for query in queries if (why := _unfit(lvlm, defenses, query, max_new_tokens))}
+    longest = max_new_tokens or lvlm.longest
+    reasons = {query.id: why for query in queries if (why := _unfit(lvlm, defenses, query, longest))}
     if not reasons:
         return list(queries), ""
     first = next(iter(reasons))

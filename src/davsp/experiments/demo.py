@@ -20,7 +20,7 @@ from davsp.errors import DavspError
 from davsp.evaluation import Evaluation, evaluate
 from davsp.evaluation.fitting import fitting
 from davsp.experiments.stages import Stages, fitted_vector, records, trained_prompt
-from davsp.lvlm import LVLM, fingerprint, model_name
+from davsp.lvlm import LVLM, model_facts, model_name
 from davsp.prompts import AdditiveNoise, Prompt, VisualSafetyPrompt
 from davsp.prompts.canaries import Canaries
 from davsp.report.html import write_report
@@ -47,7 +47,7 @@ def run_demo(
     padding: int | None = None,
     eps: float = 32 / 255,
     batch_size: int = 32,
-    max_new_tokens: int = 48,
+    max_new_tokens: int | None = None,
     show_unsafe: bool | None = None,
     console: Console | None = None,
 ) -> Evaluation:
@@ -120,7 +120,7 @@ def run_demo(
 
     start = time.perf_counter()
     facts = manifest(
-        model=model_name(lvlm), revision=lvlm.revision, weights=fingerprint(lvlm), seed=seed, settings=settings.model_dump(),
+        **model_facts(lvlm), max_new_tokens=max_new_tokens or lvlm.longest, seed=seed, settings=settings.model_dump(),
         padding=padding, eps=eps, safety_text=safety_text, vector_text=vector_text, stages=stages.seconds,
         test={"queries": len(protocol.test), "sha256": queries_hash(protocol.test)},
     )  # fmt: skip

@@ -1,11 +1,11 @@
 """Frozen vision-language models behind one small interface, a file a family."""
 
-from davsp.lvlm.answering import Answer, AnsweringLVLM
+from davsp.lvlm.answering import Answer, AnsweringLVLM, answer_length
 from davsp.lvlm.base import LVLM, Canvas, StepOutput, Tokens, loaded
 from davsp.lvlm.deepseek_vl import DeepseekVLHybridLVLM, DeepseekVLLVLM
 from davsp.lvlm.device import check_device
 from davsp.lvlm.hooks import Steer
-from davsp.lvlm.identity import fingerprint, model_name, short_name
+from davsp.lvlm.identity import fingerprint, model_facts, model_name, short_name
 from davsp.lvlm.llava import LlavaLVLM
 from davsp.lvlm.qwen2_5_vl import Qwen25VLLVLM
 from davsp.lvlm.qwen2_vl import Qwen2VLLVLM
@@ -34,9 +34,11 @@ __all__ = [
     "Steer",
     "StepOutput",
     "Tokens",
+    "answer_length",
     "check_device",
     "fingerprint",
     "loaded",
+    "model_facts",
     "model_name",
     "short_name",
 ]

@@ -11,6 +11,12 @@ from davsp.runtime.thought import Tags
 NO_STATES = "a server gives no hidden states; leave out the vector, or load the model here (--engine transformers)."
 
 
+def answer_length(shipped: bool) -> int:
+    """Tokens at which an answer is cut where nothing else is said: 48 for the models that ship, which have no more to say; 1,024
+    for every other, as the authors of DAVSP have it."""
+    return 48 if shipped else 1024
+
+
 class Answer(NamedTuple):
     """A greedy answer and what it took.
 
@@ -43,6 +49,7 @@ class AnsweringLVLM(Protocol):
         server: address of the server that runs it; None: it is loaded here.
         canvas: side in pixels at which it sees a picture without resampling; 0: not known.
         reasoning_tags: what stands around its thoughts; they are no part of its answers.
+        longest: tokens at which an answer is cut where nothing else is said (`answer_length`).
     """
 
     model_id: str
@@ -50,6 +57,7 @@ class AnsweringLVLM(Protocol):
     server: str | None
     canvas: int
     reasoning_tags: Tags
+    longest: int
 
     def check_canvas(self, height: int, width: int) -> None:
         """Raises DavspError unless the model sees a picture of this size without resampling it."""
@@ -59,13 +67,13 @@ class AnsweringLVLM(Protocol):
         """Pictures as this model's `ask` takes them: a tensor or a list of them here, PNG files for a server."""
         ...
 
-    def ask(self, canvas: Any, questions: Sequence[str], max_new_tokens: int = 48) -> list[Answer]:
+    def ask(self, canvas: Any, questions: Sequence[str], max_new_tokens: int | None = None) -> list[Answer]:
         """The greedy answers in the order of the questions.
 
         Args:
             canvas: what `preprocess` gave for one picture a question; None for questions in words only.
             questions: as the model is to read them, any safety text included.
-            max_new_tokens: an answer is cut there.
+            max_new_tokens: an answer is cut there; None: at `longest`.
 
         Raises:
             DavspError: there is no answer; none is made up.

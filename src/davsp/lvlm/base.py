@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from davsp.errors import DavspError, words_of
-from davsp.lvlm.answering import NO_STATES, Answer, AnsweringLVLM, check_square
+from davsp.lvlm.answering import NO_STATES, Answer, AnsweringLVLM, answer_length, check_square
 from davsp.lvlm.device import SPREAD, check_device_map
 from davsp.lvlm.hooks import Steer, catching, steering, wide
 from davsp.lvlm.loading import chat_template, check_format, load_weights, make_greedy, processor_file
@@ -72,12 +72,14 @@ class LVLM:
         server: None: it is loaded here (`AnsweringLVLM`).
         steer: how `generate` steers where nothing else is said; None: not at all (`steered`).
         reasoning_tags: what stands around its thoughts (`AnsweringLVLM`).
+        longest: where an answer is cut (`AnsweringLVLM`); `davsp.embedded.load` sets it for the models that ship.
     """
 
     processors: tuple[str, ...]
     server: str | None = None
     steer: Steer | None = None
     reasoning_tags: Tags = TAGS
+    longest: int = answer_length(shipped=False)
     canvas: int
     tokens_per_image: int
     image_token_id: int
@@ -328,7 +330,7 @@ class LVLM:
         if self.positions is not None and prompt_tokens + answer_tokens > self.positions:
             raise DavspError(
                 f"prompt and answer take up to {prompt_tokens} + {answer_tokens} tokens, but {self.model_id} has "
-                f"{self.positions} positions; shorten the question {question[:60]!r}"
+                f"{self.positions} positions; shorten the question {question[:60]!r}, or the answers (max_new_tokens)"
             )
 
     def _answer_ids(self, answer: str | None) -> list[int]:
@@ -391,7 +393,7 @@ class LVLM:
         self,
         canvas: Canvas | None,
         questions: Sequence[str],
-        max_new_tokens: int = 48,
+        max_new_tokens: int | None = None,
         steer: tuple[int, Tensor] | Steer | None = None,
     ) -> list[str]:
         """Greedy answers.
@@ -399,14 +401,14 @@ class LVLM:
         Args:
             canvas: finished canvases in [0, 1], or None for questions in words only.
             questions: as the user types them, any safety text included.
-            max_new_tokens: an answer is cut there.
+            max_new_tokens: an answer is cut there; None: at `longest`.
             steer: (layer, vector (D,)): the vector is added to that layer's output at the last prompt token and at
                 every answer token (test-time intervention, the paper's Table 5); a `Steer` can do more.
 
         Raises:
             DavspError: prompt and answer would not fit the model's positions, or as `encode`.
         """
-        steer = steer or self.steer
+        steer, max_new_tokens = steer or self.steer, max_new_tokens or self.longest
         tokens = self.encode(questions, self.placeholders(canvas), padding_side="left")
         for question, length in zip(questions, tokens.mask.sum(1).tolist(), strict=True):
             self._check_length(question, length, max_new_tokens)
@@ -438,7 +440,7 @@ class LVLM:
         other.steer = steer
         return other
 
-    def ask(self, canvas: Canvas | None, questions: Sequence[str], max_new_tokens: int = 48) -> list[Answer]:
+    def ask(self, canvas: Canvas | None, questions: Sequence[str], max_new_tokens: int | None = None) -> list[Answer]:
         """What `generate` gives, and what each answer took. Tokens are counted as the model sees them, without padding."""
         texts = self.generate(canvas, questions, max_new_tokens=max_new_tokens)
         pictures = self.placeholders(canvas) or [0] * len(texts)

@@ -2,6 +2,7 @@
 
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from davsp.lvlm.answering import AnsweringLVLM
 from davsp.lvlm.base import LVLM
@@ -16,6 +17,14 @@ def short_name(model_id: str) -> str:
 def model_name(lvlm: AnsweringLVLM) -> str:
     """The model's name in tables."""
     return short_name(lvlm.model_id)
+
+
+def model_facts(lvlm: AnsweringLVLM) -> dict[str, Any]:
+    """What every manifest says of the model: name, revision, weights, and what of its generation settings does not count."""
+    facts: dict[str, Any] = {"model": model_name(lvlm), "revision": lvlm.revision, "weights": fingerprint(lvlm)}
+    if isinstance(lvlm, LVLM) and lvlm.overridden:
+        facts["generation_config_overridden"] = lvlm.overridden
+    return facts
 
 
 def fingerprint(lvlm: AnsweringLVLM) -> str:

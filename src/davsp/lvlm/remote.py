@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from davsp.errors import DavspError
-from davsp.lvlm.answering import NO_STATES, Answer, check_square
+from davsp.lvlm.answering import NO_STATES, Answer, answer_length, check_square
 from davsp.lvlm.hooks import Steer
 from davsp.query import flatten
 from davsp.runtime.client import Client, Failure
@@ -62,6 +62,7 @@ class RemoteLVLM:
         self.revision: str | None = None
         self.server: str | None = self.client.where
         self.reasoning_tags: Tags = TAGS
+        self.longest = answer_length(shipped=False)  # if one of ours runs there, the caller may say so
 
     def check_canvas(self, height: int, width: int) -> None:
         """Raises DavspError unless `canvas` was given and is this size: a server's own resampling would blur a border."""
@@ -80,10 +81,10 @@ class RemoteLVLM:
         self,
         canvas: list[bytes] | None,
         questions: Sequence[str],
-        max_new_tokens: int = 48,
+        max_new_tokens: int | None = None,
         steer: tuple[int, Tensor] | Steer | None = None,
     ) -> list[str]:
-        """Greedy answers, in the order of the questions; as here, an answer is cut at `max_new_tokens`.
+        """Greedy answers, in the order of the questions; as here, an answer is cut at `max_new_tokens` (None: `longest`).
 
         Raises:
             DavspError: no answer came after all attempts, or it was filtered; none is made up.
@@ -92,12 +93,14 @@ class RemoteLVLM:
             raise DavspError(NO_STATES)
         return [answer.text for answer in self.ask(canvas, questions, max_new_tokens)]
 
-    def ask(self, canvas: list[bytes] | None, questions: Sequence[str], max_new_tokens: int = 48) -> list[Answer]:
+    def ask(
+        self, canvas: list[bytes] | None, questions: Sequence[str], max_new_tokens: int | None = None
+    ) -> list[Answer]:
         """As `generate`, with the prompt tokens that the server counted; it does not tell which of them are a picture's."""
         if canvas is not None and len(canvas) != len(questions):
             raise ValueError(f"{len(canvas)} pictures for {len(questions)} questions")
         bodies = {
-            str(i): self._body(question, None if canvas is None else canvas[i], max_new_tokens)
+            str(i): self._body(question, None if canvas is None else canvas[i], max_new_tokens or self.longest)
             for i, question in enumerate(questions)
         }
         answers: dict[str, Answer] = {}

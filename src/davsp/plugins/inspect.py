@@ -37,7 +37,6 @@ from davsp.query import Query, Response, flatten, open_picture
 
 __all__ = ["DavspAPI", "figstep", "llava_bench", "mm_safetybench", "mm_vet", "mme", "vlguard"]
 
-MAX_NEW_TOKENS = 256
 DEFENSE = re.compile(r"\+(davsp-[0-9a-f]{12}|none)$")  # what a model's name in a log ends with
 GREEDY = {"temperature": (None, 0, 0.0), "num_choices": (None, 1), "top_k": (None, 1)}
 UNKNOWN = (
@@ -115,7 +114,7 @@ class DavspAPI(ModelAPI):
             DavspError: tools, sampling, another conversation than that, or a picture that can't be read.
         """
         _check(tools, config)
-        longest = config.max_tokens or MAX_NEW_TOKENS
+        longest = config.max_tokens or self.defended.lvlm.longest
         response = await self._response(_Waiting(question(input), longest))
         tokenizer, text = loaded(self.defended.lvlm).tokenizer, response.thought + response.text
         written = len(tokenizer(text, add_special_tokens=False)["input_ids"])

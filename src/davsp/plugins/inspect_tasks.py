@@ -28,6 +28,7 @@ from davsp.judges import keyword, withheld
 from davsp.judges.graders import exact, grades_of, overlap
 from davsp.judges.keyword_lists import LISTS
 from davsp.judges.verdicts import verdicts_of
+from davsp.lvlm import answer_length
 from davsp.query import Grade, Query, Response, Verdict
 from davsp.runtime.thought import CUT, split_thought
 
@@ -50,7 +51,7 @@ def _task(name: str) -> Callable[..., Task]:
         judge_model: str | None = None,
         judge_url: str | None = None,
         judge_key_env: str | None = None,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
     ) -> Task:
         queries = BENCHMARKS[name].load(
             Path(_embedded(seed).name, name) if folder is None else Path(folder), split, limit, seed
@@ -62,7 +63,7 @@ def _task(name: str) -> Callable[..., Task]:
             solver=generate(),
             scorer=davsp_scorer(name, judge, judge_model, judge_url, judge_key_env),
             epochs=Epochs(1, "mode"),  # the usual reducer, the mean, would make numbers of verdicts
-            config=GenerateConfig(temperature=0, max_tokens=max_new_tokens),
+            config=GenerateConfig(temperature=0, max_tokens=max_new_tokens or answer_length(shipped=folder is None)),
             metadata={"embedded counterpart": folder is None, "split": split, "seed": seed},
         )
 
@@ -75,7 +76,7 @@ def _task(name: str) -> Callable[..., Task]:
         seed: of the draw.
         judge: a name of docs/judges.md; a guard is asked on a server, never run here.
         judge_model, judge_url, judge_key_env: of a judge that asks a model, as for `davsp eval`.
-        max_new_tokens: of an answer.
+        max_new_tokens: of an answer; None: 1,024, of the embedded counterpart 48.
 
     Raises:
         DavspError: no such set there, or no such judge.

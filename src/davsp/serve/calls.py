@@ -65,7 +65,9 @@ class UpstreamLVLM(RemoteLVLM):
         if self.asked is not None:
             self.asked.cancel()
 
-    def ask(self, canvas: list[bytes] | None, questions: Sequence[str], max_new_tokens: int = 48) -> list[Answer]:
+    def ask(
+        self, canvas: list[bytes] | None, questions: Sequence[str], max_new_tokens: int | None = None
+    ) -> list[Answer]:
         """One after the other: it is one request's questions.
 
         Raises:
@@ -73,7 +75,8 @@ class UpstreamLVLM(RemoteLVLM):
         """
         pictures: Sequence[bytes | None] = canvas or [None] * len(questions)
         return [
-            self._ask(question, picture, max_new_tokens) for question, picture in zip(questions, pictures, strict=True)
+            self._ask(question, picture, max_new_tokens or self.longest)
+            for question, picture in zip(questions, pictures, strict=True)
         ]
 
     def _ask(self, question: str, picture: bytes | None, max_new_tokens: int) -> Answer:

@@ -38,6 +38,8 @@ from davsp.runtime.progress import bar
 from davsp.store import fields_hash
 from davsp.vector import check_classes
 
+SENTENCE_TOKENS = 48  # of a benign answer only the first sentence is kept
+
 FILE = "pat-search.json"
 
 
@@ -135,5 +137,5 @@ def _benign_answers(lvlm: LVLM, benign: Sequence[Query], settings: PatSettings) 
     rows, answers = rows_of(lvlm, benign, [""] * len(benign)), []
     for start in range(0, len(benign), settings.batch_size):
         some = slice(start, start + settings.batch_size)
-        answers += lvlm.generate(rows.canvases[some], rows.questions[some])
+        answers += lvlm.generate(rows.canvases[some], rows.questions[some], SENTENCE_TOKENS)
     return [first_sentence(answer) for answer in answers]

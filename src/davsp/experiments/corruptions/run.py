@@ -24,7 +24,7 @@ from davsp.errors import DavspError
 from davsp.evaluation import Evaluation, evaluate
 from davsp.experiments.corruptions.changes import UNTOUCHED, Change, changes
 from davsp.experiments.corruptions.table import markdown, plot
-from davsp.lvlm import LVLM, AnsweringLVLM, fingerprint, model_name
+from davsp.lvlm import LVLM, AnsweringLVLM, model_facts
 from davsp.metrics import Outcome
 from davsp.prompts import VisualSafetyPrompt
 from davsp.prompts.base import from_picture
@@ -70,7 +70,7 @@ def corruptions(
     names: Sequence[str] = (),
     *,
     batch_size: int = 32,
-    max_new_tokens: int = 48,
+    max_new_tokens: int | None = None,
     seed: int = 0,
     console: Console | None = None,
     caveat: str = "",
@@ -110,7 +110,7 @@ def corruptions(
     kept = {name: patches_kept(lvlm, prompt, change) for name, change in chosen.items()}
     records = _records(queries, evaluation, kept, seed)
     facts = manifest(
-        model=model_name(lvlm), revision=lvlm.revision, weights=fingerprint(lvlm), seed=seed, canvas=lvlm.canvas,
+        **model_facts(lvlm), max_new_tokens=max_new_tokens or lvlm.longest, seed=seed, canvas=lvlm.canvas,
         patch=patch_of(lvlm), layer=vector.layer if vector else None, prompt=border.describe(),
         test={"queries": len(queries), "sha256": queries_hash(list(queries))},
     )  # fmt: skip

@@ -14,14 +14,20 @@ PUBLISHED = {"sd_typo": 1480, "sd": 1480, "typo": 1480, "figstep": 500, "mm_vet"
 CALLS = {"ecso": 4, "ecso+davsp": 4, "ecso-adaptive+davsp": 3}  # at most; a harmless answer takes two
 
 
-def dry(names: Sequence[str], model: str, data: "Protocol | None", per_call: float) -> str:
+def dry(
+    names: Sequence[str], model: str, data: "Protocol | None", max_new_tokens: int, per_call: float | None = None
+) -> str:
     """A table of cells in plain text.
 
     Args:
         names: of the tables.
         data: the embedded protocol; None: the published sets at their full size.
-        per_call: seconds a model call takes, with batches counted in; a guess until it was measured.
+        max_new_tokens: the longest answer.
+        per_call: seconds a model call takes, with batches counted in; None: a guess until it was measured, 0.3 for 48 tokens and
+            2 ms for each token more, as if all answers were that long.
     """
+    if per_call is None:
+        per_call = 0.3 + 0.002 * (max_new_tokens - 48)
     sizes = dict(PUBLISHED)
     if data is not None:
         sizes = {}
@@ -41,6 +47,6 @@ def dry(names: Sequence[str], model: str, data: "Protocol | None", per_call: flo
         trained_here = "yes" if name in PROMPTS else ""
         lines.append(f"{name:<22}{total:>9}{calls:>9}{calls * per_call / 3600:>8.2f}  {trained_here}")
     trained = [name for name in defenses if name in PROMPTS]
-    lines += ["", f"{calls_in_all} calls at most, {calls_in_all * per_call / 3600:.1f} hours at {per_call:g} s a call, and the "
-              f"training of {len(trained)} prompts ({', '.join(trained) or 'none'})."]  # fmt: skip
+    lines += ["", f"{calls_in_all} calls at most, {calls_in_all * per_call / 3600:.1f} hours at {per_call:.3g} s a call "
+              f"(answers of up to {max_new_tokens} tokens), and the training of {len(trained)} prompts ({', '.join(trained) or 'none'})."]  # fmt: skip
     return "\n".join(lines)

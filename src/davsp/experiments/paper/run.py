@@ -29,7 +29,7 @@ from davsp.judges import Judge, keyword
 from davsp.judges.graders import Grader
 from davsp.judges.keyword import caveat
 from davsp.judges.verdicts import judge_name
-from davsp.lvlm import LVLM, fingerprint, model_name
+from davsp.lvlm import LVLM, model_facts, model_name
 from davsp.query import Query
 from davsp.report import panels, plots, projections_by_label
 from davsp.report.cells import DEFENSES, find
@@ -96,7 +96,7 @@ def reproduce(
     judge: Judge = keyword,
     graders: Mapping[str, Grader] | None = None,
     batch_size: int = 32,
-    max_new_tokens: int = 48,
+    max_new_tokens: int | None = None,
 ) -> Reproduction:
     """Evaluate what the named tables need, and write them to the kit's folder.
 
@@ -127,7 +127,7 @@ def reproduce(
     stages.line("evaluate", f"{len(defenses)} defenses, {len(data.test)} queries", time.perf_counter() - start)
     rows = [*evaluation.rows, *pooled(data.test, evaluation, model_name(lvlm), seed)]
     facts = manifest(
-        model=model_name(lvlm), revision=lvlm.revision, weights=fingerprint(lvlm), seed=seed, text=kit.text, padding=kit.padding,
+        **model_facts(lvlm), max_new_tokens=max_new_tokens or lvlm.longest, seed=seed, text=kit.text, padding=kit.padding,
         eps=kit.eps, settings=kit.settings.model_dump(), judge=judge_name(judge), layer=kit.vector.layer, stages=stages.seconds,
         defenses={name: d.describe() for name, d in defenses.items()},
     )  # fmt: skip

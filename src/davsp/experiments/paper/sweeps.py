@@ -11,9 +11,10 @@ from typing import Any
 from rich.console import Console
 
 from davsp import metrics
-from davsp.defenses import Defense, NoDefense, VisualPrompt
+from davsp.defenses import Defense, NoDefense, SafetyText, VisualPrompt
 from davsp.errors import DavspError
 from davsp.evaluation import evaluate
+from davsp.evaluation.fitting import fitting
 from davsp.experiments.paper.claims import PICTURES, Figures
 from davsp.experiments.paper.kit import Kit
 from davsp.experiments.stages import Stages, trained_prompt
@@ -81,7 +82,7 @@ def sweep(
     judge: Judge = keyword,
     graders: Mapping[str, Grader] | None = None,
     batch_size: int = 32,
-    max_new_tokens: int = 48,
+    max_new_tokens: int | None = None,
     seed: int = 0,
     console: Console | None = None,
 ) -> list[dict[str, Any]]:
@@ -97,6 +98,7 @@ def sweep(
         raise DavspError(f"sweep {unknown[0]!r} is not known: choose {', '.join(SWEEPS)}")
     from davsp.experiments.paper.run import pooled
 
+    fitting(kit.lvlm, {"none": NoDefense(), "text": SafetyText(kit.text)}, kit.data.test, max_new_tokens)
     console = console or Console()
     stages = Stages(out, console)
     written = out / "sweeps.json"
