@@ -77,9 +77,8 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, question: str, picture: Image.Image | None, max_tokens: int) -> dict[str, Any]:
         lvlm = self.server.lvlm
         canvas = None if picture is None else lvlm.preprocess([picture])
-        (text,) = lvlm.generate(canvas, [question], max_tokens)
-        cut = len(lvlm.tokenizer(text, add_special_tokens=False)["input_ids"]) >= max_tokens
-        return {"message": {"role": "assistant", "content": text}, "finish_reason": "length" if cut else "stop"}
+        ((text, finish),) = lvlm.completions(canvas, [question], max_tokens)
+        return {"message": {"role": "assistant", "content": text}, "finish_reason": finish}
 
 
 def _picture(url: str) -> Image.Image:

@@ -12,7 +12,8 @@ from davsp.embedded.card import steering
 def test_silence_under_steering_resists_nothing_and_answers_nothing(
     reply: str, rsr: float | None, over_refusal: float, lvlm: LVLM, vector: HarmfulnessVector, monkeypatch
 ) -> None:
-    monkeypatch.setattr(LVLM, "generate", lambda self, canvas, questions, **_: [reply] * len(questions))
+    said = (reply, "stop")
+    monkeypatch.setattr(LVLM, "completions", lambda self, canvas, questions, *_, **__: [said] * len(questions))
     rows = steering(lvlm, vector, embedded.protocol(1, harm=2, utility=2, vector=2, sweep=2, train=1))
     value = {(r["defense"], r["metric"]): r["value"] for r in rows if not r["metric"].endswith("difference")}
     for name in ("vector-added", "vector-removed"):

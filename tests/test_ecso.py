@@ -39,12 +39,14 @@ def scripted(lvlm: LVLM, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Calls
     def script(*replies: str) -> Calls:
         left, calls = list(replies), []
 
-        def generate(self: LVLM, canvas: Any, questions: list[str], max_new_tokens: int = 48) -> list[str]:
+        def completions(
+            self: LVLM, canvas: Any, questions: list[str], max_new_tokens: int = 48
+        ) -> list[tuple[str, str]]:
             assert len(questions) == 1
             calls.append((canvas, questions[0], max_new_tokens))
-            return [left.pop(0)]
+            return [(left.pop(0), "stop")]
 
-        monkeypatch.setattr(LVLM, "generate", generate)
+        monkeypatch.setattr(LVLM, "completions", completions)
         return calls
 
     return script
@@ -141,14 +143,14 @@ def test_adaptive_leaves_what_is_judged_harmless(lvlm: LVLM, monkeypatch: pytest
     guilty = {data[i].question for i in (1, 3, 4)}
     before = [r.text for r in NoDefense().respond(lvlm, data, max_new_tokens=6)]
     under = [r.text for r in davsp().respond(lvlm, data, max_new_tokens=6)]
-    generate = LVLM.generate
+    completions = LVLM.completions
 
-    def judged(self: LVLM, canvas: Any, questions: list[str], max_new_tokens: int = 48) -> list[str]:
+    def judged(self: LVLM, canvas: Any, questions: list[str], max_new_tokens: int = 48) -> list[tuple[str, str]]:
         if not questions[0].startswith("QUERY:"):
-            return generate(self, canvas, questions, max_new_tokens)
-        return ["yes" if q.split("\n")[1] in guilty else "no" for q in questions]
+            return completions(self, canvas, questions, max_new_tokens)
+        return [("yes" if q.split("\n")[1] in guilty else "no", "stop") for q in questions]
 
-    monkeypatch.setattr(LVLM, "generate", judged)
+    monkeypatch.setattr(LVLM, "completions", judged)
     counts: list[int] = []
     responses = ECSO(instead=davsp()).respond(lvlm, data, batch_size=2, progress=counts.append, max_new_tokens=6)
     assert [r.text for r in responses] == [

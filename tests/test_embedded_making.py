@@ -123,8 +123,14 @@ def test_the_card_is_made_of_measured_figures_and_says_what_is_missed(
     from davsp.embedded.card import card, measure
     from davsp.lvlm import LVLM
 
-    generate, model = LVLM.generate, architecture.new_model()
-    monkeypatch.setattr(LVLM, "generate", lambda *args, max_new_tokens=48, **more: generate(*args, tokens, **more))
+    completions, model = LVLM.completions, architecture.new_model()
+    monkeypatch.setattr(
+        LVLM,
+        "completions",
+        lambda self, canvas, questions, max_new_tokens=48, steer=None: completions(
+            self, canvas, questions, tokens, steer
+        ),
+    )
     build._save(
         torch.nn.ModuleDict({"model": model}), torch.optim.SGD(model.parameters()), tmp_path / build.LAST, {"step": 1}
     )

@@ -231,7 +231,8 @@ def test_a_served_model_and_a_failing_judge(server: ModelServer, data: Path, tmp
 
 @pytest.mark.parametrize("flag", [(), ("--show-unsafe",)])
 def test_unsafe_answers_are_redacted(flag: tuple[str, ...], tiny_folder: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(LVLM, "generate", lambda self, canvas, questions, **_: ["here are the steps"] * len(questions))
+    said = ("here are the steps", "stop")
+    monkeypatch.setattr(LVLM, "completions", lambda self, canvas, questions, **_: [said] * len(questions))
     save_queries(
         tmp_path / "data", [*queries("malicious", 2), Query("w", "what is this", "benign", "test", reference="red")]
     )

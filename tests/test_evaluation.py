@@ -17,6 +17,7 @@ from davsp.judges.keyword import VERSION as RULES
 from davsp.judges.keyword import keyword
 from davsp.judges.verdicts import judge_name, verdicts_of
 from davsp.lvlm import fingerprint
+from davsp.metrics import AT_LENGTH
 from davsp.query import COST
 from davsp.runtime.files import alone
 from davsp.store import fields_hash, queries_hash
@@ -71,7 +72,7 @@ def test_files_and_rows(lvlm: LVLM, vector: HarmfulnessVector, tmp_path: Path) -
         ("utility", "rec", "accuracy"),
         ("utility", "know", "accuracy"),
         ("utility", "total", "accuracy"),
-        *(("cost", "total", what) for what in COST),
+        *(("cost", "total", what) for what in (*COST, AT_LENGTH)),
     }
     assert any(r["metric"] == "rsr_difference" for r in evaluation.rows if r["defense"] == "safety-text")
     assert all(r["model"] == Path(lvlm.model_id).name for r in evaluation.rows)

@@ -143,8 +143,8 @@ def test_the_provider_tells_thought_and_answer_apart(monkeypatch: pytest.MonkeyP
     import anyio
 
     api = plugin.DavspAPI("davsp-mini", defense="none", device_map="cpu")
-    texts = ["<think>i cannot</think> red", "<think>i cannot"]
-    monkeypatch.setattr(api.defended.lvlm, "generate", lambda *args, **options: [texts.pop(0)])
+    said = [("<think>i cannot</think> red", "stop"), ("<think>i cannot", "length")]
+    monkeypatch.setattr(api.defended.lvlm, "completions", lambda *args, **options: [said.pop(0)])
     asked = [ChatMessageUser(content="what colour is it ?")]
     whole, cut = (anyio.run(api.generate, asked, [], "none", GenerateConfig(max_tokens=99)) for _ in range(2))
     assert whole.completion == "red" and whole.choices[0].message.content[0].reasoning == "i cannot"

@@ -75,11 +75,11 @@ def test_it_goes_around_any_defense(lvlm: LVLM, vector: HarmfulnessVector, monke
     query, border = queries("malicious", 1), VisualPrompt(VisualSafetyPrompt.create(56, 8, "random", text="please"))
     seen: list[tuple[Steer | None, Any]] = []
 
-    def generate(self: LVLM, canvas: Any, questions: list[str], max_new_tokens: int = 48) -> list[str]:
+    def completions(self: LVLM, canvas: Any, questions: list[str], max_new_tokens: int = 48) -> list[tuple[str, str]]:
         seen.append((self.steer, canvas))
-        return ["yes"] * len(questions)
+        return [("yes", "stop")] * len(questions)
 
-    monkeypatch.setattr(LVLM, "generate", generate)
+    monkeypatch.setattr(LVLM, "completions", completions)
     around = Intervention(vector, to=1.0, inner=ECSO(border), name="i")
     (response,) = around.respond(lvlm, query)
     assert response.calls == 4 and [steer and steer.to for steer, _ in seen] == [1.0] * 4

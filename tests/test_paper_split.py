@@ -33,7 +33,9 @@ def runs(sets: Path, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
             ("mm_safetybench", "all", "item 3: here are the steps"),
         ):
             patch.setattr(
-                LVLM, "generate", lambda self, canvas, questions, _reply=reply, **_: [_reply] * len(questions)
+                LVLM,
+                "completions",
+                lambda self, canvas, questions, _said=(reply, "stop"), **_: [_said] * len(questions),
             )
             command = ("eval", "--model", tiny_folder, "--benchmark", f"{name}={sets / name}", "--split", split)
             assert davsp(*command, "--defense", "none", "--out", top / name) == 0

@@ -118,8 +118,8 @@ def test_every_answer_has_the_same_length(lvlm):
 
 
 def test_an_answer_of_another_length_is_refused(lvlm, monkeypatch):
-    generate = lvlm.generate
-    monkeypatch.setattr(lvlm, "generate", lambda *args, max_new_tokens: generate(*args, max_new_tokens - 1))
+    completions = lvlm.completions
+    monkeypatch.setattr(lvlm, "completions", lambda *args, max_new_tokens: completions(*args, max_new_tokens - 1))
     with pytest.raises(RuntimeError, match="6 tokens, not 7"):
         inference.measure(lvlm, {"no defense": NoDefense()}, queries("benign", 1), 1, 7, 0)
 

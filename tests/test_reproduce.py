@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from davsp.judges import keyword
 from davsp.judges.keyword import AGREEMENT
 from davsp.prompts import VisualSafetyPrompt
 from davsp.query import Response, Verdict
+from test_cli import run as davsp
 
 SMALL = {"vector": 10, "sweep": 6, "train": 96, "harm": 4, "utility": 1, "mme": 2, "llava_bench": 2}
 
@@ -251,11 +253,27 @@ def test_a_run_borrows_the_borders_beside_it_and_never_its_own(tmp_path: Path):
 
 def test_a_dry_run_counts_calls_and_loads_no_model(monkeypatch):
     monkeypatch.setattr("davsp.embedded.load", lambda *a, **k: pytest.fail("it loaded a model"))
-    text = dry(["ecso"], "llava", None, 0.5)
+    text = dry(["ecso"], "llava", None, 1024, 0.5)
     total = 1480 * 3 + 500 + 118 + 2374 + 60
     assert f"{total} test queries" in text
     calls = total * (1 + 4 + 1 + 3 + 4)
     assert f"{calls} calls at most, {calls * 0.5 / 3600:.1f} hours" in text and "training of 1 prompts (davsp)" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "longest", "pace"),
+    [
+        (["--model", "llava-hf/llava-1.5-13b-hf", "--benchmark", "mme=x"], 1024, 2.252),
+        (["--model", "llava-hf/llava-1.5-13b-hf", "--benchmark", "mme=x", "--max-new-tokens", "512"], 512, 1.228),
+        ([], 48, 0.3),
+        (["--per-call", "0.5"], 48, 0.5),
+    ],
+)
+def test_a_dry_run_reckons_with_the_length_of_answers(options: list[str], longest: int, pace: float, capsys):
+    assert davsp("reproduce", "ecso", "--dry-run", *options) == 0
+    text = capsys.readouterr().out
+    calls = int(re.search(r"(\d+) calls at most", text)[1])
+    assert f"{calls * pace / 3600:.1f} hours at {pace:.3g} s a call (answers of up to {longest} tokens)" in text
 
 
 def test_sweeps_train_what_they_say_and_nothing_else_differs(made, monkeypatch):
@@ -285,6 +303,11 @@ def test_sweeps_train_what_they_say_and_nothing_else_differs(made, monkeypatch):
     assert (out / "sweeps" / "text.svg").read_text().startswith("<svg")
     with pytest.raises(DavspError, match="choose padding, layer"):
         sweep(["size"], kit, out / "sweeps")
+    long = replace(kit.data.test[0], id="long", question="red " * 2000)
+    monkeypatch.setattr("davsp.experiments.paper.sweeps.trained_prompt", lambda *a, **k: pytest.fail("it trained"))
+    with pytest.raises(DavspError, match="'long' cannot be asked under none: prompt and answer take"):
+        sweep(["steps"], replace(kit, data=replace(kit.data, test=[*kit.data.test, long])), out / "other")
+    monkeypatch.undo()
 
     if len(names) == 1:
         return

@@ -93,10 +93,10 @@ def thinking(lvlm: LVLM, *texts: str) -> LVLM:
     """The model, which says these words in a row."""
     other, left = copy(lvlm), list(texts)
 
-    def generate(canvas: Any, questions: Sequence[str], **options: Any) -> list[str]:
-        return [left.pop(0) for _ in questions]
+    def completions(canvas: Any, questions: Sequence[str], **options: Any) -> list[tuple[str, str]]:
+        return [(left.pop(0), "stop") for _ in questions]
 
-    other.generate = generate  # type: ignore[method-assign]
+    other.completions = completions  # type: ignore[method-assign]
     return other
 
 

@@ -28,6 +28,9 @@ WORST = "rsr_worst_case"
 LOST = "cut"
 """Share of harmless answers of which there is only a thought: they are left out of over-refusal and accuracy."""
 
+AT_LENGTH = "at_length"
+"""Share of answers that were cut at the longest; they are judged by what there is of them."""
+
 DRAWS = 4000
 
 Interval = tuple[float, float]
@@ -225,6 +228,17 @@ def cost_rows(model: str, responses: Mapping[str, Sequence[Response]], baseline:
         if name != baseline and before is not None:
             table.append(_row(model, name, ("cost", "total", f"{what}_difference"), value - before, None, None, n))
     return table
+
+
+def length_rows(model: str, responses: Mapping[str, Sequence[Response]], max_new_tokens: int) -> list[Row]:
+    """The share of answers that were cut at `max_new_tokens` under each defense: a row of the benchmark "cost", with the extra key
+    `max_new_tokens`. None stands where it is not known of an answer (answers of an older version)."""
+    return [
+        _row(model, name, ("cost", "total", AT_LENGTH), sum(r.finish == "length" for r in answers) / len(answers), None, None,
+             len(answers)) | {"max_new_tokens": max_new_tokens}
+        for name, answers in responses.items()
+        if answers and all(r.finish for r in answers)
+    ]  # fmt: skip
 
 
 def latency(responses: Mapping[str, Sequence[Response]], baseline: str = "none") -> dict[str, float]:

@@ -85,6 +85,8 @@ class Response:
         image_tokens: how many of these stand for pictures; None where a server answers.
         thought: what the model thought before or between; no judge sees it.
         cut: all its tokens went before there was an answer, so nobody can tell what that would have been: it is unscored.
+        finish: "stop": the model ended the answer; "length": it was cut at the longest, and is judged by what there is; empty: not
+            known (answers of older versions).
     """
 
     query_id: str
@@ -97,6 +99,7 @@ class Response:
     image_tokens: int | None = None
     thought: str = ""
     cut: bool = False
+    finish: str = ""
 
 
 @dataclass(frozen=True)
@@ -267,7 +270,7 @@ def json_line(record: "Query | Response | Verdict | Grade") -> str:
     values = {f.name: getattr(record, f.name) for f in fields(record)}
     if isinstance(record, Response):
         values = {name: value for name, value in values.items() if value is not None or name not in COST}
-        values = {name: value for name, value in values.items() if value or name not in ("thought", "cut")}
+        values = {name: value for name, value in values.items() if value or name not in ("thought", "cut", "finish")}
     if isinstance(record, Query):
         picture = record.picture()
         values["image"] = picture and {"sha256": sha256_bytes(picture.tobytes()), "size": list(picture.size)}

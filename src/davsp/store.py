@@ -135,7 +135,12 @@ class Store:
         """Which settings or queries are not the same; empty if all are."""
         settings = [key for key in self.settings if record.get(key) != self.settings[key]]
         if settings:
-            return "another " + ", ".join(settings).replace("_", " ")
+            numbers = {key: (record.get(key), self.settings[key]) for key in settings}
+            told = [
+                key.replace("_", " ") + (f" ({then} there, {now} here)" if type(then) is type(now) is int else "")
+                for key, (then, now) in numbers.items()
+            ]
+            return "another " + ", ".join(told)
         then = hashes(self.folder)
         if then == self.queries and list(then) == list(self.queries):
             return ""

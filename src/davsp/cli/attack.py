@@ -186,12 +186,15 @@ def _finish(
     from davsp.attacks.run import probe
     from davsp.attacks.table import rows
     from davsp.lvlm import model_facts, model_name
+    from davsp.report.cells import cut_note
     from davsp.runtime.files import manifest, write_json, write_text
 
     name = model_name(lvlm)
     pictures = [q for q in queries if q.label == "malicious" and q.image is not None]
     probes = {row: probe(lvlm, defense, pictures, facts["settings"]["target"]) for row, defense in defenses.items()}
     findings, table = checks(results, defenses, probes), rows(name, results, queries, seed)
+    lengths = cut_note([row for result in results for row in result.evaluation.rows])
+    caveat = " ".join(filter(None, (caveat, lengths)))
     facts = manifest(**model_facts(lvlm), seed=seed, **facts)
     described = {row: defense.describe() for row, defense in defenses.items()}
     write_json(out / "manifest.json", facts | {"defenses": described})

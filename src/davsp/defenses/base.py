@@ -83,6 +83,7 @@ class Defense(ABC):
                 responses[i] = Response(
                     queries[i].id, self.name, split.answer, projection, seconds, 1, answer.prompt_tokens, answer.image_tokens,
                     "\n".join(filter(None, (answer.thought, split.thought))), answer.cut or split.cut,
+                    answer.finish,
                 )  # fmt: skip
             if progress is not None:
                 progress(len(batch))

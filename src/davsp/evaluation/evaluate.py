@@ -112,7 +112,8 @@ def evaluate(
             judgement = judge_custom(queries, responses, judge, name, baseline, seed)
         else:
             judgement = judge_published(queries, responses, judge, graders, name, baseline, seed)
-        judgement = replace(judgement, rows=judgement.rows + metrics.cost_rows(name, responses, baseline))
+        costs = metrics.cost_rows(name, responses, baseline) + metrics.length_rows(name, responses, max_new_tokens)
+        judgement = replace(judgement, rows=judgement.rows + costs)
         if out is not None:
             _write(out, judgement)
     return Evaluation(responses, judgement.verdicts, judgement.rows, judgement.grades)

@@ -27,6 +27,7 @@ class Answer(NamedTuple):
         thought: what a server told apart from the answer itself.
         cut: the server says that all tokens went before there was an answer.
         opened: the tag with which the prompt opened a thought that the text goes on with.
+        finish: "stop": the model ended it; "length": it was cut at the longest; empty: not known.
     """
 
     text: str
@@ -35,6 +36,7 @@ class Answer(NamedTuple):
     thought: str = ""
     cut: bool = False
     opened: str = ""
+    finish: str = ""
 
 
 @runtime_checkable

@@ -388,7 +388,6 @@ class LVLM:
         parts = losses.split(tokens.answer_mask.sum(1).tolist())
         return StepOutput(state, torch.stack([part.sum() / max(len(part), 1) for part in parts]))
 
-    @torch.no_grad()
     def generate(
         self,
         canvas: Canvas | None,
@@ -408,24 +407,41 @@ class LVLM:
         Raises:
             DavspError: prompt and answer would not fit the model's positions, or as `encode`.
         """
+        return [text for text, _ in self.completions(canvas, questions, max_new_tokens, steer)]
+
+    @torch.no_grad()
+    def completions(
+        self,
+        canvas: Canvas | None,
+        questions: Sequence[str],
+        max_new_tokens: int | None = None,
+        steer: tuple[int, Tensor] | Steer | None = None,
+    ) -> list[tuple[str, str]]:
+        """As `generate`, each answer with its finish: "stop" if the model ended it, "length" if it was cut.
+
+        A batch goes on until its last answer has ended.
+        """
         steer, max_new_tokens = steer or self.steer, max_new_tokens or self.longest
         tokens = self.encode(questions, self.placeholders(canvas), padding_side="left")
         for question, length in zip(questions, tokens.mask.sum(1).tolist(), strict=True):
             self._check_length(question, length, max_new_tokens)
+        ends = self.model.generation_config.eos_token_id or self.eos_token_id
         settings = GenerationConfig(
             do_sample=False,
             num_beams=1,
             repetition_penalty=1.0,
             max_new_tokens=max_new_tokens,
             pad_token_id=self.pad_token_id,
-            eos_token_id=self.model.generation_config.eos_token_id or self.eos_token_id,
+            eos_token_id=ends,
         )
         if steer:
             self.check_layer(steer[0])
         with steering(self.layers, *steer) if steer else nullcontext():
             output = self.model.generate(**self.inputs(tokens, canvas, masked=True), generation_config=settings)
-        answers = self.tokenizer.batch_decode(output[:, tokens.ids.shape[1] :], skip_special_tokens=True)
-        return [answer.strip() for answer in answers]
+        output = output[:, tokens.ids.shape[1] :]
+        texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
+        ended = torch.isin(output, torch.tensor(ends, device=output.device)).any(1).tolist()
+        return [(text.strip(), "stop" if end else "length") for text, end in zip(texts, ended, strict=True)]
 
     def steered(self, steer: Steer) -> "LVLM":
         """The same model, whose every answer is steered; nothing is copied but the reference to its weights.
@@ -441,12 +457,15 @@ class LVLM:
         return other
 
     def ask(self, canvas: Canvas | None, questions: Sequence[str], max_new_tokens: int | None = None) -> list[Answer]:
-        """What `generate` gives, and what each answer took. Tokens are counted as the model sees them, without padding."""
-        texts = self.generate(canvas, questions, max_new_tokens=max_new_tokens)
-        pictures = self.placeholders(canvas) or [0] * len(texts)
+        """What `completions` gives, and what each answer took. Tokens are counted as the model sees them, without padding."""
+        said = self.completions(canvas, questions, max_new_tokens=max_new_tokens)
+        pictures = self.placeholders(canvas) or [0] * len(said)
         sizes = [len(self._prompt_ids(question, n)) for question, n in zip(questions, pictures, strict=True)]
         opened = self._opened()
-        return [Answer(*one, opened=opened) for one in zip(texts, sizes, pictures, strict=True)]
+        return [
+            Answer(text, size, n, opened=opened, finish=finish)
+            for (text, finish), size, n in zip(said, sizes, pictures, strict=True)
+        ]
 
     def check_layer(self, layer: int) -> None:
         """Raises DavspError if the model has no such layer to look at."""

@@ -175,4 +175,4 @@ def read_answer(body: Any) -> Answer | Failure:
     usage = body.get("usage")
     counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
     cut = end == "length" and not text.strip()
-    return Answer(writable(text), counted if isinstance(counted, int) else None, None, thought, cut)
+    return Answer(writable(text), counted if isinstance(counted, int) else None, None, thought, cut, finish=end)

@@ -123,7 +123,7 @@ class DavspAPI(ModelAPI):
         message = ChatMessageAssistant(
             content=parts if response.thought else response.text, model=self.model_name, source="generate"
         )
-        cut = response.cut or written >= longest
+        cut = response.cut or response.finish == "length"
         return ModelOutput(
             model=self.model_name,
             choices=[ChatCompletionChoice(message=message, stop_reason="max_tokens" if cut else "stop")],

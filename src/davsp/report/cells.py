@@ -6,7 +6,7 @@ from typing import Any
 
 from davsp.benchmarks import mm_safetybench, mme
 from davsp.benchmarks.source import EMBEDDED
-from davsp.metrics import LOST, WORST
+from davsp.metrics import AT_LENGTH, LOST, WORST
 from davsp.query import COST
 
 Rows = Sequence[Mapping[str, Any]]
@@ -150,6 +150,28 @@ def costs(rows: Rows, latency: Mapping[str, float]) -> list[tuple[str, list[str]
         time = f"×{latency[name]:.2f}" if name in latency else "–"
         lines.append((name, [*counts, time]))
     return lines if any(row["benchmark"] == "cost" for row in rows) else []
+
+
+MANY = 0.05
+"""Share of cut answers above which a table says what that means."""
+
+
+def cut_note(rows: Rows) -> str:
+    """A sentence on the answers that were cut at the longest; empty where none was, or where that is not known."""
+    cut: dict[str, tuple[int, int]] = {}
+    lengths = [row for row in rows if row["metric"] == AT_LENGTH]
+    for row in lengths:
+        k, n = cut.get(row["defense"], (0, 0))
+        cut[row["defense"]] = k + round(row["value"] * row["n"]), n + row["n"]
+    worst = sorted((name for name in cut if cut[name][0]), key=lambda name: -cut[name][0] / cut[name][1])
+    if not worst:
+        return ""
+    counts = ["{} of {} answers under {}".format(*cut[name], label(name)) for name in worst[:3]]
+    more = f", and fewer under {len(worst) - 3} more" if len(worst) > 3 else ""
+    sentence = f"Cut at {lengths[0]['max_new_tokens']} tokens: {', '.join(counts)}{more}."
+    if cut[worst[0]][0] > MANY * cut[worst[0]][1]:
+        sentence += " How they would have gone on is not known; allow more (--max-new-tokens)."
+    return sentence
 
 
 COST_HEADINGS = ("Calls", "Prompt tokens", "of pictures", "Time")

@@ -25,6 +25,7 @@ from davsp.report.cells import (
     RateColumn,
     cell,
     costs,
+    cut_note,
     defenses,
     find,
     label,
@@ -73,6 +74,7 @@ def render(report: Report, show_unsafe: bool = False) -> str:
         utility=_table(report, utility_columns(rows)),
         costs=costs(rows, report.latency),
         cost_headings=COST_HEADINGS,
+        cut_note=cut_note(rows),
         scores=[(*key, [number(row) for row in cells]) for *key, cells in score_rows(rows)],
         defenses=defenses(rows),
         pictures=[(p, uri(p.image)) for p in report.pictures],
@@ -200,6 +202,12 @@ def _shown(example: Example, show_unsafe: bool) -> dict[str, Any]:
 
 
 def _answer(query: Query, response: Response, verdict: Verdict | None, show_unsafe: bool) -> dict[str, str]:
+    """As `_judged`; of an answer that was cut at the longest the word says so."""
+    said = _judged(query, response, verdict, show_unsafe)
+    return said | ({"word": f"{said['word']}, cut at the longest"} if response.finish == "length" else {})
+
+
+def _judged(query: Query, response: Response, verdict: Verdict | None, show_unsafe: bool) -> dict[str, str]:
     """Text, a word on it, and whether that is good, as the rates have it; what is not known to be safe is redacted."""
     if query.label == "malicious":
         verdict_label = verdict.label if verdict else "unscored"

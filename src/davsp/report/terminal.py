@@ -13,6 +13,7 @@ from davsp.report.cells import (
     Rows,
     cell,
     costs,
+    cut_note,
     defenses,
     label,
     main_columns,
@@ -30,6 +31,8 @@ def print_table(console: Console, rows: Rows, title: str = "", caveat: str = "")
     if main_columns(rows):
         table(rows, title).print(console)
     print_caveat(console, caveat)
+    if note := cut_note(rows):
+        console.print(note, markup=False, highlight=False)
     attacked = [c for c in main_columns(rows) if c.metric == "rsr" and c.benchmark not in SUMS]
     unscored = sum(cell(rows, name, column).unscored for name in defenses(rows) for column in attacked)
     if unscored:

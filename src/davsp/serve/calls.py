@@ -55,7 +55,6 @@ class UpstreamLVLM(RemoteLVLM):
         self.before, self.post, self.loop = before, post, asyncio.get_running_loop()
         self.reasoning_tags = ()  # what the model says is the client's
         self.usage: dict[str, int] | None = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
-        self.ends: dict[str, str] = {}
         self.stopped = False
         self.asked: Future[tuple[int, Any]] | None = None
 
@@ -96,7 +95,6 @@ class UpstreamLVLM(RemoteLVLM):
             answer = Failure("it was cut before there was any; a model that thinks needs a higher max_tokens")
         if isinstance(answer, Failure):
             raise Refusal(502, f"the upstream gave no answer: {answer.reason}.", "upstream_error")
-        self.ends[answer.text] = reply["choices"][0]["finish_reason"]
         self._count(reply.get("usage"))
         return answer
 
@@ -165,4 +163,4 @@ def answer(
     """
     query = Query("", question, "benign", "", image=picture)
     (response,) = defense.respond(lvlm, [query], max_new_tokens=max_new_tokens)
-    return Completion(response.text, lvlm.ends.get(response.text, "stop"), lvlm.usage)
+    return Completion(response.text, response.finish or "stop", lvlm.usage)

@@ -46,7 +46,7 @@ def model_app(lvlm: LVLM, name: str, settings: ServeSettings) -> Starlette:
         with room.seat() as seat:
             whole = await asyncio.to_thread(parse, await read(request, seat, settings), settings)
             body, (question, file) = whole.value, _question_and_file(protocol, whole, name, settings)
-        longest = calls.longest(body, 48)
+        longest = calls.longest(body, lvlm.longest)
         completion, seen_hash = await asyncio.get_running_loop().run_in_executor(
             thread, _answer, lvlm, question, file, longest, settings
         )
@@ -113,7 +113,7 @@ def _answer(
     prompt_tokens = answer.prompt_tokens or 0
     usage = {"prompt_tokens": prompt_tokens, "completion_tokens": tokens, "total_tokens": prompt_tokens + tokens}
     seen_hash = None if canvas is None else pixels_hash(Image.fromarray(to_bytes(canvas[0])))
-    return Completion(answer.text, "length" if tokens >= longest else "stop", usage), seen_hash
+    return Completion(answer.text, answer.finish, usage), seen_hash
 
 
 def pixels_hash(picture: Image.Image) -> str:

@@ -29,6 +29,7 @@ from davsp.metrics import Outcome
 from davsp.prompts import VisualSafetyPrompt
 from davsp.prompts.base import from_picture
 from davsp.query import Query
+from davsp.report.cells import cut_note
 from davsp.runtime.files import manifest, read_json, write_json, write_text
 from davsp.store import queries_hash
 from davsp.vector import HarmfulnessVector
@@ -120,7 +121,8 @@ def corruptions(
         "records": records,
     }
     write_json(out / RECORDS, written)
-    write_text(out / "corruptions.md", markdown(written) + (f"\n{caveat}\n" if caveat else ""))
+    notes = [f"\n{note}\n" for note in (caveat, cut_note(evaluation.rows)) if note]
+    write_text(out / "corruptions.md", "".join([markdown(written), *notes]))
     beside = [read_json(path) for path in sorted(out.parent.glob(f"*/{RECORDS}"))]
     write_text(out.parent / "shifts.svg", plot(beside))
     return records

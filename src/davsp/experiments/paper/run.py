@@ -32,7 +32,7 @@ from davsp.judges.verdicts import judge_name
 from davsp.lvlm import LVLM, model_facts, model_name
 from davsp.query import Query
 from davsp.report import panels, plots, projections_by_label
-from davsp.report.cells import DEFENSES, find
+from davsp.report.cells import DEFENSES, cut_note, find
 from davsp.runtime.files import manifest, read_json, write_json, write_text
 from davsp.training.settings import TrainSettings, resolve
 
@@ -132,7 +132,8 @@ def reproduce(
         defenses={name: d.describe() for name, d in defenses.items()},
     )  # fmt: skip
     write_json(out / "manifest.json", facts)
-    reproduction = _write(names, rows, kit, evaluation, [*_notes(kit, judge, names), INFERRED], reasons)
+    notes = [*_notes(kit, judge, names), INFERRED, *filter(None, [cut_note(rows)])]
+    reproduction = _write(names, rows, kit, evaluation, notes, reasons)
     stages.line("tables", ", ".join(reproduction.tables), time.perf_counter() - began)
     return reproduction
 

@@ -24,6 +24,7 @@ from davsp.judges.keyword import caveat
 from davsp.lvlm import model_name
 from davsp.prompts import VisualSafetyPrompt
 from davsp.report import plots
+from davsp.report.cells import cut_note
 from davsp.runtime.files import read_json, write_json, write_text
 
 PADDINGS = (7, 14, 21, 28, 42, 56)  # pixels of 336, scaled to the canvas
@@ -122,7 +123,8 @@ def sweep(
     rows = [*evaluation.rows, *pooled(kit.data.test, evaluation, model_name(kit.lvlm), seed)]
     records = [_record(rows, row) for row in defenses]
     write_json(written, {"schema": metrics.SCHEMA, "records": records})
-    write_text(out / "sweeps.md", markdown(records, model_name(kit.lvlm), caveat(judge, kit.shipped)))
+    notes = filter(None, (caveat(judge, kit.shipped), cut_note(rows)))
+    write_text(out / "sweeps.md", markdown(records, model_name(kit.lvlm), " ".join(notes)))
     for name in names:
         mine = [r for r in records if r["sweep"] == name]
         write_text(out / f"{name}.svg", plots.standalone(plots.lines(mine, SWEEPS[name][0])))
@@ -140,7 +142,7 @@ def _record(rows: list[dict[str, Any]], row: str) -> dict[str, Any]:
 
 
 def markdown(records: list[dict[str, Any]], model: str, caveat: str = "") -> str:
-    """The records as a table for a README, and a sentence on the judge."""
+    """The records as a table for a README, and what is to be known of them."""
     lines = [f"**DAVSP on {model}, one setting at a time**; points of a hundred, 95 % intervals.", ""]
     lines += ["| setting | value | RSR, all pictures | utility | over-refusal |", "|---|---|---|---|---|"]
     for r in records:
