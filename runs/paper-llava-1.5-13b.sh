@@ -6,6 +6,7 @@
 #
 # DATA holds VLGuard, MM-SafetyBench, MM-Vet, FigStep, MME and LLaVA-Bench as docs/benchmarks.md says. Memory: 13 B in bfloat16 takes
 # 26 GB, the training of a border some 10 GB more (micro-batches and checkpointing lower that); two 24 GB cards do with DEVICE=auto.
+# Answers have the authors' 1,024 tokens (davsp's default for released models); BATCH lowers the queries a batch where memory ends.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 MODEL=${MODEL:-llava-hf/llava-1.5-13b-hf}
@@ -16,24 +17,25 @@ CANVAS=${CANVAS:-}                                    # only for Qwen2-VL: side 
 DAVSP=.venv/bin/davsp
 
 if [ -n "${DRY:-}" ]; then
-  exec $DAVSP reproduce all --model "$MODEL" --dry-run --per-call "${PER_CALL:-0.3}" --benchmark "mme=$DATA/MME"
+  exec $DAVSP reproduce all --model "$MODEL" --dry-run ${PER_CALL:+--per-call "$PER_CALL"} --benchmark "mme=$DATA/MME"
 fi
 
 sets=(--benchmark "mm_safetybench=$DATA/MM-SafetyBench" --benchmark "mm_vet=$DATA/mm-vet")
 others=(--benchmark "figstep=$DATA/FigStep" --benchmark "mme=$DATA/MME" --benchmark "llava_bench=$DATA/llava-bench-in-the-wild")
 model=(--model "$MODEL" --device "$DEVICE" ${CANVAS:+--canvas "$CANVAS"})
+batch=(${BATCH:+--batch-size "$BATCH"})
 asked=(--judge-url "${JUDGE_URL:?an OpenAI-compatible server of the judge}" --judge-model "${JUDGE_MODEL:?the judge\'s model}")
 
 $DAVSP data check "$DATA"                                                       # counts and broken files, before anything is paid for
 
 # what the undefended model refuses decides who makes the vector ("easily refused") and who trains ("hard to refuse")
-$DAVSP eval "${model[@]}" --defense none --benchmark "vlguard=$DATA/VLGuard" --split train --judge davsp "${asked[@]}" --out "$OUT/guard"
-$DAVSP eval "${model[@]}" --defense none --benchmark "mm_safetybench=$DATA/MM-SafetyBench" --split all --judge davsp-mmsafety "${asked[@]}" \
+$DAVSP eval "${model[@]}" "${batch[@]}" --defense none --benchmark "vlguard=$DATA/VLGuard" --split train --judge davsp "${asked[@]}" --out "$OUT/guard"
+$DAVSP eval "${model[@]}" "${batch[@]}" --defense none --benchmark "mm_safetybench=$DATA/MM-SafetyBench" --split all --judge davsp-mmsafety "${asked[@]}" \
     --out "$OUT/safety"
 [ -f "$OUT/split.json" ] || $DAVSP data split "$OUT/split.json" --run "$OUT/guard" --run "$OUT/safety" \
     --benchmark "vlguard=$DATA/VLGuard" "${sets[@]}" "${others[@]}"
 
 # all six tables; the prompts are trained on the way, 1,200 steps each
-$DAVSP reproduce all "${model[@]}" --split "$OUT/split.json" --benchmark "vlguard=$DATA/VLGuard" "${sets[@]}" "${others[@]}" \
-    --judge davsp --judge mm-vet --judge llava-bench --grader-runs 5 "${asked[@]}" --max-new-tokens 512 \
+$DAVSP reproduce all "${model[@]}" "${batch[@]}" --split "$OUT/split.json" --benchmark "vlguard=$DATA/VLGuard" "${sets[@]}" "${others[@]}" \
+    --judge davsp --judge mm-vet --judge llava-bench --grader-runs 5 "${asked[@]}" \
     ${BORROW:+--borrow "LLaVA-1.5-13B=$BORROW"} --out "$OUT/tables"
