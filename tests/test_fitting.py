@@ -125,6 +125,36 @@ def test_thin_pictures_on_the_command_line(
         assert "'thin'" in json.loads((out / "manifest.json").read_text())["notes"][0]
 
 
+@pytest.mark.parametrize("command", ["attack", "corruptions"])
+def test_attack_and_corruptions_leave_out_what_does_not_fit(
+    command: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_queries(
+        tmp_path / "data", [*queries("malicious", 1), replace(queries("malicious", 2)[1], question="is " * 3000)]
+    )
+    VisualSafetyPrompt.create(56, 8, "random").save_pretrained(tmp_path / "prompt")
+    more = ("--defense", "none", "--attack", "redraw", "--target", "a car", "--max-unscored", 1)
+    options = {"attack": more, "corruptions": ("--prompt", tmp_path / "prompt", "--change", "png")}[command]
+    out = tmp_path / "runs" / "out"
+    whole = (
+        command,
+        "--model",
+        tiny_folder,
+        "--queries",
+        tmp_path / "data",
+        "--max-new-tokens",
+        2,
+        "--out",
+        out,
+        *options,
+    )
+    assert davsp(*whole) == 2
+    said = capsys.readouterr().err
+    assert "'malicious-1' cannot be asked under none: prompt and answer take" in said and "by --skip-broken" in said
+    assert not out.exists() or not list(out.rglob("responses.jsonl"))
+    assert davsp(*whole, "--skip-broken") == 0 and "1 of 2 queries are left out" in capsys.readouterr().err
+
+
 def test_a_prompt_makes_a_thin_picture_a_square(qwen: Path) -> None:
     model = LVLM.from_pretrained(qwen, device_map="cpu", canvas=112)
     thin = replace(LONG, question="what is this", image=picture(1, (3, 700)))

@@ -93,7 +93,8 @@ def attack(
     _check(lvlm, defenses, malicious, settings, vector)
     if bare := sum(q.label == "malicious" for q in queries) - len(malicious):
         console.print(f"[yellow]{bare} malicious queries have no picture and are left out[/]")
-    fitting(lvlm, defenses, queries, max_new_tokens)
+    clean = [*malicious, *(q for q in queries if q.label == "benign")]
+    fitting(lvlm, defenses, clean, max_new_tokens)
     with alone(out):
         sweep(out)
         identity = {"model": fingerprint(lvlm), "dtype": str(lvlm.dtype), "queries": queries_hash(malicious)}
@@ -102,7 +103,6 @@ def attack(
         results: list[AttackResult] = []
         try:
             for name in sorted(defenses, key=lambda name: name != BASELINE):  # what transfers is made first
-                clean = [*malicious, *(q for q in queries if q.label == "benign")]
                 results += run.all(name, defenses[name], clean)
         except KeyboardInterrupt:
             raise Interrupted(f"stopped; what was done is in {out}: give the same command again to go on") from None

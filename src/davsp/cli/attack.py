@@ -21,7 +21,7 @@ from davsp.cli.options import (
     TestSetOptions,
     VerdictOptions,
 )
-from davsp.cli.testset import load_test_set
+from davsp.cli.testset import load_test_set, with_room
 from davsp.errors import DavspError, refused_as
 
 if TYPE_CHECKING:
@@ -108,6 +108,8 @@ def attack(
         queries = [query for query in apart(queries) if query.label == "malicious"]
     lvlm = load_lvlm(model)
     lvlm.reasoning_tags = judge_settings.reasoning_tags
+    queries, left_out = with_room(lvlm, defenses, queries, max_new_tokens, test.skip_broken)
+    notes += left_out
     results = run(
         lvlm, defenses, queries, out, settings, direction, scorers[0], max_new_tokens=max_new_tokens,
         console=Console(stderr=True),

@@ -8,7 +8,7 @@ import typer
 from davsp.cli.inputs import is_shipped, load_lvlm
 from davsp.cli.judges import warn_of_keyword
 from davsp.cli.options import Limit, MaxNewTokens, ModelOptions, Seed, TestSetOptions
-from davsp.cli.testset import load_test_set
+from davsp.cli.testset import load_test_set, with_room
 from davsp.errors import DavspError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def corruptions(
     """Change the finished canvas as a server in between might (JPEG, resizing, shifts) and measure what the border still does."""
     from rich.console import Console
 
+    from davsp.defenses import NoDefense, VisualPrompt
     from davsp.evaluation.judging import apart
     from davsp.experiments.corruptions.run import corruptions as run
     from davsp.judges import keyword
@@ -49,8 +50,11 @@ def corruptions(
     names = [name for part in change or [] for name in part.split(",")]
     caveat = warn_of_keyword([keyword], is_shipped(model.name))
     out = out or Path("out/corruptions") / (model.name or "davsp-mini").rstrip("/").split("/")[-1]
+    lvlm = load_lvlm(model)
+    rows = {"none": NoDefense(), "border": VisualPrompt(border)}
+    queries, _ = with_room(lvlm, rows, queries, max_new_tokens, test.skip_broken)
     run(
-        load_lvlm(model), border, queries, out, direction, names, batch_size=batch_size, max_new_tokens=max_new_tokens,
+        lvlm, border, queries, out, direction, names, batch_size=batch_size, max_new_tokens=max_new_tokens,
         seed=seed, console=Console(stderr=True), caveat=caveat,
     )  # fmt: skip
     print((out / "corruptions.md").read_text())

@@ -8,7 +8,7 @@ import typer
 
 from davsp.cli import judges
 from davsp.cli.defenses import rows
-from davsp.cli.inputs import compare_texts, in_processes, is_shipped, load_lvlm, say
+from davsp.cli.inputs import compare_texts, in_processes, is_shipped, load_lvlm
 from davsp.cli.options import (
     JUDGES,
     GraderRuns,
@@ -23,7 +23,7 @@ from davsp.cli.options import (
     TestSetOptions,
     VerdictOptions,
 )
-from davsp.cli.testset import load_test_set, noted
+from davsp.cli.testset import load_test_set, with_room
 from davsp.errors import DavspError
 
 if TYPE_CHECKING:
@@ -85,7 +85,6 @@ def evaluate(
     from rich.console import Console
 
     from davsp.evaluation import evaluate
-    from davsp.evaluation.fitting import fitting
     from davsp.evaluation.judging import apart
     from davsp.lvlm import answer_length
     from davsp.runtime import keys, parallel
@@ -116,10 +115,8 @@ def evaluate(
     lvlm.reasoning_tags = settings.reasoning_tags
     lvlm.longest = answer_length(shipped)
     _check(lvlm, defenses, direction)
-    queries, note = noted(lambda: fitting(lvlm, defenses, queries, max_new_tokens, test.skip_broken))[0]
-    if note:
-        say(f"note: {note}")
-        notes.append(note)
+    queries, left_out = with_room(lvlm, defenses, queries, max_new_tokens, test.skip_broken)
+    notes += left_out
     facts = _facts(lvlm, engine.engine, notes, defenses, names or ["keyword"], test, seed) | {"shipped": shipped}
     evaluation = evaluate(
         lvlm, defenses, queries, out, direction, scorers[0],

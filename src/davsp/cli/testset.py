@@ -13,6 +13,8 @@ from davsp.errors import DavspError
 
 if TYPE_CHECKING:
     from davsp.cli.options import MaliciousOptions, TestSetOptions
+    from davsp.defenses import Defense
+    from davsp.lvlm import AnsweringLVLM
     from davsp.query import Query
 
 T = TypeVar("T")
@@ -171,3 +173,19 @@ def _first(queries: "list[Query]", limit: int | None) -> "list[Query]":
         if counts[key] <= limit:
             first.append(query)
     return first
+
+
+def with_room(
+    lvlm: "AnsweringLVLM",
+    defenses: "dict[str, Defense]",
+    queries: "list[Query]",
+    longest: int | None,
+    skip_broken: bool,
+) -> "tuple[list[Query], list[str]]":
+    """The queries that the model has room for under every defense, and what to say of the others; said here, too."""
+    from davsp.evaluation.fitting import fitting
+
+    (kept, note), _ = noted(lambda: fitting(lvlm, defenses, queries, longest, skip_broken))
+    if note:
+        say(f"note: {note}")
+    return kept, [note] if note else []
