@@ -5,6 +5,7 @@ import base64
 import io
 import re
 import socket
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -61,6 +62,10 @@ def test_the_html_shows_both_and_folds_what_a_real_model_says(comparison: Compar
     assert folded.count("<details>") == (not before.withheld) + (not after.withheld)
     bare = Comparison(comparison.lvlm, comparison.defense)
     assert "davsp vector" in answer.render(bare, *bare.ask(PICTURE, "what is this"), folded=False)
+    fitted = comparison.vector
+    theirs = replace(fitted, malicious=fitted.malicious[:0], benign=fitted.benign[:0])  # as a published one
+    known = Comparison(comparison.lvlm, comparison.defense, theirs)
+    assert "Ticks:" in shown and "Ticks:" not in answer.render(known, *known.ask(PICTURE, "what is this"), folded=False)
     assert answer.sorry("<x>") == '<p role="alert" class="alert">&lt;x&gt;</p>'
 
 

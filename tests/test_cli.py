@@ -24,7 +24,7 @@ from davsp.errors import DavspError
 from davsp.prompts import load_prompt
 from davsp.query import open_picture
 from davsp.runtime.files import alone, sha256
-from test_published import published
+from test_published import directions, published
 from tiny import queries
 
 
@@ -315,6 +315,48 @@ def test_the_published_border_in_both_forms(data: Path, tiny_folder: Path, tmp_p
         assert run(*command, "--prompt", tmp_path / "displayable") == 0
     assert run(*importing, "--form", "displayable", "--out", tmp_path / "exact") == 2
     assert "already holds exact.safetensors" in capsys.readouterr().err
+
+
+def test_a_published_vector_and_noise_go_where_ours_go(data: Path, tiny_folder: Path, tmp_path: Path, capsys):
+    """The kinds of files are told apart by what they hold; noise by --kind."""
+    model = ("--model", tiny_folder)
+    torch.save(directions(4, 32), tmp_path / "vector.pt")
+    theirs = ("import-published", tmp_path / "vector.pt", "--layer", 2, "--out", tmp_path / "vector")
+    assert run(*theirs) == 2 and "give --layer, --mu-plus and --mu-minus" in capsys.readouterr().err
+    assert run(*theirs, "--mu-plus", 4, "--mu-minus", -1) == 0
+    output = capsys.readouterr().out
+    assert "layers 1 to 3; layer 4 is left out" in output and "so not known: the model, the text before" in output
+    both = ("--malicious", data / "malicious", "--benign", data / "benign")
+    steps = ("--steps", 1, "--batch-size", 2)
+    assert run("train", *model, *both, *steps, "--vector", tmp_path / "vector", "--out", tmp_path / "prompt") == 0
+    assert "nobody says which text stood before every question" in capsys.readouterr().err
+    torch.save(torch.full((3, 56, 56), 64 / 255), tmp_path / "safety_patch_eps32.pt")
+    noise = ("import-published", tmp_path / "safety_patch_eps32.pt", "--out", tmp_path / "noise")
+    assert run(*noise) == 2 and "is imported with --kind uniguard" in capsys.readouterr().err
+    assert run(*noise, "--kind", "uniguard", "--text-part", "fixed") == 0
+    output = capsys.readouterr().out
+    assert "the bound as measured is 64/255" in output and "its negative half is lost" in output
+    assert load_prompt(tmp_path / "noise").question("Q").startswith("Q\nDO NOT INCLUDE any harmful")
+    test = ("--queries", data / "test", "--max-new-tokens", 2, "--vector", tmp_path / "vector")
+    arms = (
+        "--defense",
+        "none",
+        "--defense",
+        f"uniguard={tmp_path / 'noise'}",
+        "--defense",
+        f"ours={tmp_path / 'prompt'}",
+    )
+    assert run("eval", *model, *test, *arms, "--out", tmp_path / "eval") == 0
+    rows = json.loads((tmp_path / "eval" / "metrics.json").read_text())["rows"]
+    assert {r["defense"] for r in rows} == {"none", "uniguard", "ours"}
+    for option, says in (
+        (("--kind", "png"), "--kind is border, vector or uniguard, not 'png'"),
+        (("--kind", "uniguard", "--padding", 8), "--padding is for --kind border"),
+        (("--kind", "uniguard", "--layer", 8), "UniGuard's noise has none"),
+        (("--kind", "uniguard", "--text-part", "searched"), "--text-part is none, fixed or optimised"),
+        (("--kind", "border", "--mu-plus", 8), "--mu-plus is for --kind vector"),
+    ):
+        assert run(*noise, *option) == 2 and says in capsys.readouterr().err
 
 
 def test_doctor_by_its_exit_code(monkeypatch, capsys):

@@ -1,6 +1,11 @@
-"""The authors' border, played by tensors of its layout: float16, normalised by CLIP's constants, zero inside."""
+"""Other people's files, played by tensors of their layouts.
+
+A border of the authors' code is float16, normalised by CLIP's constants, zero inside; their vector a dictionary of a direction a layer;
+UniGuard's noise float32 in pixel units.
+"""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +14,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from davsp import DavspError, TrainSettings, VisualSafetyPrompt, train
+from davsp import DavspError, HarmfulnessVector, TrainSettings, VisualSafetyPrompt, train
 from davsp.defenses import VisualPrompt
-from davsp.prompts import ExactBorder, load_prompt
+from davsp.prompts import AdditiveNoise, ExactBorder, load_prompt
 from davsp.prompts.border import border_mask
-from davsp.prompts.published import CLIP_MEAN, CLIP_STD, import_published, published_prompt, save_published
+from davsp.prompts.published import (
+    CLIP_MEAN,
+    CLIP_STD,
+    import_published,
+    published_noise,
+    published_prompt,
+    save_published,
+)
 from tiny import picture, queries
 
 MEAN, STD = (torch.tensor(x).view(3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
@@ -209,3 +221,137 @@ def test_a_file_that_is_missing_or_cut(file: Path, tmp_path: Path):
         file.write_bytes(content)
         with pytest.raises(DavspError, match=r"noise-1200\.pt is not read, for it is cut"):
             import_published(file, 8)
+
+
+# -- the vector
+
+
+def directions(layers: int, width: int, norm: float = 1.0) -> dict[str, Float[Tensor, " d"]]:
+    """What the authors' code would have saved: a direction a layer under its name, of the same length each."""
+    drawn = torch.randn(layers, width, generator=torch.Generator().manual_seed(1))
+    drawn = norm * drawn / drawn.norm(dim=1, keepdim=True)
+    return {f"layer_{n}": row.clone() for n, row in enumerate(drawn, 1)}
+
+
+def test_the_authors_vector_has_their_layer_and_margins(tmp_path: Path, lvlm):
+    given = directions(40, 5120)
+    torch.save(given, tmp_path / "v.pt")
+    HarmfulnessVector.from_published(tmp_path / "v.pt").save(tmp_path / "v")
+    vector = HarmfulnessVector.load(tmp_path / "v")
+    assert vector.vectors.shape == (39, 5120) and not vector.fitted  # their last one is after the final norm
+    for layer in (1, 20, 39):
+        torch.testing.assert_close(vector.direction(layer), given[f"layer_{layer}"])
+    assert (vector.layer, vector.mu_plus, vector.mu_minus) == (20, 27, -2) and vector.half_gap() == 14.5
+    assert (vector.model_id, vector.text, vector.auroc, vector.by_layer()) == ("", None, {}, [])
+    with pytest.raises(
+        DavspError, match=r"margins at layer 20 alone.* of layer 18 .*--layer 18, --mu-plus and --mu-minus"
+    ):
+        vector.margins(18)
+    with pytest.raises(DavspError, match=r"39 layers of 5120 numbers, but .* has 3 of 32"):
+        vector.check(lvlm)
+
+
+def test_a_vector_of_their_code_for_another_model_is_trained_with(tmp_path: Path, lvlm):
+    """Layers are theirs: `layer_k` is `hidden_states[k]`, so training along it raises what their code would measure."""
+    given = directions(4, 32, norm=7)  # as get_vector.py leaves them
+    torch.save(given, tmp_path / "v.pt")
+    vector = HarmfulnessVector.from_published(tmp_path / "v.pt", 2, 3.0, -1.0, "m", "be safe")
+    assert vector.vectors.shape == (3, 32) and (vector.model_id, vector.text) == ("m", "be safe")
+    canvas = lvlm.preprocess([picture(0)])
+    inputs = lvlm.inputs(lvlm.encode(["what is this"], lvlm.placeholders(canvas)), canvas)
+    hidden = lvlm.model(**inputs, output_hidden_states=True).hidden_states
+    theirs = hidden[2][0, -1] @ (given["layer_2"] / given["layer_2"].norm())
+    ours = vector.project(lvlm.states(canvas, ["what is this"], [2])[0, 0])
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    settings = TrainSettings(steps=1, batch_size=2, objective="both")
+    both, start = (queries("malicious", 2), queries("benign", 2)), VisualSafetyPrompt.create(56, 8)
+    trained = train(lvlm, start, *both, replace(vector, model_id=""), settings, tmp_path / "run", progress=False)
+    facts = {name: trained.config[name] for name in ("layer", "mu_plus", "mu_minus")}
+    assert facts == {"layer": 2, "mu_plus": 3, "mu_minus": -1} and not torch.equal(trained.delta, start.delta)
+    rows = torch.stack(list(given.values()))
+    torch.save(rows, tmp_path / "rows.pt")  # the same as one matrix
+    again = HarmfulnessVector.from_published(tmp_path / "rows.pt", 2, 3.0, -1.0)
+    assert torch.equal(again.vectors, vector.vectors)
+
+
+def spoilt_direction(value: float) -> dict[str, Tensor]:
+    rows = directions(4, 32)
+    rows["layer_3"] *= value
+    return rows
+
+
+NO_VECTOR = {
+    "a name is missing": (lambda d: {n: row for n, row in d.items() if n != "layer_2"}, "holds no harmfulness vector"),
+    "other names": (lambda d: {n.replace("_", ""): row for n, row in d.items()}, "a dictionary layer_1 to layer_L"),
+    "two widths": (lambda d: d | {"layer_2": d["layer_2"][:5]}, "holds no harmfulness vector"),
+    "states of queries": (lambda d: {"q1": d, "q2": d}, "holds no harmfulness vector"),
+    "integers": (lambda d: {n: row.int() for n, row in d.items()}, "holds no harmfulness vector"),
+    "one layer": (lambda d: {"layer_1": d["layer_1"]}, "holds no harmfulness vector"),
+    "empty": (lambda d: {}, "holds no harmfulness vector"),
+    "a border": (lambda d: torch.ones(1, 3, 8, 8), "holds no harmfulness vector"),
+    "a list": (lambda d: list(d.values()), "holds no harmfulness vector"),
+    "NaN": (lambda d: spoilt_direction(float("nan")), "NaN, infinity or a direction of zeros"),
+    "zeros": (lambda d: spoilt_direction(0), "NaN, infinity or a direction of zeros"),
+}
+
+
+@pytest.mark.parametrize("case", NO_VECTOR)
+def test_what_is_no_published_vector_is_refused(case: str, tmp_path: Path):
+    change, says = NO_VECTOR[case]
+    torch.save(change(directions(4, 32)), tmp_path / "v.pt")
+    with pytest.raises(DavspError, match=rf"v\.pt.*{says}"):
+        HarmfulnessVector.from_published(tmp_path / "v.pt", 2, 3.0, -1.0)
+
+
+def test_margins_are_not_made_up_for_another_model_or_layer(tmp_path: Path):
+    torch.save(directions(4, 32), tmp_path / "small.pt")
+    torch.save(directions(40, 5120), tmp_path / "theirs.pt")
+    for name, *given in (("small", None, None, None), ("small", 2, 3.0, None), ("theirs", 18, None, None)):
+        with pytest.raises(
+            DavspError, match="are known for layer 20 of 40 layers of 5120 alone: give --layer, --mu-plus"
+        ):
+            HarmfulnessVector.from_published(tmp_path / f"{name}.pt", *given)
+    with pytest.raises(DavspError, match=r"mu_plus \(-3\) must be above mu_minus \(-2\)"):
+        HarmfulnessVector.from_published(tmp_path / "theirs.pt", mu_plus=-3.0)
+    with pytest.raises(DavspError, match="layer 4 is out of range"):
+        HarmfulnessVector.from_published(tmp_path / "small.pt", 4, 3.0, -1.0)
+    torch.save(Trap(tmp_path / "sprung"), tmp_path / "trap.pt")
+    with pytest.raises(DavspError, match="holds more than tensors"):
+        HarmfulnessVector.from_published(tmp_path / "trap.pt")
+    assert not (tmp_path / "sprung").exists()
+
+
+# -- UniGuard's noise
+
+
+def test_noise_has_the_bound_of_its_values_whatever_its_name_says(tmp_path: Path):
+    delta = torch.randint(-64, 65, (3, 56, 56), generator=torch.Generator().manual_seed(2)) / 255
+    delta[0, 0, :2] = torch.tensor([64, -64]) / 255
+    torch.save(delta, tmp_path / "safety_patch_eps32.pt")
+    noise, seen = published_noise(tmp_path / "safety_patch_eps32.pt", "m")
+    assert seen.bound == pytest.approx(64) and seen.below_zero == pytest.approx(float((delta < 0).float().mean()))
+    noise.save_pretrained(tmp_path / "n")
+    loaded = load_prompt(tmp_path / "n")
+    assert type(loaded) is AdditiveNoise and torch.equal(loaded.delta, delta) and loaded.eps == pytest.approx(64 / 255)
+    assert loaded.config["figures"]["published_bound_levels"] == seen.bound and loaded.config["model_id"] == "m"
+    shown = loaded.apply(loaded.resize([picture(3)]))
+    assert torch.equal(shown, (loaded.resize([picture(3)]) + delta).clamp(0, 1))
+
+
+NO_NOISE = {
+    "a border": (lambda n: published(n.abs().half().float(), 8), "it is a border, not noise; give --kind border"),
+    "zeros": (torch.zeros_like, "holds only zeros, which is no noise"),
+    "levels": (lambda n: 255 * n, "where white is 1, so they are not in pixel units"),
+    "NaN": (lambda n: n * float("nan"), "holds NaN or infinity, so it is not noise"),
+    "a vector": (lambda n: directions(4, 32), "holds a dict, not one tensor, so it is not noise"),
+    "bytes": (lambda n: (255 * n).to(torch.uint8), "noise is dense floats of shape"),
+    "not square": (lambda n: n[..., :40], r"shape \(3, 56, 40\)"),
+}
+
+
+@pytest.mark.parametrize("case", NO_NOISE)
+def test_what_is_no_noise_is_refused(case: str, tmp_path: Path):
+    change, says = NO_NOISE[case]
+    torch.save(change(torch.rand(3, 56, 56, generator=torch.Generator().manual_seed(2)) / 4), tmp_path / "n.pt")
+    with pytest.raises(DavspError, match=rf"n\.pt.*{says}"):
+        published_noise(tmp_path / "n.pt")

@@ -13,10 +13,11 @@ from torch import Tensor
 from davsp.errors import DavspError
 from davsp.lvlm import LVLM, short_name
 from davsp.query import Query
-from davsp.runtime.files import read_tensors_and_metadata, save_tensors, to_json, write_json
+from davsp.runtime.files import read_tensors_and_metadata, read_torch, save_tensors, to_json, write_json
 
 AS_GOOD = 0.01  # of AUROC: about the standard error of 0.99 from a hundred queries
 QUANTILES = (0.5, 0.75)  # of malicious projections for mu_plus, of benign ones for mu_minus
+PUBLISHED = ((40, 5120), 20, 27.0, -2.0)  # the authors' model, their layer, mu_plus and mu_minus
 
 
 @dataclass
@@ -29,13 +30,13 @@ class HarmfulnessVector:
 
     Attributes:
         vectors: (L, D) unit vectors; row i belongs to layer i + 1, L = num_layers - 1.
-        malicious: (N, L) projections of the fitting set.
+        malicious: (N, L) projections of the fitting set; N = 0: not known (`from_published`).
         benign: (M, L), the same.
         layer: the layer in use.
         mu_plus, mu_minus: margins at `layer`, in the units of the hidden state.
         auroc: layer -> AUROC; of the fitting set after `fit`, of held-out queries after `sweep`.
         table: the rows of the last `sweep`.
-        model_id, revision, text: the model, and the text that stood before every question.
+        model_id, revision, text: the model, and the text that stood before every question; None: not known.
     """
 
     vectors: Float[Tensor, "l d"]
@@ -47,7 +48,7 @@ class HarmfulnessVector:
     auroc: dict[int, float] = field(default_factory=dict)
     table: list[dict[str, Any]] = field(default_factory=list)
     model_id: str = ""
-    text: str = ""
+    text: str | None = ""
     revision: str | None = None
 
     @classmethod
@@ -137,8 +138,8 @@ class HarmfulnessVector:
             )
 
     def by_layer(self) -> list[dict[str, Any]]:
-        """The rows of the last `sweep`; before one, the same figures of the fitting set."""
-        return self.table or _compare(self.malicious, self.benign)
+        """The rows of the last `sweep`; before one, the same figures of the fitting set; none if that is not known."""
+        return self.table or (_compare(self.malicious, self.benign) if self.fitted else [])
 
     def project(self, states: Float[Tensor, "*b d"], layer: int | None = None) -> Float[Tensor, "*b"]:
         """s = v_l . h_l, in the precision of the states (at least float32)."""
@@ -146,18 +147,44 @@ class HarmfulnessVector:
         states = states if states.dtype == torch.float64 else states.float()
         return states @ direction.to(states)
 
+    @property
+    def fitted(self) -> bool:
+        """Whether the projections of its fitting set are known; a published vector comes without."""
+        return len(self.malicious) > 0
+
     def margins(self, layer: int | None = None, quantiles: tuple[float, float] = QUANTILES) -> tuple[float, float]:
-        """(mu_plus, mu_minus) at a layer by the rule above, or by other quantiles."""
-        self.direction(layer)  # says so if there is no such layer
-        at = (self.layer if layer is None else layer) - 1
+        """(mu_plus, mu_minus) at a layer by the rule above, or by other quantiles.
+
+        Raises:
+            DavspError: no such layer, or the fitting set's projections are not known.
+        """
+        at = self._known(layer)
         plus = torch.quantile(self.malicious[:, at], quantiles[0])
         return float(plus), float(torch.quantile(self.benign[:, at], quantiles[1]))
 
     def half_gap(self, layer: int | None = None) -> float:
-        """Half the distance between the class means of the fitting set at a layer; always positive."""
-        self.direction(layer)
-        at = (self.layer if layer is None else layer) - 1
+        """Half the distance between the class means of the fitting set at a layer; always positive.
+
+        Where they are not known: half the distance between the margins, at the layer in use.
+
+        Raises:
+            DavspError: as `margins`.
+        """
+        if not self.fitted and layer in (None, self.layer):
+            return (self.mu_plus - self.mu_minus) / 2
+        at = self._known(layer)
         return float(self.malicious[:, at].mean() - self.benign[:, at].mean()) / 2
+
+    def _known(self, layer: int | None) -> int:
+        """The row of a layer's projections; DavspError if there is none."""
+        self.direction(layer)  # says so if there is no such layer
+        layer = self.layer if layer is None else layer
+        if not self.fitted:
+            raise DavspError(
+                f"the vector has margins at layer {self.layer} alone, and no projections to set those of layer {layer} by; "
+                f"import it again with --layer {layer}, --mu-plus and --mu-minus"
+            )
+        return layer - 1
 
     def use_layer(self, layer: int) -> "HarmfulnessVector":
         """Take another layer, and its margins."""
@@ -201,6 +228,48 @@ class HarmfulnessVector:
         write_json(Path(folder) / "vector.json", facts)
 
     @classmethod
+    def from_published(
+        cls,
+        path: str | Path,
+        layer: int | None = None,
+        mu_plus: float | None = None,
+        mu_minus: float | None = None,
+        model_id: str = "",
+        text: str | None = None,
+    ) -> "HarmfulnessVector":
+        """The authors' vector (`vector/harmfulness_vector.pt` of zhangyitonggg/DAVSP), or one that their `get_vector.py` made.
+
+        It holds a direction a layer and nothing else: no model, no text, no template, no projections. Their `layer_k` is
+        `hidden_states[k]`, so it is layer k here. Their last one is left out: it was taken after the final norm.
+
+        Args:
+            path: a file of torch.save with a dictionary `layer_1` to `layer_L` of (D,), or one tensor (L, D); of any length, as
+                their training divides by the norm, too. It is read with `weights_only`.
+            layer, mu_plus, mu_minus: left out: 20, 27 and -2, as in their training script, for 40 layers of 5120 numbers.
+            model_id, text: what the file does not say; left out: not known.
+
+        Raises:
+            DavspError: it is no such file; NaN, infinity or a direction of zeros; the three are missing for another model or layer.
+        """
+        directions = _directions(Path(path))
+        size, at, plus, minus = PUBLISHED
+        given = (layer, mu_plus, mu_minus)
+        if (tuple(directions.shape) != size or layer not in (None, at)) and None in given:
+            raise DavspError(
+                f"{path} has {len(directions)} layers of {directions.shape[1]} numbers; margins {plus:+g} and {minus:+g} are known "
+                f"for layer {at} of {size[0]} layers of {size[1]} alone: give --layer, --mu-plus and --mu-minus"
+            )
+        layer = at if layer is None else layer
+        mu_plus, mu_minus = plus if mu_plus is None else mu_plus, minus if mu_minus is None else mu_minus
+        if mu_plus <= mu_minus:
+            raise DavspError(f"mu_plus ({mu_plus:g}) must be above mu_minus ({mu_minus:g}); give other margins")
+        none = torch.empty(0, len(directions) - 1)
+        vectors = (directions / directions.norm(dim=1, keepdim=True))[:-1].contiguous()
+        vector = cls(vectors, none, none.clone(), layer, mu_plus, mu_minus, model_id=model_id, text=text)
+        vector.direction()
+        return vector
+
+    @classmethod
     def load(cls, folder: str | Path) -> "HarmfulnessVector":
         """Read what `save` wrote.
 
@@ -217,6 +286,28 @@ class HarmfulnessVector:
             return cls(**(tensors | facts))
         except (KeyError, TypeError, ValueError) as error:
             raise DavspError(f"{path} is no harmfulness vector: {error}; fit it anew") from error
+
+
+def _directions(path: Path) -> Float[Tensor, "l d"]:
+    """What a file of the authors' `get_vector.py` holds, a row a layer, float32."""
+    wanted = "the authors' harmfulness_vector.pt, a dictionary layer_1 to layer_L of one direction each"
+    found = read_torch(path, wanted)
+    rows = found
+    if isinstance(found, dict):
+        rows = [found.get(f"layer_{n}") for n in range(1, len(found) + 1)]
+    elif not isinstance(found, Tensor) or found.dim() != 2:
+        raise DavspError(f"{path} holds no harmfulness vector; give {wanted}.")
+    good = [
+        isinstance(row, Tensor) and row.layout == torch.strided and row.is_floating_point() and row.dim() == 1
+        for row in rows
+    ]
+    if len(good) < 2 or not all(good) or len({len(row) for row in rows}) > 1:
+        raise DavspError(f"{path} holds no harmfulness vector; give {wanted}.")
+    directions = torch.stack([row.detach().float() for row in rows])
+    norm = directions.norm(dim=1)
+    if not bool((norm.isfinite() & (norm > 0)).all()):
+        raise DavspError(f"{path} holds NaN, infinity or a direction of zeros; make it or download it anew.")
+    return directions
 
 
 def collect_states(

@@ -20,17 +20,25 @@ def render(comparison: Comparison, before: Side, after: Side, folded: bool) -> s
         folded: an answer that is no refusal is shown only when it is unfolded: what a real model says may be harmful.
     """
     vector = comparison.vector
-    projections: dict[str, object] = {"axis": None, "layers": None, "layer": None, "at": None, "margins": None}
+    projections: dict[str, object] = {
+        "axis": None,
+        "layers": None,
+        "layer": None,
+        "at": None,
+        "margins": None,
+        "ticks": False,
+    }
     if vector is not None:
-        n, margins = vector.layer - 1, margins_by_layer(vector)
+        n, margins = vector.layer - 1, (vector.mu_plus, vector.mu_minus)
         at = before.curve[n], after.curve[n]
         known = vector.malicious[:, n].tolist(), vector.benign[:, n].tolist()
         projections = {
-            "axis": Markup(plots.axis(*at, margins[n], *known)),
-            "layers": Markup(plots.layers(before.curve, after.curve, margins, vector.layer)),
+            "axis": Markup(plots.axis(*at, margins, *known)),
+            "layers": Markup(plots.layers(before.curve, after.curve, margins_by_layer(vector), vector.layer)),
             "layer": vector.layer,
             "at": at,
-            "margins": margins[n],
+            "margins": margins,
+            "ticks": vector.fitted,
         }
     template = _ENVIRONMENT.get_template("answer.html.j2")
     defense = label(comparison.defense.name)

@@ -117,6 +117,8 @@ def border_of(path: Path) -> VisualSafetyPrompt:
 
 
 def margins_by_layer(vector: HarmfulnessVector) -> Sequence[tuple[float, float]]:
-    """(mu_plus, mu_minus) of every layer; at the layer in use those that the vector holds."""
+    """(mu_plus, mu_minus) of every layer; at the layer in use those that the vector holds. Empty if it can't set the others'."""
+    if not vector.fitted:
+        return []
     layers = range(1, len(vector.vectors) + 1)
     return [(vector.mu_plus, vector.mu_minus) if n == vector.layer else vector.margins(n) for n in layers]

@@ -50,14 +50,13 @@ def axis(
 def layers(
     undefended: Sequence[float], defended: Sequence[float], margins: Sequence[tuple[float, float]], layer: int
 ) -> str:
-    """Both projections at every layer, 1 first, between the margins of each; `layer` is the one in use."""
+    """Both projections at every layer, 1 first, between the margins of each if there are any; `layer` is the one in use."""
     x = range(1, len(undefended) + 1)
-    plus, minus = zip(*margins, strict=True)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 2.3), layout="constrained")
         ax = figure.subplots()
-        ax.plot(x, plus, color=MALICIOUS, linestyle=(0, (4, 2)), linewidth=1.2, label="μ₊")
-        ax.plot(x, minus, color=BENIGN, linestyle=(0, (4, 2)), linewidth=1.2, label="μ₋")
+        for name, shade, values in zip(("μ₊", "μ₋"), (MALICIOUS, BENIGN), zip(*margins, strict=True), strict=False):
+            ax.plot(x, values, color=shade, linestyle=(0, (4, 2)), linewidth=1.2, label=name)
         ax.plot(x, undefended, color=UNDEFENDED, marker="o", markersize=4, label="undefended")
         ax.plot(x, defended, color=DEFENDED, marker="*", markersize=8, label="defended")
         ax.axvline(layer, color=LINE, linewidth=6, zorder=0)

@@ -16,6 +16,7 @@ from davsp.cli import (
     judge,
     mini,
     prompt,
+    published,
     reproduce,
     serve,
     train,
@@ -72,7 +73,7 @@ add(app, prompt.apply)
 add(app, prompt.info)
 add(app, prompt.card)
 add(app, prompt.push)
-add(app, prompt.import_published)
+add(app, published.import_published)
 add(app, serve.serve)
 add(app, serve.serve_model)
 add(app, canaries.check)

@@ -105,7 +105,9 @@ def is_mini(folder: Path) -> bool:
 
 def compare_texts(vector: Any, text: str, who: str) -> None:
     """Say so if a vector was fitted with another text before the questions; its margins may then not fit."""
-    if vector.text != text:
+    if vector.text is None:
+        say(f"note: nobody says which text stood before every question when the vector was made; {who} {text!r} there.")
+    elif vector.text != text:
         say(f"note: the vector was fitted with the text {vector.text!r} before every question; {who} {text!r} there.")
 
 

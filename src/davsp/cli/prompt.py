@@ -1,4 +1,4 @@
-"""`davsp apply`, `davsp info` and `davsp import-published`: what one does with a finished prompt."""
+"""`davsp apply`, `davsp info`, `davsp card` and `davsp push`: what one does with a finished prompt."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +8,7 @@ import typer
 
 from davsp.cli.canaries import Canaries, describe, own_queries, try_canaries, with_canaries
 from davsp.cli.inputs import is_shipped, load_lvlm, say
-from davsp.cli.options import ModelOptions, Out
+from davsp.cli.options import ModelOptions
 from davsp.errors import DavspError
 
 
@@ -154,33 +154,3 @@ def push(
     if "measured" not in loaded.config:
         say(f"note: no run has measured it, and its card will say so; davsp card {prompt} --run RUN mends that.")
     print(loaded.push_to_hub(repo, license=license, revision=branch, private=private or None))
-
-
-def import_published(
-    pt: Annotated[Path, typer.Argument(metavar="PT", help="The authors' tensor, such as noise-1200.pt.")],
-    padding: Annotated[int, typer.Option(help="Its border width in pixels.")] = 30,
-    out: Out = Path("out/published"),
-    form: Annotated[
-        str, typer.Option(help="displayable: clamped to a picture; exact: as it is, for training and Python only.")
-    ] = "displayable",
-    model: Annotated[str | None, typer.Option(help="Id of the model it was trained on, to be written down.")] = None,
-    text: Annotated[str, typer.Option(help="Safety text that belongs before every question.")] = "",
-    layer: Annotated[int | None, typer.Option(help="Layer it was aligned at, to be written down.")] = None,
-) -> None:
-    """Bring the authors' border into davsp's form, and say how much of it no picture can hold."""
-    from rich.console import Console
-
-    from davsp.prompts.published import published_prompt, save_published
-    from davsp.runtime.table import TextTable
-
-    prompt, overshoot = published_prompt(pt, padding, form, model, text, layer)
-    save_published(prompt, out)
-    headings = ("channel", "values", "outside", "share", "largest", "mean")
-    caption = "overshoot of those outside, in grey levels of 255"
-    table = TextTable(*headings, title="border values outside [0, 1]", caption=caption)
-    for row in overshoot:
-        figures = f"{row.values}", f"{row.outside}", f"{row.share:.2%}", f"{row.largest:.2f}", f"{row.mean:.2f}"
-        table.add_row(row.channel, *figures)
-    table.print(Console())
-    forms = {"displayable": "clamped to [0, 1] and rounded to 8 bit", "exact": "kept as floats; it is no picture"}
-    print(f"saved to {out}: {prompt.canvas} x {prompt.canvas} pixels, padding {padding}, {forms[form]}")

@@ -1,27 +1,31 @@
-"""The authors' own border (`noise-1200.pt` of zhangyitonggg/DAVSP), measured and brought into our two forms.
+"""Other people's files of torch.save, measured and brought into our forms: DAVSP's border and UniGuard's noise.
 
-Theirs is float16 in the space after the image processor's normalisation, and was never clamped there, so that some of
-its values may be darker than black or whiter than white. `displayable` clamps them and is a prompt like any other;
+The border is what `train/optimize.py` of zhangyitonggg/DAVSP writes every 50 steps (`noise-1200.pt`); no such file is in any of its
+commits, so who has one has trained it. It is float16 in the space after the image processor's normalisation, and was never clamped there,
+so that some of its values may be darker than black or whiter than white. `displayable` clamps them and is a prompt like any other;
 `exact` keeps them, for replication, and is no picture.
+
+UniGuard's noise is what `image_safety_patch.py` of donghyunkm/LLaVAGuard writes: float32 in pixel units, white = 1, added to the picture
+before normalisation. Names of files that circulate say a bound; here it is measured.
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
 from davsp.errors import DavspError
+from davsp.prompts.additive import AdditiveNoise
 from davsp.prompts.base import check_files, read_delta, sealed
 from davsp.prompts.border import CONFIG, BorderConfig, VisualSafetyPrompt
 from davsp.prompts.border import TENSORS as CLAMPED
 from davsp.runtime.config import read_config
-from davsp.runtime.files import read_bytes, sha256, to_json, write_all
+from davsp.runtime.files import read_torch, sha256, to_json, write_all
 
 TENSORS = "exact.safetensors"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -52,7 +56,7 @@ class Overshoot:
 def import_published(
     path: str | Path, padding: int, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
 ) -> tuple[Float[Tensor, "3 s s"], list[Overshoot]]:
-    """Read the authors' tensor and bring it into display space by x * std + mean; nothing is clamped.
+    """Read a border of the authors' code and bring it into display space by x * std + mean; nothing is clamped.
 
     Args:
         path: a file of torch.save that holds one tensor (1, 3, s, s) or (3, s, s), zero where the picture stands. It
@@ -66,7 +70,7 @@ def import_published(
     Raises:
         DavspError: the file holds something else, NaN or infinity, or a border of another width.
     """
-    noise = _read(Path(path))
+    noise = _read(Path(path), "a border", "the noise-*.pt of the authors' training script")
     border = _border(noise, padding, Path(path))
     scale, shift = (torch.tensor(x, dtype=torch.float32).view(3, 1, 1) for x in (std, mean))
     delta = torch.where(border, noise * scale + shift, 0)
@@ -82,7 +86,7 @@ def published_prompt(
     text: str = "",
     layer: int | None = None,
 ) -> tuple[VisualSafetyPrompt, list[Overshoot]]:
-    """The authors' border as a prompt, clamped ("displayable") or as it is ("exact"), and its overshoot.
+    """A border of the authors' code as a prompt, clamped ("displayable") or as it is ("exact"), and its overshoot.
 
     Args:
         path, padding: as for `import_published`.
@@ -112,6 +116,55 @@ def save_published(prompt: VisualSafetyPrompt, folder: str | Path) -> None:
     if (Path(folder) / other).exists():
         raise DavspError(f"{folder} already holds {other}, the border in its other form; choose another folder.")
     prompt.save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class NoiseRange:
+    """The values of somebody's noise, in grey levels of 255, and the part of them below zero."""
+
+    lowest: float
+    highest: float
+    below_zero: float
+
+    @property
+    def bound(self) -> float:
+        """The largest magnitude."""
+        return max(-self.lowest, self.highest)
+
+    def figures(self) -> dict[str, float]:
+        """As they stand in a prompt's config."""
+        facts = {"bound_levels": self.bound, "lowest_levels": self.lowest, "highest_levels": self.highest}
+        return {f"published_{name}": value for name, value in (facts | {"below_zero_share": self.below_zero}).items()}
+
+
+def published_noise(path: str | Path, model_id: str | None = None) -> tuple[AdditiveNoise, NoiseRange]:
+    """UniGuard's noise as a prompt whose eps is the largest value in the file, and the range of its values.
+
+    Args:
+        path: a file of torch.save that holds one tensor (3, s, s) or (1, 3, s, s) in pixel units; read with `weights_only`.
+        model_id: what the file does not say, for the prompt's config.
+
+    Raises:
+        DavspError: the file holds something else, NaN or infinity, a border, only zeros, or values beyond 1.
+    """
+    delta = _read(Path(path), "noise", "the safety_patch*.pt of UniGuard's training script")
+    _, width = _width(delta)
+    if width == 0:
+        raise DavspError(f"{path} holds only zeros, which is no noise; download it anew.")
+    if 2 * width < delta.shape[-1]:
+        raise DavspError(
+            f"{path} is zero where the picture stands inside a border of {width} pixels: it is a border, not noise; "
+            "give --kind border."
+        )
+    seen = NoiseRange(float(255 * delta.min()), float(255 * delta.max()), float((delta < 0).double().mean()))
+    eps = float(delta.abs().max())
+    if eps > 1:
+        raise DavspError(
+            f"{path} has values up to {eps:.4g}, where white is 1, so they are not in pixel units; UniGuard's noise is "
+            "saved before normalisation."
+        )
+    config = {"model_id": model_id, "figures": seen.figures(), "data": {"published": sha256(path)}}
+    return AdditiveNoise(delta, eps, config=config), seen
 
 
 class ExactBorder(VisualSafetyPrompt):
@@ -172,46 +225,37 @@ class ExactBorder(VisualSafetyPrompt):
         return cls(delta, config.padding, config.safety_text, config.model_dump(exclude={"files"}))
 
 
-def _read(path: Path) -> Float[Tensor, "3 s s"]:
+def _read(path: Path, what: str, wanted: str) -> Float[Tensor, "3 s s"]:
     """The tensor in the file, float32."""
-    data = read_bytes(path)
-    try:
-        noise: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's own words are left out: they advise to read the file without weights_only
-        raise DavspError(
-            f"{path} is not read, for it is cut, no file of torch.save, or holds more than tensors, which may be code; "
-            "give the authors' noise-*.pt."
-        ) from error
+    noise = read_torch(path, wanted)
     if not isinstance(noise, Tensor):
-        raise DavspError(f"{path} holds a {type(noise).__name__}, not one tensor; give the authors' noise-*.pt.")
+        raise DavspError(f"{path} holds a {type(noise).__name__}, not one tensor, so it is not {what}; give {wanted}.")
     shape, side = tuple(noise.shape), noise.shape[-1] if noise.dim() else 0
     dense = noise.layout == torch.strided and noise.is_floating_point()
     if not dense or side == 0 or shape not in ((1, 3, side, side), (3, side, side)):
         raise DavspError(
-            f"{path} holds a tensor of shape {shape} and type {noise.dtype}; a published border is dense floats of "
-            "shape (1, 3, s, s) or (3, s, s)."
+            f"{path} holds a tensor of shape {shape} and type {noise.dtype}; {what} is dense floats of shape "
+            f"(1, 3, s, s) or (3, s, s); give {wanted}."
         )
     noise = noise.detach().float().reshape(3, side, side)
-    _check_finite(noise, str(path))
+    _check_finite(noise, str(path), what)
     return noise
 
 
-def _check_finite(delta: Float[Tensor, "3 s s"], place: str) -> None:
+def _check_finite(delta: Float[Tensor, "3 s s"], place: str, what: str = "a border") -> None:
     if not bool(delta.isfinite().all()):
-        raise DavspError(f"{place} holds NaN or infinity, so it is no border; train or download it anew.")
+        raise DavspError(f"{place} holds NaN or infinity, so it is not {what}; train or download it anew.")
 
 
 def _border(noise: Float[Tensor, "3 s s"], padding: int, path: Path) -> Bool[Tensor, "s s"]:
     """Where the border is; DavspError unless its values reach just `padding` pixels in and all within is zero."""
-    along = torch.arange(noise.shape[-1])
-    along = torch.minimum(along, along.flip(0))  # pixels to the nearer edge
-    depth = torch.minimum(along[:, None], along)
-    width = int(((depth + 1) * (noise != 0).any(0)).max())
+    depth, width = _width(noise)
     if width == 0:
         raise DavspError(f"{path} holds only zeros: it is a border before its first step; give a trained one.")
-    if 2 * width >= len(along):
+    if 2 * width >= len(depth):
         raise DavspError(
-            f"{path} has values up to its middle, where the picture stands; a published border is zero there."
+            f"{path} has values up to its middle, where the picture stands; a published border is zero there. UniGuard's "
+            "noise, which lies on the whole picture, is imported with --kind uniguard."
         )
     if width > padding:
         raise DavspError(
@@ -221,6 +265,14 @@ def _border(noise: Float[Tensor, "3 s s"], padding: int, path: Path) -> Bool[Ten
     if width < padding:
         raise DavspError(f"{path} holds a border of {width} pixels, not of {padding}; give --padding {width}.")
     return depth < padding
+
+
+def _width(noise: Float[Tensor, "3 s s"]) -> tuple[Int[Tensor, "s s"], int]:
+    """How many pixels each pixel is from the nearest edge, and how many in the values reach; 0: all are zero."""
+    along = torch.arange(noise.shape[-1])
+    along = torch.minimum(along, along.flip(0))
+    depth = torch.minimum(along[:, None], along)
+    return depth, int(((depth + 1) * (noise != 0).any(0)).max())
 
 
 def _overshoot(channel: str, values: Float[Tensor, "..."]) -> Overshoot:

@@ -220,6 +220,29 @@ def read_tensors_and_metadata(path: Pathlike) -> tuple[dict[str, Any], dict[str,
     return tensors, header.get("__metadata__", {})
 
 
+def read_torch(path: Pathlike, wanted: str) -> Any:
+    """What a file of torch.save holds, on the CPU; read with `weights_only`, so that no code in it is run.
+
+    Args:
+        wanted: what to give instead, for the error.
+
+    Raises:
+        DavspError: missing, unreadable, no file of torch.save, or one that holds more than tensors.
+    """
+    import io
+
+    import torch
+
+    data = read_bytes(path)
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's own words are left out: they advise to read the file without weights_only
+        raise DavspError(
+            f"{path} is not read, for it is cut, no file of torch.save, or holds more than tensors, which may be code; "
+            f"give {wanted}."
+        ) from error
+
+
 def sha256(path: Pathlike) -> str:
     """Hex SHA-256 of a file."""
     return sha256_bytes(read_bytes(path))

@@ -79,14 +79,20 @@ def train_uniguard(
     pictures = pictures or [blank(lvlm.canvas)]
     question = f"{text} " if with_text and text else ""
     trained = train_sentences(lvlm, start, pictures, question, corpus, settings, out, resume, progress)
-    if text_part == "fixed":
-        return trained.with_texts(text, suffix=f"\n{fixed}")
-    if text_part == "none":
-        return trained.with_texts(text)
+    prefix = OPTIMISED
     if text_part == "searched":
         run = SentenceRun(lvlm, start, pictures, question, corpus, settings, Path(out))
         search = search or SearchSettings(seed=settings.seed)
         prefix = search_text(run, trained.delta, search, Path(out) / "text.json", resume, progress)
-    else:
-        prefix = OPTIMISED
-    return trained.with_texts(f"{text} {prefix}" if text else prefix, separator="\n")
+    return with_text_part(trained, text, text_part, fixed, prefix)
+
+
+def with_text_part(
+    noise: AdditiveNoise, text: str, text_part: TextPart, fixed: str = FIXED, prefix: str = OPTIMISED
+) -> AdditiveNoise:
+    """The noise with `text` and with UniGuard's own: `fixed` after the question, or `prefix` before it and after `text`."""
+    if text_part == "none":
+        return noise.with_texts(text)
+    if text_part == "fixed":
+        return noise.with_texts(text, suffix=f"\n{fixed}")
+    return noise.with_texts(f"{text} {prefix}" if text else prefix, separator="\n")
