@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
 # As paper-llava-1.5-13b.sh, on DeepSeek-VL-7B (15 GB in bfloat16). With a border trained on LLaVA-1.5-13B in BORROW it fills the paper's Table 3 as well.
 set -euo pipefail
-MODEL=${MODEL:-deepseek-community/deepseek-vl-7b-chat} exec "$(dirname "$0")/paper-llava-1.5-13b.sh"
+TEMPLATE=checkpoint MODEL=${MODEL:-deepseek-community/deepseek-vl-7b-chat} exec "$(dirname "$0")/paper-llava-1.5-13b.sh"

@@ -13,6 +13,7 @@ MODEL=${MODEL:-llava-hf/llava-1.5-13b-hf}
 DEVICE=${DEVICE:-cuda}
 DATA=${DATA:-data}
 OUT=${OUT:-out/paper/$(basename "$MODEL")}
+TEMPLATE=${TEMPLATE:-llava_v1}                        # as the authors ask LLaVA-1.5; checkpoint: as a server does
 CANVAS=${CANVAS:-}                                    # only for Qwen2-VL: side of the prompts' canvas
 DAVSP=.venv/bin/davsp
 
@@ -22,7 +23,7 @@ fi
 
 sets=(--benchmark "mm_safetybench=$DATA/MM-SafetyBench" --benchmark "mm_vet=$DATA/mm-vet")
 others=(--benchmark "figstep=$DATA/FigStep" --benchmark "mme=$DATA/MME" --benchmark "llava_bench=$DATA/llava-bench-in-the-wild")
-model=(--model "$MODEL" --device "$DEVICE" ${CANVAS:+--canvas "$CANVAS"})
+model=(--model "$MODEL" --device "$DEVICE" --template "$TEMPLATE" ${CANVAS:+--canvas "$CANVAS"})
 batch=(${BATCH:+--batch-size "$BATCH"})
 asked=(--judge-url "${JUDGE_URL:?an OpenAI-compatible server of the judge}" --judge-model "${JUDGE_MODEL:?the judge\'s model}")
 
@@ -35,7 +36,8 @@ $DAVSP eval "${model[@]}" "${batch[@]}" --defense none --benchmark "mm_safetyben
 [ -f "$OUT/split.json" ] || $DAVSP data split "$OUT/split.json" --run "$OUT/guard" --run "$OUT/safety" \
     --benchmark "vlguard=$DATA/VLGuard" "${sets[@]}" "${others[@]}"
 
-# all six tables; the prompts are trained on the way, 1,200 steps each
-$DAVSP reproduce all "${model[@]}" "${batch[@]}" --split "$OUT/split.json" --benchmark "vlguard=$DATA/VLGuard" "${sets[@]}" "${others[@]}" \
+# all six tables; the prompts are trained on the way by the setting of the authors' code, 1,200 steps each (docs/published.md); its layer
+# and margins are of LLaVA-1.5-13B, and on another model the vector's own are taken
+$DAVSP reproduce all "${model[@]}" "${batch[@]}" --recipe published --split "$OUT/split.json" --benchmark "vlguard=$DATA/VLGuard" "${sets[@]}" "${others[@]}" \
     --judge davsp --judge mm-vet --judge llava-bench --grader-runs 5 "${asked[@]}" \
     ${BORROW:+--borrow "LLaVA-1.5-13B=$BORROW"} --out "$OUT/tables"

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -370,7 +371,9 @@ def test_words_and_budget_follow_the_model_and_not_the_data(model, tmp_path: Pat
     monkeypatch.chdir(tmp_path)
     protocol = embedded.protocol(0, **SMALL)
     monkeypatch.setattr("davsp.cli.reproduce._published", lambda sets, split: protocol)
-    monkeypatch.setattr("davsp.cli.reproduce.load_lvlm", lambda *options: None)
+    monkeypatch.setattr(
+        "davsp.cli.reproduce.load_lvlm", lambda *options: SimpleNamespace(takes_templates=lambda: False)
+    )
     monkeypatch.setattr(run, "make_kit", stop)
     named = ["--model", model] if model else []
     line = ["reproduce", "resistance", *named, "--split", "split.json", "--benchmark", "mm_vet=sets"]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from davsp.errors import DavspError
 from davsp.lvlm import LVLM, short_name
+from davsp.lvlm.templates import CHECKPOINT
 from davsp.query import Query
 from davsp.runtime.files import read_tensors_and_metadata, read_torch, save_tensors, to_json, write_json
 
@@ -37,6 +38,7 @@ class HarmfulnessVector:
         auroc: layer -> AUROC; of the fitting set after `fit`, of held-out queries after `sweep`.
         table: the rows of the last `sweep`.
         model_id, revision, text: the model, and the text that stood before every question; None: not known.
+        template: the conversation template by which it was asked; files of older versions name none.
     """
 
     vectors: Float[Tensor, "l d"]
@@ -50,6 +52,7 @@ class HarmfulnessVector:
     model_id: str = ""
     text: str | None = ""
     revision: str | None = None
+    template: str = CHECKPOINT
 
     @classmethod
     def fit(
@@ -81,7 +84,9 @@ class HarmfulnessVector:
             )
         vectors = difference / norm
         projections = _project(bad, vectors), _project(good, vectors)
-        vector = cls(vectors, *projections, model_id=lvlm.model_id, text=text, revision=lvlm.revision)
+        vector = cls(
+            vectors, *projections, model_id=lvlm.model_id, text=text, revision=lvlm.revision, template=lvlm.template
+        )  # fmt: skip
         vector._choose(_compare(vector.malicious, vector.benign))
         return vector
 
@@ -223,6 +228,8 @@ class HarmfulnessVector:
             "auroc": {str(layer): value for layer, value in self.auroc.items()},
             "table": self.table,
         }
+        if self.template != CHECKPOINT:
+            facts["template"] = self.template
         tensors = {"vectors": self.vectors, "malicious": self.malicious, "benign": self.benign}
         save_tensors(Path(folder) / "vector.safetensors", tensors, {"davsp": to_json(facts)})
         write_json(Path(folder) / "vector.json", facts)

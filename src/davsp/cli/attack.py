@@ -8,7 +8,7 @@ import typer
 
 from davsp.cli import judges
 from davsp.cli.defenses import rows
-from davsp.cli.inputs import is_shipped, load_lvlm
+from davsp.cli.inputs import compare_templates, is_shipped, load_lvlm
 from davsp.cli.options import (
     JUDGES,
     Limit,
@@ -110,6 +110,7 @@ def attack(
     lvlm.reasoning_tags = judge_settings.reasoning_tags
     queries, left_out = with_room(lvlm, defenses, queries, max_new_tokens, test.skip_broken)
     notes += left_out
+    compare_templates(lvlm, {"the vector": direction, **{f"the prompt of {name}": d for name, d in defenses.items()}})
     results = run(
         lvlm, defenses, queries, out, settings, direction, scorers[0], max_new_tokens=max_new_tokens,
         console=Console(stderr=True),
@@ -202,7 +203,7 @@ def _finish(
     write_json(out / "manifest.json", facts | {"defenses": described})
     write_json(out / "metrics.json", metrics.metrics_file(table) | {"checks": [c._asdict() for c in findings]})
     write_text(out / "attack.md", page.markdown(table, results, findings, name, caveat))
-    shown = {key: facts[key] for key in ("model", "davsp", "torch", "time", "settings")}
+    shown = {key: facts[key] for key in ("model", "template", "davsp", "torch", "time", "settings")}
     page.write_page(out / "attack.html", name, table, results, findings, defenses, shown, show_unsafe, caveat)
     page.print_tables(Console(), table, results, findings, caveat)
     print(f"pictures, answers, metrics.json, attack.md and attack.html are in {out}")

@@ -8,7 +8,7 @@ import typer
 
 from davsp.cli import judges
 from davsp.cli.defenses import rows
-from davsp.cli.inputs import compare_texts, in_processes, is_shipped, load_lvlm
+from davsp.cli.inputs import compare_templates, compare_texts, in_processes, is_shipped, load_lvlm
 from davsp.cli.options import (
     JUDGES,
     GraderRuns,
@@ -139,9 +139,9 @@ def _server(engine: EngineOptions, model: ModelOptions, processes: int) -> tuple
     name = engine.api_model or model.name
     if not engine.base_url or not name:
         raise DavspError("--engine openai needs --base-url and --api-model (or --model), as the server calls it.")
-    if model.revision or model.device or model.dtype or model.quantization or processes > 1:
+    if model.revision or model.device or model.dtype or model.quantization or model.template or processes > 1:
         raise DavspError(
-            "--revision, --device, --dtype, --quantization and --num-processes go with a model loaded here."
+            "--revision, --device, --dtype, --quantization, --template and --num-processes go with a model loaded here."
         )
     return name, engine.base_url
 
@@ -184,6 +184,7 @@ def _check(lvlm: "AnsweringLVLM", defenses: "dict[str, Defense]", direction: Any
         defense.check(lvlm)
         if isinstance(defense, VisualPrompt) and direction is not None:
             compare_texts(direction, defense.prompt.text, "the prompt puts")
+    compare_templates(lvlm, {"the vector": direction, **{f"the prompt of {name}": d for name, d in defenses.items()}})
 
 
 def _facts(

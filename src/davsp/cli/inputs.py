@@ -10,7 +10,7 @@ from davsp.runtime.terminal import plain
 if TYPE_CHECKING:
     from davsp.cli.options import ModelOptions
     from davsp.embedded.data import Protocol
-    from davsp.lvlm import LVLM
+    from davsp.lvlm import LVLM, AnsweringLVLM
 
 
 def say(text: str) -> None:
@@ -30,15 +30,15 @@ def load_lvlm(model: "ModelOptions") -> "LVLM":
     if model.dtype not in (None, "float32", "bfloat16", "float16"):
         raise DavspError(f"--dtype {model.dtype!r} is not known: choose float32, bfloat16 or float16.")
     if model.name is None or model.name in embedded.MODELS:
-        if model.dtype or model.quantization or model.canvas:
+        if model.dtype or model.quantization or model.canvas or model.template not in (None, "checkpoint"):
             raise DavspError(
-                "--dtype, --quantization and --canvas are for other models; those that ship have their own."
+                "--dtype, --quantization, --canvas and --template are for other models; those that ship have their own."
             )
         return embedded.load(model.name or "davsp-mini", device_map=device)
     dtype = getattr(torch, model.dtype) if model.dtype else None
     lvlm = LVLM.from_pretrained(
         model.name, revision=model.revision, device_map=device, dtype=dtype, quantization=model.quantization,
-        canvas=model.canvas,
+        canvas=model.canvas, template=model.template or "checkpoint",
     )  # fmt: skip
     lvlm.longest = answer_length(is_shipped(model.name))
     return lvlm
@@ -109,6 +109,50 @@ def compare_texts(vector: Any, text: str, who: str) -> None:
         say(f"note: nobody says which text stood before every question when the vector was made; {who} {text!r} there.")
     elif vector.text != text:
         say(f"note: the vector was fitted with the text {vector.text!r} before every question; {who} {text!r} there.")
+
+
+def compare_templates(lvlm: "AnsweringLVLM", made: dict[str, Any]) -> None:
+    """Say so where a vector or a prompt was made under another conversation template than the one a model is asked by here.
+
+    Args:
+        made: what it is called -> a `HarmfulnessVector` or a `Prompt`, or a defense, in which prompts may stand.
+    """
+    from davsp.lvlm import template_of
+
+    here = template_of(lvlm)
+    asked = "the server asks by its own" if lvlm.server else f"{lvlm.model_id} is asked by {here} here (--template)"
+    for what, thing in made.items():
+        for one in _with_template(thing):
+            if one.template != here:
+                say(f"note: {what} was trained under the template {one.template}, and {asked}.")
+
+
+def _with_template(thing: Any) -> list[Any]:
+    """The thing itself, or the prompts in a defense: alone, in a chain, inside of another or in its place."""
+    if thing is None or hasattr(thing, "template"):
+        return [thing] if thing else []
+    inner = [getattr(thing, name, None) for name in ("prompt", "inner", "instead")]
+    return [one for part in [*inner, *getattr(thing, "defenses", ())] if part for one in _with_template(part)]
+
+
+def published(recipe: str | None, default: bool = False) -> bool:
+    """Whether --recipe means the authors' setting.
+
+    Raises:
+        DavspError: it is neither of the two.
+    """
+    if recipe not in (None, "published", "own"):
+        raise DavspError(f"--recipe {recipe!r} is not known: choose published or own.")
+    return default if recipe is None else recipe == "published"
+
+
+def ask_as_published(lvlm: "LVLM", template: str | None) -> None:
+    """Ask a LLaVA-1.5 by the template of DAVSP's authors, if --template says nothing, and say so."""
+    if template is None and lvlm.takes_templates():
+        lvlm.use_template("llava_v1")
+        say(
+            f"{lvlm.model_id} is asked by the template llava_v1, as by DAVSP's authors; --template checkpoint asks by its own."
+        )
 
 
 def safety_text(text: str | None, shipped: bool) -> str:

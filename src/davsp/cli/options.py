@@ -16,6 +16,13 @@ GRAMMAR = (
 )
 """What --defense takes; `davsp.cli.defenses` reads it."""
 
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        help="published: the setting of the authors' code (docs/published.md), or own: davsp's. Other options win over it. Left "
+        "out: own; in davsp reproduce published, but for the models that ship."
+    ),
+]
 Out = Annotated[Path, typer.Option(help="Folder to write into.")]
 Seed = Annotated[int, typer.Option(help="Seed of all random choices.")]
 Processes = Annotated[
@@ -88,6 +95,13 @@ class ModelOptions:
     quantization: Annotated[str | None, typer.Option(help="4bit or 8bit, by bitsandbytes on a GPU.")] = None
     canvas: Annotated[
         int | None, typer.Option(help="Side of the canvas in pixels, where the model takes many sizes (Qwen2-VL).")
+    ] = None
+    template: Annotated[
+        str | None,
+        typer.Option(
+            help="Of LLaVA-1.5: checkpoint, or by LLaVA's own code llava_v1 (as DAVSP's authors) or vicuna_v1, with a system "
+            "sentence. Left out: checkpoint; in davsp reproduce llava_v1."
+        ),
     ] = None
 
 

@@ -8,7 +8,7 @@ import typer
 
 from davsp.cli import judges
 from davsp.cli.baseline import chat_defender
-from davsp.cli.inputs import embedded_protocol, is_shipped, load_lvlm
+from davsp.cli.inputs import ask_as_published, embedded_protocol, is_shipped, load_lvlm, published
 from davsp.cli.options import (
     JUDGES,
     Benchmark,
@@ -17,6 +17,7 @@ from davsp.cli.options import (
     JudgeOptions,
     MaxNewTokens,
     ModelOptions,
+    Recipe,
     RequestOptions,
     Seed,
     SplitFile,
@@ -53,10 +54,12 @@ class MethodOptions:
             help="UniGuard's harmful sentences, one a line; without it that row is left out. A model that ships has its own."
         ),
     ] = None
-    padding: Annotated[int | None, typer.Option(help="Border width in pixels; left out: a twelfth of the canvas.")] = (
-        None
-    )
+    padding: Annotated[
+        int | None,
+        typer.Option(help="Border width in pixels; left out: a twelfth of the canvas, or 30 of 336 as published."),
+    ] = None
     steps: Annotated[int | None, typer.Option(min=1, help="Of every prompt that is trained.")] = None
+    recipe: Recipe = None
 
 
 def reproduce(
@@ -155,18 +158,25 @@ def _kit(
     from davsp.defenses.ecso import PUBLISHED
     from davsp.embedded.ecso_templates import TEMPLATES
     from davsp.experiments.paper.run import make_kit
+    from davsp.lvlm.templates import CHECKPOINT
+    from davsp.training.recipe import PUBLISHED as RECIPE
     from davsp.training.sentences import read_sentences
     from davsp.training.settings import TrainSettings
 
     shipped = is_shipped(model.name)
+    as_published = published(methods.recipe, default=not shipped)
     settings = embedded.SETTINGS if shipped else TrainSettings(steps=1200, batch_size=2, normalise=False)
+    if as_published:
+        settings = TrainSettings(**(settings.model_dump() | RECIPE))
     if methods.steps:
         settings = settings.model_copy(update={"steps": methods.steps})
     corpus = read_sentences(methods.corpus) if methods.corpus else ()
+    lvlm = load_lvlm(model)
+    ask_as_published(lvlm, CHECKPOINT if shipped else model.template)
     return make_kit(
-        load_lvlm(model), protocol, out, text=methods.text or (embedded.SAFETY_TEXT if shipped else DAVSP),
+        lvlm, protocol, out, text=methods.text or (embedded.SAFETY_TEXT if shipped else DAVSP),
         settings=settings, templates=TEMPLATES if shipped else PUBLISHED, seed=seed, padding=methods.padding, shipped=shipped,
-        corpus=corpus, defender=defender, borrowed=borrowed,
+        corpus=corpus, defender=defender, borrowed=borrowed, published=as_published,
     )  # fmt: skip
 
 

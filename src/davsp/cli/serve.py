@@ -12,7 +12,7 @@ import typer
 from davsp.cli.canaries import asking
 from davsp.cli.defenses import rows
 from davsp.cli.groups import chosen
-from davsp.cli.inputs import is_shipped, load_lvlm, needs_extra, say
+from davsp.cli.inputs import compare_templates, is_shipped, load_lvlm, needs_extra, say
 from davsp.cli.options import GRAMMAR, ModelOptions, TrustEnv
 from davsp.errors import DavspError
 
@@ -132,7 +132,9 @@ def serve(
     )  # fmt: skip
     load = partial(_defense, prompt, defense, text, model)
     loaded = load()
-    loaded.check(RemoteLVLM(model or "the upstream's model", upstream, api_key_env, canvas=canvas))
+    there = RemoteLVLM(model or "the upstream's model", upstream, api_key_env, canvas=canvas)
+    loaded.check(there)
+    compare_templates(there, {"the prompt": loaded})
     for line in asyncio.run(look(settings, model)) if probe else ():
         say(line)
     report = _effect(border_of(loaded), settings) if probe else None

@@ -8,16 +8,19 @@ import typer
 from davsp.cli.canaries import Canaries, describe, own_queries, try_canaries
 from davsp.cli.groups import chosen
 from davsp.cli.inputs import (
+    ask_as_published,
+    compare_templates,
     compare_texts,
     in_processes,
     is_shipped,
     load_lvlm,
+    published,
     safety_text,
     say,
     settings_of,
     shipped_protocol,
 )
-from davsp.cli.options import DataOptions, LoopOptions, ModelOptions, Out, Processes, Resume, Seed
+from davsp.cli.options import DataOptions, LoopOptions, ModelOptions, Out, Processes, Recipe, Resume, Seed
 from davsp.cli.testset import queries_at, split_queries
 from davsp.errors import DavspError
 
@@ -60,17 +63,23 @@ def vector(
         ),
     ] = None,
     layer: Annotated[int | None, typer.Option(help="Use this layer, whatever the sweep says.")] = None,
+    recipe: Recipe = None,
     seed: Seed = 0,
 ) -> None:
     """Fit the harmfulness vector at every layer, sweep the layers on held-out queries, choose one and its margins."""
     from davsp.report.layerplot import layer_plot
     from davsp.runtime.files import alone, write_bytes
+    from davsp.training.recipe import LAYER, is_theirs
     from davsp.vector import HarmfulnessVector
 
     if (held_malicious is None) != (held_benign is None):
         raise DavspError("--held-malicious and --held-benign go together; give both or neither.")
+    as_published = published(recipe)
     fitting = split_queries(data, "vector")
     lvlm = load_lvlm(model)
+    if as_published:
+        ask_as_published(lvlm, model.template)
+        layer = LAYER if layer is None and is_theirs(lvlm) else layer
     protocol = None if fitting else shipped_protocol(model.name, data.malicious, data.benign, seed)
     fitting = fitting or (
         queries_at(data.malicious, protocol.vector_malicious if protocol else None, "--malicious", data.allow_outside),
@@ -78,7 +87,7 @@ def vector(
     )
     if layer is not None:
         lvlm.check_layer(layer)
-    text = safety_text(text, is_shipped(model.name))
+    text = _text(text, is_shipped(model.name), as_published)
     held = None
     if held_malicious and held_benign:
         held = (
@@ -127,6 +136,7 @@ def train(
     layer: Annotated[int | None, typer.Option(help="Layer of the projection; left out: the vector's.")] = None,
     mu_plus: Annotated[float | None, typer.Option(help="Margin of malicious queries; left out: the vector's.")] = None,
     mu_minus: Annotated[float | None, typer.Option(help="Margin of benign queries; left out: the vector's.")] = None,
+    recipe: Recipe = None,
     canaries: Canaries = None,
     num_processes: Processes = 1,
     resume: Resume = True,
@@ -138,6 +148,7 @@ def train(
     from davsp.runtime import parallel
     from davsp.training import TrainSettings
     from davsp.training import train as run
+    from davsp.training.recipe import PUBLISHED, layer_and_margins
 
     if kind not in ("border", "additive"):
         raise DavspError(f"--kind is border or additive, not {kind!r}.")
@@ -145,23 +156,31 @@ def train(
         raise DavspError("--eps is the bound of noise; give it with --kind additive, or leave it out.")
     if kind == "additive" and canaries is not None:
         raise DavspError("--canaries are of a border; leave them out, or take --kind border.")
+    as_published = published(recipe)
     in_processes(num_processes)
     shipped = is_shipped(model.name)
     queries, own = split_queries(data, "train"), own_queries(canaries, data.allow_outside)
     lvlm = load_lvlm(model)
+    if as_published:
+        ask_as_published(lvlm, model.template)
     protocol = None if queries else shipped_protocol(model.name, data.malicious, data.benign, seed)
     if vector is None and protocol is None:
         raise DavspError("--vector is needed for your own data; make one with `davsp vector`.")
-    text = safety_text(text, shipped)
-    start = _start(lvlm, kind, padding, eps, text)
+    text = _text(text, shipped, as_published)
+    start = _start(lvlm, kind, padding, eps, text, as_published)
     direction = _direction(vector, protocol, lvlm, text)
     options: dict[str, Any] = {
         "lam": lam, "objective": objective, "layer": layer, "mu_plus": mu_plus, "mu_minus": mu_minus, "seed": seed,
         "refusal": refusal,
     }  # fmt: skip
-    recipe = embedded.SETTINGS.model_dump() if shipped else {}
+    usual = embedded.SETTINGS.model_dump() if shipped else {}
     options = chosen(loop) | {name: value for name, value in options.items() if value is not None}
-    settings = settings_of(TrainSettings, recipe | options)
+    if as_published:
+        aligned, note = layer_and_margins(lvlm, direction, layer)
+        usual |= PUBLISHED | aligned
+        if note and mu_plus is None and mu_minus is None:
+            say(f"note: {note}.")
+    settings = settings_of(TrainSettings, usual | options)
     bad, good = queries or (
         queries_at(data.malicious, protocol.train_malicious if protocol else None, "--malicious", data.allow_outside),
         queries_at(data.benign, protocol.train_benign if protocol else None, "--benign", data.allow_outside),
@@ -186,6 +205,7 @@ def _direction(vector: Path | None, protocol: "Protocol | None", lvlm: "LVLM", t
         direction = HarmfulnessVector.load(vector)
         direction.check(lvlm)
         compare_texts(direction, text, "this training puts")
+        compare_templates(lvlm, {"the vector": direction})
         return direction
     assert protocol is not None
     direction = HarmfulnessVector.fit(lvlm, protocol.vector_malicious, protocol.vector_benign, text=text)
@@ -193,12 +213,24 @@ def _direction(vector: Path | None, protocol: "Protocol | None", lvlm: "LVLM", t
     return direction
 
 
-def _start(lvlm: "LVLM", kind: str, padding: int | None, eps: float | None, text: str) -> "Prompt":
-    """Where the training starts: a grey border, or no noise yet."""
+def _text(text: str | None, shipped: bool, as_published: bool) -> str:
+    """The safety text: as given; else the model's own if it ships, AdaShield's by the published recipe, none for others."""
+    from davsp.defenses.adashield_s import DAVSP
+
+    return DAVSP if text is None and as_published and not shipped else safety_text(text, shipped)
+
+
+def _start(
+    lvlm: "LVLM", kind: str, padding: int | None, eps: float | None, text: str, as_published: bool
+) -> "Prompt":  # fmt: skip
+    """Where the training starts: a grey border, the authors', or no noise yet."""
     from davsp.prompts import AdditiveNoise, VisualSafetyPrompt
+    from davsp.training.recipe import border
 
     if kind == "additive":
         return AdditiveNoise.create(lvlm.canvas, 32 / 255 if eps is None else eps, text=text)
+    if as_published:
+        return border(lvlm, padding, text)
     width = max(1, lvlm.canvas // 12) if padding is None else padding
     return VisualSafetyPrompt.create(lvlm.canvas, width, text=text)
 

@@ -44,5 +44,7 @@ class VisualPrompt(Defense):
             "padding": padding,
             "delta": self.prompt.pixels_sha256(),
         }
+        if getattr(self.prompt, "resizes", 1) != 1:
+            facts["resizes"] = 2
         texts = {"separator": self.prompt.separator, "suffix": self.prompt.suffix}
         return facts if texts == {"separator": " ", "suffix": ""} else facts | texts  # else as in folders from before

@@ -22,7 +22,8 @@ from davsp.evaluation.fitting import fitting
 from davsp.evaluation.judging import Judgement, judge_custom, judge_published
 from davsp.judges import Judge, keyword
 from davsp.judges.graders import Grader
-from davsp.lvlm import AnsweringLVLM, model_facts, model_name
+from davsp.lvlm import AnsweringLVLM, model_facts, model_name, template_of
+from davsp.lvlm.templates import CHECKPOINT
 from davsp.query import Grade, Query, Response, Verdict, write_jsonl
 from davsp.runtime import parallel
 from davsp.runtime.files import alone, write_json
@@ -151,6 +152,7 @@ def _answers(
         "max_new_tokens": max_new_tokens,
         "vector": _vector_hash(vector),
         "published": published,
+        "template": None if template_of(lvlm) == CHECKPOINT else template_of(lvlm),  # older runs know of none
         "reasoning_tags": None if lvlm.reasoning_tags == TAGS else lvlm.reasoning_tags,  # older runs know of none
     }
     described = {name: defense.describe() for name, defense in defenses.items()}

@@ -150,6 +150,8 @@ def trained_prompt(
         "padding": getattr(start, "padding", None),
         "eps": getattr(start, "eps", None),
     }
+    if getattr(start, "resizes", 1) != 1:
+        kind["resizes"] = 2
     queries = [
         queries_hash(part)
         for part in (data.train_malicious, data.train_benign, data.sweep_malicious, data.sweep_benign)

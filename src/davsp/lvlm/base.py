@@ -28,6 +28,7 @@ from davsp.lvlm.answering import NO_STATES, Answer, AnsweringLVLM, answer_length
 from davsp.lvlm.device import SPREAD, check_device_map
 from davsp.lvlm.hooks import Steer, catching, steering, wide
 from davsp.lvlm.loading import chat_template, check_format, load_weights, make_greedy, processor_file
+from davsp.lvlm.templates import CHECKPOINT, TEMPLATES, TURN
 from davsp.runtime.thought import TAGS, Tags
 
 # Finished pictures in [0, 1]: a batch of one size, or one by one where they keep sizes of their own.
@@ -68,6 +69,7 @@ class LVLM:
         image_token_id, tokens_per_image: the placeholder, and how many of it stand for one canvas.
         mean, std: per-channel normalisation of the vision tower, (1, 3, 1, 1).
         processors: image processors that this family's checkpoints come with.
+        template: by which conversation template it is asked: the checkpoint's own, or one of `templates.TEMPLATES`.
         overridden: what the checkpoint's generation settings say against greedy answers; it does not count.
         server: None: it is loaded here (`AnsweringLVLM`).
         steer: how `generate` steers where nothing else is said; None: not at all (`steered`).
@@ -80,6 +82,7 @@ class LVLM:
     steer: Steer | None = None
     reasoning_tags: Tags = TAGS
     longest: int = answer_length(shipped=False)
+    template: str = CHECKPOINT
     canvas: int
     tokens_per_image: int
     image_token_id: int
@@ -125,6 +128,7 @@ class LVLM:
         dtype: torch.dtype | str | None = None,
         quantization: str | None = None,
         canvas: int | None = None,
+        template: str = CHECKPOINT,
     ) -> "LVLM":
         """Load a checkpoint of any known family from a folder or the hub. Code from the checkpoint is never run.
 
@@ -137,6 +141,7 @@ class LVLM:
                 gradient to the picture stays good. None: none.
             canvas: side in pixels of the pictures that prompts make, for families that take many sizes (Qwen2-VL);
                 None: the family's own.
+            template: "checkpoint", or a conversation template of LLaVA's own code (`use_template`).
 
         Raises:
             DavspError: no such checkpoint or device, broken or missing weights, or a family that is not supported.
@@ -162,7 +167,10 @@ class LVLM:
             processor = family.load_processor(model_id, revision)
             revision = getattr(config, "_commit_hash", None) or revision
             model = load_weights(model_id, revision, device_map, dtype, quantization)
-            return family(model, tokenizer, processor, model_id, revision, canvas)
+            lvlm = family(model, tokenizer, processor, model_id, revision, canvas)
+            if template != CHECKPOINT:
+                lvlm.use_template(template)
+            return lvlm
         except DavspError:
             raise
         except Exception as error:  # the libraries raise OSError, ValueError, KeyError, RuntimeError, SafetensorError…
@@ -237,6 +245,7 @@ class LVLM:
         images: bool | Sequence[int],
         answers: Sequence[str | None] | None = None,
         padding_side: Literal["right", "left"] = "right",
+        end_token: bool = True,
     ) -> Tokens:
         """Questions in the checkpoint's chat template, with answer and end token after it where one is given.
 
@@ -245,6 +254,7 @@ class LVLM:
             images: whether a picture on the native canvas stands before each, or how many placeholders it takes.
             answers: what follows; None for a row without.
             padding_side: right for training and states, left for generation.
+            end_token: False leaves it out after an answer.
 
         Raises:
             DavspError: no question, one that holds the image placeholder, or more tokens than the model has positions.
@@ -256,7 +266,7 @@ class LVLM:
         if isinstance(images, bool):
             images = [self.tokens_per_image * images] * len(questions)
         prompts = [list(self._prompt_ids(question, n)) for question, n in zip(questions, images, strict=True)]
-        endings = [self._answer_ids(answer) for answer in answers or [None] * len(prompts)]
+        endings = [self._answer_ids(answer, end_token) for answer in answers or [None] * len(prompts)]
         for question, prompt, ending in zip(questions, prompts, endings, strict=True):
             self._check_length(question, len(prompt), len(ending))
         length = max(len(p) + len(e) for p, e in zip(prompts, endings, strict=True))
@@ -287,6 +297,33 @@ class LVLM:
         self._check_template(PROBE, has_image)
         return self._rendered(question, has_image)
 
+    def takes_templates(self) -> bool:
+        """Whether the checkpoint's own template asks as LLaVA-1.5's does (`USER:`, picture, question, `ASSISTANT:`)."""
+        try:
+            text = self.prompt("a", True)
+        except DavspError:
+            return False
+        return " ".join(text.split()).endswith(TURN)
+
+    def use_template(self, name: str) -> None:
+        """Ask by one of LLaVA's own conversation templates from now on; it cannot be taken back.
+
+        Raises:
+            DavspError: there is no such template, or the checkpoint is none that it is for.
+        """
+        if name not in TEMPLATES:
+            raise DavspError(
+                f"template {name!r} is not known: choose {CHECKPOINT}, {' or '.join(TEMPLATES)} (--template)"
+            )
+        if not self.takes_templates():
+            raise DavspError(
+                f"template {name} is of LLaVA-1.5, and {self.model_id} does not ask by USER: and ASSISTANT:; "
+                f"take {CHECKPOINT} (--template)"
+            )
+        self.tokenizer.chat_template, self.template = TEMPLATES[name], name
+        self._check_template.cache_clear()
+        self._prompt_ids.cache_clear()
+
     def _rendered(self, question: str, has_image: bool) -> str:
         content = [{"type": "image"}] * has_image + [{"type": "text", "text": question}]
         messages = [{"role": "user", "content": content}]
@@ -306,9 +343,7 @@ class LVLM:
 
     def _tokenise(self, question: str, image_tokens: int) -> tuple[int, ...]:
         has_image = image_tokens > 0
-        text = self.prompt(question, has_image)
-        bos = self.tokenizer.bos_token
-        ids = self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
+        ids = self._text_ids(self.prompt(question, has_image))
         if ids.count(self.image_token_id) != int(has_image):
             token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
             if token not in question:
@@ -320,6 +355,20 @@ class LVLM:
             return tuple(ids)
         at = ids.index(self.image_token_id)
         return (*ids[:at], *[self.image_token_id] * image_tokens, *ids[at + 1 :])
+
+    def _text_ids(self, text: str) -> list[int]:
+        """The whole text at once, as the checkpoint's processor does it. Under a template of LLaVA's own code what stands before
+        and after a picture apart, as there: each piece begins like a text of its own, so a word's mark may stand after a picture.
+        """
+        bos = self.tokenizer.bos_token
+        if self.template == CHECKPOINT:
+            return list(self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"])
+        picture = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        ids, *others = (self.tokenizer(piece)["input_ids"] for piece in text.split(picture))
+        begins = ids[:1] == [self.tokenizer.bos_token_id]
+        for piece in others:
+            ids = [*ids, self.image_token_id, *piece[begins:]]
+        return list(ids)
 
     def check_query(self, question: str, size: tuple[int, int] | None, answer_tokens: int) -> None:
         """Raises DavspError unless the model can take a question and a picture of (width, height), and has room for the answer."""
@@ -333,10 +382,10 @@ class LVLM:
                 f"{self.positions} positions; shorten the question {question[:60]!r}, or the answers (max_new_tokens)"
             )
 
-    def _answer_ids(self, answer: str | None) -> list[int]:
+    def _answer_ids(self, answer: str | None, end_token: bool) -> list[int]:
         if answer is None:
             return []
-        return [*self.tokenizer(answer, add_special_tokens=False)["input_ids"], self.eos_token_id]
+        return [*self.tokenizer(answer, add_special_tokens=False)["input_ids"], *[self.eos_token_id] * end_token]
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
@@ -362,17 +411,18 @@ class LVLM:
         questions: Sequence[str],
         layer: int,
         answers: Sequence[str | None] | None = None,
+        end_token: bool = True,
     ) -> StepOutput:
         """State at `layer` and answer loss in one forward pass; without answers the pass ends at `layer`.
 
-        The loss of a sample is the mean cross-entropy over its answer tokens and the end token. The language-model
+        The loss of a sample is the mean cross-entropy over its answer tokens and, if `end_token`, the end token. The language-model
         head is applied to those positions only. A row whose answer is None has loss 0.
 
         Raises:
             DavspError: a layer outside 1 .. num_layers - 1, or a canvas of another size.
         """
         self.check_layer(layer)
-        tokens = self.encode(questions, self.placeholders(canvas), answers)
+        tokens = self.encode(questions, self.placeholders(canvas), answers, end_token=end_token)
         inputs = self.inputs(tokens, canvas) | {"use_cache": False}
         with catching(self.layers, [layer], tokens.last, stop=answers is None) as caught:
             if answers is not None:

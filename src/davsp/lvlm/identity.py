@@ -6,6 +6,7 @@ from typing import Any
 
 from davsp.lvlm.answering import AnsweringLVLM
 from davsp.lvlm.base import LVLM
+from davsp.lvlm.templates import CHECKPOINT
 
 
 def short_name(model_id: str) -> str:
@@ -19,18 +20,29 @@ def model_name(lvlm: AnsweringLVLM) -> str:
     return short_name(lvlm.model_id)
 
 
+def template_of(lvlm: AnsweringLVLM) -> str:
+    """By which conversation template a model is asked; a served one by its server's, which is its checkpoint's."""
+    return lvlm.template if isinstance(lvlm, LVLM) else CHECKPOINT
+
+
 def model_facts(lvlm: AnsweringLVLM) -> dict[str, Any]:
-    """What every manifest says of the model: name, revision, weights, and what of its generation settings does not count."""
+    """What every manifest says of the model: name, revision, weights, template, and what of its generation settings does not count."""
     facts: dict[str, Any] = {"model": model_name(lvlm), "revision": lvlm.revision, "weights": fingerprint(lvlm)}
+    facts["template"] = template_of(lvlm)
     if isinstance(lvlm, LVLM) and lvlm.overridden:
         facts["generation_config_overridden"] = lvlm.overridden
     return facts
 
 
 def fingerprint(lvlm: AnsweringLVLM) -> str:
-    """A hash of the model, the first numbers of each of its tensors, and their number format; of a served one its address."""
+    """A hash of the model, the first numbers of each of its tensors, and their number format; of a served one its address.
+
+    Under another conversation template than the checkpoint's it is another model.
+    """
     dtype = lvlm.dtype if isinstance(lvlm, LVLM) else None
     digest = sha256(f"{model_name(lvlm)} {lvlm.revision} {dtype} {lvlm.canvas}".encode())
+    if (template := template_of(lvlm)) != CHECKPOINT:
+        digest.update(template.encode())
     if not isinstance(lvlm, LVLM):
         digest.update(str(lvlm.server).encode())
         return digest.hexdigest()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import davsp
 from davsp.errors import DavspError
+from davsp.lvlm.templates import CHECKPOINT, Template
 from davsp.prompts.measured import Measurement
 from davsp.runtime.files import check_regular, read_bytes, read_tensors, sha256_bytes
 
@@ -24,7 +25,8 @@ P = TypeVar("P", bound="Prompt")
 class PromptConfig(BaseModel):
     """The fields that every saved prompt has; a file with other fields is refused.
 
-    `separator` stands between the safety text and the question; `suffix` follows the question as it is. `license` is the
+    `separator` stands between the safety text and the question; `suffix` follows the question as it is. `template` is the conversation
+    template that the model was asked by in training. `license` is the
     author's, an identifier as the hub knows it; `measured` is what a run gave (`davsp card`); `files` is the SHA-256 of each file beside
     this one. Whatever says nothing is left out of the file, so that it is as it was before there was a choice.
     """
@@ -40,6 +42,7 @@ class PromptConfig(BaseModel):
     safety_text: str = ""
     separator: str = " "
     suffix: str = ""
+    template: Template = CHECKPOINT
     figures: dict[str, Any] = {}
     data: dict[str, Any] = {}
     davsp_version: str = davsp.__version__
@@ -49,7 +52,9 @@ class PromptConfig(BaseModel):
 
     @model_serializer(mode="wrap")
     def _without_usual(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        usual: dict[str, Any] = {"separator": " ", "suffix": "", "license": None, "measured": None, "files": {}}
+        usual: dict[str, Any] = {
+            "separator": " ", "suffix": "", "template": CHECKPOINT, "resizes": 1, "license": None, "measured": None, "files": {},
+        }  # fmt: skip
         return {name: value for name, value in dump(self).items() if name not in usual or value != usual[name]}
 
 
@@ -103,6 +108,11 @@ class Prompt:
     def suffix(self) -> str:
         """What follows the question as it is, line break and all: nothing, if nothing is said."""
         return str(self.config.get("suffix", ""))
+
+    @property
+    def template(self) -> str:
+        """The conversation template by which the model was asked in training; the checkpoint's own, if nothing is said."""
+        return str(self.config.get("template", CHECKPOINT))
 
     def question(self, question: str) -> str:
         """The question with the texts around it."""

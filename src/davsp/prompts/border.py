@@ -4,8 +4,9 @@ import io
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from jinja2 import Environment, StrictUndefined
@@ -38,9 +39,10 @@ CONFIG, TENSORS, PICTURE, CARD = "vsp_config.json", "vsp.safetensors", "vsp.png"
 
 
 class BorderConfig(PromptConfig):
-    """The fields of `vsp_config.json`."""
+    """The fields of `vsp_config.json`. `resizes` is how often the picture inside is resized: once, or twice as in the authors' code."""
 
     padding: int
+    resizes: Literal[1, 2] = 1
 
 
 class VisualSafetyPrompt(Prompt):
@@ -90,7 +92,7 @@ class VisualSafetyPrompt(Prompt):
     def resize(self, images: list[Image.Image]) -> Float[Tensor, "b 3 s s"]:
         """Each picture padded to a square with white, resized (bicubic, antialiased) to s - 2p, centred; 0 around.
 
-        White padding is the published rule; one resize by Pillow replaces its two.
+        White padding is the published rule; one resize by Pillow replaces its two, if `resizes` does not say otherwise.
         """
         p = self.padding
         interior = torch.zeros(len(images), 3, self.canvas, self.canvas)
@@ -109,16 +111,15 @@ class VisualSafetyPrompt(Prompt):
 
         return paint
 
+    @property
+    def resizes(self) -> int:
+        """How often the picture is resized: once to its place; or, as in the authors' code, to the canvas and from there to its place."""
+        return int(self.config.get("resizes", 1))
+
     def inside(self, image: Image.Image) -> Image.Image:
-        """What stands inside the border: the picture padded to a square and resized, at the cost of its own rows: Pillow resizes each row before it mixes
-        rows, and a white one stays white, so what is put above and below a wide picture need not go through the first step.
-        """
+        """What stands inside the border: the picture padded to a square and resized."""
         inside, picture = self.canvas - 2 * self.padding, flatten(image)
-        width = side = max(picture.size)
-        if picture.height < side:
-            width = inside
-            picture = picture.resize((width, picture.height), Image.Resampling.BICUBIC)
-        return pad(picture, width, side).resize((inside, inside), Image.Resampling.BICUBIC)
+        return squared(picture, inside) if self.resizes == 1 else sampled(squared(picture, self.canvas), inside)
 
     def apply(self, interior: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b 3 s s"]:
         """T: border from delta, inside from `interior`, bit for bit."""
@@ -193,7 +194,7 @@ class VisualSafetyPrompt(Prompt):
     def _png_text(self) -> dict[str, str]:
         """What the picture says of itself, so that it can do without the other files."""
         texts = {"safety_text": self.text, "separator": self.separator, "suffix": self.suffix}
-        return {"padding": str(self.padding), **texts}
+        return {"padding": str(self.padding), **texts, **({} if self.resizes == 1 else {"resizes": str(self.resizes)})}
 
     def measured(self, run: str | Path) -> "VisualSafetyPrompt":
         """The same prompt whose configuration and card carry the figures of a run that measured it.
@@ -277,6 +278,30 @@ def border_mask(canvas: int, padding: int) -> Float[Tensor, "1 s s"]:
     mask = torch.ones(1, canvas, canvas)
     mask[:, padding:-padding, padding:-padding] = 0
     return mask
+
+
+def squared(picture: Image.Image, size: int) -> Image.Image:
+    """The picture padded to a square and resized, at the cost of its own rows: Pillow resizes each row before it mixes rows, and a
+    white one stays white, so what is put above and below a wide picture need not go through the first step.
+    """
+    width = side = max(picture.size)
+    if picture.height < side:
+        width = size
+        picture = picture.resize((width, picture.height), Image.Resampling.BICUBIC)
+    return pad(picture, width, side).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def sampled(square: Image.Image, size: int) -> Image.Image:
+    """A square picture made smaller as torchvision 0.16 resizes a tensor: bilinear between pixel centres, without antialiasing.
+
+    The authors keep floats; here it is rounded to 8 bit, at most half a level.
+    """
+    levels = np.asarray(square, dtype=np.float32)
+    at = ((np.arange(size) + 0.5) * (len(levels) / size) - 0.5).clip(0, len(levels) - 1)
+    low = at.astype(int)
+    high, part = (low + 1).clip(max=len(levels) - 1), (at - low).astype(np.float32)[:, None]
+    rows = levels[low] * (1 - part[..., None]) + levels[high] * part[..., None]
+    return Image.fromarray(np.rint(rows[:, low] * (1 - part) + rows[:, high] * part).astype(np.uint8))
 
 
 def pad_to_square(picture: Image.Image) -> Image.Image:

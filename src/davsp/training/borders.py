@@ -82,6 +82,10 @@ class Run(Loop):
         self.weight_hinge, self.weight_answer = self.settings.weights
         if self.settings.normalise:
             self.weight_hinge /= vector.half_gap(self.layer)
+        coin = Random(f"{settings.seed} classes")
+        self.turns = [
+            coin.random() < 0.5 for _ in range(settings.steps)
+        ]  # whether a batch is malicious, where it is of one class
         answered = self.weight_answer > 0
         self.malicious = prepare(prompt, malicious, lambda query: self.settings.refusal)
         self.benign = prepare(prompt, benign, reference if answered else lambda query: "")
@@ -101,7 +105,7 @@ class Run(Loop):
         """Projections of a part of the batch, and what it adds to the losses, which are means over the whole batch."""
         canvas = self.prompt.with_delta(delta).apply(pixels(part.interiors, delta.device))
         answers = part.answers if part.answered else None
-        output = self.lvlm.step(canvas, part.questions, self.layer, answers)
+        output = self.lvlm.step(canvas, part.questions, self.layer, answers, self.settings.end_token)
         s = self.vector.project(output.state, self.layer)
         hinge = projection_hinge(s, part.malicious.to(s.device), self.mu_plus, self.mu_minus)
         losses = {"hinge": hinge * (len(part) / len(whole))}
@@ -114,8 +118,13 @@ class Run(Loop):
         return s, losses | {"loss": loss}
 
     def _batch(self, step: int) -> Batch:
-        """Half malicious, half benign."""
-        bad, good = self._rows("malicious", step), self._rows("benign", step)
+        """Half malicious, half benign; or all of one class."""
+        if self.settings.mixed:
+            bad, good = self._rows("malicious", step), self._rows("benign", step)
+        else:
+            turn = self.turns[step]
+            rows = self._rows("malicious" if turn else "benign", self.turns[:step].count(turn))
+            bad, good = (rows, []) if turn else ([], rows)
         return Batch(
             torch.cat([self.malicious.interiors[bad], self.benign.interiors[good]]),
             [self.malicious.questions[i] for i in bad] + [self.benign.questions[i] for i in good],
@@ -123,16 +132,19 @@ class Run(Loop):
             self._answers(step, bad, good) if self.weight_answer > 0 else [None] * (len(bad) + len(good)),
         )
 
-    def _rows(self, label: str, step: int) -> list[int]:
-        """Which examples of a class are in the batch: epoch after epoch, each in an order of its own."""
+    def _rows(self, label: str, turn: int) -> list[int]:
+        """Which examples of a class are in its batch number `turn`: epoch after epoch, each in an order of its own."""
         count = len(getattr(self, label).questions)
-        return rows_of_step(f"{self.settings.seed} {label}", count, self.settings.batch_size // 2, step)
+        size = self.settings.batch_size // (2 if self.settings.mixed else 1)
+        return rows_of_step(f"{self.settings.seed} {label}", count, size, turn)
 
     def _answers(self, step: int, bad: list[int], good: list[int]) -> list[str | None]:
         """Every benign row carries its reference, a share of the malicious ones the refusal."""
         settings, coin = self.settings, Random(f"{self.settings.seed} answers {step}")
         share = 1.0 if settings.objective == "answer" else settings.malicious_answer_share
-        refusals = [settings.refusal if coin.random() < share else None for _ in bad]
+        draws = [coin.random() < share for _ in bad]
+        drawn = draws if settings.mixed else [draws[0]] * len(bad) if bad else []
+        refusals = [settings.refusal if one else None for one in drawn]
         return [*refusals, *(self.benign.answers[i] for i in good)]
 
     @torch.no_grad()

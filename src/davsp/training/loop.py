@@ -20,6 +20,7 @@ from torch import Tensor
 
 from davsp.errors import DavspError, Interrupted
 from davsp.lvlm import LVLM, fingerprint
+from davsp.lvlm.templates import CHECKPOINT
 from davsp.prompts.base import Prompt
 from davsp.runtime import parallel
 from davsp.runtime.files import alone, sha256_bytes
@@ -187,6 +188,7 @@ class Loop:
         identity = {
             **self.settings.model_dump(exclude={"checkpoint_every", "probe_every"}),
             "model": [self.lvlm.model_id, self.lvlm.revision, str(self.lvlm.dtype)],
+            **({} if self.lvlm.template == CHECKPOINT else {"template": self.lvlm.template}),
             "weights": fingerprint(self.lvlm),  # a folder that is trained anew keeps its name
             "prompt": [
                 start.kind,
@@ -209,6 +211,9 @@ class Loop:
             "figures": prompt.config.get("figures", {}) | figures,
             "data": prompt.config.get("data", {}) | self.checkpoint.identity["data"],
         }
+        prompt.config.pop("template", None)
+        if self.lvlm.template != CHECKPOINT:
+            prompt.config["template"] = self.lvlm.template
         return prompt
 
 

@@ -1,8 +1,9 @@
 """How a prompt is trained, and what the settings leave to the vector."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_serializer
 
 from davsp.errors import DavspError
 from davsp.lvlm import LVLM
@@ -14,6 +15,8 @@ class TrainSettings(BaseModel):
 
     Attributes:
         steps, batch_size: half of a batch is malicious, half benign.
+        mixed: False: a batch is of one class, drawn by a coin, as in the authors' code; a malicious one then carries the refusal
+            on all its rows or on none.
         optimizer: "sign" (published: delta -= lr * sign of the gradient) or "adam".
         lr: step in pixel units, where white is 1; 1/255 is one 8-bit level.
         schedule: "constant", or "cosine" down to zero.
@@ -21,6 +24,7 @@ class TrainSettings(BaseModel):
             malicious row the refusal), or "both" (hinge + lam * cross-entropy, as published).
         lam: weight of the cross-entropy in "both".
         malicious_answer_share: share of malicious rows that carry the refusal in "both"; published 0.05.
+        end_token: whether the answer's loss counts the end token, too; the authors' code has none.
         normalise: divide the hinge by half the distance between the class means, so that `lam` means the same for
             every model and layer; False is the raw sum of the slides.
         layer, mu_plus, mu_minus: None: the vector's.
@@ -36,12 +40,14 @@ class TrainSettings(BaseModel):
 
     steps: int = Field(150, ge=1)
     batch_size: int = Field(16, ge=2, multiple_of=2)
+    mixed: bool = True
     optimizer: Literal["sign", "adam"] = "sign"
     lr: float = Field(1 / 255, gt=0)
     schedule: Literal["constant", "cosine"] = "constant"
     objective: Literal["projection", "answer", "both"] = "both"
     lam: float = Field(0.2, ge=0)
     malicious_answer_share: float = Field(0.05, ge=0, le=1)
+    end_token: bool = True
     normalise: bool = True
     layer: int | None = None
     mu_plus: float | None = None
@@ -52,6 +58,15 @@ class TrainSettings(BaseModel):
     activation_checkpointing: bool = False
     checkpoint_every: int = Field(25, ge=1)
     probe_every: int = Field(25, ge=1)
+
+    @model_serializer(mode="wrap")
+    def _without_usual(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Without what was no choice once: a run from then goes on."""
+        return {
+            name: value
+            for name, value in dump(self).items()
+            if (name, value) not in (("mixed", True), ("end_token", True))
+        }
 
     @property
     def weights(self) -> tuple[float, float]:
@@ -72,7 +87,7 @@ class SentenceSettings(BaseModel):
 
     likely: bool
     steps: int = Field(5000, ge=1)
-    batch_size: int = Field(2, ge=1)
+    batch_size: int = Field(1, ge=1)
     optimizer: Literal["sign", "adam"] = "sign"
     lr: float = Field(1 / 255, gt=0)
     schedule: Literal["constant", "cosine"] = "constant"

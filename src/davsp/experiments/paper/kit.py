@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from davsp.defenses.ecso import Templates
 from davsp.experiments.stages import Stages
 from davsp.lvlm import LVLM
-from davsp.prompts import Prompt
-from davsp.training import TrainSettings
+from davsp.prompts import Prompt, VisualSafetyPrompt
+from davsp.training import TrainSettings, recipe
 from davsp.vector import HarmfulnessVector
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class Kit:
         corpus: UniGuard's harmful sentences, for other models.
         defender: who writes AdaShield-A's prompts, for other models.
         borrowed: name of another model -> the border trained on it.
+        published: borders begin, and pictures inside them are resized, as in the authors' code.
         trained: prompts that are there already.
     """
 
@@ -45,4 +46,11 @@ class Kit:
     corpus: Sequence[str] = ()
     defender: "Defender | None" = None
     borrowed: Mapping[str, Path] = field(default_factory=dict)
+    published: bool = False
     trained: dict[str, Prompt] = field(default_factory=dict)
+
+    def border(self) -> VisualSafetyPrompt:
+        """Where the training of a border begins."""
+        if self.published:
+            return recipe.border(self.lvlm, self.padding, self.text)
+        return VisualSafetyPrompt.create(self.lvlm.canvas, self.padding, text=self.text)

@@ -21,7 +21,7 @@ STEER = 0.75  # of the distance between the class means: how far the projection 
 def prompt(kit: Kit, name: str) -> Prompt:
     """Border or noise by the name of its row, trained once and kept in `prompts/NAME`."""
     if name not in kit.trained:
-        start: Prompt = VisualSafetyPrompt.create(kit.lvlm.canvas, kit.padding, text=kit.text)
+        start: Prompt = kit.border()
         if name.startswith("additive"):
             start = AdditiveNoise.create(kit.lvlm.canvas, kit.eps, text=kit.text)
         objective = "answer" if name.endswith("answer") else kit.settings.objective

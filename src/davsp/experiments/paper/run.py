@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from davsp import metrics
 from davsp.defenses import Defense, NoDefense, SafetyText
@@ -30,10 +31,12 @@ from davsp.judges.graders import Grader
 from davsp.judges.keyword import caveat
 from davsp.judges.verdicts import judge_name
 from davsp.lvlm import LVLM, model_facts, model_name
+from davsp.lvlm.templates import CHECKPOINT
 from davsp.query import Query
 from davsp.report import panels, plots, projections_by_label
 from davsp.report.cells import DEFENSES, cut_note, find
 from davsp.runtime.files import manifest, read_json, write_json, write_text
+from davsp.training import recipe
 from davsp.training.settings import TrainSettings, resolve
 
 if TYPE_CHECKING:
@@ -67,6 +70,7 @@ def make_kit(
     corpus: Sequence[str] = (),
     defender: "Defender | None" = None,
     borrowed: Mapping[str, Path] | None = None,
+    published: bool = False,
     console: Console | None = None,
 ) -> Kit:
     """Fit the vector, or take it from `out`, and put together what all cells share.
@@ -76,16 +80,25 @@ def make_kit(
         text: of AdaShield-S, before the questions of every method but No Defense.
         settings: of the prompts that are trained.
         templates: ECSO's prompts.
-        padding, eps: of border and noise; None: a twelfth of the canvas.
+        padding, eps: of border and noise; None: a twelfth of the canvas, or the published 30 of 336.
         shipped, corpus, defender: see `Kit`.
         borrowed: name of another model -> folder of the border trained there, for "transfer".
+        published: by the authors' recipe (`davsp.training.recipe`): layer, margins, start and resizing of the borders.
         console: where lines and bars go; None is the terminal.
     """
     stages = Stages(out, console or Console())
     vector = fitted_vector(stages, lvlm, data, text)
+    width = padding or (recipe.padding(lvlm.canvas) if published else round(lvlm.canvas / 12))
+    changes: dict[str, Any] = {"seed": seed}
+    if published:
+        aligned, note = recipe.layer_and_margins(lvlm, vector, settings.layer)
+        vector.use_layer(aligned["layer"])
+        changes |= aligned
+        if note:
+            stages.console.print(f"note: {escape(note)}", highlight=False)
     return Kit(
-        lvlm, data, vector, text, settings.model_copy(update={"seed": seed}), stages, padding or round(lvlm.canvas / 12),
-        eps, templates, shipped, corpus, defender, borrowed or {},
+        lvlm, data, vector, text, settings.model_copy(update=changes), stages, width, eps, templates, shipped, corpus,
+        defender, borrowed or {}, published,
     )  # fmt: skip
 
 
@@ -127,7 +140,7 @@ def reproduce(
     stages.line("evaluate", f"{len(defenses)} defenses, {len(data.test)} queries", time.perf_counter() - start)
     rows = [*evaluation.rows, *pooled(data.test, evaluation, model_name(lvlm), seed)]
     facts = manifest(
-        **model_facts(lvlm), max_new_tokens=max_new_tokens or lvlm.longest, seed=seed, text=kit.text, padding=kit.padding,
+        **model_facts(lvlm), recipe="published" if kit.published else "own", max_new_tokens=max_new_tokens or lvlm.longest, seed=seed, text=kit.text, padding=kit.padding,
         eps=kit.eps, settings=kit.settings.model_dump(), judge=judge_name(judge), layer=kit.vector.layer, stages=stages.seconds,
         defenses={name: d.describe() for name, d in defenses.items()},
     )  # fmt: skip
@@ -255,6 +268,12 @@ def _notes(kit: Kit, judge: Judge, names: Sequence[str]) -> list[str]:
         f"trained on {len(data.train_malicious)} malicious and {len(data.train_benign)} benign queries",
         "every method but No Defense and ECSO has the same safety text before the question",
     ]
+    if kit.published:
+        notes.append("prompts are trained by the published recipe (docs/published.md)")
+    if kit.lvlm.template != CHECKPOINT:
+        notes.append(
+            f"asked by the conversation template {kit.lvlm.template} of LLaVA's own code, with its system sentence"
+        )
     if sentence := caveat(judge, kit.shipped):
         notes.append(sentence)
     if other := sorted({q.benchmark for q in data.test if base(q.benchmark) != q.benchmark}):

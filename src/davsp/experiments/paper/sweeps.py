@@ -22,7 +22,6 @@ from davsp.judges import Judge, keyword
 from davsp.judges.graders import Grader
 from davsp.judges.keyword import caveat
 from davsp.lvlm import model_name
-from davsp.prompts import VisualSafetyPrompt
 from davsp.report import plots
 from davsp.report.cells import cut_note
 from davsp.runtime.files import read_json, write_json, write_text
@@ -42,7 +41,7 @@ def _padding(kit: Kit) -> dict[str, Kit]:
 def _layer(kit: Kit) -> dict[str, Kit]:
     every = range(1, kit.lvlm.num_layers)
     some = every[:: max(1, len(every) // 8)]
-    return {f"{layer}": _with(kit, layer=layer) for layer in some}
+    return {f"{layer}": _with(kit, layer=layer, mu_plus=None, mu_minus=None) for layer in some}
 
 
 def _margins(kit: Kit) -> dict[str, Kit]:
@@ -109,7 +108,7 @@ def sweep(
     for name in names:
         for value, changed in SWEEPS[name][1](kit).items():
             row = f"{name}={value}"
-            start = VisualSafetyPrompt.create(kit.lvlm.canvas, changed.padding, text=changed.text)
+            start = changed.border()
             saved = out / "prompts" / row
             border = trained_prompt(
                 stages, row, start, kit.lvlm, changed.data, kit.vector, changed.settings, saved,
