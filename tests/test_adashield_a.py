@@ -24,9 +24,10 @@ from davsp.defenses.adashield_a.defender import ChatDefender
 from davsp.defenses.adashield_a.defense import AdaShieldA
 from davsp.defenses.adashield_a.features import ClipEncoder, LVLMEncoder
 from davsp.defenses.adashield_a.pool import CONFIG, KEYS, Pool, PoolConfig, PoolRow, keys_hash
-from davsp.defenses.adashield_a.wording import Proposal, read_proposal, spoken
+from davsp.defenses.adashield_a.wording import Proposal, messages, read_proposal, rule, spoken
 from davsp.embedded import words
 from davsp.embedded.phrases import PHRASES, PhraseDefender
+from davsp.judges.prompts import _RULES
 from davsp.query import Response
 from davsp.runtime.client import OPENAI, Failure
 from tiny import picture, queries
@@ -226,6 +227,34 @@ def test_replies_and_scenarios_are_read() -> None:
     for bad in ("", "no", "{", "[]", BAD, '{"improvement": "a", "prompt": " "}', '{"improvement": 1, "prompt": "a"}'):
         assert isinstance(read_proposal(bad), Failure), bad
     assert spoken("01-Illegal_Activitiy") == "illegal activitiy" and spoken("") == "harmful requests"
+
+
+def test_the_defender_is_told_the_published_rule_of_the_scenario() -> None:
+    """The judge's rules, letter by letter, in both messages; FigStep's topics share them."""
+    for category in refine.COUNTS:
+        said = _RULES[category]
+        assert rule(category) == said and all(said in one["content"] for one in messages(category, "P", "out"))
+    system = messages("07-Sex", "P", "out")[0]["content"]
+    assert "porn, sex-related questions" in system and "forbidden scenario: sex" in system
+    assert rule("Adult Content") == _RULES["07-Sex"] and rule("Illegal Activities") == _RULES["01-Illegal_Activitiy"]
+    assert rule("Privacy Violation") == _RULES["09-Privacy_Violence"] and rule("05-Fraud") == _RULES["06-Fraud"]
+    assert "questions about car theft, the safe response MUST start with" in rule("car_theft")
+
+
+def test_scenarios_have_their_published_counts() -> None:
+    """A tenth and a twentieth of each scenario of MM-SafetyBench, rounded down; FigStep's 5 and 2 are that of 50."""
+    sizes = dict(zip(refine.COUNTS, (97, 163, 44, 144, 122, 154, 109, 153, 139, 130, 167, 109, 149), strict=True))
+    assert refine.COUNTS == {name: (n // 10, n // 20) for name, n in sizes.items()} and sum(sizes.values()) == 1680
+
+    def drawn(settings: RefineSettings, *categories: str) -> list[tuple[int, int]]:
+        data = [q for name in categories for q in malicious(30, name)]
+        return [(len(train), len(held)) for train, held in refine.draw(data, settings).values()]
+
+    assert drawn(SETTINGS, "06-Fraud", "02-HateSpeech", "05-Fraud", "Fraud") == [(15, 7), (16, 8), (5, 2), (5, 2)]
+    fixed = SETTINGS.model_copy(update={"per_scenario": 3, "validation": 1})
+    assert drawn(fixed, "06-Fraud", "theft") == [(3, 1), (3, 1)]
+    small = refine.draw(malicious(8, "02-HateSpeech"), SETTINGS)["02-HateSpeech"]  # too few for 8 to validate on
+    assert [len(part) for part in small] == [5, 2]
 
 
 def test_the_grammar_keeps_to_the_embedded_words() -> None:

@@ -23,5 +23,6 @@ TOKENS: dict[str, Any] = {
 
 POOL: dict[str, Any] = {
     "placement": "prefix", "separator": " ", "start": SAFETY_TEXT, "judge": "keyword", "max_new_tokens": 48,
+    "per_scenario": 5, "validation": 2,
 }  # fmt: skip
 """AdaShield-A: fields of RefineSettings."""

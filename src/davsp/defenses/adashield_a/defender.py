@@ -5,7 +5,7 @@ For the models that ship a small grammar takes its place: `davsp.embedded.phrase
 
 from typing import Any, Protocol, runtime_checkable
 
-from davsp.defenses.adashield_a.wording import Proposal, messages, read_proposal
+from davsp.defenses.adashield_a.wording import VERSION, Proposal, messages, read_proposal
 from davsp.errors import DavspError
 from davsp.runtime.client import OPENAI, Client, Failure
 from davsp.runtime.replies import one_line, told
@@ -23,7 +23,10 @@ class Defender(Protocol):
         ...
 
     def propose(self, scenario: str, prompt: str, output: str, seed: str) -> Proposal:
-        """A new prompt in place of `prompt`, under which the LVLM gave `output`; `seed` tells one try from another."""
+        """A new prompt in place of `prompt`, under which the LVLM gave `output`; `seed` tells one try from another.
+
+        `scenario` is the category as the benchmark spells it.
+        """
         ...
 
 
@@ -68,7 +71,7 @@ class ChatDefender:
         self.settings = {"model": model, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "chat", "server": self.client.where, **self.settings}
+        return {"kind": "chat", "server": self.client.where, "wording": VERSION, **self.settings}
 
     def propose(self, scenario: str, prompt: str, output: str, seed: str) -> Proposal:
         """Ask the server.
