@@ -6,20 +6,32 @@ first time both hold ends a recipe, and looking is not counted. A recipe that do
 
     python perf/time_to_quality.py --out results/perf/time_to_quality.json
 
-Published (its description, for LLaVA-1.5-13B): batches of 2 of one class, a coin decides which; sign steps of 1/255;
-hinge with fixed margins 27 and -2; 0.02 x answer loss on every benign batch and on 5 % of the malicious ones; the border
-starts at the mean colour and is never clamped; the batches of the first epoch come again in the same order. Margins belong
-to a model: here their distance of 29 is the distance between the class means of the vector's data, with -2 at the benign and
-27 at the malicious mean, and the hinge is counted in that unit, so that 0.02 means what it meant. Delta is float32, not
-float16, and is clamped for the test. Both recipes take the same step (`Run.gradient`), so this compares what they do with it,
-not how fast one step is: that is `training_step.py`. Both have the same vector, safety text and training data.
+    python perf/time_to_quality.py --seed 0 --seed 1 --seed 2 --out ...          # an interval over seeds
+    python perf/time_to_quality.py --step-pairs 12 --out results/perf/time_to_quality_step.json
+
+Published (`train/optimize.py` and `scripts/train.sh` of zhangyitonggg/DAVSP, for LLaVA-1.5-13B): batches of 2 of one class, a coin
+decides which; sign steps of 1/255; hinge with fixed margins 27 and -2; 0.02 x answer loss on every benign batch and on 5 % of the
+malicious ones; the border starts at the mean colour and is never clamped; the batches of the first epoch come again in the same order.
+
+This is no fair race. **The published recipe was not tuned to this model; the default was**, on pairs that are in no test. And how
+the published numbers read on another model's scale is a guess: here their distance of 29 is the distance between the class means of
+the vector's data, with -2 at the benign and 27 at the malicious mean, and the hinge is counted in that unit, so that 0.02 means
+what it meant. Delta is float32, not float16, and is clamped for the test. Both have the same vector, safety text and training data.
+
+Both recipes take the same step (`Run.gradient`), so the race compares what they do with it. The authors' literal step costs more:
+a pass a sample and another for its answer, padded to 1,024 tokens, eager attention, one backward for all. `--step-pairs` times it
+against ours, alternating in one run. It counts a row of batch: 2 of theirs, 16 of ours.
+
+A recipe is good somewhere between two looks, so what it took is an interval; so is the ratio, and over seeds its hull.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
 from random import Random
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
@@ -28,6 +40,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from training_step import published as literal
 
 from davsp import LVLM, HarmfulnessVector, Query, TrainSettings, VisualSafetyPrompt, embedded, metrics
 from davsp.defenses import Defense, NoDefense, VisualPrompt
@@ -40,6 +53,7 @@ from davsp.training.borders import Run
 
 RSR, LOSS = 0.95, 0.03  # at least; at most
 MARGINS, LAM, SHARE, LR = (27.0, -2.0), 0.02, 0.05, 1 / 255
+TEXT = 1024  # tokens that the authors' code pads prompt and answer to
 CONSOLE = Console(stderr=True)
 
 
@@ -182,12 +196,89 @@ def compare(
 
 
 def times_as_fast(recipes: dict[str, dict[str, Any]], clock: str) -> dict[str, Any]:
-    """How many times fewer steps and seconds the default takes; a lower bound if the published did not get there."""
+    """How many times fewer steps and seconds the default takes; a lower bound if the published did not get there.
+
+    Returns:
+        steps, seconds: by the first good looks; at_least: the published has none.
+        steps_between, seconds_between: with either recipe good anywhere between its last bad look and its first good one; the upper
+            end is None if the published has no good look.
+    """
     ours, theirs = recipes["default"], recipes["published"]
     if not ours["reached"]:
         return {"steps": None, "seconds": None, "at_least": False}
-    ratios = {"steps": theirs["steps"] / ours["steps"], "seconds": theirs[clock] / ours[clock]}
-    return ratios | {"at_least": not theirs["reached"]}
+    ratios: dict[str, Any] = {"at_least": not theirs["reached"]}
+    for name, key in (("steps", "steps"), ("seconds", clock)):
+        ratios[name] = theirs[key] / ours[key]
+        before = [recipe["curve"][-2]["step" if key == "steps" else key] for recipe in (ours, theirs)]
+        least = (before[1] if theirs["reached"] else theirs[key]) / ours[key]
+        most = theirs[key] / before[0] if theirs["reached"] and before[0] else None
+        ratios[f"{name}_between"] = [least, most]
+    return ratios
+
+
+def over_seeds(ratios: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The hull of the intervals of several seeds; None where a seed has no upper end, or no ratio at all."""
+    hulls: dict[str, Any] = {"seeds": len(ratios)}
+    for name in ("steps_between", "seconds_between"):
+        ends = [ratio.get(name) for ratio in ratios]
+        known = [end for end in ends if end is not None]
+        most = [end[1] for end in known]
+        hulls[name] = (
+            [min(end[0] for end in known), None if None in most else max(most)] if len(known) == len(ends) else None
+        )
+    return hulls
+
+
+# -- one step of each --------------------------------------------------------------------------------------------------
+
+
+def step_pairs(
+    lvlm: LVLM,
+    data: "embedded.Protocol",
+    text: str,
+    settings: TrainSettings,
+    padding: int,
+    pairs: int,
+    width: int = TEXT,
+) -> dict[str, Any]:
+    """CPU seconds of the authors' literal step and of ours, alternating; a first pair warms up and is not counted.
+
+    Returns:
+        seconds of each step; ratio: of a row of batch, theirs by ours, for each pair, and its median, lowest and highest. Half of
+        their steps are malicious, and 5 % of those carry the refusal, so cost what a benign one does.
+    """
+    vector = HarmfulnessVector.fit(lvlm, data.vector_malicious, data.vector_benign, text, progress=False)
+    border = VisualSafetyPrompt.create(lvlm.canvas, padding, text=text)
+    before = lvlm.model.config._attn_implementation
+    taken: dict[str, list[float]] = {"ours": [], "benign": [], "malicious": []}
+    with TemporaryDirectory() as place:
+        common: list[Any] = [lvlm, border, data.train_malicious, data.train_benign, vector]
+        run = Run(*common, settings, Path(place), [])
+        theirs = Run(*common, published_settings(vector, settings.refusal), Path(place), [])
+        epochs = {label: cycle(epoch(theirs, label, Random("pairs"))) for label in ("benign", "malicious")}
+        delta = border.delta.to(lvlm.device)
+        for number in range(pairs + 1):
+            order = ["ours", "benign", "malicious"]
+            for name in order if number % 2 else order[::-1]:
+                lvlm.model.set_attn_implementation("sdpa" if name == "ours" else "eager")
+                batch = run._batch(number) if name == "ours" else next(epochs[name])
+                if name == "malicious":
+                    batch = Batch(batch.interiors, batch.questions, batch.malicious, [None] * len(batch))
+                start = time.process_time()
+                if name == "ours":
+                    run.gradient(delta, batch)
+                else:
+                    literal(theirs, delta, batch, width, stacked=True)
+                if number:
+                    taken[name].append(time.process_time() - start)
+    lvlm.model.set_attn_implementation(before)
+    costly = (1 + SHARE) / 2  # part of their steps that have an answer
+    rows = [
+        ((costly * benign + (1 - costly) * malicious) / 2) / (ours / settings.batch_size)
+        for ours, benign, malicious in zip(*taken.values(), strict=True)
+    ]
+    ratio = {"median": median(rows), "lowest": min(rows), "highest": max(rows), "pairs": rows}
+    return {"seconds": taken, "rows": {"ours": settings.batch_size, "published": 2}, "padded_to": width, "ratio": ratio}
 
 
 def show(result: dict[str, Any]) -> None:
@@ -201,6 +292,7 @@ def show(result: dict[str, Any]) -> None:
         table.add_row(name, steps, *figures, f"{last['utility']:.1%}")
     CONSOLE.print(table)
     ratio, bound = result["ratio"], "at least " * result["ratio"]["at_least"]
+    CONSOLE.print("the default was tuned to this model, the published was not, and its scale here is a guess")
     if ratio["seconds"] is None:
         CONSOLE.print("the default did not get there, so there is no ratio; target: 10 times as fast")
     else:
@@ -217,21 +309,40 @@ def main(
     limit: Annotated[int | None, typer.Option(min=1, help="Test queries a form or skill, to try the script.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(min=1)] = 1,
-    seed: Annotated[int, typer.Option(help="Of protocol, data order and coin.")] = 0,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Of protocol, data order and coin; repeatable; left out: 0.")
+    ] = None,
+    step_pairs_of: Annotated[
+        int | None,
+        typer.Option("--step-pairs", min=1, help="Time so many pairs of steps, the authors' and ours, and no more."),
+    ] = None,
 ) -> None:
     """Compare two recipes by the time they take to be good enough."""
     torch.set_num_threads(threads)
     lvlm = embedded.load(device_map=device)
-    data = embedded.protocol(seed, **({"harm": limit, "utility": limit} if limit else {}))
-    settings = SETTINGS.model_copy(update={"seed": seed})
-    result = compare(
-        lvlm, data, embedded.SAFETY_TEXT, settings, round(lvlm.canvas / 12), max_steps, (every, every_published), seed
-    )
-    clock = "wall" if lvlm.device.type == "cuda" else "cpu"
-    result |= {"clock": clock, "ratio": times_as_fast(result["recipes"], clock), "max_steps": max_steps}
-    show(result)
+    padding, seeds = round(lvlm.canvas / 12), seed or [0]
+    facts = manifest(model="davsp-mini", device=device, seed=seeds[0], settings=SETTINGS.model_dump())
+    if step_pairs_of:
+        load = os.getloadavg()
+        result = step_pairs(lvlm, embedded.protocol(seeds[0]), embedded.SAFETY_TEXT, SETTINGS, padding, step_pairs_of)
+        result |= {"load": {"before": load, "after": os.getloadavg()}}
+        CONSOLE.print(
+            "a row of batch, theirs by ours: {median:.1f} [{lowest:.1f}, {highest:.1f}]".format(**result["ratio"])
+        )
+    else:
+        every_seed = []
+        for one in seeds:
+            data = embedded.protocol(one, **({"harm": limit, "utility": limit} if limit else {}))
+            settings = SETTINGS.model_copy(update={"seed": one})
+            looks = every, every_published
+            result = compare(lvlm, data, embedded.SAFETY_TEXT, settings, padding, max_steps, looks, one)
+            clock = "wall" if lvlm.device.type == "cuda" else "cpu"
+            result |= {"clock": clock, "ratio": times_as_fast(result["recipes"], clock), "max_steps": max_steps}
+            show(result)
+            every_seed.append({"seed": one, **result})
+        result = every_seed[0] if len(seeds) == 1 else {"by_seed": every_seed}
+        result |= {"over_seeds": over_seeds([row["ratio"] for row in every_seed])}
     if out:
-        facts = manifest(model="davsp-mini", device=device, seed=seed, settings=settings.model_dump())
         write_json(out, {"manifest": facts, **result})
 
 

@@ -107,10 +107,15 @@ class Bench:
         return lambda: run.gradient(self.delta, batch)[0]
 
 
-def published(run: Run, delta: Tensor, batch: Batch, text: int) -> Tensor:
-    """The published step's gradient: per sample, full depth, all states, the answer in a pass of its own."""
+def published(run: Run, delta: Tensor, batch: Batch, text: int, stacked: bool = False) -> Tensor:
+    """The published step's gradient: per sample, full depth, all states, the answer in a pass of its own.
+
+    Args:
+        text: tokens that prompt and answer are padded to, image tokens apart.
+        stacked: one backward for the losses of all samples, as the authors' code has it; False: one after each, which is cheaper.
+    """
     lvlm, delta = run.lvlm, delta.clone().requires_grad_()
-    gradient = torch.zeros_like(delta)
+    gradient, losses = torch.zeros_like(delta), []
     for row in batch.parts(1):
         canvas = run.prompt.with_delta(delta).apply(pixels(row.interiors, delta.device))
         common: dict[str, Any] = lvlm.pixel_inputs(canvas) | {"use_cache": False}
@@ -126,8 +131,10 @@ def published(run: Run, delta: Tensor, batch: Batch, text: int) -> Tensor:
             targets[:, : tokens.ids.shape[1]][tokens.answer_mask] = tokens.ids[tokens.answer_mask]
             logits = lvlm.model(input_ids=ids, **common).logits
             loss = loss + run.weight_answer * cross_entropy(logits[0, :-1].float(), targets[0, 1:])
-        gradient += torch.autograd.grad(loss / len(batch), delta)[0]
-    return gradient
+        losses.append(loss / len(batch))
+        if not stacked:
+            gradient += torch.autograd.grad(losses.pop(), delta)[0]
+    return torch.autograd.grad(torch.stack(losses).sum(), delta)[0] if stacked else gradient
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import time
 from contextlib import suppress
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from random import Random
 
 import psutil
 import pytest
@@ -199,13 +200,55 @@ def test_until_good_stops_at_the_first_good_look():
 
 
 def test_a_recipe_that_does_not_get_there_gives_a_bound():
-    def recipes(ours, theirs):
-        return {"default": {"reached": ours, "steps": 10, "cpu": 2.0},
-                "published": {"reached": theirs, "steps": 100, "cpu": 40.0}}  # fmt: skip
+    """And what was good between two looks gives an interval."""
 
-    assert time_to_quality.times_as_fast(recipes(True, True), "cpu") == {"steps": 10, "seconds": 20, "at_least": False}
-    assert time_to_quality.times_as_fast(recipes(True, False), "cpu")["at_least"]
-    assert time_to_quality.times_as_fast(recipes(False, True), "cpu")["seconds"] is None
+    def recipes(ours, theirs):
+        curves = [{"step": 8, "cpu": 1.6}, {}], [{"step": 80, "cpu": 32.0}, {}]
+        return {"default": {"reached": ours, "steps": 10, "cpu": 2.0, "curve": curves[0]},
+                "published": {"reached": theirs, "steps": 100, "cpu": 40.0, "curve": curves[1]}}  # fmt: skip
+
+    both = time_to_quality.times_as_fast(recipes(True, True), "cpu")
+    assert both == {
+        "steps": 10,
+        "seconds": 20,
+        "at_least": False,
+        "steps_between": [8, 12.5],
+        "seconds_between": [16, 25],
+    }
+    bound = time_to_quality.times_as_fast(recipes(True, False), "cpu")
+    assert bound["at_least"] and bound["steps_between"] == [10, None] and bound["seconds_between"] == [20, None]
+    none = time_to_quality.times_as_fast(recipes(False, True), "cpu")
+    assert none["seconds"] is None
+    slower = both | {"steps_between": [5, 9]}
+    hull = time_to_quality.over_seeds([both, slower])
+    assert hull == {"seeds": 2, "steps_between": [5, 12.5], "seconds_between": [16, 25]}
+    assert time_to_quality.over_seeds([both, bound])["steps_between"] == [8, None]
+    assert time_to_quality.over_seeds([both, none])["steps_between"] is None
+
+
+def test_the_literal_step_has_the_gradient_of_ours(lvlm, vector, recipe):
+    """One backward for all, eager attention, padding: the same numbers at another price."""
+    batch = time_to_quality.epoch(recipe, "benign", Random(0))[0]
+    delta = recipe.prompt.delta
+    ours = recipe.gradient(delta, batch)[0]
+    lvlm.model.set_attn_implementation("eager")
+    try:
+        theirs = time_to_quality.literal(recipe, delta, batch, 64, stacked=True)
+    finally:
+        lvlm.model.set_attn_implementation("sdpa")
+    assert ours.abs().max() > 1e-6 and (theirs - ours).abs().max() < 1e-4 * ours.abs().max()
+
+
+def test_steps_are_timed_in_pairs(lvlm):
+    data = embedded.protocol(0, vector=6, sweep=6, train=6, harm=1, utility=1, mme=1, llava_bench=1)
+    settings = TrainSettings(batch_size=4, mu_plus=99.0, mu_minus=-99.0, refusal=embedded.REFUSAL)
+    before = lvlm.model.config._attn_implementation
+    result = time_to_quality.step_pairs(lvlm, data, "please be safe", settings, 9, 2, 64)
+    assert {name: len(taken) for name, taken in result["seconds"].items()} == {"ours": 2, "benign": 2, "malicious": 2}
+    ours, benign, malicious = (taken[0] for taken in result["seconds"].values())
+    assert result["ratio"]["pairs"][0] == pytest.approx((0.525 * benign + 0.475 * malicious) / 2 / (ours / 4))
+    assert result["ratio"]["lowest"] <= result["ratio"]["median"] <= result["ratio"]["highest"]
+    assert lvlm.model.config._attn_implementation == before
 
 
 def test_both_recipes_run(lvlm):
