@@ -36,7 +36,7 @@ class DefendedModel:
         Args:
             model: folder or hub id, or the bare name of a model that ships (davsp-mini).
             defense: folder or hub id (USER/NAME, USER/NAME@REVISION) of a prompt; "none" for no defense.
-            options: revision, device_map, dtype, quantization, canvas of the model, as `LVLM.from_pretrained` takes them.
+            options: revision, device_map, dtype, quantization, canvas, undefended of the model, as `LVLM.from_pretrained` takes them.
 
         Raises:
             DavspError: either cannot be loaded, or they do not go together.

@@ -137,7 +137,9 @@ class Store:
         if settings:
             numbers = {key: (record.get(key), self.settings[key]) for key in settings}
             told = [
-                key.replace("_", " ") + (f" ({then} there, {now} here)" if type(then) is type(now) is int else "")
+                key.replace("_", " ")
+                + (f" ({then} there, {now} here)" if type(then) is type(now) is int else "")
+                + (" (see --undefended)" if key == "undefended_picture" else "")
                 for key, (then, now) in numbers.items()
             ]
             return "another " + ", ".join(told)

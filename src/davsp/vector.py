@@ -13,6 +13,7 @@ from torch import Tensor
 from davsp.errors import DavspError
 from davsp.lvlm import LVLM, short_name
 from davsp.lvlm.templates import CHECKPOINT
+from davsp.lvlm.undefended import WHITE, not_square, square
 from davsp.query import Query
 from davsp.runtime.files import read_tensors_and_metadata, read_torch, save_tensors, to_json, write_json
 
@@ -39,6 +40,7 @@ class HarmfulnessVector:
         table: the rows of the last `sweep`.
         model_id, revision, text: the model, and the text that stood before every question; None: not known.
         template: the conversation template by which it was asked; files of older versions name none.
+        undefended: how pictures that are not square came to the model's shape (`LVLM.undefended`); "": all were square, or it is not known.
     """
 
     vectors: Float[Tensor, "l d"]
@@ -53,6 +55,7 @@ class HarmfulnessVector:
     text: str | None = ""
     revision: str | None = None
     template: str = CHECKPOINT
+    undefended: str = ""
 
     @classmethod
     def fit(
@@ -87,6 +90,7 @@ class HarmfulnessVector:
         vector = cls(
             vectors, *projections, model_id=lvlm.model_id, text=text, revision=lvlm.revision, template=lvlm.template
         )  # fmt: skip
+        vector.undefended = lvlm.undefended if not_square([*malicious, *benign]) else ""
         vector._choose(_compare(vector.malicious, vector.benign))
         return vector
 
@@ -230,6 +234,8 @@ class HarmfulnessVector:
         }
         if self.template != CHECKPOINT:
             facts["template"] = self.template
+        if self.undefended:
+            facts["undefended"] = self.undefended
         tensors = {"vectors": self.vectors, "malicious": self.malicious, "benign": self.benign}
         save_tensors(Path(folder) / "vector.safetensors", tensors, {"davsp": to_json(facts)})
         write_json(Path(folder) / "vector.json", facts)
@@ -326,7 +332,10 @@ def collect_states(
     progress: bool = True,
     name: str = "states",
 ) -> Float[Tensor, "n l d"]:
-    """States of the last input token of undefended queries, on the CPU; pictures and words-only in batches apart."""
+    """States of the last input token of undefended queries, on the CPU; pictures and words-only in batches apart.
+
+    Where a picture is padded, it is in white, as DAVSP's code does for the vector and for its border.
+    """
     states: list[Tensor] = [torch.empty(0)] * len(queries)
     for query in queries:
         try:
@@ -337,7 +346,8 @@ def collect_states(
         task = bar.add_task(name, total=len(queries))
         for batch in _batches(queries, batch_size):
             pictures = [queries[i].picture() for i in batch]
-            canvas = lvlm.preprocess([p for p in pictures if p]) if pictures[0] else None
+            shown = [square(p, WHITE) if lvlm.undefended == "pad" else p for p in pictures if p]
+            canvas = lvlm.preprocess(shown) if shown else None
             questions = [f"{text} {queries[i].question}" if text else queries[i].question for i in batch]
             for i, state in zip(batch, lvlm.states(canvas, questions, layers).cpu(), strict=True):
                 states[i] = state

@@ -28,6 +28,7 @@ from davsp.evaluation import Evaluation, evaluate
 from davsp.evaluation.fitting import fitting
 from davsp.judges import Judge, keyword
 from davsp.lvlm import LVLM, fingerprint
+from davsp.lvlm.undefended import in_records
 from davsp.query import Query
 from davsp.runtime import journal
 from davsp.runtime.files import alone, sweep
@@ -98,6 +99,7 @@ def attack(
     with alone(out):
         sweep(out)
         identity = {"model": fingerprint(lvlm), "dtype": str(lvlm.dtype), "queries": queries_hash(malicious)}
+        identity |= in_records(lvlm, malicious)
         journal.record(out / RECORD, identity)
         run = _Run(lvlm, malicious, out, settings, vector, judge, max_new_tokens, console)
         results: list[AttackResult] = []

@@ -88,6 +88,7 @@ def attack(
 
     from davsp.attacks import attack as run
     from davsp.evaluation.judging import apart
+    from davsp.lvlm import undefended
     from davsp.vector import HarmfulnessVector
 
     direction = HarmfulnessVector.load(row.vector) if row.vector else None
@@ -115,10 +116,12 @@ def attack(
         lvlm, defenses, queries, out, settings, direction, scorers[0], max_new_tokens=max_new_tokens,
         console=Console(stderr=True),
     )  # fmt: skip
-    facts = {
+    facts: dict[str, Any] = {
         "settings": settings.model_dump(), "notes": notes, "benchmarks": test.benchmark or [], "split": test.split,
         "max_new_tokens": max_new_tokens or lvlm.longest,
+        "undefended": undefended.facts(lvlm, queries),
     }  # fmt: skip
+    caveat = " ".join(filter(None, (caveat, undefended.note(facts["undefended"]))))
     _finish(out, lvlm, queries, results, defenses, facts, show_unsafe, seed, caveat)
     groups = [dict(result.evaluation.verdicts) for result in results]
     judges.check_scored([*groups, *(_all(results, name) for name in defenses)], queries, access.max_unscored)

@@ -8,7 +8,7 @@ import typer
 
 from davsp.cli import judges
 from davsp.cli.defenses import rows
-from davsp.cli.inputs import compare_templates, compare_texts, in_processes, is_shipped, load_lvlm
+from davsp.cli.inputs import compare_pictures, compare_templates, compare_texts, in_processes, is_shipped, load_lvlm
 from davsp.cli.options import (
     JUDGES,
     GraderRuns,
@@ -143,6 +143,10 @@ def _server(engine: EngineOptions, model: ModelOptions, processes: int) -> tuple
         raise DavspError(
             "--revision, --device, --dtype, --quantization, --template and --num-processes go with a model loaded here."
         )
+    if model.undefended:
+        raise DavspError(
+            "--undefended goes with a model loaded here: a server shapes undefended pictures in its own way."
+        )
     return name, engine.base_url
 
 
@@ -180,6 +184,7 @@ def _check(lvlm: "AnsweringLVLM", defenses: "dict[str, Defense]", direction: Any
         if lvlm.server:
             raise DavspError("--vector does not go with --engine openai: a server gives no hidden states.")
         direction.check(lvlm)
+        compare_pictures(direction, lvlm)
     for defense in defenses.values():
         defense.check(lvlm)
         if isinstance(defense, VisualPrompt) and direction is not None:
@@ -211,8 +216,9 @@ def _finish(
     from davsp import metrics, report
     from davsp.evaluation.rescore import rescore, slug
     from davsp.judges.verdicts import judge_name
+    from davsp.lvlm import undefended
     from davsp.report.html import write_report
-    from davsp.report.terminal import print_costs, print_scores, print_table
+    from davsp.report.terminal import print_caveat, print_costs, print_scores, print_table
     from davsp.runtime.files import read_json
     from davsp.store import MANIFEST
 
@@ -235,6 +241,7 @@ def _finish(
     )
     write_report(out / "report.html", page, show_unsafe)
     print_table(Console(), evaluation.rows, caveat=caveat)
+    print_caveat(Console(), undefended.note(facts["undefended"]))
     print_scores(Console(), evaluation.rows)
     print_costs(Console(), evaluation.rows, metrics.latency(evaluation.responses))
     print(f"answers, verdicts, metrics.json and report.html are in {out}")

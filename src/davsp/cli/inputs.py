@@ -34,11 +34,11 @@ def load_lvlm(model: "ModelOptions") -> "LVLM":
             raise DavspError(
                 "--dtype, --quantization, --canvas and --template are for other models; those that ship have their own."
             )
-        return embedded.load(model.name or "davsp-mini", device_map=device)
+        return embedded.load(model.name or "davsp-mini", device_map=device, undefended=model.undefended)
     dtype = getattr(torch, model.dtype) if model.dtype else None
     lvlm = LVLM.from_pretrained(
         model.name, revision=model.revision, device_map=device, dtype=dtype, quantization=model.quantization,
-        canvas=model.canvas, template=model.template or "checkpoint",
+        canvas=model.canvas, template=model.template or "checkpoint", undefended=model.undefended,
     )  # fmt: skip
     lvlm.longest = answer_length(is_shipped(model.name))
     return lvlm
@@ -152,6 +152,15 @@ def ask_as_published(lvlm: "LVLM", template: str | None) -> None:
         lvlm.use_template("llava_v1")
         say(
             f"{lvlm.model_id} is asked by the template llava_v1, as by DAVSP's authors; --template checkpoint asks by its own."
+        )
+
+
+def compare_pictures(vector: Any, lvlm: Any) -> None:
+    """Say so if a vector was fitted on pictures that came to the model's shape in another way than undefended ones do now."""
+    if vector.undefended not in ("", lvlm.undefended):
+        say(
+            f"note: the vector was fitted with --undefended {vector.undefended}; undefended pictures are shown by "
+            f"{lvlm.undefended} now."
         )
 
 

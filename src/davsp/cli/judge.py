@@ -1,7 +1,7 @@
 """`davsp judge`: a finished run scored by another judge."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -47,6 +47,8 @@ def judge(
     from davsp.evaluation.judging import apart
     from davsp.evaluation.rescore import rescore, slug
     from davsp.judges.verdicts import judge_name
+    from davsp.lvlm.undefended import note
+    from davsp.report.terminal import print_caveat
     from davsp.store import RESPONSES
 
     if not (run / RESPONSES).exists():  # before a cache makes the folder
@@ -72,6 +74,7 @@ def judge(
     else:
         scores = rescore(run, queries, scorer, seed=seed, mode=mode, reasoning_tags=settings.reasoning_tags)
     _print(Console(), scores, judges.warn_of_keyword([scorer], _shipped(run)))
+    print_caveat(Console(), note(_facts(run).get("undefended")))
     _print_mode(Console(), scores, mode)
     name = slug(judge_name(scorer))
     kind = "grades" if benchmark else "verdicts"
@@ -81,11 +84,16 @@ def judge(
 
 def _shipped(run: Path) -> bool:
     """Whether a run is of a model that ships; a run from Python may not say."""
+    facts = _facts(run)
+    return bool(facts.get("shipped", is_shipped(facts.get("model", ""))))
+
+
+def _facts(run: Path) -> dict[str, Any]:
+    """The manifest of a run; {} if there is none."""
     from davsp.runtime.files import read_json
     from davsp.store import MANIFEST
 
-    facts = read_json(run / MANIFEST) if (run / MANIFEST).exists() else {}
-    return bool(facts.get("shipped", is_shipped(facts.get("model", ""))))
+    return dict(read_json(run / MANIFEST)) if (run / MANIFEST).exists() else {}
 
 
 def _print(console: "Console", scores: "Rescoring", caveat: str) -> None:

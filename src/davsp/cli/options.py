@@ -103,6 +103,13 @@ class ModelOptions:
             "sentence. Left out: checkpoint; in davsp reproduce llava_v1."
         ),
     ] = None
+    undefended: Annotated[
+        str | None,
+        typer.Option(
+            help="What is done to a picture that is not square and has no visual prompt: pad, or crop (LLaVA), …; left out: "
+            "as the model's authors do. See docs/families.md."
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)

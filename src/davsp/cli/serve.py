@@ -195,13 +195,17 @@ def serve_model(
     """Serve a model by OpenAI's protocol, one question at a time: to try davsp serve and davsp eval --engine openai on."""
     needs_extra()
     from davsp.lvlm import model_name
+    from davsp.lvlm.undefended import WAYS
     from davsp.serve.model import model_app
     from davsp.serve.settings import ServeSettings
 
     settings = ServeSettings.of(upstream="", host=host, port=port, token_env=token_env, max_pixels=max_pixels)
     lvlm = load_lvlm(model)
     name = model_name(lvlm)
-    say(f"serving {name}, whose canvas is {lvlm.canvas}x{lvlm.canvas} pixels")
+    say(
+        f"serving {name}, whose canvas is {lvlm.canvas}x{lvlm.canvas} pixels; others that are not square are "
+        f"{WAYS[lvlm.undefended]}"
+    )
     _run(model_app(lvlm, name, settings), host, port)
 
 

@@ -9,6 +9,7 @@ from davsp.cli.canaries import Canaries, describe, own_queries, try_canaries
 from davsp.cli.groups import chosen
 from davsp.cli.inputs import (
     ask_as_published,
+    compare_pictures,
     compare_templates,
     compare_texts,
     in_processes,
@@ -204,6 +205,7 @@ def _direction(vector: Path | None, protocol: "Protocol | None", lvlm: "LVLM", t
     if vector:
         direction = HarmfulnessVector.load(vector)
         direction.check(lvlm)
+        compare_pictures(direction, lvlm)
         compare_texts(direction, text, "this training puts")
         compare_templates(lvlm, {"the vector": direction})
         return direction

@@ -17,7 +17,7 @@ PADDING = 14  # one ring of patches: 44 of 144 image tokens, as 30 of 336 pixels
 __all__ = ["FOLDER", "MODELS", "PADDING", "REFUSAL", "SAFETY_TEXT", "SETTINGS", "Protocol", "load", "protocol"]
 
 
-def load(model: str | Path = "davsp-mini", device_map: str | None = None) -> "LVLM":
+def load(model: str | Path = "davsp-mini", device_map: str | None = None, undefended: str | None = None) -> "LVLM":
     """davsp-mini or another of `MODELS` by its name, or such a folder, as any hub model is loaded; float32 on any device.
 
     Raises:
@@ -29,7 +29,7 @@ def load(model: str | Path = "davsp-mini", device_map: str | None = None) -> "LV
     folder = FOLDER.with_name(model) if isinstance(model, str) else model
     if not (folder / "config.json").exists():
         raise DavspError(f"there is no model in {folder}; make one with `davsp mini train`.")
-    lvlm = LVLM.from_pretrained(folder, dtype="float32", device_map=device_map)
+    lvlm = LVLM.from_pretrained(folder, dtype="float32", device_map=device_map, undefended=undefended)
     lvlm.model_id = (
         model if isinstance(model, str) else "davsp-mini"
     )  # the path of an installation is no name: it would end up in prompts' cards

@@ -22,7 +22,7 @@ from davsp.evaluation.fitting import fitting
 from davsp.evaluation.judging import Judgement, judge_custom, judge_published
 from davsp.judges import Judge, keyword
 from davsp.judges.graders import Grader
-from davsp.lvlm import AnsweringLVLM, model_facts, model_name, template_of
+from davsp.lvlm import AnsweringLVLM, model_facts, model_name, template_of, undefended
 from davsp.lvlm.templates import CHECKPOINT
 from davsp.query import Grade, Query, Response, Verdict, write_jsonl
 from davsp.runtime import parallel
@@ -154,10 +154,12 @@ def _answers(
         "published": published,
         "template": None if template_of(lvlm) == CHECKPOINT else template_of(lvlm),  # older runs know of none
         "reasoning_tags": None if lvlm.reasoning_tags == TAGS else lvlm.reasoning_tags,  # older runs know of none
-    }
+        "undefended_picture": None,
+    } | undefended.in_records(lvlm, queries)
     described = {name: defense.describe() for name, defense in defenses.items()}
     if manifest is not None:
-        manifest = {**facts, "max_new_tokens": max_new_tokens, **manifest}
+        seen = undefended.facts(lvlm, queries)
+        manifest = {**facts, "max_new_tokens": max_new_tokens, "undefended": seen, **manifest}
     store = None if out is None else Store(out, settings, described, plan, queries, batch_size, manifest)
     responses = {name: [] for name in defenses} if store is None else store.open(redo, console)
     try:

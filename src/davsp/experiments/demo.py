@@ -20,7 +20,7 @@ from davsp.errors import DavspError
 from davsp.evaluation import Evaluation, evaluate
 from davsp.evaluation.fitting import fitting
 from davsp.experiments.stages import Stages, fitted_vector, records, trained_prompt
-from davsp.lvlm import LVLM, model_facts, model_name
+from davsp.lvlm import LVLM, model_facts, model_name, undefended
 from davsp.prompts import AdditiveNoise, Prompt, VisualSafetyPrompt
 from davsp.prompts.canaries import Canaries
 from davsp.report.html import write_report
@@ -123,6 +123,7 @@ def run_demo(
         **model_facts(lvlm), max_new_tokens=max_new_tokens or lvlm.longest, seed=seed, settings=settings.model_dump(),
         padding=padding, eps=eps, safety_text=safety_text, vector_text=vector_text, stages=stages.seconds,
         test={"queries": len(protocol.test), "sha256": queries_hash(protocol.test)},
+        undefended=undefended.facts(lvlm, protocol.test),
     )  # fmt: skip
     write_json(out / "manifest.json", facts)
     finished = VisualSafetyPrompt.from_pretrained(out / "prompt").measured(out)

@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from davsp.errors import DavspError
 from davsp.lvlm import LVLM, fingerprint
+from davsp.lvlm.undefended import not_square
 from davsp.prompts.base import P, Prompt
 from davsp.runtime.files import alone, read_bytes, read_json, write_json
 from davsp.runtime.files import sha256 as file_hash
@@ -104,6 +105,8 @@ def fitted_vector(stages: Stages, lvlm: LVLM, data: "Protocol", text: str) -> Ha
         vector.save(folder)
 
     inputs = [fingerprint(lvlm), text, *(queries_hash(queries) for queries in sets)]
+    if lvlm.undefended == "pad" and any(map(not_square, sets)):
+        inputs.append("pad")  # in white; older vectors are of other pictures
     return stages.run("vector", inputs, make, lambda: HarmfulnessVector.load(folder))
 
 

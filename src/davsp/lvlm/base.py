@@ -29,6 +29,7 @@ from davsp.lvlm.device import SPREAD, check_device_map
 from davsp.lvlm.hooks import Steer, catching, steering, wide
 from davsp.lvlm.loading import chat_template, check_format, load_weights, make_greedy, processor_file
 from davsp.lvlm.templates import CHECKPOINT, TEMPLATES, TURN
+from davsp.lvlm.undefended import chosen
 from davsp.runtime.thought import TAGS, Tags
 
 # Finished pictures in [0, 1]: a batch of one size, or one by one where they keep sizes of their own.
@@ -70,6 +71,9 @@ class LVLM:
         mean, std: per-channel normalisation of the vision tower, (1, 3, 1, 1).
         processors: image processors that this family's checkpoints come with.
         template: by which conversation template it is asked: the checkpoint's own, or one of `templates.TEMPLATES`.
+        ways: how it can show a picture that is not square (`davsp.lvlm.undefended.WAYS`): first as its authors' code does, last as
+            its checkpoint's processor does.
+        undefended: the one of these in use.
         overridden: what the checkpoint's generation settings say against greedy answers; it does not count.
         server: None: it is loaded here (`AnsweringLVLM`).
         steer: how `generate` steers where nothing else is said; None: not at all (`steered`).
@@ -102,6 +106,8 @@ class LVLM:
         self.overridden = make_greedy(model)
         self.tokenizer, self.model_id, self.revision = tokenizer, model_id, revision
         self.image_processor = image_processor
+        self.ways = self.ways_of(image_processor)
+        self.undefended = self.ways[0]
         self.layers = model.get_decoder().layers
         self.num_layers = len(self.layers)
         self.positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -129,6 +135,7 @@ class LVLM:
         quantization: str | None = None,
         canvas: int | None = None,
         template: str = CHECKPOINT,
+        undefended: str | None = None,
     ) -> "LVLM":
         """Load a checkpoint of any known family from a folder or the hub. Code from the checkpoint is never run.
 
@@ -142,6 +149,8 @@ class LVLM:
             canvas: side in pixels of the pictures that prompts make, for families that take many sizes (Qwen2-VL);
                 None: the family's own.
             template: "checkpoint", or a conversation template of LLaVA's own code (`use_template`).
+            undefended: how a picture without a visual prompt comes to the model's shape: "pad", "crop", … as the model has it
+                (docs/families.md); None: as its authors' code does.
 
         Raises:
             DavspError: no such checkpoint or device, broken or missing weights, or a family that is not supported.
@@ -165,11 +174,13 @@ class LVLM:
             tokenizer = AutoTokenizer.from_pretrained(model_id, revision=revision)
             tokenizer.chat_template = chat_template(model_id, revision, tokenizer)
             processor = family.load_processor(model_id, revision)
+            way = chosen(family.ways_of(processor), undefended, f"{model_id} ({config.model_type})")
             revision = getattr(config, "_commit_hash", None) or revision
             model = load_weights(model_id, revision, device_map, dtype, quantization)
             lvlm = family(model, tokenizer, processor, model_id, revision, canvas)
             if template != CHECKPOINT:
                 lvlm.use_template(template)
+            lvlm.undefended = way
             return lvlm
         except DavspError:
             raise
@@ -194,6 +205,11 @@ class LVLM:
         return processor
 
     # -- what a family writes --------------------------------------------------------------------------------------
+
+    @classmethod
+    def ways_of(cls, processor: Any) -> tuple[str, ...]:
+        """`ways`, by the checkpoint's image processor."""
+        raise NotImplementedError
 
     def preprocess(self, images: list[Image.Image]) -> Canvas:
         """Undefended pictures as this family resizes them; float32 in [0, 1], each k/255.

@@ -35,6 +35,11 @@ class DeepseekVLLVLM(LVLM):
         """Sides of the canvas and of the SigLIP tower's picture."""
         return self.image_processor.size["height"], self.image_processor.size["height"]
 
+    @classmethod
+    def ways_of(cls, processor: Any) -> tuple[str, ...]:
+        """DeepSeek's own code pads in the mean colour, as its processor does."""
+        return ("pad",)
+
     def preprocess(self, images: list[Image.Image]) -> Float[Tensor, "b 3 h w"]:
         """The checkpoint's own processor up to its 8-bit picture: longest side to the canvas, bicubic, padded.
 

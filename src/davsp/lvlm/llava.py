@@ -10,6 +10,7 @@ from torch import Tensor
 
 from davsp.errors import DavspError
 from davsp.lvlm.base import LVLM
+from davsp.lvlm.undefended import square
 from davsp.query import flatten
 
 
@@ -26,14 +27,26 @@ class LlavaLVLM(LVLM):
         has_class_token = vision.model_type == "clip_vision_model"
         self.tokens_per_image = (vision.image_size // vision.patch_size) ** 2 + has_class_token - drops_first
 
+    @classmethod
+    def ways_of(cls, processor: Any) -> tuple[str, ...]:
+        """LLaVA-1.5's own code pads (`expand2square`); CLIP's processor then cuts, SigLIP's stretches, LLaVA's may pad."""
+        if hasattr(processor, "pad_to_square") and processor.do_pad:
+            return ("pad",)
+        if getattr(processor, "do_center_crop", False):
+            return ("pad", "crop")
+        return ("pad", "stretch") if processor.size["height"] else ("pad",)
+
     def preprocess(self, images: list[Image.Image]) -> Float[Tensor, "b 3 h w"]:
-        """The checkpoint's own processor up to its 8-bit picture: shortest edge to the canvas, bicubic, centre crop.
+        """The checkpoint's own processor up to its 8-bit picture, bicubic; to "pad", each is a square in the mean colour before.
 
         A picture of the canvas' size passes unchanged.
         """
         if not images:
             raise DavspError("there is no image to prepare: the list is empty")
         rgb = [flatten(image) for image in images]
+        if self.undefended == "pad":
+            red, green, blue = (int(level * 255) for level in self.image_processor.image_mean)  # cut, as LLaVA does
+            rgb = [square(picture, (red, green, blue)) for picture in rgb]
         pixels = self.image_processor(rgb, do_rescale=False, do_normalize=False)["pixel_values"]
         return torch.from_numpy(np.stack(pixels).astype(np.float32)) / 255
 

@@ -46,6 +46,11 @@ class Qwen2VLLVLM(LVLM):
         self.check_canvas(self.canvas, self.canvas)
         self.tokens_per_image = self.image_tokens(self.canvas, self.canvas)
 
+    @classmethod
+    def ways_of(cls, processor: Any) -> tuple[str, ...]:
+        """Qwen's own code resizes a picture whole, as its processor does."""
+        return ("resize",)
+
     def image_tokens(self, height: int, width: int) -> int:
         return height * width // (self.patch * self.merge) ** 2
 

@@ -65,7 +65,7 @@ class DavspAPI(ModelAPI):
         config: of Inspect.
         defense: folder or hub id of a prompt; "none" for none. There is no default, so that nothing runs undefended unsaid.
         batch_size: questions a forward, at most.
-        options: revision, device_map, dtype, quantization, canvas of the model.
+        options: revision, device_map, dtype, quantization, canvas, undefended of the model.
 
     Raises:
         DavspError: no defense was named, or model and defense cannot be loaded or do not go together.

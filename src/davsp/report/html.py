@@ -13,6 +13,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from davsp.judges import refused, withheld
+from davsp.lvlm.undefended import note
 from davsp.metrics import correct
 from davsp.query import Query, Response, Verdict
 from davsp.report import Example, Report, plots
@@ -85,6 +86,7 @@ def render(report: Report, show_unsafe: bool = False) -> str:
         curves=_curves(report),
         scatter=_scatter(report),
         manifest=json.dumps(report.manifest, indent=2, ensure_ascii=False, default=str),
+        undefended=note(report.manifest.get("undefended")),
         label=label,
         colours=plots.COLOURS,
         show_unsafe=show_unsafe,

@@ -33,6 +33,7 @@ from davsp.errors import DavspError, Interrupted
 from davsp.judges.keyword import keyword
 from davsp.judges.keyword_lists import ADASHIELD
 from davsp.lvlm import AnsweringLVLM, fingerprint
+from davsp.lvlm.undefended import in_records
 from davsp.query import Query
 from davsp.runtime import journal
 from davsp.runtime.files import alone, write_json
@@ -138,6 +139,7 @@ def _search(
         "defender": defender.describe(),
         "model": fingerprint(lvlm),
         "data": {"train_malicious": fields_hash(malicious, "id", "question", "category")},
+        **in_records(lvlm, malicious),
     }
     state = journal.restore(out / FILE, identity, rows=list) if resume else None
     if state is None:

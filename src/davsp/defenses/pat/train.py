@@ -31,6 +31,7 @@ from davsp.defenses.pat.search import Search, TokenPair, rows_of
 from davsp.defenses.pat.settings import PatSettings
 from davsp.errors import DavspError, Interrupted
 from davsp.lvlm import LVLM, fingerprint
+from davsp.lvlm.undefended import in_records
 from davsp.query import Query
 from davsp.runtime import journal
 from davsp.runtime.files import alone, write_json
@@ -90,6 +91,7 @@ def _train(
             "train_malicious": fields_hash(malicious, "question", "reference"),
             "train_benign": fields_hash(benign, "question", "reference"),
         },
+        **in_records(lvlm, malicious, benign),
     }
     state = journal.restore(out / FILE, identity, benign_answers=list, history=list) if resume else None
     if state is None:

@@ -24,7 +24,7 @@ from davsp.errors import DavspError
 from davsp.evaluation import Evaluation, evaluate
 from davsp.experiments.corruptions.changes import UNTOUCHED, Change, changes
 from davsp.experiments.corruptions.table import markdown, plot
-from davsp.lvlm import LVLM, AnsweringLVLM, model_facts
+from davsp.lvlm import LVLM, AnsweringLVLM, model_facts, undefended
 from davsp.metrics import Outcome
 from davsp.prompts import VisualSafetyPrompt
 from davsp.prompts.base import from_picture
@@ -113,9 +113,10 @@ def corruptions(
     facts = manifest(
         **model_facts(lvlm), max_new_tokens=max_new_tokens or lvlm.longest, seed=seed, canvas=lvlm.canvas,
         patch=patch_of(lvlm), layer=vector.layer if vector else None, prompt=border.describe(),
-        test={"queries": len(queries), "sha256": queries_hash(list(queries))},
+        test={"queries": len(queries), "sha256": queries_hash(list(queries))}, undefended=undefended.facts(lvlm, queries),
     )  # fmt: skip
     write_json(out / "manifest.json", facts)
+    caveat = " ".join(filter(None, (caveat, undefended.note(facts["undefended"]))))
     written = {key: facts[key] for key in ("model", "canvas", "patch")} | {
         "padding": prompt.padding,
         "records": records,

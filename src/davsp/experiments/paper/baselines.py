@@ -12,6 +12,7 @@ from davsp.defenses import Defense, VisualPrompt
 from davsp.embedded.recipes import NOISE, POOL, TOKENS
 from davsp.experiments.paper.kit import Kit
 from davsp.lvlm import fingerprint
+from davsp.lvlm.undefended import in_records
 from davsp.prompts import AdditiveNoise
 from davsp.runtime.files import sha256_bytes
 from davsp.store import queries_hash
@@ -98,4 +99,6 @@ def _once(kit: Kit, name: str, inputs: list[Any], make: Callable[[Path, bool], N
     """What `load` reads, made once from the kit's model and text and from `inputs`; a stopped search goes on."""
     folder = kit.stages.out / "train" / name
     whole = [fingerprint(kit.lvlm), kit.text, *inputs]
+    if shaped := in_records(kit.lvlm, kit.data.train_malicious, kit.data.train_benign):
+        whole.append(shaped)
     return kit.stages.run(name, whole, lambda resume: make(folder, resume), load)

@@ -30,7 +30,7 @@ from davsp.judges import Judge, keyword
 from davsp.judges.graders import Grader
 from davsp.judges.keyword import caveat
 from davsp.judges.verdicts import judge_name
-from davsp.lvlm import LVLM, model_facts, model_name
+from davsp.lvlm import LVLM, model_facts, model_name, undefended
 from davsp.lvlm.templates import CHECKPOINT
 from davsp.query import Query
 from davsp.report import panels, plots, projections_by_label
@@ -142,7 +142,7 @@ def reproduce(
     facts = manifest(
         **model_facts(lvlm), recipe="published" if kit.published else "own", max_new_tokens=max_new_tokens or lvlm.longest, seed=seed, text=kit.text, padding=kit.padding,
         eps=kit.eps, settings=kit.settings.model_dump(), judge=judge_name(judge), layer=kit.vector.layer, stages=stages.seconds,
-        defenses={name: d.describe() for name, d in defenses.items()},
+        defenses={name: d.describe() for name, d in defenses.items()}, undefended=undefended.facts(lvlm, data.test),
     )  # fmt: skip
     write_json(out / "manifest.json", facts)
     notes = [*_notes(kit, judge, names), INFERRED, *filter(None, [cut_note(rows)])]
@@ -275,6 +275,8 @@ def _notes(kit: Kit, judge: Judge, names: Sequence[str]) -> list[str]:
             f"asked by the conversation template {kit.lvlm.template} of LLaVA's own code, with its system sentence"
         )
     if sentence := caveat(judge, kit.shipped):
+        notes.append(sentence)
+    if sentence := undefended.note(undefended.facts(kit.lvlm, data.test)):
         notes.append(sentence)
     if other := sorted({q.benchmark for q in data.test if base(q.benchmark) != q.benchmark}):
         notes.append(f"in place of the published sets: {', '.join(other)}")

@@ -1,0 +1,312 @@
+"""Pictures without a visual prompt: padded, cut, stretched or kept whole, against plain numpy and Pillow; and where it is said."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from rich.console import Console
+from transformers import (
+    CLIPImageProcessorPil,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+)
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from davsp import LVLM, DavspError, HarmfulnessVector, embedded, evaluate
+from davsp.benchmarks.custom import save_queries
+from davsp.defenses import NoDefense, SafetyText
+from davsp.experiments.stages import Stages, fitted_vector
+from davsp.lvlm import FAMILIES
+from davsp.lvlm.remote import RemoteLVLM
+from davsp.lvlm.undefended import facts, in_records, note
+from davsp.vector import collect_states
+from families import save_family
+from test_cli import run as davsp
+from tiny import picture, queries
+
+CLIP_MEAN = (122, 116, 104)  # of 255, cut and not rounded, as LLaVA's code has it
+GREY = (127, 127, 127)
+SIZES = [(100, 70), (41, 200), (57, 56), (56, 57), (300, 11), (56, 56)]
+TALL_AND_WIDE = [(30, 90), (90, 30), (90, 31), (31, 90)]
+
+
+def load(folder: Path, undefended: str | None = None) -> LVLM:
+    return LVLM.from_pretrained(folder, device_map="cpu", undefended=undefended)
+
+
+@pytest.fixture(scope="module")
+def crop(tiny_folder: Path) -> LVLM:
+    """The tiny model as its checkpoint's processor shows it pictures."""
+    return load(tiny_folder, "crop")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every family, and LLaVA with the other processors and the other tower that it comes with."""
+    at = tmp_path_factory.mktemp("families")
+    made = {name: save_family(name, at / name) for name in FAMILIES}
+    for name, pads in (("llava-pads", True), ("llava-cuts", False)):
+        made[name] = shutil.copytree(made["llava"], at / name)
+        size = {"height": 56, "width": 56}
+        LlavaImageProcessorPil(size={"shortest_edge": 56}, crop_size=size, do_pad=pads).save_pretrained(made[name])
+    made["llava-whole"] = shutil.copytree(made["llava"], at / "llava-whole")
+    CLIPImageProcessorPil(size={"shortest_edge": 56}, do_center_crop=False).save_pretrained(made["llava-whole"])
+    made["llava-siglip"] = shutil.copytree(made["llava"], at / "llava-siglip")
+    config = LlavaConfig.from_pretrained(made["llava"])
+    config.vision_config = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2, image_size=56, patch_size=14
+    )
+    config.vision_feature_select_strategy = "full"
+    LlavaForConditionalGeneration(config).save_pretrained(made["llava-siglip"])
+    SiglipImageProcessorPil(size={"height": 56, "width": 56}).save_pretrained(made["llava-siglip"])
+    return made
+
+
+def levels(lvlm: LVLM, image: Image.Image) -> np.ndarray:
+    (canvas,) = lvlm.preprocess([image])
+    return (canvas * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def padded(image: Image.Image, colour: tuple[int, int, int], side: int = 56) -> np.ndarray:
+    """The reference: a square array of one colour, the picture's rows and columns in its middle, one resize."""
+    pixels = np.array(image)
+    height, width = pixels.shape[:2]
+    whole = np.empty((max(height, width),) * 2 + (3,), np.uint8)
+    whole[:] = colour
+    top, left = (len(whole) - height) // 2, (len(whole) - width) // 2
+    whole[top : top + height, left : left + width] = pixels
+    return np.array(Image.fromarray(whole).resize((side, side), Image.Resampling.BICUBIC))
+
+
+def cut(image: Image.Image, side: int = 56) -> np.ndarray:
+    width, height = (side * length // min(image.size) for length in image.size)
+    whole = np.array(image.resize((width, height), Image.Resampling.BICUBIC))
+    top, left = (height - side) // 2, (width - side) // 2
+    return whole[top : top + side, left : left + side]
+
+
+def stretched(image: Image.Image, side: int = 56) -> np.ndarray:
+    return np.array(image.resize((side, side), Image.Resampling.BICUBIC))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_llava_pads_as_its_authors_do_or_cuts_as_its_processor_does(lvlm: LVLM, crop: LVLM, size: Any) -> None:
+    image = picture(3, size)
+    assert (lvlm.undefended, crop.undefended, lvlm.ways) == ("pad", "crop", ("pad", "crop"))
+    assert np.array_equal(levels(lvlm, image), padded(image, CLIP_MEAN))
+    assert np.array_equal(levels(crop, image), cut(image))
+    if size == (56, 56):
+        assert np.array_equal(levels(lvlm, image), np.array(image)) and np.array_equal(levels(crop, image), image)
+
+
+@pytest.mark.parametrize(
+    ("name", "ways", "theirs", "colour"),
+    [
+        ("llava", ("pad", "crop"), cut, CLIP_MEAN),
+        ("llava-cuts", ("pad", "crop"), cut, CLIP_MEAN),
+        ("llava-pads", ("pad",), lambda image: padded(image, CLIP_MEAN), CLIP_MEAN),
+        ("llava-whole", ("pad",), lambda image: padded(image, CLIP_MEAN), CLIP_MEAN),
+        ("llava-siglip", ("pad", "stretch"), stretched, GREY),
+    ],
+)
+def test_llavas_processors(folders: dict[str, Path], name: str, ways: Any, theirs: Any, colour: Any) -> None:
+    for way in (None, *ways):
+        model = load(folders[name], way)
+        assert (model.ways, model.undefended) == (ways, way or "pad")
+        for size in TALL_AND_WIDE:
+            image = picture(4, size)
+            expected = padded(image, colour) if model.undefended == "pad" else theirs(image)
+            assert np.array_equal(levels(model, image), expected), (way, size)
+            assert model.seen(*size) == (56, 56)
+        assert len(model.generate(model.preprocess([picture(4, (90, 30))]), ["what is this"], 2)) == 1
+
+
+def test_the_processor_that_pads_itself_makes_the_same(folders: dict[str, Path]) -> None:
+    own, ours = load(folders["llava-pads"]), load(folders["llava"])
+    for size in TALL_AND_WIDE:
+        image = picture(5, size)
+        its = own.image_processor([image], do_rescale=False, do_normalize=False)["pixel_values"][0]
+        assert np.array_equal(levels(ours, image), np.asarray(its).transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "llava"])
+def test_the_other_families_have_one_way_which_is_their_authors(folders: dict[str, Path], name: str) -> None:
+    model, way = load(folders[name]), "resize" if "qwen" in name else "pad"
+    assert (model.ways, model.undefended) == ((way,), way)
+    assert load(folders[name], way).undefended == way
+    with pytest.raises(DavspError, match=rf"undefended 'crop' is not for .*\({name}\), whose undefended .*\({way}\)"):
+        load(folders[name], "crop")
+    for size in TALL_AND_WIDE:
+        image, seen = picture(6, size), model.seen(*size)
+        got = levels(model, image)
+        assert got.shape[:2] == seen
+        if way == "resize":  # whole, in multiples of 28
+            assert (seen[0] > seen[1]) == (size[1] > size[0]) and not (seen[0] % 28 or seen[1] % 28)
+            assert np.array_equal(got, np.array(image.resize(seen[::-1], Image.Resampling.BICUBIC)))
+        else:  # resized, then padded
+            short = round(min(size) * model.canvas / 90)
+            small = image.resize(
+                tuple(model.canvas if length == 90 else short for length in size),  # type: ignore[arg-type]
+                Image.Resampling.BICUBIC,
+            )
+            assert np.array_equal(got, padded(small, _mean(model), model.canvas))
+
+
+def _mean(model: LVLM) -> tuple[int, int, int]:
+    mean = getattr(model, "high_mean", model.mean).flatten().tolist()
+    return tuple(int(level * 255 + 1e-4) for level in mean)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_words_at_the_border_of_a_typographic_picture_are_seen_only_where_it_is_padded(
+    lvlm: LVLM, crop: LVLM, wide: bool
+) -> None:
+    typo = Image.new("RGB", (600, 120), "white")
+    for x in (4, 540):
+        ImageDraw.Draw(typo).text((x, 20), "bomb", fill="black", font_size=80)
+    assert not (np.array(typo)[:, 240:360] < 128).any()
+    typo = typo if wide else typo.transpose(Image.Transpose.ROTATE_90)
+    assert (levels(lvlm, typo) < 90).any() and not (levels(crop, typo) < 255).any()
+
+
+def test_a_way_that_the_model_does_not_have_is_refused(tiny_folder: Path) -> None:
+    with pytest.raises(
+        DavspError, match=r"'stretch' is not for .*\(llava\), whose .*padded to a square \(pad\) or cut"
+    ):
+        load(tiny_folder, "stretch")
+
+
+def test_the_shipped_models_see_their_own_data_as_before() -> None:
+    data = embedded.protocol(0)
+    every = [query for part in vars(data).values() for query in part if query.image is not None]
+    assert {query.size() for query in every} == {(168, 168)}
+    for name in ("davsp-mini", "davsp-mini-narrow"):
+        pad, crop = (embedded.load(name, "cpu", way) for way in (None, "crop"))
+        assert pad.undefended == "pad"
+        pictures = [query.picture() for query in every[::40]]
+        assert torch.equal(pad.preprocess(pictures), crop.preprocess(pictures))  # type: ignore[arg-type]
+        assert in_records(pad, every) == {} and note(facts(pad, every)) == ""
+
+
+def test_the_vector_is_fitted_on_pictures_padded_in_white(lvlm: LVLM, crop: LVLM, tmp_path: Path) -> None:
+    some = queries("malicious", 3)
+    white = [Image.fromarray(padded(query.picture(), (255, 255, 255))) for query in some]  # type: ignore[arg-type]
+    questions = [query.question for query in some]
+    expected = lvlm.states(lvlm.preprocess(white), questions, [2])
+    assert torch.equal(collect_states(lvlm, some, [2], progress=False), expected)
+    cropped = crop.states(crop.preprocess([q.picture() for q in some]), questions, [2])  # type: ignore[misc]
+    assert torch.equal(collect_states(crop, some, [2], progress=False), cropped)
+    for model in (lvlm, crop):
+        fitted = HarmfulnessVector.fit(model, some, queries("benign", 3), progress=False)
+        assert fitted.undefended == model.undefended
+        fitted.save(tmp_path / "vector")
+        assert HarmfulnessVector.load(tmp_path / "vector").undefended == model.undefended
+    square = [query for query in queries("malicious", 2)]
+    square = [type(q)(**{**vars(q), "image": picture(0)}) for q in square]
+    good = [type(q)(**{**vars(q), "image": picture(1)}) for q in queries("benign", 2)]
+    fitted = HarmfulnessVector.fit(lvlm, square, good, progress=False)
+    fitted.save(tmp_path / "square")
+    assert fitted.undefended == "" and "undefended" not in json.loads((tmp_path / "square" / "vector.json").read_text())
+
+
+def test_what_was_answered_in_one_way_does_not_go_on_in_another(lvlm: LVLM, crop: LVLM, tmp_path: Path) -> None:
+    some = [*queries("malicious", 2), *queries("benign", 1)]
+    defenses = {"none": NoDefense(), "text": SafetyText("please be safe")}
+    evaluate(crop, defenses, some, tmp_path / "old", max_new_tokens=2)
+    record = json.loads((tmp_path / "old" / "run.json").read_text())
+    assert record.pop("undefended_picture") is None  # so older runs, which do not say, are of the same
+    (tmp_path / "old" / "run.json").write_text(json.dumps(record))
+    evaluate(crop, defenses, some, tmp_path / "old", max_new_tokens=2)
+    with pytest.raises(DavspError, match=r"answers of another run \(another undefended picture \(see --undefended\)\)"):
+        evaluate(lvlm, defenses, some, tmp_path / "old", max_new_tokens=2)
+    evaluate(lvlm, defenses, some, tmp_path / "new", max_new_tokens=2)
+    with pytest.raises(DavspError, match="another undefended picture"):
+        evaluate(crop, defenses, some, tmp_path / "new", max_new_tokens=2)
+
+
+def test_of_square_pictures_a_run_goes_on_in_either_way(lvlm: LVLM, crop: LVLM, tmp_path: Path) -> None:
+    some = [type(q)(**{**vars(q), "image": picture(i, (70, 70))}) for i, q in enumerate(queries("malicious", 2))]
+    first = evaluate(crop, {"none": NoDefense()}, some, tmp_path / "run", max_new_tokens=2)
+    again = evaluate(lvlm, {"none": NoDefense()}, some, tmp_path / "run", max_new_tokens=2)
+    assert first.responses == again.responses and in_records(lvlm, some) == {}
+
+
+def test_a_vector_of_older_pictures_is_made_anew(lvlm: LVLM, crop: LVLM, tmp_path: Path, capsys: Any) -> None:
+    from davsp.embedded.data import Protocol
+
+    bad, good = queries("malicious", 3), queries("benign", 3)
+    data = Protocol(**{name: bad if "malicious" in name else good for name in Protocol.__dataclass_fields__})
+    stages = Stages(tmp_path, Console())
+    made = [fitted_vector(stages, model, data, "").undefended for model in (crop, crop, lvlm)]
+    assert made == ["crop", "crop", "pad"] and capsys.readouterr().out.count("made anew") == 1
+
+
+def test_a_sentence_below_the_table_says_what_no_defense_saw(lvlm: LVLM, folders: dict[str, Path]) -> None:
+    some = [*queries("malicious", 3), type(queries("benign", 1)[0])("words", "what is this", "benign", "test")]
+    said = note(facts(lvlm, some))
+    assert said == (
+        "No Defense, and whatever has no visual prompt, saw pictures that are not square (3 of 3) padded to a square "
+        "(--undefended pad)."
+    )
+    qwen = note(facts(load(folders["qwen2_vl"]), some))
+    assert qwen.endswith("(3 of 3) resized whole, each in its own shape.")
+    remote = RemoteLVLM("m", "http://127.0.0.1:1/v1")
+    assert "to the server as they are" in note(facts(remote, some)) and in_records(remote, some) == {}
+    assert note(facts(remote, some[3:])) == note(None) == ""
+
+
+def test_on_the_command_line(tiny_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    save_queries(tmp_path / "data", [*queries("malicious", 3), *queries("benign", 2)])
+    common = (
+        "eval",
+        "--model",
+        tiny_folder,
+        "--queries",
+        tmp_path / "data",
+        "--max-new-tokens",
+        2,
+        "--max-unscored",
+        1,
+    )
+    manifests = {}
+    for way in ("pad", "crop"):
+        out = tmp_path / way
+        assert davsp(*common, "--out", out, *(() if way == "pad" else ("--undefended", way))) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        page = (out / "report.html").read_text()
+        manifests[way] = json.loads((out / "manifest.json").read_text())["undefended"]
+        for text in (shown, page):
+            assert f"(--undefended {way})." in text and "not square (5 of 5)" in text
+    assert manifests["crop"] == {"way": "crop", "ways": ["pad", "crop"], "not_square": 5, "pictures": 5}
+    texts = [(tmp_path / way / "responses.jsonl").read_text() for way in manifests]
+    assert len({json.dumps([json.loads(line)["text"] for line in text.splitlines()]) for text in texts}) == 2
+    assert davsp(*common, "--out", tmp_path / "crop") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "another undefended picture (see --undefended)" in error and "give another folder" in error
+    assert davsp("judge", tmp_path / "crop", "--queries", tmp_path / "data", "--judge", "keyword-gcg") == 0
+    assert "(--undefended crop)." in " ".join(capsys.readouterr().out.split())
+    assert davsp(*common, "--out", tmp_path / "no", "--undefended", "stretch") == 2
+    assert "undefended 'stretch' is not for" in capsys.readouterr().err and not (tmp_path / "no").exists()
+    served = ("--engine", "openai", "--base-url", "http://127.0.0.1:1/v1", "--undefended", "pad")
+    assert davsp(*common, "--out", tmp_path / "no", *served) == 2
+    assert "--undefended goes with a model loaded here" in capsys.readouterr().err
+
+
+def test_a_vector_of_another_way_is_told(tiny_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    save_queries(tmp_path / "bad", queries("malicious", 3))
+    save_queries(tmp_path / "good", queries("benign", 3))
+    save_queries(tmp_path / "data", [*queries("malicious", 2), *queries("benign", 1)])
+    sets = ("--malicious", tmp_path / "bad", "--benign", tmp_path / "good")
+    assert davsp("vector", "--model", tiny_folder, *sets, "--undefended", "crop", "--out", tmp_path / "v") == 0
+    asked = ("--model", tiny_folder, "--queries", tmp_path / "data", "--max-new-tokens", 2, "--max-unscored", 1)
+    assert davsp("eval", *asked, "--vector", tmp_path / "v", "--out", tmp_path / "out") == 0
+    assert "fitted with --undefended crop; undefended pictures are shown by pad now" in capsys.readouterr().err
+    assert davsp("eval", *asked, "--vector", tmp_path / "v", "--out", tmp_path / "o", "--undefended", "crop") == 0
+    assert "fitted with --undefended" not in capsys.readouterr().err
