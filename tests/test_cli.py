@@ -110,7 +110,7 @@ def test_help_has_a_panel_for_each_group_of_options(monkeypatch, capsys):
     ]
     panel = help.split("╭─ Model ─")[1].split("╰")[0]
     assert re.findall(r"^│ (--[\w-]+)", panel, re.M) == [
-        "--model", "--revision", "--device", "--dtype", "--quantization", "--canvas", "--template",
+        "--model", "--revision", "--device", "--dtype", "--quantization", "--canvas", "--template", "--undefended",
     ]  # fmt: skip
 
 
@@ -197,6 +197,8 @@ def test_from_data_to_a_defended_picture(data: Path, tiny_folder: Path, tmp_path
         tiny_folder,
         "--max-new-tokens",
         4,
+        "--max-unscored",
+        1,
     )
     assert run("eval", *evaluated, "--out", tmp_path / "eval") == 0
     rows = json.loads((tmp_path / "eval" / "metrics.json").read_text())["rows"]
@@ -284,7 +286,7 @@ def test_noise_goes_the_same_road(data: Path, vectors: Path, tiny_folder: Path, 
     output = capsys.readouterr()
     assert "noise.safetensors is the noise" in output.out and "the vector was fitted with the text ''" in output.err
     assert run("info", tmp_path / "noise") == 0
-    options = ("--prompt", tmp_path / "noise", "--queries", data / "test", "--max-new-tokens", 2)
+    options = ("--prompt", tmp_path / "noise", "--queries", data / "test", "--max-new-tokens", 2, "--max-unscored", 1)
     assert run("eval", *options, *model, "--vector", vectors / "ours", "--out", tmp_path / "eval") == 0
     assert "the vector was fitted with the text ''" in capsys.readouterr().err
     rows = json.loads((tmp_path / "eval" / "metrics.json").read_text())["rows"]
@@ -309,7 +311,10 @@ def test_the_published_border_in_both_forms(data: Path, tiny_folder: Path, tmp_p
     assert {p.name for p in (tmp_path / "exact").iterdir()} == {"exact.safetensors", "vsp_config.json"}
     Image.new("RGB", (90, 40), "navy").save(tmp_path / "picture.png")
     options = ("--queries", data / "test", "--model", tiny_folder, "--max-new-tokens", 2, "--out", tmp_path / "eval")
-    for command in (("eval", *options), ("apply", tmp_path / "picture.png", "--out", tmp_path / "out.png")):
+    for command in (
+        ("eval", *options, "--max-unscored", 1),
+        ("apply", tmp_path / "picture.png", "--out", tmp_path / "out.png"),
+    ):
         assert run(*command, "--prompt", tmp_path / "exact") == 2
         assert "--form displayable" in capsys.readouterr().err
         assert run(*command, "--prompt", tmp_path / "displayable") == 0

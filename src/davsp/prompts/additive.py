@@ -58,7 +58,7 @@ class AdditiveNoise(Prompt):
         return cls(delta, eps, text)
 
     def resize(self, images: list[Image.Image]) -> Float[Tensor, "b 3 s s"]:
-        """Shortest edge to the canvas (bicubic), centre crop: as LLaVA sees a picture without defense."""
+        """Shortest edge to the canvas (bicubic), centre crop: what CLIP's processor does, and no padding before, as in UniGuard's code."""
         return torch.stack([from_picture(fill(flatten(image), self.canvas)) for image in images])
 
     def apply(self, interior: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b 3 s s"]:
