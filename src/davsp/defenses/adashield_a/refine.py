@@ -118,7 +118,7 @@ def make_pool(
     config = PoolConfig(
         model_id=lvlm.model_id, revision=lvlm.revision, beta=settings.beta, placement=settings.placement,
         separator=settings.separator, encoder=encoder.describe(), defender=defender.describe(),
-        settings=settings.model_dump(), data=identity["data"], keys=keys_hash(keys), rows=rows,
+        settings=settings.model_dump(), data=identity["data"] | in_records(lvlm, malicious), keys=keys_hash(keys), rows=rows,
     )  # fmt: skip
     return Pool(config, keys)
 

@@ -117,7 +117,8 @@ def _train(
     last = {name: value for name, value in history[-1].items() if name not in ("defence", "attack")}
     config = PatConfig(
         control=tokens.defence, safety_text=text, model_id=lvlm.model_id, revision=lvlm.revision,
-        settings=settings.model_dump(), figures=last, data=identity["data"],
+        settings=settings.model_dump(), figures=last,
+        data=identity["data"] | in_records(lvlm, malicious, benign),
     )  # fmt: skip
     return PAT(tokens.defence, text, config=config)
 
