@@ -20,7 +20,7 @@ from davsp.lvlm import fingerprint
 from davsp.metrics import AT_LENGTH
 from davsp.query import COST
 from davsp.runtime.files import alone
-from davsp.store import fields_hash, queries_hash
+from davsp.store import fields_hash, pillow_notes, queries_hash
 from tiny import queries
 
 DEFENSES: dict[str, Defense] = {"none": NoDefense(), "safety-text": SafetyText("please be safe")}
@@ -272,6 +272,18 @@ def test_an_answer_that_is_no_text_is_damage(lvlm: LVLM, tmp_path: Path) -> None
     (tmp_path / "responses.jsonl").write_text("".join([spoilt, *rest]))
     with pytest.raises(DavspError, match="line 1 is damaged"):
         run(lvlm, tmp_path)
+
+
+def test_what_pillow_made_the_first_answers_is_never_forgotten(lvlm: LVLM, tmp_path: Path) -> None:
+    run(lvlm, tmp_path, manifest={"pillow": "12.3.0"})
+    for _ in range(2):
+        run(lvlm, tmp_path, manifest={"pillow": PIL.__version__, "notes": ["of the set"]})
+        first, second = json.loads((tmp_path / "manifest.json").read_text())["notes"]
+        assert first == "of the set" and "made with Pillow 12.3.0" in second and pillow_notes(tmp_path) == [second]
+    console = Console(file=io.StringIO(), width=400)
+    (tmp_path / "manifest.json").write_text(json.dumps({"pillow": "12.3.0"}))
+    run(lvlm, tmp_path, console=console)  # as demo and reproduce do, which write a manifest of their own
+    assert "made with Pillow 12.3.0" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_a_run_of_another_generation_of_pillow_says_so(lvlm: LVLM, tmp_path: Path) -> None:

@@ -447,7 +447,7 @@ def test_metrics_count_and_neither_they_nor_logs_tell_anything(caplog, capfd):
         (httpx2.Response(302, headers={"location": "http://elsewhere.test"}), 502, "without JSON"),
         (httpx2.ConnectError("refused"), 502, "cannot be reached"),
         (httpx2.ReadTimeout("slow"), 504, "in time"),
-        (httpx2.RemoteProtocolError("odd"), 502, "cannot be reached"),
+        (httpx2.RemoteProtocolError("odd"), 502, "was reached, but sent no reply (RemoteProtocolError)"),
     ],
 )
 def test_an_upstream_that_fails(answer, status, says):

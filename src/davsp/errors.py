@@ -33,6 +33,11 @@ def refused_as(sentence: Callable[[str, str, Any], str]) -> Iterator[None]:
 
 
 def words_of(error: BaseException) -> str:
-    """What a library says of its error, in one line: all of it, as the first of its lines is often a heading."""
+    """What a library says of its error, in one line: all of it, as the first of its lines is often a heading.
+
+    A `KeyError` says the key alone, so its name stands before it.
+    """
     words = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, KeyError):
+        words = f"KeyError: {words}"
     return words[:600].rstrip(" .:")

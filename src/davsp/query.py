@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 
-from davsp.errors import DavspError
+from davsp.errors import DavspError, words_of
 from davsp.runtime.files import check_regular, read_bytes, sha256_bytes, write_text
 
 COST = ("calls", "prompt_tokens", "image_tokens")
@@ -173,8 +173,15 @@ def _opened(path: Path, read: Callable[[Image.Image], T]) -> T:
     except DavspError as error:
         raise DavspError(f"cannot open image {path}: {error}") from error
     except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
-        reason = getattr(error, "strerror", None) or f"it is not a readable picture ({type(error).__name__})"
-        raise DavspError(f"cannot open image {path}: {reason}; give a PNG, JPEG or WebP file") from error
+        mend = "" if getattr(error, "strerror", None) else "; give a whole PNG, JPEG or WebP file"
+        raise DavspError(f"cannot open image {path}: {undecodable(error)}{mend}") from error
+
+
+def undecodable(error: Exception) -> str:
+    """Why a picture could not be read: the system's reason, else Pillow's; it names no file."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is no picture of a known format"
+    return getattr(error, "strerror", None) or f"it cannot be decoded ({words_of(error)})"
 
 
 def unpacked(image: Image.Image) -> Image.Image:
@@ -260,7 +267,7 @@ def read_jsonl(path: str | Path, cls: type[Record]) -> list[Record]:
             records.append(cls(**values))
         except (ValueError, TypeError, KeyError) as error:
             raise DavspError(
-                f"{path}, line {number} is no {cls.__name__}: {error}; delete the file to start anew"
+                f"{path}, line {number} is no {cls.__name__} ({words_of(error)}); delete the file to start anew"
             ) from error
     return records
 

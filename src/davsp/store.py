@@ -80,9 +80,10 @@ class Store:
             )
         for name, reason in wrong.items():
             console.print(f"[yellow]{name}: answered anew, as what is there has {reason}[/]")
-        if stored and self.manifest is not None and (note := other_pillow(self.folder)):
+        if stored and (note := other_pillow(self.folder)):
             console.print(f"[yellow]note: {note}[/]")
-            self.manifest = {**self.manifest, "notes": [*self.manifest.get("notes", []), note]}
+        if stored and self.manifest is not None and (notes := pillow_notes(self.folder)):
+            self.manifest = {**self.manifest, "notes": [*self.manifest.get("notes", []), *notes]}
         usable = {name: [] if name in wrong else self._whole(stored.get(name, [])) for name in self.defenses}
         if parallel.rank() == 0:  # every process reads, the first one writes
             sweep(self.folder)
@@ -196,6 +197,15 @@ def other_pillow(folder: Path) -> str:
         f"answers in {folder} were made with Pillow {then}, this is {PIL.__version__}: pictures that are resized may differ by "
         "up to 22 of 255 levels, so undefended answers may be others"
     )
+
+
+def pillow_notes(folder: Path) -> list[str]:
+    """What `other_pillow` says of a run, and what it said when the run was gone on with before, as its manifest has it."""
+    path = folder / MANIFEST
+    facts = read_json(path) if path.exists() else {}
+    kept = facts.get("notes") if isinstance(facts, dict) else None
+    before = [note for note in kept if "were made with Pillow" in str(note)] if isinstance(kept, list) else []
+    return [*before, *filter(None, [other_pillow(folder)])]
 
 
 def recorded(folder: Path) -> dict[str, Any] | None:

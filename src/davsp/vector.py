@@ -10,7 +10,7 @@ from jaxtyping import Float
 from rich.progress import Progress
 from torch import Tensor
 
-from davsp.errors import DavspError
+from davsp.errors import DavspError, words_of
 from davsp.lvlm import LVLM, short_name
 from davsp.lvlm.templates import CHECKPOINT
 from davsp.lvlm.undefended import WHITE, not_square, square
@@ -298,7 +298,7 @@ class HarmfulnessVector:
             facts["auroc"] = {int(layer): value for layer, value in facts["auroc"].items()}
             return cls(**(tensors | facts))
         except (KeyError, TypeError, ValueError) as error:
-            raise DavspError(f"{path} is no harmfulness vector: {error}; fit it anew") from error
+            raise DavspError(f"{path} is no harmfulness vector ({words_of(error)}); fit it anew") from error
 
 
 def _directions(path: Path) -> Float[Tensor, "l d"]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from davsp.defenses import Defense, NoDefense
-from davsp.errors import DavspError
+from davsp.errors import DavspError, words_of
 from davsp.judges import withheld
 from davsp.lvlm import LVLM, model_name
 from davsp.prompts import VisualSafetyPrompt
@@ -112,7 +112,9 @@ def border_of(path: Path) -> VisualSafetyPrompt:
             png_text = {name: str(value) for name, value in picture.info.items()}
             border = VisualSafetyPrompt(from_picture(picture), int(png_text["padding"]))
     except (OSError, KeyError, ValueError) as error:
-        raise DavspError(f"{path} is not the picture of a prompt ({error}); make it again with runs/app.sh") from error
+        raise DavspError(
+            f"{path} does not serve as a prompt ({words_of(error)}); make it again with runs/app.sh"
+        ) from error
     return border.with_texts(png_text["safety_text"], png_text["separator"], png_text["suffix"])
 
 

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from davsp.errors import DavspError
+from davsp.errors import DavspError, words_of
 from davsp.runtime.loopback import is_loopback, names_loopback
 
 MAX_BODY = 24 * 2**20  # bytes of a request: a picture of 16 MiB in base64, and some words
@@ -82,11 +82,18 @@ def _gradio() -> Any:
 
     try:
         import gradio
-    except Exception as error:  # ValueError, ImportError, InvalidURL
-        if not named():
-            raise
-        why = str(error).splitlines()[0].rstrip(".")
-        raise DavspError(f"Gradio cannot use the proxy that {' or '.join(named())} names ({why}); unset it.") from error
+    except Exception:
+        try:
+            import httpx  # Gradio's
+
+            httpx.Client().close()
+        except Exception as error:  # ValueError, ImportError, InvalidURL: what Gradio met
+            if not named():
+                raise
+            raise DavspError(
+                f"Gradio cannot use the proxy that {' or '.join(named())} names ({words_of(error)}); unset it."
+            ) from error
+        raise
     return gradio
 
 

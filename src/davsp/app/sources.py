@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from davsp.errors import DavspError
-from davsp.query import flatten
+from davsp.query import flatten, undecodable
 
 if TYPE_CHECKING:
     from davsp.query import Query
@@ -53,7 +53,9 @@ def from_data_url(url: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise DavspError(f"The picture is too large: choose one of at most {MAX_SIDE} pixels a side.") from error
     except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
-        raise DavspError("This file is no picture that can be read: choose a PNG, JPEG or WebP file.") from error
+        raise DavspError(
+            f"This picture cannot be read, as {undecodable(error)}: choose a whole PNG, JPEG or WebP file."
+        ) from error
 
 
 def typographic(text: str, embedded: bool) -> Image.Image:

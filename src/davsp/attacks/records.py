@@ -7,7 +7,7 @@ from typing import Any
 
 from davsp.attacks.apgd import SearchResult
 from davsp.attacks.surface import files, png, rounded
-from davsp.errors import DavspError
+from davsp.errors import DavspError, words_of
 from davsp.query import Query, open_picture
 from davsp.runtime import journal
 from davsp.runtime.files import sha256_bytes, write_bytes
@@ -68,7 +68,7 @@ def read_records(folder: Path, field: str) -> dict[str, dict[str, Any]]:
         records = [json.loads(line) for line in lines]
         return {one["query_id"]: one for one in records if one[field] and one["steps"] and one["curve"]}
     except (ValueError, TypeError, KeyError) as error:
-        raise DavspError(f"{path} is damaged ({error}); delete {folder} to attack anew") from error
+        raise DavspError(f"{path} is damaged ({words_of(error)}); delete {folder} to attack anew") from error
 
 
 def picture_file(folder: Path, record: dict[str, Any]) -> Path:
@@ -78,10 +78,6 @@ def picture_file(folder: Path, record: dict[str, Any]) -> Path:
         DavspError: it is missing, or another one.
     """
     path = folder / "pictures" / str(record["file"])
-    try:
-        pixels = sha256_bytes(open_picture(path).tobytes())
-    except DavspError:
-        pixels = ""
-    if pixels != record["sha256"]:
+    if sha256_bytes(open_picture(path).tobytes()) != record["sha256"]:
         raise DavspError(f"{path} is not the picture that was found; delete {folder} to attack anew")
     return path

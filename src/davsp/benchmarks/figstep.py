@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from davsp.benchmarks import formats, rsr, source
 from davsp.benchmarks.source import Download, Inventory, Item, Problems
-from davsp.errors import DavspError
+from davsp.errors import DavspError, words_of
 from davsp.query import Query
 from davsp.runtime.files import read_bytes, read_text
 
@@ -153,7 +153,9 @@ def find_font(font: str | Path = FONT) -> ImageFont.FreeTypeFont:
         return ImageFont.truetype(str(font), SIZE)
     except OSError as error:
         mend = f"install GNU FreeFont (Debian: fonts-freefont-ttf), put {FONT} among your fonts, or in Python give font=PATH"
-        raise DavspError(f"the font {font} is not here, so FigStep's pictures cannot be typeset; {mend}.") from error
+        raise DavspError(
+            f"the font {font} cannot be opened ({words_of(error)}), so FigStep's pictures cannot be typeset; {mend}."
+        ) from error
 
 
 def text_of(instruction: str) -> str:

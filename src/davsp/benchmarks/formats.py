@@ -7,11 +7,12 @@ import io
 import json
 import re
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from davsp.benchmarks.source import Problems, Record
-from davsp.errors import DavspError
+from davsp.errors import DavspError, words_of
 from davsp.runtime.files import read_text
 
 HIDDEN = re.compile(r"(^|/)(\.|__MACOSX)")
@@ -92,13 +93,20 @@ def _pyarrow(path: Path) -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise DavspError(f"{path} is a parquet file; its reader comes with pip install 'davsp[parquet]'.") from error
+        if find_spec("pyarrow") is None:
+            raise DavspError(
+                f"{path} is a parquet file; its reader comes with pip install 'davsp[parquet]'."
+            ) from error
+        raise DavspError(
+            f"{path} is a parquet file, and its reader cannot be imported ({words_of(error)}); install pyarrow anew."
+        ) from error
     return pyarrow
 
 
 def _unreadable(path: Path, error: Exception) -> DavspError:
-    reason = str(error).splitlines()[0].rstrip(".")
-    return DavspError(f"{path} is no readable parquet file: {reason}; fetch it again.")
+    if isinstance(error, OSError) and error.strerror:  # the system's, not Arrow's
+        return DavspError(f"cannot read {path}: {error.strerror}")
+    return DavspError(f"{path} is no readable parquet file: {words_of(error)}; fetch it again.")
 
 
 def json_file(path: Path, problems: Problems) -> Any:

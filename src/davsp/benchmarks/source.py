@@ -19,7 +19,7 @@ from PIL import Image
 
 from davsp.benchmarks.official import is_official
 from davsp.errors import DavspError
-from davsp.query import Query
+from davsp.query import Query, undecodable
 from davsp.runtime.files import read_json
 
 MAX_PIXELS = 89_478_485  # Pillow's own bound against decompression bombs
@@ -299,8 +299,13 @@ def fault(picture: PictureSource) -> str:
         return "is missing"
     except Image.DecompressionBombError:
         return f"has more than {MAX_PIXELS / 1e6:.0f} million pixels"
-    except Exception:  # Pillow's decoders raise whatever broken bytes lead them to: TypeError, EOFError, struct.error…
-        return "is truncated or no picture"
+    except MemoryError:
+        return "does not fit into memory"
+    except (
+        Exception
+    ) as error:  # Pillow's decoders raise whatever broken bytes lead them to: TypeError, EOFError, struct.error…
+        why = undecodable(error)
+        return f"cannot be read ({why})" if getattr(error, "strerror", None) else f"is truncated or no picture: {why}"
     return ""
 
 

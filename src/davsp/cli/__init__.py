@@ -1,5 +1,6 @@
 """The command line: parse, call the Python API, print. Heavy imports stay inside the commands, so that help is quick."""
 
+import errno
 import sys
 from typing import Any
 
@@ -24,7 +25,7 @@ from davsp.cli import (
 )
 from davsp.cli.groups import add
 from davsp.cli.inputs import say
-from davsp.errors import DavspError, Interrupted
+from davsp.errors import DavspError, Interrupted, words_of
 
 STOPPED = (
     "stopped; what was finished is kept (stages of demo, checkpoints of train, answers of eval): "
@@ -83,6 +84,15 @@ app.add_typer(mini.app, name="mini")
 app.add_typer(data.app, name="data")
 
 
+_MENDS = {
+    errno.ENOSPC: "; free space",
+    errno.EDQUOT: "; free space",
+    errno.EACCES: "; choose another folder",
+    errno.EPERM: "; choose another folder",
+    errno.EROFS: "; choose another folder",
+}
+
+
 def main() -> None:
     """Entry point: one sentence and exit code 2 for what the user can mend, 130 for Ctrl-C."""
     try:
@@ -94,10 +104,9 @@ def main() -> None:
     except DavspError as error:
         say(f"davsp: {_explained(error) or error}")
         sys.exit(2)
-    except OSError as error:  # a full disk, a folder without permission
-        say(
-            f"davsp: {error.filename or 'a file'} cannot be used ({error.strerror}); choose another folder or free space."
-        )
+    except OSError as error:  # a full disk, a folder without permission; some libraries raise it for what is no file
+        why = (error.strerror or words_of(error)) + _MENDS.get(error.errno or 0, "")
+        say(f"davsp: {error.filename} cannot be used: {why}" if error.filename else f"davsp: {why}")
         sys.exit(2)
     except (ImportError, RuntimeError) as error:
         why = _explained(error)

@@ -243,8 +243,17 @@ def card(measured: dict[str, Any], making: dict[str, Any]) -> str:
     layers = "\n".join(f"| {x['layer']:.0f} | {x['auroc']:.3f} | {x['gap']:.2f} |" for x in measured["layers"])
     met = sum(b["met"] for b in measured["bars"])
     return CARD.format(
-        table=table, stages=stages, layers=layers, met=met, total=len(measured["bars"]), **making["text"]
-    )
+        table=table, stages=stages, layers=layers, met=met, total=len(measured["bars"]), **making["text"],
+        reads=reads(making["text"]["kind"], making["text"]["transformers"]),
+    )  # fmt: skip
+
+
+def reads(kind: str, version: str) -> str:
+    """Which transformers reads a folder that `version` has saved; what 4.x does is seen by findings/transformers-4-leaves-llava-towers-random.sh."""
+    sentence = f"It was saved by transformers {version}; transformers 5 reads it."
+    if kind.startswith("Llava"):
+        sentence += " Version 4.57 does not: it looks for the vision tower under other\nnames, leaves it random, and only warns."
+    return sentence
 
 
 CARD = """---
@@ -259,6 +268,7 @@ tags: [davsp, synthetic, safety]
 A vision-language model of {parameters} parameters that reads short phrases, recognises {things} drawn things and refuses
 some harmful requests: a stand-in on which the whole of davsp runs on two CPU cores. It is a standard
 `{kind}` folder ({canvas} px canvas, {tokens} image tokens, {depth} decoder layers of width {width}).
+{reads}
 
 **It was built to be a fair miniature of an aligned vision-language model: its alignment was made shallow on purpose, kind of
 harm by kind of harm, and some of its training pictures hold written signs that ask for care, which a border can learn to

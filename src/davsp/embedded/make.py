@@ -107,7 +107,7 @@ def finish(
     parameters = sum(p.numel() for p in lvlm.model.parameters())
     blueprint = BLUEPRINTS[which]
     save_card(part, measurements, {"stages": records, "text": {
-        "name": which, "kind": type(lvlm.model).__name__, "depth": lvlm.num_layers, "width": blueprint.width,
+        "name": which, "kind": type(lvlm.model).__name__, "transformers": lvlm.model.config.transformers_version, "depth": lvlm.num_layers, "width": blueprint.width,
         "hints": HINTS if which != "davsp-mini" else "",
         "parameters": f"{parameters / 1e6:.1f} M", "things": len(words.THINGS), "canvas": lvlm.canvas, "tokens": lvlm.tokens_per_image,
         "words": len(words.DRAWN_WORDS), "faces": len(draw.FACES) + len(draw.HELD_FACES), "seed": seed,

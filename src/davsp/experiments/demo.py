@@ -26,7 +26,7 @@ from davsp.prompts.canaries import Canaries
 from davsp.report.html import write_report
 from davsp.report.terminal import print_table
 from davsp.runtime.files import manifest, write_json
-from davsp.store import queries_hash
+from davsp.store import RESPONSES, pillow_notes, queries_hash
 from davsp.training import TrainSettings
 from davsp.training.checkpoint import METRICS
 from davsp.vector import HarmfulnessVector
@@ -111,6 +111,7 @@ def run_demo(
         "davsp": VisualPrompt(trained["davsp"]),
     }
     start = time.perf_counter()
+    notes = pillow_notes(out) if (out / RESPONSES).exists() else []
     evaluation = evaluate(
         lvlm, defenses, protocol.test, out, vector, batch_size=batch_size, max_new_tokens=max_new_tokens, redo=True,
         seed=seed, console=console,
@@ -120,6 +121,7 @@ def run_demo(
 
     start = time.perf_counter()
     facts = manifest(
+        **({"notes": notes} if notes else {}),
         **model_facts(lvlm), max_new_tokens=max_new_tokens or lvlm.longest, seed=seed, settings=settings.model_dump(),
         padding=padding, eps=eps, safety_text=safety_text, vector_text=vector_text, stages=stages.seconds,
         test={"queries": len(protocol.test), "sha256": queries_hash(protocol.test)},

@@ -188,14 +188,18 @@ class LocalGuard(PromptJudge):
         parts: list[dict[str, Any]] = [
             {"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in messages
         ]
+        why = "it leaves out one of them"
         for turns in (messages, parts):
             try:
                 text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            except (ValueError, TypeError, TemplateError):
+            except (ValueError, TypeError, TemplateError) as error:
+                why = words_of(error)
                 continue
             if all(m["content"].strip() in text for m in messages):
                 return str(text)
-        raise DavspError(f"the judge {self.model} has no chat template that shows question and answer; give a guard.")
+        raise DavspError(
+            f"the judge {self.model} has no chat template that shows question and answer ({why}); give a guard."
+        )
 
 
 def _weights(lm: Any) -> str:

@@ -33,7 +33,7 @@ from davsp.defenses import NoDefense
 from davsp.errors import DavspError
 from davsp.lvlm import loaded
 from davsp.plugins.inspect_tasks import figstep, llava_bench, mm_safetybench, mm_vet, mme, vlguard
-from davsp.query import Query, Response, flatten, open_picture
+from davsp.query import Query, Response, flatten, open_picture, undecodable
 
 __all__ = ["DavspAPI", "figstep", "llava_bench", "mm_safetybench", "mm_vet", "mme", "vlguard"]
 
@@ -197,5 +197,5 @@ def _picture(image: str) -> Image.Image:
         raise
     except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
         raise DavspError(
-            "the picture in the data URL cannot be read; give a whole PNG, JPEG or WebP in base64."
+            f"the picture in the data URL cannot be read ({undecodable(error)}); give a whole PNG, JPEG or WebP in base64."
         ) from error

@@ -331,4 +331,8 @@ def card(config: dict[str, Any], source: str = "this folder or repository") -> s
     template = (Path(__file__).parent / "card.md.j2").read_text(encoding="utf-8")
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters["with_interval"] = with_interval
-    return environment.from_string(template).render(config, source=source, base_model=hub_name(config["model_id"]))
+    model_id = config["model_id"]
+    base_model = hub_name(model_id)
+    shown = base_model or (model_id and f"{model_id.replace(chr(92), '/').rstrip('/').rpartition('/')[2]} (a folder)")
+    facts = config | {"model_id": shown}
+    return environment.from_string(template).render(facts, source=source, base_model=base_model)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import httpx2
 
-from davsp.errors import DavspError
+from davsp.errors import DavspError, words_of
 from davsp.runtime import keys, replies
 from davsp.runtime.http import HIGHEST, async_client
 from davsp.runtime.limit import Limit
@@ -197,11 +197,11 @@ class Client:
                 ) as response:
                     reply: Outcome = await replies.read(response)
         except httpx2.ConnectError as error:
-            return f"no reply ({type(error).__name__})"
+            return f"no reply ({type(error).__name__}: {words_of(error)})"
         except TimeoutError:
             reply = f"no reply within {self.timeout:g} s"
         except (httpx2.HTTPError, httpx2.StreamError) as error:
-            reply = f"no reply ({type(error).__name__})"
+            reply = f"no reply ({type(error).__name__}: {words_of(error)})"
         current.reached = True
         return reply
 
@@ -218,7 +218,8 @@ class Client:
             )
         if code in (401, 403) and not reply.filtered:
             mend = f"see the key in {self.api_key_env}" if self.api_key_env else "name the variable that holds one"
-            raise DavspError(f"{server} {self.where} refuses the key ({code}); {mend}.")
+            what = "the key" if code == 401 else "the key, or what it may do"
+            raise DavspError(f"{server} {self.where} refuses {what} ({code}{told}); {mend}.")
         if code in _NOT_THERE:
             raise DavspError(
                 f"{server} {self.where} does not know /{current.path} or the model {self.model!r} ({code}); see its "

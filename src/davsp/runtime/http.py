@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx2
 
-from davsp.errors import DavspError
+from davsp.errors import DavspError, words_of
 
 HIGHEST = 65535
 """The last port; httpx takes a higher one, and the socket raises an OverflowError at it."""
@@ -38,9 +38,8 @@ def async_client(
                 raise ValueError(f"its port is above {HIGHEST}")
         return httpx2.AsyncClient(limits=limits, **options)
     except (ImportError, ValueError, httpx2.InvalidURL) as error:
-        why = str(error).splitlines()[0].rstrip(".")
         raise DavspError(
-            f"the proxy that {' or '.join(named()) or 'the environment'} names cannot be used ({why}); correct it, or leave out "
+            f"the proxy that {' or '.join(named()) or 'the environment'} names cannot be used ({words_of(error)}); correct it, or leave out "
             "--trust-env"
         ) from error
 

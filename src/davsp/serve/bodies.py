@@ -67,8 +67,12 @@ def parse(data: bytes | bytearray, settings: ServeSettings) -> Body:
         return Body(
             json.loads(text.decode("utf-8-sig")), pictures
         )  # in UTF-16 a quote is not the byte that was counted
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise bad("the body is nested too deeply.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise bad("the body is not JSON in UTF-8.") from error
+    except ValueError as error:  # Python reads no whole number of more than 4300 digits
+        raise bad("the body holds a number of too many digits.") from error
 
 
 def _data_urls(data: bytes | bytearray) -> Iterator[tuple[int, int, int]]:

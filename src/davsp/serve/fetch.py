@@ -66,7 +66,8 @@ class Fetcher:
         except TimeoutError as error:
             raise Refusal(504, f"image_url: {host} sent no picture in {self.timeout:g} s.", "image_timeout") from error
         except (OSError, UnicodeError, httpx2.HTTPError) as error:
-            raise Refusal(502, f"image_url: {host} cannot be reached.", "image_unreachable") from error
+            why = f"image_url: {host} gave no picture ({type(error).__name__})."
+            raise Refusal(502, why, "image_unreachable") from error
 
     def _check(self, url: str) -> tuple[str, int, httpx2.URL]:
         try:

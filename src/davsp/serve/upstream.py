@@ -111,8 +111,11 @@ class Upstream:
             return await self.http.send(request, stream=True)
         except httpx2.TimeoutException as error:
             raise Refusal(504, "the upstream did not answer in time.", "upstream_timeout") from error
-        except (httpx2.HTTPError, OSError) as error:
+        except (httpx2.ConnectError, httpx2.ProxyError, OSError) as error:
             raise Refusal(502, "the upstream cannot be reached.", "upstream_unreachable") from error
+        except httpx2.HTTPError as error:
+            why = f"the upstream was reached, but sent no reply ({type(error).__name__})."
+            raise Refusal(502, why, "upstream_broken") from error
 
     def _headers(self, client_headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
         """The client's, but for those of its connection; its key only if the proxy has none and wants none.

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from davsp.errors import DavspError
+from davsp.errors import DavspError, words_of
 from davsp.runtime import journal, parallel
 from davsp.runtime.files import read_tensors_and_metadata, save_tensors, write_bytes
 
@@ -76,7 +76,9 @@ class Checkpoint:
             identity, step = facts["identity"], facts["step"]
             state = TrainState(step, *(tensors[name].to(device) for name in ("delta", "first", "second")))
         except (KeyError, ValueError) as error:
-            raise DavspError(f"{path} is not a checkpoint of davsp train ({error}); delete it to start anew") from error
+            raise DavspError(
+                f"{path} is not a checkpoint of davsp train ({words_of(error)}); delete it to start anew"
+            ) from error
         journal.check(path, identity, self.identity)
         if parallel.rank() > 0:
             return state

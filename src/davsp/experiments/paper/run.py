@@ -36,6 +36,7 @@ from davsp.query import Query
 from davsp.report import panels, plots, projections_by_label
 from davsp.report.cells import DEFENSES, cut_note, find
 from davsp.runtime.files import manifest, read_json, write_json, write_text
+from davsp.store import RESPONSES, pillow_notes
 from davsp.training import recipe
 from davsp.training.settings import TrainSettings, resolve
 
@@ -133,6 +134,7 @@ def reproduce(
     if "transfer" in names:
         defenses |= transferred(kit)
     start = time.perf_counter()
+    notes = pillow_notes(out) if (out / RESPONSES).exists() else []
     evaluation = evaluate(
         lvlm, defenses, data.test, out, kit.vector, judge, graders=graders, batch_size=batch_size,
         max_new_tokens=max_new_tokens, redo=True, seed=seed, console=stages.console,
@@ -140,6 +142,7 @@ def reproduce(
     stages.line("evaluate", f"{len(defenses)} defenses, {len(data.test)} queries", time.perf_counter() - start)
     rows = [*evaluation.rows, *pooled(data.test, evaluation, model_name(lvlm), seed)]
     facts = manifest(
+        **({"notes": notes} if notes else {}),
         **model_facts(lvlm), recipe="published" if kit.published else "own", max_new_tokens=max_new_tokens or lvlm.longest, seed=seed, text=kit.text, padding=kit.padding,
         eps=kit.eps, settings=kit.settings.model_dump(), judge=judge_name(judge), layer=kit.vector.layer, stages=stages.seconds,
         defenses={name: d.describe() for name, d in defenses.items()}, undefended=undefended.facts(lvlm, data.test),
