@@ -15,7 +15,7 @@ from davsp import LVLM, DavspError, Query
 from davsp.defenses.pat import PatSettings, train, train_pat
 from davsp.defenses.pat.defense import CONFIG, PAT, PUBLISHED
 from davsp.defenses.pat.search import Search, allowed_tokens
-from davsp.defenses.pat.train import FILE, first_sentence
+from davsp.defenses.pat.train import FILE, SENTENCE_TOKENS, first_sentence
 from davsp.lvlm.onehot import answer_losses
 from tiny import SPECIAL, queries
 
@@ -147,7 +147,9 @@ def test_benign_answers_are_the_models_own_first_sentences(lvlm: LVLM, tmp_path:
     settings = SETTINGS.model_copy(update={"benign_answers": "model", "steps": 1})
     train_pat(lvlm, queries("malicious", 4), queries("benign", 3), TEXT, settings, tmp_path)
     answers = lvlm.generate(
-        lvlm.preprocess([q.picture() for q in queries("benign", 3)]), [q.question for q in queries("benign", 3)]
+        lvlm.preprocess([q.picture() for q in queries("benign", 3)]),
+        [q.question for q in queries("benign", 3)],
+        SENTENCE_TOKENS,
     )  # type: ignore[misc]
     assert json.loads((tmp_path / FILE).read_text())["benign_answers"] == [first_sentence(one) for one in answers]
 
