@@ -6,7 +6,7 @@ BIN := .venv/bin
 # davsp compiled by an earlier run, whatever the environment says of that.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-slow faults lint format docs app-deps hashes sbom clean
+.PHONY: demo test test-slow faults bounds lint format docs app-deps hashes sbom clean
 
 demo: .venv/installed  ## train a visual safety prompt on the embedded model and show that it works
 	$(BIN)/davsp demo --out out/demo
@@ -19,6 +19,19 @@ test-slow: .venv/installed  ## the long tests whole; make test has a short form 
 
 faults: .venv/installed  ## ten minutes of inputs that nobody wrote by hand, by fixed seeds; writes docs/reliability.md
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m faults
+
+bounds: bounds-lowest-direct bounds-highest  ## make test on the lowest versions that pyproject.toml allows, and on the newest; torch stays at the lock's
+
+# torch comes by pip and alone, as elsewhere; what it needs is then resolved with the rest. The extras follow in the same environment.
+bounds-%: out/tools/installed
+	rm -rf out/bounds/$*
+	$(PYTHON) -m venv out/bounds/$*
+	out/bounds/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $$(grep '^torch==' requirements.lock)
+	out/tools/bin/uv pip install --quiet --python out/bounds/$* --resolution $* --editable '.[dev,parquet]'
+	$(subst $(BIN)/,out/bounds/$*/bin/,$(PYTEST)) -m "not slow"
+	out/tools/bin/uv pip install --quiet --python out/bounds/$* --resolution $* --editable '.[app,inspect,litellm]'
+	out/bounds/$*/bin/python -m pytest tests/test_app.py tests/test_http.py tests/test_inspect.py tests/test_litellm.py
+	out/tools/bin/uv pip freeze --python out/bounds/$*
 
 lint: .venv/installed  ## style, types and the order of the rooms
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[lint]'

@@ -169,7 +169,7 @@ def test_the_command_line_says_that_the_font_is_missing(tmp_path: Path, capsys, 
     options = ("--benchmark", f"figstep={tmp_path / 'data'}", "--rebuild")
     assert davsp("eval", *options, "--out", tmp_path / "out") == 2
     message = capsys.readouterr().err
-    assert "the font FreeMonoBold.ttf is not here" in message and "fonts-freefont-ttf" in message
+    assert "the font FreeMonoBold.ttf cannot be opened" in message and "fonts-freefont-ttf" in message
     assert not (tmp_path / "out").exists()
 
 
