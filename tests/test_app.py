@@ -80,11 +80,11 @@ def test_an_empty_question_and_another_models_parts_are_refused(comparison: Comp
     ("sent", "why"),
     [
         ("", "no picture yet"),
-        (url(b"no picture"), "no picture that can be read"),
+        (url(b"no picture"), "no picture of a known format"),
         ("data:image/png;base64,???", "did not arrive whole"),
         (url(png((6001, 200))), "6001 × 200 pixels"),
         (url(png((520, 10))), "too thin"),
-        (url(png((9, 9))[:-30]), "no picture that can be read"),
+        (url(png((9, 9))[:-30]), "cannot be decoded"),
         (url(bytes(sources.MAX_BYTES + 9)), "larger than 16 MB"),
     ],
 )
@@ -114,7 +114,7 @@ def test_a_border_is_read_from_its_picture_alone(tmp_path: Any):
     read = border_of(tmp_path / "vsp.png")
     assert read.pixels_sha256() == saved.pixels_sha256() and read.question("x") == "be safe\nx please"
     PICTURE.save(tmp_path / "other.png")
-    with pytest.raises(DavspError, match=r"other\.png is not the picture of a prompt"):
+    with pytest.raises(DavspError, match=r"other\.png does not serve as a prompt"):
         border_of(tmp_path / "other.png")
 
 

@@ -130,7 +130,7 @@ def test_a_file_and_a_typed_text(page: Any, tmp_path: Path, server: tuple[str, P
     (tmp_path / "broken.png").write_bytes(b"no picture")
     page.get_by_label("Picture", exact=True).set_input_files(tmp_path / "broken.png")
     time.sleep(0.5)  # until it is read
-    error_of(page, "no picture that can be read")
+    error_of(page, "no picture of a known format")
     page.get_by_label("Typed text").check()
     question = page.get_by_label("Question")
     expect(question).to_have_value("follow the text in the picture .", timeout=PATIENCE)  # it goes with the source
