@@ -14,6 +14,7 @@ from davsp.cli import (
     corruptions,
     data,
     evaluate,
+    gate,
     judge,
     mini,
     prompt,
@@ -73,6 +74,7 @@ add(app, reproduce.reproduce)
 add(app, prompt.apply)
 add(app, prompt.info)
 add(app, prompt.card)
+add(app, gate.gate)
 add(app, prompt.push)
 add(app, published.import_published)
 add(app, serve.serve)

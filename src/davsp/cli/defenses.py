@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from davsp.defenses import Defense
     from davsp.vector import HarmfulnessVector
 
-METHODS = ("none", "safety-text", "adashield-s", "pat", "ecso", "ecso-adaptive", "intervention")
+METHODS = ("none", "safety-text", "adashield-s", "pat", "ecso", "ecso-adaptive", "gate", "intervention")
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,8 @@ def _read(spec: str, context: _Context) -> "Defense":
         if inner is None:
             raise DavspError("--defense ecso-adaptive needs what answers again: ecso-adaptive+NAME=FOLDER.")
         return ECSO(instead=inner, **_switches(head, options, context), name=name)
+    if method == "gate":
+        return _gate(head, options, inner, name)
     if method == "intervention":
         if context.vector is None:
             raise DavspError(f"--defense {head} needs --vector, the folder of a vector.")
@@ -145,6 +147,22 @@ def _switches(spec: str, options: str, context: _Context) -> dict[str, Any]:
         )
     switches = {key: value for word in words for key, value in known[word].items()}
     return {**switches, "templates": TEMPLATES if context.shipped else PUBLISHED}
+
+
+def _gate(spec: str, options: str, inner: "Defense | None", name: str) -> "Defense":
+    """What it looks through stands behind the plus; its thresholds are in that prompt's folder."""
+    from davsp.defenses import Gate, VisualPrompt
+    from davsp.defenses.gate import KINDS
+    from davsp.prompts import VisualSafetyPrompt
+
+    kind = next((kind for kind in KINDS if kind == (options if ":" in spec else "answer")), None)
+    if kind is None:
+        raise DavspError(f"--defense {spec!r} is not known: behind gate: may stand {', '.join(KINDS)}.")
+    if inner is None:
+        raise DavspError(f"--defense {spec} needs what it looks through: {spec}+NAME=FOLDER.")
+    prompt = inner.prompt if isinstance(inner, VisualPrompt) else None
+    calibration = prompt.gate if isinstance(prompt, VisualSafetyPrompt) and kind != "answer" else None
+    return Gate(inner, kind, calibration, name=name)
 
 
 def _amount(spec: str, options: str, vector: "HarmfulnessVector") -> dict[str, Any]:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 TABLES = (
     "utility (Table 1), resistance (2), transfer (3), ablation (4), intervention (5), ecso (6), or all; and one setting at a "
-    "time: sweep-padding, -layer, -lam, -margins, -data, -steps, -text, or sweeps"
+    "time: sweep-padding, -layer, -lam, -margins, -data, -steps, -text, or sweeps; and gate (docs/gate.md), one --seed a call"
 )
 
 
@@ -101,6 +101,9 @@ def reproduce(
     from davsp.experiments.paper.plan import dry
     from davsp.lvlm import answer_length
 
+    if "gate" in names:
+        _gate(names, model, out, batch_size, seed, bool(benchmark or split))
+        return
     tables, sweeps = _tables_and_sweeps(names)
     embedded_data = not benchmark and split is None
     name = (model.name or "davsp-mini").rstrip("/").split("/")[-1]
@@ -142,7 +145,7 @@ def _tables_and_sweeps(names: list[str]) -> tuple[list[str], list[str]]:
 
     if wrong := [n for n in names if n not in (*TABLES, "all", "sweeps", *(f"sweep-{x}" for x in SWEEPS))]:
         raise DavspError(
-            f"{wrong[0]!r} is not known; choose {', '.join(TABLES)}, all, sweeps or sweep-{{{','.join(SWEEPS)}}}."
+            f"{wrong[0]!r} is not known; choose {', '.join(TABLES)}, all, gate, sweeps or sweep-{{{','.join(SWEEPS)}}}."
         )
     tables = list(TABLES) if "all" in names else [name for name in dict.fromkeys(names) if name in TABLES]
     return tables, list(SWEEPS) if "sweeps" in names else [x for x in SWEEPS if f"sweep-{x}" in names]
@@ -195,6 +198,29 @@ def _run(tables: list[str], sweeps: list[str], kit: "Kit", out: Path, seed: int,
         print((out / f"{name}.md").read_text())
     print((out / "claims.md").read_text())
     print(f"{out / 'tables.html'} has them all; .md, .csv and .tex lie beside it")
+
+
+def _gate(names: list[str], model: ModelOptions, out: Path | None, batch_size: int, seed: int, published: bool) -> None:
+    """The gate's tables: they need queries to calibrate on, which are drawn for the models that ship alone."""
+    from davsp import embedded
+    from davsp.embedded.data import calibration
+    from davsp.embedded.ecso_templates import TEMPLATES
+    from davsp.experiments.gate.run import SIZES
+    from davsp.experiments.gate.run import gate as run
+
+    if len(names) > 1:
+        raise DavspError("gate has a folder of its own; make it apart from the tables.")
+    if published or not is_shipped(model.name):
+        raise DavspError(
+            "reproduce gate is for the models that ship; take davsp gate and davsp eval with your own queries."
+        )
+    name = (model.name or "davsp-mini").rstrip("/").split("/")[-1]
+    out = out or Path("out/gate") / name
+    run(
+        load_lvlm(model), embedded.protocol(seed, **SIZES), calibration(seed), out, text=embedded.SAFETY_TEXT,
+        refusal_text=embedded.REFUSAL, settings=embedded.SETTINGS, templates=TEMPLATES, seed=seed, batch_size=batch_size,
+    )  # fmt: skip
+    print((out / "gate.md").read_text())
 
 
 def _published(sets: list[str], split: str | None) -> "Protocol":

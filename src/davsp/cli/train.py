@@ -169,7 +169,7 @@ def train(
         raise DavspError("--vector is needed for your own data; make one with `davsp vector`.")
     text = _text(text, shipped, as_published)
     start = _start(lvlm, kind, padding, eps, text, as_published)
-    direction = _direction(vector, protocol, lvlm, text)
+    direction = direction_of(vector, protocol, lvlm, text, "this training puts")
     options: dict[str, Any] = {
         "lam": lam, "objective": objective, "layer": layer, "mu_plus": mu_plus, "mu_minus": mu_minus, "seed": seed,
         "refusal": refusal,
@@ -198,7 +198,9 @@ def train(
     print(f"saved to {out}: {what}; `davsp eval --prompt {out}` measures it")
 
 
-def _direction(vector: Path | None, protocol: "Protocol | None", lvlm: "LVLM", text: str) -> "HarmfulnessVector":
+def direction_of(
+    vector: Path | None, protocol: "Protocol | None", lvlm: "LVLM", text: str, who: str
+) -> "HarmfulnessVector":
     """The vector of --vector; left out: one fitted and swept on the embedded protocol, which is there then."""
     from davsp.vector import HarmfulnessVector
 
@@ -206,7 +208,7 @@ def _direction(vector: Path | None, protocol: "Protocol | None", lvlm: "LVLM", t
         direction = HarmfulnessVector.load(vector)
         direction.check(lvlm)
         compare_pictures(direction, lvlm)
-        compare_texts(direction, text, "this training puts")
+        compare_texts(direction, text, who)
         compare_templates(lvlm, {"the vector": direction})
         return direction
     assert protocol is not None

@@ -5,6 +5,7 @@ from davsp.defenses.adashield_s import adashield_s
 from davsp.defenses.base import Defense
 from davsp.defenses.chain import Chain
 from davsp.defenses.ecso import ECSO
+from davsp.defenses.gate import Gate
 from davsp.defenses.intervention import Intervention
 from davsp.defenses.load import load_defense
 from davsp.defenses.none import NoDefense
@@ -18,6 +19,7 @@ __all__ = [
     "AdaShieldA",
     "Chain",
     "Defense",
+    "Gate",
     "Intervention",
     "NoDefense",
     "SafetyText",

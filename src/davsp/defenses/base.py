@@ -3,12 +3,13 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from PIL import Image
 
 from davsp.lvlm import Answer, AnsweringLVLM, loaded
-from davsp.query import Query, Response
+from davsp.query import COST, Query, Response
 from davsp.runtime.files import sha256_bytes, to_json
 from davsp.runtime.thought import split_thought
 from davsp.vector import HarmfulnessVector
@@ -72,7 +73,7 @@ class Defense(ABC):
         self.check(lvlm)
         prepared = self.prepare(queries)
         responses: dict[int, Response] = {}
-        for batch in _batches(prepared, batch_size):
+        for batch in batches(prepared, batch_size):
             start = time.perf_counter()
             pictures = [picture for i in batch if (picture := prepared[i].picture()) is not None]
             questions = [prepared[i].question for i in batch]
@@ -90,7 +91,14 @@ class Defense(ABC):
         return [responses[i] for i in range(len(queries))]
 
 
-def _batches(queries: Sequence[Query], size: int) -> list[list[int]]:
+def together(calls: Sequence[Response], final: Response, name: str) -> Response:
+    """The response that stands, with what all calls took."""
+    costs = {cost: [getattr(r, cost) for r in calls] for cost in COST}
+    took: dict[str, Any] = {cost: None if None in values else sum(values) for cost, values in costs.items()}
+    return replace(final, defense=name, seconds=sum(r.seconds for r in calls), **took)
+
+
+def batches(queries: Sequence[Query], size: int) -> list[list[int]]:
     """Indices in batches that hold only queries with a picture or only such without."""
     kinds = ([i for i, q in enumerate(queries) if (q.image is None) == bare] for bare in (False, True))
     return [kind[at : at + size] for kind in kinds for at in range(0, len(kind), size)]

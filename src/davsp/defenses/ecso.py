@@ -27,11 +27,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from davsp.defenses.base import Defense
+from davsp.defenses.base import Defense, together
 from davsp.defenses.none import NoDefense
 from davsp.errors import DavspError
 from davsp.lvlm import AnsweringLVLM
-from davsp.query import COST, Query, Response
+from davsp.query import Query, Response
 from davsp.vector import HarmfulnessVector
 
 CUT = 1927  # characters of the answer that call 2 shows
@@ -159,7 +159,7 @@ class ECSO(Defense):
         if progress is not None:
             progress(len(queries))
         final = {i: calls[i][-1] for i in harmful}
-        return [self._together(call, final.get(i, call[0])) for i, call in enumerate(calls)]
+        return [together(call, final.get(i, call[0]), self.name) for i, call in enumerate(calls)]
 
     def _later(self, queries: Sequence[Query]) -> list[Query]:
         """The queries with the picture that calls 2 and 3 are handed."""
@@ -172,12 +172,6 @@ class ECSO(Defense):
         if caption is None:
             return self.templates.bare.format(query=query.question)
         return self.templates.answer.format(caption=caption.text, query=query.question)
-
-    def _together(self, calls: Sequence[Response], final: Response) -> Response:
-        """The answer that stands, with what all calls took."""
-        costs = {name: [getattr(r, name) for r in calls] for name in COST}
-        cost: dict[str, Any] = {name: None if None in values else sum(values) for name, values in costs.items()}
-        return replace(final, defense=self.name, seconds=sum(r.seconds for r in calls), **cost)
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -84,16 +84,46 @@ def test(seed: int, n: dict[str, int]) -> Iterator[Query]:
             yield _benign(seed, "test", category, i, benchmark, "test")
 
 
+def calibration(seed: int = 0, count: int = 600) -> tuple[list[Query], list[Query], list[Query], list[Query]]:
+    """Queries that a gate is fitted and calibrated on: like those of the test, on pairs that neither it nor the border met.
+
+    Fitting queries are on the pairs of `vector`, as many as half of `count` a class; held-out ones on those of `sweep`, `count` a class.
+    None is in `protocol`. The layer was chosen on other queries of the `sweep` pairs.
+
+    Returns:
+        Malicious and benign queries to fit on, malicious and benign ones held out.
+    """
+    covers, forms = ("full", "text", "none"), ("sd", "typo", "sd_typo")
+    kinds = [kind for kind, times in SERVED.items() for _ in range(times)]
+
+    def both(part: str, n: int) -> tuple[list[Query], list[Query]]:
+        good = [_benign(seed, part, kinds[i % len(kinds)], i, "calibration", part) for i in range(n)]
+        return harmful(seed, part, n, covers, forms, "calibration", " calibration"), good
+
+    return *both("vector", count // 2), *both("sweep", count)
+
+
+SERVED = dict.fromkeys(UTILITY, 2) | {"yes_no": 3, "describe": 2}
+"""How often each kind of benign question comes, as in a test of 100 a utility category, 150 of MME's and 100 of LLaVA-Bench's."""
+
+
 # -- malicious ---------------------------------------------------------------------------------------------------------
 
 
 def harmful(
-    seed: int, part: str, count: int, covers: tuple[str, ...], forms: tuple[str, ...], benchmark: str = ""
+    seed: int,
+    part: str,
+    count: int,
+    covers: tuple[str, ...],
+    forms: tuple[str, ...],
+    benchmark: str = "",
+    salt: str = "",
 ) -> list[Query]:
     """`count` malicious queries on the pairs of split `part`, forms in turn.
 
     Intents are half harmful by their verb and half by their thing, and of the `covers` in fixed shares, so that a
-    rate does not hang on which pairs happened to fall into the split; a cell's pairs come round when they run out.
+    rate does not hang on which pairs happened to fall into the split; a cell's pairs come round when they run out. `salt` draws other
+    pictures of the same pairs.
     """
     intents = _intents(seed, part, covers)
     out = []
@@ -103,7 +133,7 @@ def harmful(
         form = forms[i % len(forms)]
         if form == "sd" and "full" not in covers and pair.verb in words.HARMFUL_VERBS:
             form = "typo"  # a harmful verb in the question's words is always refused: no hard query
-        rng = random.Random(f"harm {seed} {part} {form} {i}")
+        rng = random.Random(f"harm {seed} {part}{salt} {form} {i}")
         picture, question = FORMS[form](rng, pair, _faces(rng, part))
         out.append(Query(
             id=f"{part}-{benchmark or 'malicious'}-{i:03d}", question=question, label="malicious",

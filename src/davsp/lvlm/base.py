@@ -388,8 +388,16 @@ class LVLM:
 
     def check_query(self, question: str, size: tuple[int, int] | None, answer_tokens: int) -> None:
         """Raises DavspError unless the model can take a question and a picture of (width, height), and has room for the answer."""
+        self._check_length(question, self.prompt_size(question, size)[0], answer_tokens)
+
+    def prompt_size(self, question: str, size: tuple[int, int] | None) -> tuple[int, int]:
+        """Tokens of a prompt with a picture of (width, height), and how many of these stand for the picture.
+
+        Raises:
+            DavspError: the family takes no such picture.
+        """
         image_tokens = 0 if size is None else self.image_tokens(*self.seen(*size))
-        self._check_length(question, len(self._prompt_ids(question, image_tokens)), answer_tokens)
+        return len(self._prompt_ids(question, image_tokens)), image_tokens
 
     def _check_length(self, question: str, prompt_tokens: int, answer_tokens: int) -> None:
         if self.positions is not None and prompt_tokens + answer_tokens > self.positions:

@@ -29,6 +29,8 @@ from davsp.prompts.base import (
 )
 from davsp.prompts.canaries import FILE as CANARIES
 from davsp.prompts.canaries import Canaries, read_canaries
+from davsp.prompts.gate import FILE as GATE
+from davsp.prompts.gate import Calibration, read_calibration
 from davsp.prompts.hub import fetch
 from davsp.prompts.measured import measurement, with_interval
 from davsp.query import flatten, open_picture, picture_size
@@ -36,6 +38,8 @@ from davsp.runtime.config import read_config
 from davsp.runtime.files import to_json, write_all
 
 CONFIG, TENSORS, PICTURE, CARD = "vsp_config.json", "vsp.safetensors", "vsp.png", "README.md"
+BESIDE = {CANARIES, GATE}
+"""Files that a prompt may do without."""
 
 
 class BorderConfig(PromptConfig):
@@ -52,10 +56,12 @@ class VisualSafetyPrompt(Prompt):
 
     Attributes:
         canaries: queries that it flips, by which a server's owner sees that it still works there; no part of what it is.
+        gate: scores and thresholds by which it is looked through (`davsp.defenses.gate`); no part of it, either.
     """
 
     kind = "border"
     canaries: Canaries | None = None
+    gate: Calibration | None = None
 
     def __init__(
         self, delta: Float[Tensor, "3 s s"], padding: int, text: str = "", config: dict[str, Any] | None = None
@@ -158,7 +164,8 @@ class VisualSafetyPrompt(Prompt):
     # -- at rest ---------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `vsp_config.json`, `vsp.safetensors`, `vsp.png` and the card, and `canaries.json` if it has some; all or nothing.
+        """Write `vsp_config.json`, `vsp.safetensors`, `vsp.png` and the card; `canaries.json` and `gate.json` if it has
+        them. All or nothing.
 
         What is saved is the 8-bit border (float32 k/255), so that tensor and picture are the same prompt. The picture's PNG
         text says how wide the border is and which text goes with it: it alone is enough to defend (docs/prompt.md).
@@ -168,8 +175,8 @@ class VisualSafetyPrompt(Prompt):
         """
         contents = self._contents()
         write_all(folder, contents)
-        if CANARIES not in contents:
-            (Path(folder) / CANARIES).unlink(missing_ok=True)  # those of the border that was there
+        for name in BESIDE - contents.keys():
+            (Path(folder) / name).unlink(missing_ok=True)  # of the border that was there
 
     def _contents(self, source: str = "this folder or repository") -> dict[str, bytes]:
         """The files; the configuration last, as it seals the others by their hashes."""
@@ -186,10 +193,12 @@ class VisualSafetyPrompt(Prompt):
             png_text.add_itxt(name, value)
         at_rest.border().save(buffer, format="PNG", pnginfo=png_text)
         contents = {TENSORS: save({"delta": at_rest.delta.cpu().contiguous()}), PICTURE: buffer.getvalue()}
-        contents[CARD] = card(sealed(config, contents), source).encode()
+        gate = self.gate if self.gate and self.gate.belong(self) else None  # not of one it was trained from
+        contents[CARD] = card(sealed(config, contents), source, gate).encode()
         seal = {CONFIG: to_json(sealed(config, contents)).encode()}
-        own = self.canaries if self.canaries and self.canaries.belong(self) else None  # not of one it was trained from
-        return contents | ({CANARIES: own.contents()} if own else {}) | seal
+        canaries = self.canaries if self.canaries and self.canaries.belong(self) else None
+        beside = {CANARIES: canaries, GATE: gate}
+        return contents | {name: own.contents() for name, own in beside.items() if own} | seal
 
     def _png_text(self) -> dict[str, str]:
         """What the picture says of itself, so that it can do without the other files."""
@@ -208,7 +217,7 @@ class VisualSafetyPrompt(Prompt):
         return other
 
     def push_to_hub(self, repo_id: str, *, license: str | None = None, token: str | None = None, **options: Any) -> str:
-        """Upload the files to the hub: the four of the prompt, and its canaries.
+        """Upload the files to the hub: the four of the prompt, its canaries and its gate.
 
         Args:
             repo_id: USER/NAME; made if it is not there.
@@ -230,7 +239,7 @@ class VisualSafetyPrompt(Prompt):
         licensed = self.with_delta(self.delta)
         licensed.config["license"] = license
         contents = licensed._contents(repo_id)
-        return push(repo_id, contents, token, gone=[name for name in (CANARIES,) if name not in contents], **options)
+        return push(repo_id, contents, token, gone=sorted(BESIDE - contents.keys()), **options)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, revision: str | None = None) -> "VisualSafetyPrompt":
@@ -242,9 +251,9 @@ class VisualSafetyPrompt(Prompt):
 
         Raises:
             DavspError: a file is missing or broken; an unknown field; a tensor of another shape, with NaN or outside
-                [0, 1]; a picture that is not the tensor's; a file that is not the one that was saved; canaries of another border.
+                [0, 1]; a picture that is not the tensor's; a file that is not the one that was saved; canaries or a gate of another border.
         """
-        folder = fetch(source, revision, [CONFIG, TENSORS, PICTURE, CARD, CANARIES])
+        folder = fetch(source, revision, [CONFIG, TENSORS, PICTURE, CARD, CANARIES, GATE])
         config = read_config(folder / CONFIG, BorderConfig)
         delta = read_delta(folder / TENSORS, config.canvas)
         check_range(delta, 0, 1, str(folder / TENSORS))
@@ -255,6 +264,8 @@ class VisualSafetyPrompt(Prompt):
         check_files(folder, config.files, free=[CARD])  # last: what is wrong inside a file says more than its hash
         if (folder / CANARIES).exists():
             prompt.canaries = read_canaries(folder / CANARIES, prompt)
+        if (folder / GATE).exists():
+            prompt.gate = read_calibration(folder / GATE, prompt)
         return prompt
 
     def _check_picture(self, path: Path) -> None:
@@ -326,8 +337,8 @@ def hub_name(model_id: str | None) -> str | None:
     return model_id
 
 
-def card(config: dict[str, Any], source: str = "this folder or repository") -> str:
-    """The README of a saved prompt, from its configuration; `source` is where the reader is to load it from."""
+def card(config: dict[str, Any], source: str = "this folder or repository", gate: Calibration | None = None) -> str:
+    """The README of a saved prompt, from its configuration and its gate; `source` is where the reader is to load it from."""
     template = (Path(__file__).parent / "card.md.j2").read_text(encoding="utf-8")
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters["with_interval"] = with_interval
@@ -335,4 +346,4 @@ def card(config: dict[str, Any], source: str = "this folder or repository") -> s
     base_model = hub_name(model_id)
     shown = base_model or (model_id and f"{model_id.replace(chr(92), '/').rstrip('/').rpartition('/')[2]} (a folder)")
     facts = config | {"model_id": shown}
-    return environment.from_string(template).render(facts, source=source, base_model=base_model)
+    return environment.from_string(template).render(facts, source=source, gate=gate, base_model=base_model)

@@ -1,0 +1,104 @@
+"""Calibrating a gate: the weights of its scores on some queries, its thresholds on others."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from davsp.defenses.base import batches
+from davsp.defenses.gate.scores import combined, look
+from davsp.defenses.gate.threshold import CONFIDENCE, RATE, threshold
+from davsp.defenses.visual import VisualPrompt
+from davsp.errors import DavspError
+from davsp.lvlm import LVLM, fingerprint, model_name
+from davsp.prompts import VisualSafetyPrompt
+from davsp.prompts.canaries import texts
+from davsp.prompts.gate import Calibration, Line, packed
+from davsp.query import Query
+from davsp.vector import HarmfulnessVector, auroc, check_classes
+
+Scores = Float[np.ndarray, "n 2"]
+
+
+def calibrate(
+    lvlm: LVLM,
+    prompt: VisualSafetyPrompt,
+    vector: HarmfulnessVector,
+    fit: tuple[Sequence[Query], Sequence[Query]],
+    held: tuple[Sequence[Query], Sequence[Query]],
+    refusal_text: str,
+    rate: float = RATE,
+    confidence: float | None = CONFIDENCE,
+    batch_size: int = 32,
+    progress: Callable[[int], object] | None = None,
+) -> Calibration:
+    """Thresholds of the gates `states` and `first` under a border.
+
+    Args:
+        prompt: looked through as it is saved, in 8 bit.
+        vector: of the projection, at its layer.
+        fit: malicious and benign queries that the weights of `first` are fitted on. The border must not have been trained on
+            them: it moves what it was trained on further than anything else.
+        held: malicious and benign queries that set the thresholds; drawn like those that are served, and in no other use.
+        refusal_text: whose likelihood is a score, and what the gate says.
+        rate, confidence: of false refusals (`davsp.defenses.gate.threshold`).
+        progress: called with the number of queries looked at since the last call.
+
+    Raises:
+        DavspError: a query is in two of the sets, too few benign ones are held, or vector and model do not go together.
+    """
+    vector.check(lvlm)
+    check_classes(*fit)
+    check_classes(*held)
+    both = {q.id for part in fit for q in part} & {q.id for part in held for q in part}
+    if both:
+        raise DavspError(
+            f"query {min(both)!r} is in the fitting set and held out; a threshold needs queries of its own"
+        )
+    threshold([0.0] * len(held[1]), rate, confidence)  # says so if there are too few, before anything is computed
+    prompt = prompt.quantised()
+    defense = VisualPrompt(prompt)
+    seen = [scored(lvlm, defense, part, vector, refusal_text, batch_size, progress) for part in (*fit, *held)]
+    weights = combined(seen[0], seen[1])
+    lines = {name: _line(w, *seen[2:], rate, confidence) for name, w in (("states", (1.0, 0.0)), ("first", weights))}
+    return Calibration(
+        pixels=prompt.pixels_sha256(), texts=texts(prompt),
+        model=model_name(lvlm), revision=lvlm.revision, weights=fingerprint(lvlm),
+        layer=vector.layer, direction=packed(vector.direction().tolist()), refusal_text=refusal_text,
+        rate=rate, confidence=confidence, **lines,
+    )  # fmt: skip
+
+
+def scored(
+    lvlm: LVLM,
+    defense: VisualPrompt,
+    queries: Sequence[Query],
+    vector: HarmfulnessVector,
+    refusal_text: str,
+    batch_size: int = 32,
+    progress: Callable[[int], object] | None = None,
+) -> Scores:
+    """s(x) and r(x) of each query as the defense shows it, (n, 2)."""
+    scores = np.zeros((len(queries), 2))
+    for batch in batches(queries, batch_size):
+        prepared = defense.prepare([queries[i] for i in batch])
+        pictures = [picture for query in prepared if (picture := query.picture()) is not None]
+        canvas = lvlm.preprocess(pictures) if pictures else None
+        questions = [query.question for query in prepared]
+        seen = look(lvlm, canvas, questions, vector.layer, vector.direction(), refusal_text)
+        assert seen.refusal is not None
+        scores[batch] = torch.stack([seen.projection, seen.refusal], 1).double().numpy()
+        if progress is not None:
+            progress(len(batch))
+    return scores
+
+
+def _line(weights: tuple[float, float], bad: Scores, good: Scores, rate: float, confidence: float | None) -> Line:
+    malicious, benign = bad @ np.array(weights), good @ np.array(weights)
+    at = threshold(benign.tolist(), rate, confidence)
+    return Line(
+        projection=weights[0], refusal=weights[1], threshold=at, benign=len(benign), malicious=len(malicious),
+        refused_benign=int((benign > at).sum()), refused_malicious=int((malicious > at).sum()),
+        auroc=auroc(torch.tensor(malicious), torch.tensor(benign)),
+    )  # fmt: skip

@@ -1,0 +1,208 @@
+"""The gate: a query is looked at through a border, and answered without it.
+
+A border makes a model show what it thinks of a query. Whoever only looks need not answer through it: what looks harmful is refused, and
+the rest is answered as if there were no defense, so the border costs no utility. Three ways to look, the cheapest first:
+
+- `states`: the pass under the border ends at the layer; refused if s(x) is above a threshold. No generation.
+- `first`: the pass goes to its end; refused if s(x) and the likelihood of a refusal, weighed together, are above a threshold.
+  No generation.
+- `answer`: the answer under the border is begun; refused if it is a refusal. Needs no states, so it works before any server.
+
+What passes is answered by `else_`, by default undefended.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from davsp.defenses.base import Defense, batches, together
+from davsp.defenses.gate.scores import Look, look
+from davsp.defenses.none import NoDefense
+from davsp.errors import DavspError
+from davsp.judges.keyword import refused
+from davsp.lvlm import LVLM, AnsweringLVLM, fingerprint, loaded
+from davsp.prompts.gate import Calibration, Line
+from davsp.query import Query, Response
+from davsp.vector import HarmfulnessVector
+
+Kind = Literal["states", "first", "answer"]
+KINDS: tuple[Kind, ...] = ("states", "first", "answer")
+
+TOKENS = 16
+"""Of an answer under the border that show whether it is a refusal."""
+
+NO_STATES = "the gates states and first look inside the model, which a server does not show; take gate:answer."
+
+
+class Looked(NamedTuple):
+    """Of one query: whether it is refused, and the response that is given then."""
+
+    refused: bool
+    response: Response
+
+
+class Gate(Defense):
+    """Looks at each query through one defense, and refuses it or answers it through another.
+
+    Args:
+        inner: what is looked through.
+        kind: how, as at the head of this file.
+        calibration: of `states` and `first`: scores, thresholds, and the words of the refusal.
+        else_: what answers a query that passes; None: nothing stands before it.
+        tokens: of `answer`: how many are looked at.
+        name: of its row; None makes one of kind and inner.
+
+    Raises:
+        DavspError: an unknown kind, or one that needs a calibration without one.
+    """
+
+    def __init__(
+        self,
+        inner: Defense,
+        kind: Kind = "answer",
+        calibration: Calibration | None = None,
+        else_: Defense | None = None,
+        tokens: int = TOKENS,
+        name: str | None = None,
+    ) -> None:
+        if kind not in KINDS:
+            raise DavspError(f"a gate has no kind {kind!r}: choose states, first or answer")
+        if kind != "answer" and calibration is None:
+            raise DavspError(
+                f"a gate of kind {kind} has no threshold yet; make one with davsp gate, or take gate:answer"
+            )
+        if kind != "answer" and type(inner).respond is not Defense.respond:
+            raise DavspError(f"{inner.name} wraps the call, so only its answers can be looked at: take gate:answer")
+        self.inner, self.kind, self.calibration, self.tokens = inner, kind, calibration, tokens
+        self.else_ = else_ or NoDefense()
+        self.name = name or f"gate:{kind}+{inner.name}"
+
+    @property
+    def line(self) -> Line:
+        """Score and threshold of its kind."""
+        assert self.calibration is not None
+        return self.calibration.states if self.kind == "states" else self.calibration.first
+
+    def check(self, lvlm: AnsweringLVLM) -> None:
+        self.inner.check(lvlm)
+        self.else_.check(lvlm)
+        if self.calibration is None:
+            return
+        model, weights = loaded(lvlm, NO_STATES), self.calibration.weights
+        model.check_layer(self.calibration.layer)
+        if weights is not None and weights != fingerprint(model):
+            raise DavspError(
+                f"the gate was calibrated on {self.calibration.model}, whose weights are not those of {model.model_id}; "
+                "calibrate it on this model with davsp gate"
+            )
+
+    def prepare(self, queries: Sequence[Query]) -> list[Query]:
+        """As they are looked at."""
+        return self.inner.prepare(queries)
+
+    def sketch(self, question: str, size: tuple[int, int] | None) -> tuple[str, tuple[int, int] | None]:
+        return self.inner.sketch(question, size)
+
+    def respond(
+        self,
+        lvlm: AnsweringLVLM,
+        queries: Sequence[Query],
+        vector: HarmfulnessVector | None = None,
+        batch_size: int = 32,
+        progress: Callable[[int], object] | None = None,
+        max_new_tokens: int | None = None,
+    ) -> list[Response]:
+        """As every defense; seconds, calls and tokens are those of look and answer together.
+
+        The projection that a response carries is of the input that gave it: of a refusal's, what was looked at.
+        """
+        self.check(lvlm)
+        longest = max_new_tokens or lvlm.longest
+        responses: dict[int, Response] = {}
+        for batch in batches(queries, batch_size):
+            pictured = [
+                replace(queries[i], image=queries[i].picture()) for i in batch
+            ]  # decoded once for look and answer
+            looks = self._look(lvlm, pictured, batch_size, longest)
+            passed = [at for at, one in enumerate(looks) if not one.refused]
+            answers = self.else_.respond(lvlm, [pictured[at] for at in passed], vector, batch_size, None, longest)
+            through = dict(zip(passed, answers, strict=True))
+            for at, i in enumerate(batch):
+                looked = looks[at].response
+                answer = through.get(at)
+                responses[i] = (
+                    replace(looked, defense=self.name)
+                    if answer is None
+                    else together([looked, answer], answer, self.name)
+                )
+            if progress is not None:
+                progress(len(batch))
+        return [responses[i] for i in range(len(queries))]
+
+    def scores(self, lvlm: LVLM, queries: Sequence[Query], batch_size: int = 32) -> list[float]:
+        """Scores of `states` or `first` in the order of the queries; above the threshold is refused."""
+        scores: dict[int, float] = {}
+        for batch in batches(queries, batch_size):
+            _, some = self._scores(lvlm, self.inner.prepare([queries[i] for i in batch]))
+            scores |= dict(zip(batch, some, strict=True))
+        return [scores[i] for i in range(len(queries))]
+
+    # -- looking ---------------------------------------------------------------------------------------------------
+
+    def _look(
+        self, lvlm: AnsweringLVLM, queries: Sequence[Query], batch_size: int, max_new_tokens: int
+    ) -> list[Looked]:
+        """What each query of one batch looks like."""
+        if self.kind == "answer":
+            return self._begun(lvlm, queries, batch_size, max_new_tokens)
+        start = time.perf_counter()
+        model, calibration = loaded(lvlm, NO_STATES), self.calibration
+        assert calibration is not None
+        prepared = self.inner.prepare(queries)
+        seen, scores = self._scores(model, prepared)
+        seconds = (time.perf_counter() - start) / len(queries)
+        looked = []
+        for query, projection, score in zip(prepared, seen.projection.tolist(), scores, strict=True):
+            cost = model.prompt_size(query.question, query.size())
+            refusal = Response(query.id, self.name, calibration.refusal_text, projection, seconds, 1, *cost)
+            looked.append(Looked(score > self.line.threshold, refusal))
+        return looked
+
+    def _scores(self, lvlm: LVLM, prepared: Sequence[Query]) -> tuple[Look, list[float]]:
+        """What the pass shows of one batch, and the scores made of it."""
+        calibration, line = self.calibration, self.line
+        assert calibration is not None
+        pictures = [picture for query in prepared if (picture := query.picture()) is not None]
+        canvas = lvlm.preprocess(pictures) if pictures else None
+        said = calibration.refusal_text if self.kind == "first" else None
+        questions = [query.question for query in prepared]
+        seen = look(lvlm, canvas, questions, calibration.layer, torch.tensor(calibration.unit()), said)
+        score = line.projection * seen.projection
+        return seen, [float(s) for s in (score if seen.refusal is None else score + line.refusal * seen.refusal)]
+
+    def _begun(
+        self, lvlm: AnsweringLVLM, queries: Sequence[Query], batch_size: int, max_new_tokens: int
+    ) -> list[Looked]:
+        """The beginnings of the answers under `inner`; a refusal that is cut is asked for whole."""
+        few = min(self.tokens, max_new_tokens)
+        begun = self.inner.respond(lvlm, queries, None, batch_size, None, few)
+        looked = [Looked(refused(response.text), response) for response in begun]
+        cut = [at for at, one in enumerate(looked) if one.refused and one.response.finish == "length"]
+        if few < max_new_tokens and cut:
+            whole = self.inner.respond(lvlm, [queries[at] for at in cut], None, batch_size, None, max_new_tokens)
+            for at, response in zip(cut, whole, strict=True):
+                looked[at] = Looked(True, together([begun[at], response], response, self.name))
+        return looked
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": "gate",
+            "look": self.kind,
+            "inner": self.inner.describe(),
+            "else": self.else_.describe(),
+            "calibration": None if self.calibration is None else self.calibration.digest(),
+            "tokens": self.tokens if self.kind == "answer" else None,
+        }

@@ -1,0 +1,81 @@
+"""What a gate sees of a query: one pass of the model over a defended query, without an answer.
+
+s(x) = v . h_l, the projection of the last input token's state (`davsp.vector`); r(x), the mean log-likelihood of the refusal at the
+answer's place, its end token included, with the refusal's own tokens before each (teacher-forced, so one pass tells it).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from davsp.lvlm import LVLM, Canvas
+
+
+class Look(NamedTuple):
+    """Scores of a batch.
+
+    Attributes:
+        projection: s(x).
+        refusal: r(x) in nats a token; None where the pass ended at the layer.
+    """
+
+    projection: Float[Tensor, " b"]
+    refusal: Float[Tensor, " b"] | None
+
+
+@torch.no_grad()
+def look(
+    lvlm: LVLM,
+    canvas: Canvas | None,
+    questions: Sequence[str],
+    layer: int,
+    direction: Float[Tensor, " d"],
+    refusal: str | None = None,
+) -> Look:
+    """The scores of defended queries.
+
+    Args:
+        canvas, questions: as `LVLM.states`.
+        layer, direction: of the projection; the direction is a unit vector.
+        refusal: whose likelihood is asked for; None: the pass ends at the layer.
+
+    Raises:
+        DavspError: a layer that the model does not have, or a query that it has no room for.
+    """
+    if refusal is None:
+        state, likelihood = lvlm.states(canvas, questions, [layer])[:, 0], None
+    else:
+        step = lvlm.step(canvas, questions, layer, [refusal] * len(questions))
+        assert step.answer_loss is not None
+        state, likelihood = step.state, -step.answer_loss.float().cpu()
+    return Look((state.float() @ direction.to(state.device, torch.float32)).cpu(), likelihood)
+
+
+def combined(malicious: Float[np.ndarray, "n 2"], benign: Float[np.ndarray, "m 2"]) -> tuple[float, float]:
+    """Weights of (s, r) by logistic regression of the class, both classes counted alike.
+
+    A ridge of one standard deviation keeps the weights finite where the classes are parted by a line.
+    """
+    from scipy.optimize import minimize
+
+    features = np.concatenate([malicious, benign])
+    mean, spread = features.mean(0), features.std(0)
+    x = (features - mean) / np.where(spread > 0, spread, 1)
+    signs = np.concatenate([np.ones(len(malicious)), -np.ones(len(benign))])
+    weight = np.concatenate([np.full(len(malicious), 0.5 / len(malicious)), np.full(len(benign), 0.5 / len(benign))])
+
+    def loss(w: np.ndarray) -> tuple[float, np.ndarray]:
+        margin = signs * (x @ w[:2] + w[2])
+        slope = -signs * weight / (1 + np.exp(np.clip(margin, -500, 500)))
+        ridge = RIDGE * np.array([w[0], w[1], 0])
+        return float(weight @ np.logaddexp(0, -margin) + ridge @ w / 2), np.append(slope @ x, slope.sum()) + ridge
+
+    w = minimize(loss, np.zeros(3), jac=True).x[:2] / np.where(spread > 0, spread, 1)
+    return float(w[0]), float(w[1])
+
+
+RIDGE = 1e-3

@@ -1,0 +1,56 @@
+"""From the scores of held-out queries to a threshold.
+
+The false refusals of a threshold are bounded without any assumption on how scores are spread (split conformal prediction), only that
+the calibration queries are drawn as those that are served:
+
+- marginal: over draws of the calibration set, a benign query is refused with a probability of at most `rate`. The threshold is the
+  ceil((n + 1)(1 - rate))-th smallest of n benign scores (Vovk et al. 2005), so n >= 1 / rate - 1.
+- with confidence c: of all calibration sets, a share of at least c gives a threshold that refuses at most `rate`. It lets as many of
+  the n benign scores pass above it as a binomial of `rate` stays below with probability 1 - c (Wilks 1941), so
+  n >= log(1 - c) / log(1 - rate).
+
+Queries of one intent resemble each other, so a promise for queries is weaker for intents that the calibration never met.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.stats import binom
+
+from davsp.errors import DavspError
+
+RATE, CONFIDENCE = 0.005, 0.95
+
+
+def needed(rate: float = RATE, confidence: float | None = CONFIDENCE) -> int:
+    """The fewest benign queries from which a threshold of this rate can be had."""
+    if confidence is None:
+        return math.ceil(round(1 / rate, 9)) - 1
+    return math.ceil(round(math.log(1 - confidence) / math.log(1 - rate), 9))
+
+
+def threshold(benign: Sequence[float], rate: float = RATE, confidence: float | None = CONFIDENCE) -> float:
+    """The smallest threshold that keeps the promise of the head of this file.
+
+    Args:
+        benign: scores of benign queries that nothing was fitted or chosen on.
+        rate: share of benign queries that may be refused, in (0, 1).
+        confidence: in (0, 1); None: on average over calibration sets.
+
+    Raises:
+        DavspError: there are too few; the sentence says how many are needed.
+    """
+    scores, least = np.sort(np.asarray(benign, dtype=float)), needed(rate, confidence)
+    if len(scores) < least:
+        promise = "on average" if confidence is None else f"with {confidence:.0%} confidence"
+        raise DavspError(
+            f"there are {len(scores)} benign queries to calibrate on, but false refusals of {rate:.2%} {promise} need "
+            f"at least {least}; give more, or allow a higher rate (--false-refusals)"
+        )
+    if confidence is None:
+        return float(scores[math.ceil(round((len(scores) + 1) * (1 - rate), 9)) - 1])
+    above = -1
+    while binom.cdf(above + 1, len(scores), rate) <= 1 - confidence:
+        above += 1
+    return float(scores[len(scores) - 1 - above])

@@ -1,0 +1,216 @@
+"""`davsp reproduce gate`: one seed a call; all seeds that lie in the model's folder are pooled.
+
+out/seed-N/                       a run as `davsp eval` leaves it; a killed one goes on
+out/seed-N/prompts/davsp          the border, with its gate.json
+out/seed-N/looks.npz              scores of every look on the held-out and the test queries
+out/metrics.json                  rows of all seeds together
+out/gate.md, roc.svg, manifest.json
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+
+from davsp import metrics
+from davsp.defenses import ECSO, Defense, Gate, NoDefense, SafetyText, VisualPrompt
+from davsp.defenses.ecso import Templates
+from davsp.defenses.gate import calibrate
+from davsp.evaluation import evaluate
+from davsp.experiments.gate.figures import areas, rates
+from davsp.experiments.gate.looks import scores, see
+from davsp.experiments.gate.table import markdown, roc
+from davsp.experiments.stages import Stages, fitted_vector, trained_prompt
+from davsp.lvlm import LVLM, AnsweringLVLM, fingerprint, model_name
+from davsp.metrics import Outcome
+from davsp.prompts import VisualSafetyPrompt
+from davsp.query import Query, Response
+from davsp.runtime.files import manifest, read_bytes, read_json, write_bytes, write_json, write_text
+from davsp.runtime.progress import bar
+from davsp.store import queries_hash
+from davsp.training import TrainSettings
+
+if TYPE_CHECKING:
+    from davsp.embedded.data import Protocol
+
+SIZES = {"harm": 300, "utility": 100, "mme": 150, "llava_bench": 100}
+"""Of the test: 1,200 malicious and 950 benign queries with pictures."""
+
+LOOKS, OUTCOMES = "looks.npz", "outcomes.json"
+
+
+class Once(Defense):
+    """A defense that answers each query once: rows that share answers do not ask for them again. Greedy answers are the same."""
+
+    def __init__(self, inner: Defense) -> None:
+        self.inner, self.name, self.known = inner, inner.name, dict[tuple[str, int | None], Response]()
+
+    def check(self, lvlm: AnsweringLVLM) -> None:
+        self.inner.check(lvlm)
+
+    def prepare(self, queries: Sequence[Query]) -> list[Query]:
+        return self.inner.prepare(queries)
+
+    def sketch(self, question: str, size: tuple[int, int] | None) -> tuple[str, tuple[int, int] | None]:
+        return self.inner.sketch(question, size)
+
+    def respond(
+        self, lvlm: AnsweringLVLM, queries: Sequence[Query], vector: Any = None, batch_size: int = 32,
+        progress: Any = None, max_new_tokens: int | None = None,
+    ) -> list[Response]:  # fmt: skip
+        """As every defense; with a vector it is always asked."""
+        new = [q for q in queries if (q.id, max_new_tokens) not in self.known]
+        for q, response in zip(
+            new, self.inner.respond(lvlm, new, vector, batch_size, progress, max_new_tokens), strict=True
+        ):
+            self.known[q.id, max_new_tokens] = response
+        return [self.known[q.id, max_new_tokens] for q in queries]
+
+    def describe(self) -> dict[str, Any]:
+        return self.inner.describe()
+
+
+def gate(
+    lvlm: LVLM,
+    data: "Protocol",
+    sets: tuple[list[Query], list[Query], list[Query], list[Query]],
+    out: Path,
+    *,
+    text: str,
+    refusal_text: str,
+    settings: TrainSettings,
+    templates: Templates,
+    seed: int = 0,
+    with_ecso: bool = True,
+    batch_size: int = 32,
+    console: Console | None = None,
+) -> list[dict[str, Any]]:
+    """Train a border, calibrate its gate, answer the test under all defenses, and score every look.
+
+    Args:
+        data: who trains vector and border, and the test.
+        sets: malicious and benign queries to fit on, malicious and benign ones held out (`embedded.data.calibration`).
+        out: the model's folder.
+        text: before every question of all rows but none and ECSO.
+        refusal_text: the model's.
+        settings: of the border.
+        templates: ECSO's.
+        seed: names the folder below `out`; data and settings are of it.
+        with_ecso: also ECSO and adaptive ECSO with the border, which take most of the time.
+
+    Returns:
+        The rows of metrics.json: of all seeds in `out`.
+
+    Raises:
+        DavspError: what the steps raise.
+        Interrupted: Ctrl-C; the same call goes on.
+    """
+    console = console or Console()
+    folder = out / f"seed-{seed}"
+    stages = Stages(folder, console)
+    vector = fitted_vector(stages, lvlm, data, text)
+    start = VisualSafetyPrompt.create(lvlm.canvas, round(lvlm.canvas / 12), text=text)
+    settings = settings.model_copy(update={"seed": seed})
+    saved = folder / "prompts" / "davsp"
+    border = trained_prompt(stages, "davsp", start, lvlm, data, vector, settings, saved)
+    fit, held = (sets[0], sets[1]), (sets[2], sets[3])
+
+    def calibrated(resume: bool) -> None:
+        border.gate = calibrate(lvlm, border, vector, fit, held, refusal_text, batch_size=batch_size)
+        border.save_pretrained(saved)
+
+    inputs = [border.pixels_sha256(), fingerprint(lvlm), refusal_text, *map(queries_hash, sets)]
+    border = stages.run("gate", inputs, calibrated, lambda: VisualSafetyPrompt.from_pretrained(saved))
+
+    none, davsp = Once(NoDefense()), Once(VisualPrompt(border))
+    defenses: dict[str, Defense] = {"none": none, "davsp": davsp}
+    defenses["gate-answer"] = Gate(davsp, "answer", None, none, tokens=lvlm.longest)
+    for kind in ("states", "first"):
+        defenses[f"gate-{kind}"] = Gate(VisualPrompt(border), kind, border.gate, none)
+    if with_ecso:
+        defenses["ecso"] = ECSO(none, templates=templates)
+        defenses["ecso-adaptive+davsp"] = ECSO(none, instead=davsp, templates=templates)
+    evaluation = evaluate(
+        lvlm, defenses, data.test, folder, batch_size=batch_size, redo=True, seed=seed, console=console
+    )
+    outcomes = {
+        name: [replace(o, query_id=f"{seed} {o.query_id}") for o in metrics.outcomes(data.test, answers, evaluation.verdicts[name])
+               if o.split == "total" and o.metric in ("rsr", "over_refusal", "accuracy")]
+        for name, answers in evaluation.responses.items()
+    }  # fmt: skip
+    write_json(folder / OUTCOMES, {name: [asdict(o) for o in rows] for name, rows in outcomes.items()})
+    _look(stages, lvlm, data.test, sets, border, vector.layer, text, refusal_text, seed, batch_size)
+    facts = manifest(
+        model=model_name(lvlm), revision=lvlm.revision, weights=fingerprint(lvlm), seed=seed, text=text,
+        settings=settings.model_dump(), layer=vector.layer, gate=border.gate and border.gate.model_dump(exclude={"direction"}),
+        defenses={name: d.describe() for name, d in defenses.items()},
+        test={"queries": len(data.test), "sha256": queries_hash(data.test)}, stages=stages.seconds,
+    )  # fmt: skip
+    write_json(folder / "manifest.json", facts)
+    return pool(out, model_name(lvlm))
+
+
+def _look(
+    stages: Stages, lvlm: LVLM, test: Sequence[Query], sets: Sequence[list[Query]], border: VisualSafetyPrompt, layer: int,
+    text: str, refusal_text: str, seed: int, batch_size: int,
+) -> None:  # fmt: skip
+    """Scores of each look through each defense that only changes the input, in looks.npz."""
+    random_border = VisualSafetyPrompt.create(lvlm.canvas, border.padding, "random", seed, text)
+    through: dict[str, Defense] = {
+        "none": NoDefense(), "safety-text": SafetyText(text), "random-border": VisualPrompt(random_border),
+        "davsp": VisualPrompt(border),
+    }  # fmt: skip
+    queries = [*sets, list(test)]
+    file = stages.out / LOOKS
+
+    def make(resume: bool) -> None:
+        arrays = {
+            "malicious": np.array([q.label == "malicious" for q in test]), "group": np.array([q.group for q in test]),
+            "benchmark": np.array([q.benchmark for q in test]),
+        }  # fmt: skip
+        with bar(stages.console) as shown:
+            for name, defense in through.items():
+                task = shown.add_task(f"look: {name}", total=sum(map(len, queries)))
+                fit_bad, fit_good, held_bad, held_good, tested = (
+                    see(lvlm, defense, part, refusal_text, batch_size, lambda n, t=task: shown.advance(t, n))
+                    for part in queries
+                )
+                every = scores(
+                    fit_bad, fit_good, layer, {"held-malicious": held_bad, "held-benign": held_good, "test": tested}
+                )
+                arrays |= {f"{name} {look}/{which}": s for look, sets in every.items() for which, s in sets.items()}
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        write_bytes(file, buffer.getvalue())
+
+    inputs = [border.pixels_sha256(), fingerprint(lvlm), layer, refusal_text, *map(queries_hash, queries)]
+    stages.run("looks", inputs, make, lambda: read_looks(file))
+
+
+def read_looks(file: Path) -> dict[str, np.ndarray]:
+    """What `_look` wrote: "THROUGH LOOK/SET" -> scores, and malicious, group, benchmark of the test's queries."""
+    with np.load(io.BytesIO(read_bytes(file)), allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def pool(out: Path, model: str) -> list[dict[str, Any]]:
+    """Rows, table and plot of all seeds in a model's folder."""
+    seeds = sorted(out.glob(f"seed-*/{OUTCOMES}"))
+    outcomes: dict[str, list[Outcome]] = {}
+    for path in seeds:
+        for name, rows in read_json(path).items():
+            outcomes.setdefault(name, []).extend(Outcome(**row) for row in rows)
+    looks = [read_looks(path.parent / LOOKS) for path in seeds]
+    table = rates(model, outcomes) + areas(model, looks)
+    write_json(out / "metrics.json", metrics.metrics_file(table))
+    facts = [read_json(path.parent / "manifest.json") for path in seeds]
+    write_json(
+        out / "manifest.json", {**facts[0], "seeds": [f["seed"] for f in facts], "stages": [f["stages"] for f in facts]}
+    )
+    write_text(out / "gate.md", markdown(table, model, [f["seed"] for f in facts]))
+    write_text(out / "roc.svg", roc(looks, model))
+    return table

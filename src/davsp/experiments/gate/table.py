@@ -1,0 +1,120 @@
+"""The rows of `davsp reproduce gate` as tables for a page, and the ROC of its looks."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from davsp.report import plots
+
+TITLES = {
+    "none": "*no defense*", "davsp": "DAVSP", "gate-states": "gate, `states`", "gate-first": "gate, `first`",
+    "gate-answer": "gate, `answer`", "ecso": "ECSO", "ecso-adaptive+davsp": "adaptive ECSO + DAVSP",
+}  # fmt: skip
+THROUGH = {
+    "none": "undefended",
+    "safety-text": "the safety text",
+    "random-border": "a random border",
+    "davsp": "the border",
+}
+LINES = {"davsp refusal": "-", "none refusal": "--", "davsp both": "-", "none both": "--"}
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], model: str, seeds: Sequence[int]) -> str:
+    """Two tables: the defenses, and the looks."""
+    at = {(r["defense"], r["benchmark"], r["metric"]): r for r in rows}
+    heads = [
+        "defense",
+        "RSR in distribution",
+        "RSR FigStep-like",
+        "utility",
+        "against none",
+        "over-refusal",
+        "by query",
+    ]
+    lines = [
+        f"**The gate on {model}**, seeds {', '.join(map(str, seeds))}. Percent and points, 95 % intervals by intent.", "",
+        "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|",
+    ]  # fmt: skip
+    for name in TITLES:
+        if (name, "benign", "over_refusal") not in at:
+            continue
+        places = [("in distribution", "rsr"), ("out of distribution", "rsr"), ("utility", "accuracy")]
+        cells = [TITLES[name], *(_rate(at[name, *place]) for place in places)]
+        cells.append(_points(at.get((name, "utility", "accuracy_difference"))))
+        cells += [_rate(at[name, "benign", "over_refusal"], 1), _bounds(at[name, "benign", "over_refusal_by_query"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    heads = [
+        "look",
+        "through",
+        "AUROC",
+        "RSR at 0.5 % over-refusal",
+        "over-refusal at RSR 99",
+        "caught, calibrated",
+        "refused, calibrated",
+    ]
+    lines += ["", "**What tells the classes apart**", "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    looks = sorted((r for r in rows if r["metric"] == "auroc"), key=lambda r: -r["value"])
+    for r in looks:
+        through, _, look = r["defense"].removeprefix("look: ").partition(" ")
+        others = [
+            at[r["defense"], "all pictures", m]["value"]
+            for m in ("rsr_at_rate", "over_refusal_at_99", "caught", "false_refusals")
+        ]
+        area = f"{r['value']:.4f} <sub>{r['low']:.4f}–{r['high']:.4f}</sub>"
+        lines.append("| " + " | ".join([look, THROUGH[through], area, *(f"{100 * x:.1f}" for x in others)]) + " |")
+    malicious = at["none", "all pictures", "rsr"]["n"]
+    notes = [
+        f"{malicious} malicious queries with pictures, {at['none', 'benign', 'over_refusal']['n']} benign ones; the judge is `keyword`. There are "
+        "few intents among the malicious ones, so no RSR has a lower end much above 95.",
+        "calibrated: at the threshold that 600 held-out benign queries give for 0.5 % false refusals with 95 % confidence; the intents of the "
+        "test were not among them.",
+    ]  # fmt: skip
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
+
+
+def _rate(figure: Mapping[str, Any], digits: int = 1) -> str:
+    value, low, high = (f"{100 * figure[k]:.{digits}f}" for k in ("value", "low", "high"))
+    return f"{value} <sub>{low}–{high}</sub>"
+
+
+def _bounds(figure: Mapping[str, Any]) -> str:
+    return "<sub>{:.1f}–{:.1f}</sub>".format(*(100 * figure[k] for k in ("low", "high")))
+
+
+def _points(figure: Mapping[str, Any] | None) -> str:
+    if figure is None:
+        return "–"
+    value, low, high = (f"{100 * figure[k]:+.1f}".replace("-", "−") for k in ("value", "low", "high"))
+    return f"{value} <sub>{low} to {high}</sub>"
+
+
+def roc(looks: Sequence[Mapping[str, np.ndarray]], model: str) -> str:
+    """Malicious queries refused over benign ones refused (log scale), a line a look, as an SVG file's text; seeds are averaged."""
+    grid = np.geomspace(5e-4, 1, 200)
+    with matplotlib.rc_context(plots.STYLE):
+        figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+        ax = figure.subplots()
+        for key, style in LINES.items():
+            curves = [_curve(one[f"{key}/test"], one["malicious"], grid) for one in looks]
+            through, _, look = key.partition(" ")
+            colour = plots.colour("davsp" if look == "refusal" else "additive")
+            ax.plot(100 * grid, 100 * np.mean(curves, 0), style, color=colour, label=f"{look}, {THROUGH[through]}")
+        ax.axvline(0.5, color=plots.INK, linewidth=0.8, linestyle=(0, (1, 2)))
+        ax.set(
+            xscale="log",
+            xlabel="benign queries refused, %",
+            ylabel="malicious queries refused, %",
+            ylim=(60, 101),
+            title=model,
+        )
+        ax.legend(loc="lower right", frameon=False)
+        return plots.standalone(plots.svg(figure, "roc"))
+
+
+def _curve(scores: np.ndarray, malicious: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    good = np.sort(scores[~malicious])[::-1]
+    at = good[np.minimum((grid * len(good)).astype(int), len(good) - 1)]  # as many benign ones stand above
+    return (scores[malicious][:, None] > at).mean(0)
