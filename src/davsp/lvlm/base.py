@@ -431,7 +431,7 @@ class LVLM:
 
     def step(
         self,
-        canvas: Float[Tensor, "b 3 h w"],
+        canvas: Canvas | None,
         questions: Sequence[str],
         layer: int,
         answers: Sequence[str | None] | None = None,

@@ -18,7 +18,7 @@ from davsp.prompts.gate import Calibration, Line, packed
 from davsp.query import Query
 from davsp.vector import HarmfulnessVector, auroc, check_classes
 
-Scores = Float[np.ndarray, "n 2"]
+Scores = Float[np.ndarray, "_ 2"]
 
 
 def calibrate(

@@ -50,7 +50,7 @@ def threshold(benign: Sequence[float], rate: float = RATE, confidence: float | N
         )
     if confidence is None:
         return float(scores[math.ceil(round((len(scores) + 1) * (1 - rate), 9)) - 1])
-    above = -1
-    while binom.cdf(above + 1, len(scores), rate) <= 1 - confidence:
-        above += 1
+    # ppf is the first count whose probability of being reached from below exceeds 1 - confidence
+    above = int(binom.ppf(1 - confidence, len(scores), rate))
+    above -= binom.cdf(above, len(scores), rate) > 1 - confidence
     return float(scores[len(scores) - 1 - above])

@@ -87,20 +87,35 @@ def _calibrated(one: Mapping[str, np.ndarray], key: str) -> tuple[float, float]:
 
 
 def _interval(looks: Sequence[Mapping[str, np.ndarray]], key: str) -> tuple[float, float]:
-    """95 % of the mean AUROC over seeds; intents are drawn with replacement, the same ones in every seed."""
+    """95 % of the mean AUROC over seeds: the intents of each class are drawn with replacement, the same ones in every seed."""
     rng = np.random.default_rng(0)
-    names = sorted({group for one in looks for group in one["group"]})
-    place = {name: i for i, name in enumerate(names)}
-    where = [np.array([place[group] for group in one["group"]]) for one in looks]
+    intents = {
+        kind: sorted({g for one in looks for g in one["group"][one["malicious"] == kind]}) for kind in (True, False)
+    }
+    place = {kind: {name: i for i, name in enumerate(names)} for kind, names in intents.items()}
+    where = [
+        np.array([place[bool(kind)][group] for kind, group in zip(one["malicious"], one["group"], strict=True)])
+        for one in looks
+    ]
     areas = []
     for _ in range(DRAWS):
-        times = np.bincount(rng.integers(0, len(names), len(names)), minlength=len(names))
-        areas.append(np.mean([
-            auroc(np.repeat(one[f"{key}/test"], times[at]), np.repeat(one["malicious"], times[at]))
-            for one, at in zip(looks, where, strict=True)
-        ]))  # fmt: skip
+        times = {
+            kind: np.bincount(rng.integers(0, len(of), len(of)), minlength=len(of)) for kind, of in intents.items()
+        }
+        areas.append(np.mean([_drawn(one, key, at, times) for one, at in zip(looks, where, strict=True)]))
     low, high = np.quantile(areas, [0.025, 0.975])
     return float(low), float(high)
+
+
+def _drawn(one: Mapping[str, np.ndarray], key: str, at: np.ndarray, times: Mapping[bool, np.ndarray]) -> float:
+    """AUROC with each query as often as its intent was drawn."""
+    malicious = one["malicious"]
+    often = np.where(
+        malicious,
+        times[True][np.minimum(at, len(times[True]) - 1)],
+        times[False][np.minimum(at, len(times[False]) - 1)],
+    )
+    return auroc(np.repeat(one[f"{key}/test"], often), np.repeat(malicious, often))
 
 
 def auroc(scores: Float[np.ndarray, " n"], malicious: Bool[np.ndarray, " n"]) -> float:
