@@ -203,8 +203,6 @@ def test_what_does_not_go_together(lvlm: LVLM, mini: LVLM, calibrated: VisualSaf
         Gate(VisualPrompt(calibrated), "first")
     with pytest.raises(DavspError, match="wraps the call"):
         Gate(ECSO(), "states", calibrated.gate)
-    with pytest.raises(DavspError, match="choose states, first or answer"):
-        Gate(NoDefense(), "both")  # type: ignore[arg-type]
     assert calibrated.gate is not None
     other = calibrated.gate.model_copy(update={"weights": "0" * 64})
     with pytest.raises(DavspError, match=r"calibrated on .* whose weights are not those"):
@@ -328,7 +326,7 @@ def test_davsp_gate_with_own_queries(
     assert run(*command, *sets[:4]) == 2 and "--held-malicious" in capsys.readouterr().err
     assert run(*command, *sets, "--false-refusals", "0.2", "--confidence", "0") == 0
     said = capsys.readouterr().out
-    assert "20.00%" in said and "on average" in said and max(map(len, said.splitlines()[:12])) <= 80
+    assert "20.00%" in said and "on average" in said and max(len(line) for line in said.splitlines() if "│" in line) <= 80
     specs = [f"gate:first+davsp={prompt}", f"gate+davsp={prompt}", "none"]
     asked = [part for spec in specs for part in ("--defense", spec)]
     asked += ["--max-new-tokens", "4", "--out", tmp_path / "run"]
