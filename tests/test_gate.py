@@ -326,7 +326,9 @@ def test_davsp_gate_with_own_queries(
     assert run(*command, *sets[:4]) == 2 and "--held-malicious" in capsys.readouterr().err
     assert run(*command, *sets, "--false-refusals", "0.2", "--confidence", "0") == 0
     said = capsys.readouterr().out
-    assert "20.00%" in said and "on average" in said and max(len(line) for line in said.splitlines() if "│" in line) <= 80
+    assert (
+        "20.00%" in said and "on average" in said and max(len(line) for line in said.splitlines() if "│" in line) <= 80
+    )
     specs = [f"gate:first+davsp={prompt}", f"gate+davsp={prompt}", "none"]
     asked = [part for spec in specs for part in ("--defense", spec)]
     asked += ["--max-new-tokens", "4", "--out", tmp_path / "run"]

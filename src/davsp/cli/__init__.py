@@ -111,10 +111,10 @@ def main() -> None:
         say(f"davsp: {error.filename} cannot be used: {why}" if error.filename else f"davsp: {why}")
         sys.exit(2)
     except (ImportError, RuntimeError) as error:
-        why = _explained(error)
-        if why is None:
+        known = _explained(error)
+        if known is None:
             raise
-        say(f"davsp: {why}")
+        say(f"davsp: {known}")
         sys.exit(2)
 
 

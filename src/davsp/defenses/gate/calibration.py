@@ -61,7 +61,9 @@ def calibrate(
     defense = VisualPrompt(prompt)
     seen = [scored(lvlm, defense, part, vector, refusal_text, batch_size, progress) for part in (*fit, *held)]
     weights = combined(seen[0], seen[1])
-    lines = {name: _line(w, *seen[2:], rate, confidence) for name, w in (("states", (1.0, 0.0)), ("first", weights))}
+    lines = {
+        name: _line(w, seen[2], seen[3], rate, confidence) for name, w in (("states", (1.0, 0.0)), ("first", weights))
+    }
     return Calibration(
         pixels=prompt.pixels_sha256(), texts=texts(prompt),
         model=model_name(lvlm), revision=lvlm.revision, weights=fingerprint(lvlm),

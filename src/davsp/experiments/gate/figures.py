@@ -67,17 +67,14 @@ def areas(model: str, looks: Sequence[Mapping[str, np.ndarray]]) -> list[dict[st
         at_rate = [np.mean(s[m] > np.quantile(s[~m], 1 - RATE, method="higher")) for s, m in every]
         at_99 = [np.mean(s[~m] > np.quantile(s[m], 0.01, method="lower")) for s, m in every]
         figures = {
-            "auroc": (area, low, high), "rsr_at_rate": (np.mean(at_rate), None, None), "over_refusal_at_99": (np.mean(at_99), None, None),
-            "caught": (np.mean(caught), None, None), "false_refusals": (np.mean(refused), None, None),
+            "rsr_at_rate": at_rate, "over_refusal_at_99": at_99, "caught": caught, "false_refusals": refused,
         }  # fmt: skip
+        look = f"look: {key}"
+        table.append(row(model, look, "all pictures", "auroc", area, low, high, n))
         table += [
-            row(model, f"look: {key}", "all pictures", metric, *map(_number, f), n) for metric, f in figures.items()
+            row(model, look, "all pictures", metric, float(np.mean(f)), None, None, n) for metric, f in figures.items()
         ]
     return table
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
 
 
 def _calibrated(one: Mapping[str, np.ndarray], key: str) -> tuple[float, float]:

@@ -10,6 +10,7 @@ out/gate.md, roc.svg, manifest.json
 import io
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,20 +169,16 @@ def _look(
     file = stages.out / LOOKS
 
     def make(resume: bool) -> None:
-        arrays = {
+        arrays: dict[str, Any] = {
             "malicious": np.array([q.label == "malicious" for q in test]), "group": np.array([q.group for q in test]),
             "benchmark": np.array([q.benchmark for q in test]),
         }  # fmt: skip
         with bar(stages.console) as shown:
             for name, defense in through.items():
-                task = shown.add_task(f"look: {name}", total=sum(map(len, queries)))
-                fit_bad, fit_good, held_bad, held_good, tested = (
-                    see(lvlm, defense, part, refusal_text, batch_size, lambda n, t=task: shown.advance(t, n))
-                    for part in queries
-                )
-                every = scores(
-                    fit_bad, fit_good, layer, {"held-malicious": held_bad, "held-benign": held_good, "test": tested}
-                )
+                advance = partial(shown.advance, shown.add_task(f"look: {name}", total=sum(map(len, queries))))
+                seen = [see(lvlm, defense, part, refusal_text, batch_size, advance) for part in queries]
+                others = {"held-malicious": seen[2], "held-benign": seen[3], "test": seen[4]}
+                every = scores(seen[0], seen[1], layer, others)
                 arrays |= {f"{name} {look}/{which}": s for look, sets in every.items() for which, s in sets.items()}
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)
