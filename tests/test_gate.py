@@ -331,8 +331,8 @@ def test_davsp_gate_with_own_queries(
     )
     specs = [f"gate:first+davsp={prompt}", f"gate+davsp={prompt}", "none"]
     asked = [part for spec in specs for part in ("--defense", spec)]
-    asked += ["--max-new-tokens", "4", "--out", tmp_path / "run"]
-    assert run("eval", *model, *sets[:4], *asked) == 0
+    asked += ["--max-new-tokens", "4", "--max-unscored", "1", "--out", tmp_path / "run"]
+    assert run("eval", *model, "--queries", sets[1], *asked) == 0
     rows = json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"]
     assert {row["defense"] for row in rows} == {"none", "gate:first+davsp", "gate+davsp"}
 
