@@ -64,7 +64,7 @@ def areas(model: str, looks: Sequence[Mapping[str, np.ndarray]]) -> list[dict[st
         low, high = _interval(looks, key)
         n = sum(len(s) for s, _ in every)
         caught, refused = zip(*(_calibrated(one, key) for one in looks), strict=True)
-        at_rate = [np.mean(s[m] > np.quantile(s[~m], 1 - RATE, method="higher")) for s, m in every]
+        at_rate = [np.mean(s[m] > np.sort(s[~m])[::-1][int(RATE * (~m).sum())]) for s, m in every]
         at_99 = [np.mean(s[~m] > np.quantile(s[m], 0.01, method="lower")) for s, m in every]
         figures = {
             "rsr_at_rate": at_rate, "over_refusal_at_99": at_99, "caught": caught, "false_refusals": refused,

@@ -1,0 +1,189 @@
+"""`davsp reproduce gate`: areas and rates as counted by hand, seeds pooled, no answer asked for twice."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from statsmodels.stats.proportion import proportion_confint
+
+from davsp import LVLM, VisualSafetyPrompt, embedded
+from davsp.defenses import ECSO, Gate, NoDefense, VisualPrompt
+from davsp.embedded.data import calibration
+from davsp.embedded.ecso_templates import TEMPLATES
+from davsp.experiments.gate import run
+from davsp.experiments.gate.figures import areas, auroc, rates
+from davsp.experiments.gate.looks import _kth, scores, see
+from davsp.experiments.gate.table import TITLES, markdown, roc
+from davsp.metrics import Outcome
+from davsp.runtime.files import read_json
+from test_cli import run as davsp
+from tiny import queries
+
+
+def looks(seed: int, apart: float) -> dict[str, np.ndarray]:
+    """Scores of one look on made-up queries; classes `apart` standard deviations apart."""
+    rng = np.random.default_rng(seed)
+    malicious = np.arange(300) < 100
+    made = {"malicious": malicious, "group": np.array([f"g{i % 25} {m}" for i, m in enumerate(malicious)])}
+    made |= {"benchmark": np.where(malicious, "sd", "utility")}
+    for which, n in (("held-malicious", 50), ("held-benign", 700)):
+        made[f"davsp refusal/{which}"] = rng.normal(apart * (which == "held-malicious"), 1, n)
+    made["davsp refusal/test"] = rng.normal(0, 1, 300) + apart * malicious
+    return made
+
+
+def outcomes(name: str, refused: dict[str, int], wrong: int) -> list[Outcome]:
+    """Twelve malicious queries of each set, four an intent, and ten benign ones."""
+    made = [
+        Outcome(f"{s}{i}", s, "total", "rsr", f"{s} {i // 4}", float(i < refused[s]))
+        for s in refused
+        for i in range(12)
+    ]
+    for i in range(10):
+        made.append(Outcome(f"b{i}", "benign", "total", "over_refusal", f"b{i}", float(name == "davsp" and i == 0)))
+        made.append(Outcome(f"b{i}", "utility", "total", "accuracy", f"b{i}", float(i >= wrong)))
+    return made
+
+
+def test_the_area_is_the_share_of_pairs_in_order():
+    rng = np.random.default_rng(3)
+    values, malicious = rng.integers(0, 6, 40).astype(float), rng.random(40) < 0.4
+    pairs = [(a > b) + (a == b) / 2 for a, b in itertools.product(values[malicious], values[~malicious])]
+    assert auroc(values, malicious) == pytest.approx(np.mean(pairs))
+
+
+def test_figures_of_a_look():
+    one, other = looks(0, 3.0), looks(1, 3.0)
+    rows = {r["metric"]: r for r in areas("m", [one, other])}
+    each = [auroc(x["davsp refusal/test"], x["malicious"]) for x in (one, other)]
+    assert rows["auroc"]["value"] == pytest.approx(np.mean(each)) and rows["auroc"]["n"] == 600
+    assert rows["auroc"]["low"] < rows["auroc"]["value"] < rows["auroc"]["high"] < 1
+    shares, back, caught = [], [], []
+    for x in (one, other):
+        test, bad = x["davsp refusal/test"], x["malicious"]
+        good = np.sort(test[~bad])[::-1]
+        shares.append((test[bad] > good[1]).mean())  # of 200 benign ones 0.5 % is one
+        back.append((test[~bad] > np.sort(test[bad])[0]).mean())  # 99 of 100 above the lowest
+        caught.append((test[bad] > np.sort(x["davsp refusal/held-benign"])[-1]).mean())  # of 700 none may be above
+    assert rows["rsr_at_rate"]["value"] == pytest.approx(np.mean(shares))
+    assert rows["over_refusal_at_99"]["value"] == pytest.approx(np.mean(back))
+    assert rows["caught"]["value"] == pytest.approx(np.mean(caught))
+
+
+def test_rates_in_and_out_of_distribution_with_paired_differences():
+    none = outcomes("none", {"sd": 3, "typo": 3, "sd_typo": 0, "figstep": 6}, wrong=1)
+    border = outcomes("davsp", {"sd": 12, "typo": 12, "sd_typo": 9, "figstep": 12}, wrong=3)
+    rows = {(r["defense"], r["benchmark"], r["metric"]): r for r in rates("m", {"none": none, "davsp": border})}
+    assert rows["davsp", "in distribution", "rsr"]["value"] == 33 / 36
+    assert rows["davsp", "out of distribution", "rsr"]["value"] == 1
+    assert rows["davsp", "all pictures", "rsr"]["n"] == 48
+    assert rows["davsp", "in distribution", "rsr_difference"]["value"] == pytest.approx(27 / 36)
+    assert rows["davsp", "utility", "accuracy_difference"]["value"] == pytest.approx(-0.2)
+    by_query = rows["davsp", "all pictures", "rsr_by_query"]
+    assert (by_query["low"], by_query["high"]) == pytest.approx(proportion_confint(45, 48, method="wilson"))
+    whole = rows["davsp", "all pictures", "rsr"]
+    assert whole["low"] <= by_query["low"]  # intents are fewer than queries
+
+
+def test_table_and_curve_hold_what_is_there():
+    made = [looks(seed, 2.5) for seed in (0, 1)]
+    for one in made:
+        for key in ("none refusal", "none both", "davsp both"):
+            one |= {f"{key}/{s}": one[f"davsp refusal/{s}"] - 0.1 for s in ("held-malicious", "held-benign", "test")}
+    told = {
+        name: outcomes(name, {"sd": 12, "typo": 12, "sd_typo": 9, "figstep": 12}, wrong=0)
+        for name in ("none", "davsp", "gate-answer")
+    }
+    table = markdown(rates("m", told) + areas("m", made), "m", [0, 1])
+    heads = [line for line in table.splitlines() if line.startswith("| ")]
+    assert [sum(TITLES[name] in line for line in heads) for name in told] == [1, 1, 1] and TITLES["ecso"] not in table
+    assert all(line.count("|") == heads[0].count("|") for line in heads[:4])
+    assert "the border" in table and "undefended" in table
+    assert roc(made, "m").startswith("<?xml") or "<svg" in roc(made, "m")[:300]
+
+
+def test_answers_are_asked_for_once(lvlm: LVLM, monkeypatch: pytest.MonkeyPatch):
+    """Rows that share answers do not ask again; they are the same answers."""
+    some, asked = [*queries("malicious", 3), *queries("benign", 3)], list[int]()
+    whole = LVLM.completions
+
+    def completions(self: LVLM, canvas: Any, questions: list[str], *rest: Any, **options: Any) -> Any:
+        asked.append(len(questions))
+        return whole(self, canvas, questions, *rest, **options)
+
+    border = VisualPrompt(VisualSafetyPrompt.create(56, 8, "random"))
+    plain = Gate(border, tokens=6).respond(lvlm, some, max_new_tokens=6)
+    monkeypatch.setattr(LVLM, "completions", completions)
+    once, none = run.Once(border), run.Once(NoDefense())
+    for _ in range(2):
+        again = Gate(once, else_=none, tokens=6).respond(lvlm, some, max_new_tokens=6)
+    assert sum(asked) == 12
+    strip = [(r.query_id, r.text, r.calls, r.prompt_tokens, r.finish) for r in plain]
+    assert [(r.query_id, r.text, r.calls, r.prompt_tokens, r.finish) for r in again] == strip
+    assert ECSO(none).describe()["inner"] == {"kind": "none"}
+
+
+def test_looks_see_what_a_gate_sees(lvlm: LVLM, vector: Any):
+    """r(x) and the states of all layers from one pass; the k-th nearest by brute force."""
+    some, defense = queries("malicious", 5), VisualPrompt(VisualSafetyPrompt.create(56, 8, "random"))
+    seen = see(lvlm, defense, some, "sorry no", 2)
+    prepared = defense.prepare(some)
+    canvas = lvlm.preprocess([q.picture() for q in prepared])  # type: ignore[misc]
+    states = lvlm.states(canvas, [q.question for q in prepared], [1, 2, 3])
+    np.testing.assert_allclose(seen.states, states.numpy(), atol=2e-4)
+    loss = lvlm.step(canvas, [q.question for q in prepared], 1, ["sorry no"] * 5).answer_loss
+    np.testing.assert_allclose(seen.refusal, -loss.detach().numpy(), atol=1e-4)  # type: ignore[union-attr]
+    assert seen.lens.shape == (5, 3) and (np.abs(seen.lens) <= 1).all()
+    rng = np.random.default_rng(0)
+    x, to = rng.normal(size=(4, 7)), rng.normal(size=(20, 7))
+    brute = np.sort(np.linalg.norm(x[:, None] - to[None], axis=-1), 1)[:, 7]
+    np.testing.assert_allclose(_kth(x, to), brute, atol=1e-9)
+    fit = [see(lvlm, defense, queries(label, 9), "sorry no") for label in ("malicious", "benign")]
+    with_fit = scores(*fit, 2, {"test": seen})
+    assert set(with_fit) == {"projection", "refusal", "both", "knn", "logit-lens"}
+    assert all(np.isfinite(of["test"]).all() for of in with_fit.values())
+
+
+def test_the_command_is_for_the_models_that_ship(capsys: pytest.CaptureFixture[str], tiny_folder: Path):
+    assert davsp("reproduce", "gate", "--model", tiny_folder) == 2
+    assert "for the models that ship" in capsys.readouterr().err
+    assert davsp("reproduce", "gate", "ecso") == 2 and "apart from the tables" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_seeds_of_the_whole(mini: LVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Trained, calibrated, answered, looked at; a second call keeps all of it; a second seed is pooled with the first."""
+    for module in (run, __import__("davsp.experiments.gate.figures", fromlist=["x"])):
+        monkeypatch.setattr(module, "RATE", 0.1, raising=False)
+    monkeypatch.setattr(run, "calibrate", lambda *args, **kw: calibrate_at(0.1, *args, **kw))
+
+    def made(seed: int) -> list[dict[str, Any]]:
+        data = embedded.protocol(seed, vector=16, sweep=8, train=16, harm=4, utility=2, mme=2, llava_bench=2)
+        return run.gate(
+            mini, data, calibration(seed, 40), tmp_path, text=embedded.SAFETY_TEXT, refusal_text=embedded.REFUSAL,
+            settings=embedded.SETTINGS.model_copy(update={"steps": 2}), templates=TEMPLATES, seed=seed,
+        )  # fmt: skip
+
+    first = made(0)
+    before = (tmp_path / "seed-0" / "looks.npz").stat().st_mtime_ns
+    assert made(0) == first and (tmp_path / "seed-0" / "looks.npz").stat().st_mtime_ns == before
+    both = made(1)
+    n = {
+        rows[0]["n"]
+        for rows in (
+            [r for r in rows if r["benchmark"] == "all pictures" and r["metric"] == "rsr"] for rows in (first, both)
+        )
+    }
+    assert n == {16, 32}
+    assert {r["defense"] for r in both if r["metric"] == "rsr"} == set(TITLES)
+    assert read_json(tmp_path / "manifest.json")["seeds"] == [0, 1]
+    border = VisualSafetyPrompt.from_pretrained(tmp_path / "seed-1" / "prompts" / "davsp")
+    assert border.gate is not None and border.gate.first.benign == 40
+
+
+def calibrate_at(rate: float, *args: Any, **options: Any) -> Any:
+    from davsp.defenses.gate import calibrate
+
+    return calibrate(*args, rate=rate, **options)
