@@ -100,13 +100,19 @@ def run(lvlm: LVLM, who: Any, out: Path, data: list[Query], **changes: Any) -> P
     return make_pool(lvlm, data, who, LVLMEncoder(lvlm), SETTINGS.model_copy(update=changes), out)
 
 
-def test_a_prompt_that_works_on_both_validation_queries_is_kept(lvlm: LVLM, target: Any, tmp_path: Path) -> None:
+def test_a_prompt_that_works_on_both_validation_queries_is_kept(
+    lvlm: LVLM, target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = malicious(4)
     train, held = refine.draw(data, SETTINGS)["theft"]
     assert len(train) == 2 and len(held) == 2 and {q.id for q in [*train, *held]} == {q.id for q in data}
     target["please be safe"] = {q.id for q in data}
     with defender("no json", GOOD) as (server, who):
         pool = run(lvlm, who, tmp_path, data)
+    assert AdaShieldA(pool).template == "checkpoint" and "template" not in pool.config.data
+    monkeypatch.setattr("davsp.lvlm.identity.template_of", lambda _: "llava_v1")
+    with defender(GOOD) as (_, who):
+        assert AdaShieldA(run(lvlm, who, tmp_path / "asked", data)).template == "llava_v1"
     for row in pool.config.rows:
         assert (row.init_score, row.final_score, row.iteration, row.validated) == (10, 1, 1, 1.0)
         assert (row.defense_prompt, row.improvement, row.response) == ("please be safe", "more", "I am sorry.")

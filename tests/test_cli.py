@@ -331,10 +331,15 @@ def test_a_published_vector_and_noise_go_where_ours_go(data: Path, tiny_folder: 
     assert run(*theirs, "--mu-plus", 4, "--mu-minus", -1) == 0
     output = capsys.readouterr().out
     assert "layers 1 to 3; layer 4 is left out" in output and "so not known: the model, the text before" in output
+    assert "Their code asks by the template llava_v1, pictures padded to a square in white" in output
     both = ("--malicious", data / "malicious", "--benign", data / "benign")
     steps = ("--steps", 1, "--batch-size", 2)
     assert run("train", *model, *both, *steps, "--vector", tmp_path / "vector", "--out", tmp_path / "prompt") == 0
-    assert "nobody says which text stood before every question" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "nobody says which text stood before every question" in error
+    assert (
+        "note: the vector was trained under the template llava_v1" in error and "fitted with --undefended" not in error
+    )
     torch.save(torch.full((3, 56, 56), 64 / 255), tmp_path / "safety_patch_eps32.pt")
     noise = ("import-published", tmp_path / "safety_patch_eps32.pt", "--out", tmp_path / "noise")
     assert run(*noise) == 2 and "is imported with --kind uniguard" in capsys.readouterr().err

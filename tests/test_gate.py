@@ -329,6 +329,11 @@ def test_davsp_gate_with_own_queries(
     assert (
         "20.00%" in said and "on average" in said and max(len(line) for line in said.splitlines() if "│" in line) <= 80
     )
+    assert run("info", prompt) == 0
+    said = capsys.readouterr().out
+    assert (
+        "gate.json: thresholds for at most 20.00% of benign queries refused on average; of malicious ones they" in said
+    )
     specs = [f"gate:first+davsp={prompt}", f"gate+davsp={prompt}", "none"]
     asked = [part for spec in specs for part in ("--defense", spec)]
     asked += ["--max-new-tokens", "4", "--max-unscored", "1", "--out", tmp_path / "run"]

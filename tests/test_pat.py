@@ -17,6 +17,7 @@ from davsp.defenses.pat.defense import CONFIG, PAT, PUBLISHED
 from davsp.defenses.pat.search import Search, allowed_tokens
 from davsp.defenses.pat.train import FILE, SENTENCE_TOKENS, first_sentence
 from davsp.lvlm.onehot import answer_losses
+from davsp.lvlm.templates import CHECKPOINT
 from tiny import SPECIAL, queries
 
 SETTINGS = PatSettings(
@@ -100,9 +101,24 @@ def test_saved_and_read_again(lvlm: LVLM, tmp_path: Path) -> None:
     assert again.describe() == pat.describe() and again.name == "pat"
     assert again.prepare(queries("benign", 1))[0].question == f"{TEXT} {pat.control} {queries('benign', 1)[0].question}"
     assert again.config.settings["length"] == 4 and again.config.figures["step"] == 3
+    assert (
+        again.template == CHECKPOINT
+        and "template" not in again.config.data
+        and PAT.published("vicuna").template is None
+    )
     (tmp_path / CONFIG).write_text(json.dumps(pat.config.model_dump() | {"tokens": []}))
     with pytest.raises(DavspError, match="field 'tokens'"):
         PAT.load(tmp_path)
+
+
+def test_the_template_is_kept_where_it_is_not_the_checkpoints(
+    lvlm: LVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("davsp.lvlm.identity.template_of", lambda _: "llava_v1")
+    train_pat(
+        lvlm, queries("malicious", 4), queries("benign", 3), TEXT, SETTINGS.model_copy(update={"steps": 1}), tmp_path
+    ).save(tmp_path)
+    assert PAT.load(tmp_path).template == "llava_v1"
 
 
 def dying(write: Callable[[Path, object], None], at: int) -> Callable[[Path, object], None]:

@@ -243,6 +243,7 @@ def test_the_authors_vector_has_their_layer_and_margins(tmp_path: Path, lvlm):
         torch.testing.assert_close(vector.direction(layer), given[f"layer_{layer}"])
     assert (vector.layer, vector.mu_plus, vector.mu_minus) == (20, 27, -2) and vector.half_gap() == 14.5
     assert (vector.model_id, vector.text, vector.auroc, vector.by_layer()) == ("", None, {}, [])
+    assert (vector.template, vector.undefended) == ("llava_v1", "pad")  # their extract_hs.py has no other way
     with pytest.raises(
         DavspError, match=r"margins at layer 20 alone.* of layer 18 .*--layer 18, --mu-plus and --mu-minus"
     ):

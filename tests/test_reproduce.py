@@ -160,7 +160,9 @@ def made(request, tmp_path_factory):
     out, whole = tmp_path_factory.mktemp("reproduce"), len(request.param) > 1
     sizes = SMALL if whole else SMALL | {"train": 12, "harm": 1, "mme": 1, "llava_bench": 1}
     changes = {"steps": 2} if whole else {"steps": 2, "batch_size": 4}
-    VisualSafetyPrompt.create(192, 16, "random", text="x").save_pretrained(out / "other")
+    other = VisualSafetyPrompt.create(192, 16, "random", text="x")
+    other.config["template"] = "llava_v1"
+    other.save_pretrained(out / "other")
     lvlm, data = embedded.load(device_map="cpu"), embedded.protocol(0, **sizes)
 
     def again(names, **options):
@@ -220,6 +222,9 @@ def test_the_transferred_border_stands_resized_before_the_models_own_text(made):
     out, *_ = made
     told = json.loads((out / "run.json").read_text())["defenses"]["davsp-from-other"]
     assert told["padding"] == 14 and told["text"] == embedded.SAFETY_TEXT
+    for table in ("transfer.md", "tables.html"):
+        said = "davsp-from-other: its border was trained under the template llava_v1; here it is asked by checkpoint"
+        assert said in (out / table).read_text()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from davsp.cli.inputs import compare_templates, load_lvlm
 from davsp.cli.options import ModelOptions
 from davsp.defenses import NoDefense, VisualPrompt
 from davsp.defenses.ecso import ECSO, PUBLISHED
+from davsp.defenses.pat.defense import PAT, PatConfig
 from davsp.embedded import FOLDER as MINI
 from davsp.embedded.data import Protocol
 from davsp.lvlm import fingerprint
@@ -252,6 +253,12 @@ def test_prompts_are_found_in_every_defense(made, capsys):
     for defense in (border, ECSO(border, templates=PUBLISHED), ECSO(instead=border, templates=PUBLISHED)):
         compare_templates(server, {"the prompt": defense})
         assert capsys.readouterr().err.count("llava_v1, and the server asks by its own") == 1
+    for tokens, notes in (
+        (PAT("b", "", config=PatConfig(control="b", data={"template": "llava_v1"})), 1),
+        (PAT("b"), 0),
+    ):
+        compare_templates(server, {"the prompt of pat": tokens})
+        assert capsys.readouterr().err.count("the prompt of pat was trained under the template llava_v1") == notes
     compare_templates(server, {"the prompt": NoDefense(), "the vector": None})
     assert capsys.readouterr().err == ""
 

@@ -26,6 +26,7 @@ from davsp.experiments.stages import Stages, fitted_vector
 from davsp.lvlm import FAMILIES
 from davsp.lvlm.remote import RemoteLVLM
 from davsp.lvlm.undefended import facts, in_records, note
+from davsp.query import Query
 from davsp.vector import collect_states
 from families import save_family
 from test_cli import run as davsp
@@ -174,6 +175,27 @@ def test_words_at_the_border_of_a_typographic_picture_are_seen_only_where_it_is_
     assert not (np.array(typo)[:, 240:360] < 128).any()
     typo = typo if wide else typo.transpose(Image.Transpose.ROTATE_90)
     assert (levels(lvlm, typo) < 90).any() and not (levels(crop, typo) < 255).any()
+
+
+@pytest.mark.parametrize(
+    ("way", "good", "bad", "made"),
+    [("pad", (13377, 1), (13378, 1), "13378x13378"), ("crop", (57065, 1), (57066, 1), "56x3195696")],
+)
+def test_no_thin_picture_becomes_a_larger_one_than_pillow_opens(
+    tiny_folder: Path, way: str, good: Any, bad: Any, made: str
+) -> None:
+    model, said = (
+        load(tiny_folder, way),
+        f"^a picture of .*\\({way}\\), would take {made} on its way; cut or shrink it$",
+    )
+    assert model.seen(*good) == model.seen(*good[::-1]) == (56, 56)
+    for size in (bad, bad[::-1]):
+        with pytest.raises(DavspError, match=said):
+            model.check_query("what is this", size, 2)
+        with pytest.raises(DavspError, match=said):
+            model.preprocess([Image.new("RGB", size)])
+        with pytest.raises(DavspError, match="query 'thin' cannot be shown: a picture of"):
+            collect_states(model, [Query("thin", "what is this", "benign", "t", image=Image.new("RGB", size))], [1])
 
 
 def test_a_way_that_the_model_does_not_have_is_refused(tiny_folder: Path) -> None:

@@ -20,6 +20,7 @@ from davsp.runtime.files import read_tensors_and_metadata, read_torch, save_tens
 AS_GOOD = 0.01  # of AUROC: about the standard error of 0.99 from a hundred queries
 QUANTILES = (0.5, 0.75)  # of malicious projections for mu_plus, of benign ones for mu_minus
 PUBLISHED = ((40, 5120), 20, 27.0, -2.0)  # the authors' model, their layer, mu_plus and mu_minus
+PUBLISHED_SHOWN = ("llava_v1", "pad")  # by which template and way their code shows a query
 
 
 @dataclass
@@ -252,8 +253,9 @@ class HarmfulnessVector:
     ) -> "HarmfulnessVector":
         """The authors' vector (`vector/harmfulness_vector.pt` of zhangyitonggg/DAVSP), or one that their `get_vector.py` made.
 
-        It holds a direction a layer and nothing else: no model, no text, no template, no projections. Their `layer_k` is
-        `hidden_states[k]`, so it is layer k here. Their last one is left out: it was taken after the final norm.
+        It holds a direction a layer and nothing else: no model, no text, no projections. Their `layer_k` is `hidden_states[k]`, so
+        it is layer k here. Their last one is left out: it was taken after the final norm. Template and padding are those that
+        their `extract_hs.py` has no other way than.
 
         Args:
             path: a file of torch.save with a dictionary `layer_1` to `layer_L` of (D,), or one tensor (L, D); of any length, as
@@ -279,6 +281,7 @@ class HarmfulnessVector:
         none = torch.empty(0, len(directions) - 1)
         vectors = (directions / directions.norm(dim=1, keepdim=True))[:-1].contiguous()
         vector = cls(vectors, none, none.clone(), layer, mu_plus, mu_minus, model_id=model_id, text=text)
+        vector.template, vector.undefended = PUBLISHED_SHOWN
         vector.direction()
         return vector
 

@@ -8,7 +8,7 @@ import typer
 
 from davsp.cli import judges
 from davsp.cli.defenses import rows
-from davsp.cli.inputs import compare_templates, is_shipped, load_lvlm
+from davsp.cli.inputs import compare_pictures, compare_templates, is_shipped, load_lvlm
 from davsp.cli.options import (
     JUDGES,
     Limit,
@@ -111,6 +111,8 @@ def attack(
     lvlm.reasoning_tags = judge_settings.reasoning_tags
     queries, left_out = with_room(lvlm, defenses, queries, max_new_tokens, test.skip_broken)
     notes += left_out
+    if direction is not None:
+        compare_pictures(direction, lvlm)
     compare_templates(lvlm, {"the vector": direction, **{f"the prompt of {name}": d for name, d in defenses.items()}})
     results = run(
         lvlm, defenses, queries, out, settings, direction, scorers[0], max_new_tokens=max_new_tokens,

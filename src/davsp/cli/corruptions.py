@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from davsp.cli.inputs import compare_templates, is_shipped, load_lvlm
+from davsp.cli.inputs import compare_pictures, compare_templates, is_shipped, load_lvlm
 from davsp.cli.judges import warn_of_keyword
 from davsp.cli.options import Limit, MaxNewTokens, ModelOptions, Seed, TestSetOptions
 from davsp.cli.testset import load_test_set, with_room
@@ -53,6 +53,8 @@ def corruptions(
     lvlm = load_lvlm(model)
     rows = {"none": NoDefense(), "border": VisualPrompt(border)}
     queries, _ = with_room(lvlm, rows, queries, max_new_tokens, test.skip_broken)
+    if direction is not None:
+        compare_pictures(direction, lvlm)
     compare_templates(lvlm, {"the vector": direction, "the prompt": border})
     run(
         lvlm, border, queries, out, direction, names, batch_size=batch_size, max_new_tokens=max_new_tokens,

@@ -115,7 +115,7 @@ def compare_templates(lvlm: "AnsweringLVLM", made: dict[str, Any]) -> None:
     """Say so where a vector or a prompt was made under another conversation template than the one a model is asked by here.
 
     Args:
-        made: what it is called -> a `HarmfulnessVector` or a `Prompt`, or a defense, in which prompts may stand.
+        made: what it is called -> a `HarmfulnessVector` or a `Prompt`, or a defense: PAT, AdaShield-A, or one in which prompts may stand.
     """
     from davsp.lvlm import template_of
 
@@ -123,7 +123,7 @@ def compare_templates(lvlm: "AnsweringLVLM", made: dict[str, Any]) -> None:
     asked = "the server asks by its own" if lvlm.server else f"{lvlm.model_id} is asked by {here} here (--template)"
     for what, thing in made.items():
         for one in _with_template(thing):
-            if one.template != here:
+            if one.template not in (None, here):
                 say(f"note: {what} was trained under the template {one.template}, and {asked}.")
 
 
@@ -131,7 +131,7 @@ def _with_template(thing: Any) -> list[Any]:
     """The thing itself, or the prompts in a defense: alone, in a chain, inside of another or in its place."""
     if thing is None or hasattr(thing, "template"):
         return [thing] if thing else []
-    inner = [getattr(thing, name, None) for name in ("prompt", "inner", "instead")]
+    inner = [getattr(thing, name, None) for name in ("prompt", "inner", "instead", "else_")]
     return [one for part in [*inner, *getattr(thing, "defenses", ())] if part for one in _with_template(part)]
 
 

@@ -82,6 +82,8 @@ def info(
         print(f"{name}: {state}")
     if isinstance(loaded, VisualSafetyPrompt) and loaded.canaries is not None:
         print(describe(loaded))
+    if isinstance(loaded, VisualSafetyPrompt) and loaded.gate is not None:
+        print(loaded.gate.described())
     print(f"files agree: {agree[loaded.kind]}")
 
 

@@ -118,7 +118,10 @@ def _vector(
         f"after the final norm. Layer {vector.layer}, margins {vector.mu_plus:+g} / {vector.mu_minus:+g}{source}."
     )
     unknown = ["the model"] * (model is None) + ["the text before the questions"] * (text is None)
-    print(f"Not in the file, so not known: {', '.join([*unknown, 'the template, the queries and their projections'])}.")
+    print(f"Not in the file, so not known: {', '.join([*unknown, 'the queries and their projections'])}.")
+    print(
+        f"Their code asks by the template {vector.template}, pictures padded to a square in white; so it is written down."
+    )
 
 
 def _noise(pt: Path, out: Path, text_part: str, model: str | None, text: str) -> None:

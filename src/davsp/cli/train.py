@@ -117,7 +117,9 @@ def train(
     data: DataOptions,
     loop: LoopOptions,
     out: Out = Path("out/prompt"),
-    vector: Annotated[Path | None, typer.Option(help="Folder that `davsp vector` wrote.")] = None,
+    vector: Annotated[
+        Path | None, typer.Option(help="Folder that `davsp vector` or `davsp import-published` wrote.")
+    ] = None,
     padding: Annotated[
         int | None, typer.Option(help="Border width p in pixels; left out: a twelfth of the canvas.")
     ] = None,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from davsp.cli.defenses import rows
-from davsp.cli.inputs import compare_templates, is_shipped, load_lvlm, say
+from davsp.cli.inputs import compare_pictures, compare_templates, is_shipped, load_lvlm, say
 from davsp.cli.options import GRAMMAR, ModelOptions
 from davsp.errors import DavspError
 
@@ -84,6 +84,7 @@ def _comparison(model: ModelOptions, prompt: Path | None, spec: str | None, fold
     else:
         assert shelf is not None
         defense = VisualPrompt(border_of(shelf / "vsp.png"))
+    compare_pictures(vector, lvlm)
     compare_templates(lvlm, {"the vector": vector, "the prompt": defense})
     compared = Comparison(lvlm, defense, vector)
     compared.ask(*_first(lvlm.canvas, embedded.SAFETY_TEXT))  # the first answer is slow, and its time would mislead

@@ -5,7 +5,7 @@ from davsp.lvlm.base import LVLM, Canvas, StepOutput, Tokens, loaded
 from davsp.lvlm.deepseek_vl import DeepseekVLHybridLVLM, DeepseekVLLVLM
 from davsp.lvlm.device import check_device
 from davsp.lvlm.hooks import Steer
-from davsp.lvlm.identity import fingerprint, model_facts, model_name, short_name, template_of
+from davsp.lvlm.identity import fingerprint, model_facts, model_name, short_name, template_of, template_record
 from davsp.lvlm.llava import LlavaLVLM
 from davsp.lvlm.qwen2_5_vl import Qwen25VLLVLM
 from davsp.lvlm.qwen2_vl import Qwen2VLLVLM
@@ -42,4 +42,5 @@ __all__ = [
     "model_name",
     "short_name",
     "template_of",
+    "template_record",
 ]

@@ -25,6 +25,12 @@ def template_of(lvlm: AnsweringLVLM) -> str:
     return lvlm.template if isinstance(lvlm, LVLM) else CHECKPOINT
 
 
+def template_record(lvlm: AnsweringLVLM) -> dict[str, str]:
+    """What is kept beside texts that were found on a model: the template, where it is not the checkpoint's own."""
+    template = template_of(lvlm)
+    return {} if template == CHECKPOINT else {"template": template}
+
+
 def model_facts(lvlm: AnsweringLVLM) -> dict[str, Any]:
     """What every manifest says of the model: name, revision, weights, template, and what of its generation settings does not count."""
     facts: dict[str, Any] = {"model": model_name(lvlm), "revision": lvlm.revision, "weights": fingerprint(lvlm)}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from davsp.errors import DavspError
 from davsp.lvlm.base import LVLM
-from davsp.lvlm.undefended import square
+from davsp.lvlm.undefended import check_made, square
 from davsp.query import flatten
 
 
@@ -36,6 +36,10 @@ class LlavaLVLM(LVLM):
             return ("pad", "crop")
         return ("pad", "stretch") if processor.size["height"] else ("pad",)
 
+    def seen(self, width: int, height: int) -> tuple[int, int]:
+        check_made(width, height, self.canvas, self.undefended)
+        return super().seen(width, height)
+
     def preprocess(self, images: list[Image.Image]) -> Float[Tensor, "b 3 h w"]:
         """The checkpoint's own processor up to its 8-bit picture, bicubic; to "pad", each is a square in the mean colour before.
 
@@ -43,6 +47,8 @@ class LlavaLVLM(LVLM):
         """
         if not images:
             raise DavspError("there is no image to prepare: the list is empty")
+        for image in images:
+            self.seen(*image.size)
         rgb = [flatten(image) for image in images]
         if self.undefended == "pad":
             red, green, blue = (int(level * 255) for level in self.image_processor.image_mean)  # cut, as LLaVA does

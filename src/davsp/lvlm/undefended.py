@@ -17,6 +17,8 @@ WAYS = {
 """What is done to pictures that are not square."""
 
 SERVER = "server"
+MOST = 178_956_970
+"""Pixels: Pillow opens no larger picture, so none larger is made of one on its way to the model."""
 WHITE = (255, 255, 255)
 
 
@@ -45,6 +47,16 @@ def square(picture: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     whole = Image.new("RGB", (side, side), colour)
     whole.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
     return whole
+
+
+def check_made(width: int, height: int, canvas: int, way: str) -> None:
+    """Raises DavspError where the way to a square canvas leads over a larger picture than `MOST`: of a thin one, that is."""
+    long, short = max(width, height), min(width, height)
+    made = {"pad": (long, long), "crop": (canvas, -(-canvas * long // short))}.get(way, (0, 0))
+    if made[0] * made[1] > MOST:
+        raise DavspError(
+            f"a picture of {width}x{height} pixels, {WAYS[way]} ({way}), would take {made[0]}x{made[1]} on its way; cut or shrink it"
+        )
 
 
 def not_square(queries: Sequence[Query]) -> int:

@@ -105,6 +105,18 @@ class Calibration(BaseModel):
             raise ValueError("no unit vector")
         return value
 
+    def described(self) -> str:
+        """In a line: what it is made for, and what it caught of the held-out queries."""
+        sure = f", with {self.confidence:.0%} confidence" if self.confidence else " on average"
+        caught = " and ".join(
+            f"{name} {line.refused_malicious} of {line.malicious}"
+            for name, line in (("states", self.states), ("first", self.first))
+        )
+        return (
+            f"gate.json: thresholds for at most {self.rate:.2%} of benign queries refused{sure}; of malicious ones they "
+            f"refuse by {caught}, measured on {self.model}"
+        )
+
     def unit(self) -> Float[np.ndarray, " d"]:
         """The direction, float32."""
         return np.frombuffer(base64.b64decode(self.direction), dtype="<f4").copy()

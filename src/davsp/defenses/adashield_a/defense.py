@@ -22,6 +22,7 @@ from davsp.defenses.base import Defense
 from davsp.defenses.text import SafetyText
 from davsp.errors import DavspError
 from davsp.lvlm import AnsweringLVLM
+from davsp.lvlm.templates import CHECKPOINT
 from davsp.query import Query
 from davsp.runtime.files import sha256_bytes, to_json
 
@@ -42,6 +43,11 @@ class AdaShieldA(Defense):
         if not pool.used:
             raise DavspError("the pool holds no row with final_score 1, so it would defend nothing; make another")
         self.pool, self.name, self.encoder = pool, name, encoder
+
+    @property
+    def template(self) -> str | None:
+        """The conversation template that the pool was made under; None: not known."""
+        return str(self.pool.config.data.get("template", CHECKPOINT)) if self.pool.config.data else None
 
     @classmethod
     def load(cls, folder: str | Path, name: str | None = None) -> "AdaShieldA":

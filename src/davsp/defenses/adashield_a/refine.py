@@ -32,7 +32,7 @@ from davsp.defenses.text import SafetyText
 from davsp.errors import DavspError, Interrupted
 from davsp.judges.keyword import keyword
 from davsp.judges.keyword_lists import ADASHIELD
-from davsp.lvlm import AnsweringLVLM, fingerprint
+from davsp.lvlm import AnsweringLVLM, fingerprint, template_record
 from davsp.lvlm.undefended import in_records
 from davsp.query import Query
 from davsp.runtime import journal
@@ -118,7 +118,8 @@ def make_pool(
     config = PoolConfig(
         model_id=lvlm.model_id, revision=lvlm.revision, beta=settings.beta, placement=settings.placement,
         separator=settings.separator, encoder=encoder.describe(), defender=defender.describe(),
-        settings=settings.model_dump(), data=identity["data"] | in_records(lvlm, malicious), keys=keys_hash(keys), rows=rows,
+        settings=settings.model_dump(), data=identity["data"] | in_records(lvlm, malicious) | template_record(lvlm),
+        keys=keys_hash(keys), rows=rows,
     )  # fmt: skip
     return Pool(config, keys)
 

@@ -22,6 +22,7 @@ from davsp.defenses.adashield_s import DAVSP
 from davsp.defenses.base import Defense
 from davsp.errors import DavspError
 from davsp.lvlm import LVLM, AnsweringLVLM
+from davsp.lvlm.templates import CHECKPOINT
 from davsp.query import Query
 from davsp.runtime.config import read_config
 from davsp.runtime.files import write_json
@@ -68,6 +69,11 @@ class PAT(Defense):
             raise DavspError("PAT got no tokens; for the safety text alone, use SafetyText")
         self.control, self.text, self.name = control, text, name
         self.config = config or PatConfig(control=control, safety_text=text)
+
+    @property
+    def template(self) -> str | None:
+        """The conversation template that the tokens were searched under; None: not known."""
+        return str(self.config.data.get("template", CHECKPOINT)) if self.config.data else None
 
     @classmethod
     def published(cls, preset: str, text: str = DAVSP) -> "PAT":

@@ -30,7 +30,7 @@ from davsp.defenses.pat.defense import PAT, PatConfig
 from davsp.defenses.pat.search import Search, TokenPair, rows_of
 from davsp.defenses.pat.settings import PatSettings
 from davsp.errors import DavspError, Interrupted
-from davsp.lvlm import LVLM, fingerprint
+from davsp.lvlm import LVLM, fingerprint, template_record
 from davsp.lvlm.undefended import in_records
 from davsp.query import Query
 from davsp.runtime import journal
@@ -118,7 +118,7 @@ def _train(
     config = PatConfig(
         control=tokens.defence, safety_text=text, model_id=lvlm.model_id, revision=lvlm.revision,
         settings=settings.model_dump(), figures=last,
-        data=identity["data"] | in_records(lvlm, malicious, benign),
+        data=identity["data"] | in_records(lvlm, malicious, benign) | template_record(lvlm),
     )  # fmt: skip
     return PAT(tokens.defence, text, config=config)
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from davsp import metrics
-from davsp.defenses import Defense, NoDefense, SafetyText
+from davsp.defenses import Defense, NoDefense, SafetyText, VisualPrompt
 from davsp.defenses.ecso import Templates
 from davsp.errors import DavspError
 from davsp.evaluation import Evaluation, evaluate
@@ -148,7 +148,7 @@ def reproduce(
         defenses={name: d.describe() for name, d in defenses.items()}, undefended=undefended.facts(lvlm, data.test),
     )  # fmt: skip
     write_json(out / "manifest.json", facts)
-    notes = [*_notes(kit, judge, names), INFERRED, *filter(None, [cut_note(rows)])]
+    notes = [*_notes(kit, judge, names, defenses), INFERRED, *filter(None, [cut_note(rows)])]
     reproduction = _write(names, rows, kit, evaluation, notes, reasons)
     stages.line("tables", ", ".join(reproduction.tables), time.perf_counter() - began)
     return reproduction
@@ -263,7 +263,7 @@ def confused(test: Sequence[Query], evaluation: Evaluation) -> dict[str, dict[st
     return counts
 
 
-def _notes(kit: Kit, judge: Judge, names: Sequence[str]) -> list[str]:
+def _notes(kit: Kit, judge: Judge, names: Sequence[str], defenses: Mapping[str, Defense]) -> list[str]:
     data = kit.data
     harm = sum(q.label == "malicious" for q in data.test)
     notes = [
@@ -290,4 +290,13 @@ def _notes(kit: Kit, judge: Judge, names: Sequence[str]) -> list[str]:
         )
     if "transfer" in names:
         notes.append(f"rows {FROM}…: the border of another model, resized, with nothing trained")
+        for name, defense in defenses.items():
+            if (
+                isinstance(defense, VisualPrompt)
+                and name.startswith(FROM)
+                and defense.prompt.template != kit.lvlm.template
+            ):
+                notes.append(
+                    f"{name}: its border was trained under the template {defense.prompt.template}; here it is asked by {kit.lvlm.template}"
+                )
     return notes
