@@ -85,6 +85,10 @@ def reproduce(
     grader_runs: GraderRuns = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Queries answered at a time.")] = 32,
     max_new_tokens: MaxNewTokens = None,
+    ecso: Annotated[
+        bool,
+        typer.Option("--ecso/--no-ecso", help="Of gate: also ECSO and adaptive ECSO, which take most of the time."),
+    ] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what would be run, with calls and hours; load no model.")
     ] = False,
@@ -102,7 +106,7 @@ def reproduce(
     from davsp.lvlm import answer_length
 
     if "gate" in names:
-        _gate(names, model, out, batch_size, seed, bool(benchmark or split))
+        _gate(names, model, out, batch_size, seed, ecso, bool(benchmark or split))
         return
     tables, sweeps = _tables_and_sweeps(names)
     embedded_data = not benchmark and split is None
@@ -200,7 +204,9 @@ def _run(tables: list[str], sweeps: list[str], kit: "Kit", out: Path, seed: int,
     print(f"{out / 'tables.html'} has them all; .md, .csv and .tex lie beside it")
 
 
-def _gate(names: list[str], model: ModelOptions, out: Path | None, batch_size: int, seed: int, published: bool) -> None:
+def _gate(
+    names: list[str], model: ModelOptions, out: Path | None, batch_size: int, seed: int, ecso: bool, published: bool
+) -> None:
     """The gate's tables: they need queries to calibrate on, which are drawn for the models that ship alone."""
     from davsp import embedded
     from davsp.embedded.data import calibration
@@ -218,7 +224,8 @@ def _gate(names: list[str], model: ModelOptions, out: Path | None, batch_size: i
     out = out or Path("out/gate") / name
     run(
         load_lvlm(model), embedded.protocol(seed, **SIZES), calibration(seed), out, text=embedded.SAFETY_TEXT,
-        refusal_text=embedded.REFUSAL, settings=embedded.SETTINGS, templates=TEMPLATES, seed=seed, batch_size=batch_size,
+        refusal_text=embedded.REFUSAL, settings=embedded.SETTINGS, templates=TEMPLATES, seed=seed, with_ecso=ecso,
+        batch_size=batch_size,
     )  # fmt: skip
     print((out / "gate.md").read_text())
 
