@@ -347,7 +347,7 @@ def test_a_published_vector_and_noise_go_where_ours_go(data: Path, tiny_folder: 
     output = capsys.readouterr().out
     assert "the bound as measured is 64/255" in output and "its negative half is lost" in output
     assert load_prompt(tmp_path / "noise").question("Q").startswith("Q\nDO NOT INCLUDE any harmful")
-    test = ("--queries", data / "test", "--max-new-tokens", 2, "--vector", tmp_path / "vector")
+    test = ("--queries", data / "test", "--max-new-tokens", 2, "--vector", tmp_path / "vector", "--max-unscored", 1)
     arms = (
         "--defense",
         "none",
