@@ -35,7 +35,8 @@ class DefendedModel:
 
         Args:
             model: folder or hub id, or the bare name of a model that ships (davsp-mini).
-            defense: folder or hub id (USER/NAME, USER/NAME@REVISION) of a prompt; "none" for no defense.
+            defense: folder or hub id (USER/NAME, USER/NAME@REVISION) of a prompt, with gate+ before it a gate through it
+                (`davsp.defenses.load_defense`); "none" for no defense.
             options: revision, device_map, dtype, quantization, canvas, undefended of the model, as `LVLM.from_pretrained` takes them.
 
         Raises:

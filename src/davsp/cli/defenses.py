@@ -151,18 +151,11 @@ def _switches(spec: str, options: str, context: _Context) -> dict[str, Any]:
 
 def _gate(spec: str, options: str, inner: "Defense | None", name: str) -> "Defense":
     """What it looks through stands behind the plus; its thresholds are in that prompt's folder."""
-    from davsp.defenses import Gate, VisualPrompt
-    from davsp.defenses.gate import KINDS
-    from davsp.prompts import VisualSafetyPrompt
+    from davsp.defenses.load import gated
 
-    kind = next((kind for kind in KINDS if kind == (options if ":" in spec else "answer")), None)
-    if kind is None:
-        raise DavspError(f"--defense {spec!r} is not known: behind gate: may stand {', '.join(KINDS)}.")
     if inner is None:
         raise DavspError(f"--defense {spec} needs what it looks through: {spec}+NAME=FOLDER.")
-    prompt = inner.prompt if isinstance(inner, VisualPrompt) else None
-    calibration = prompt.gate if isinstance(prompt, VisualSafetyPrompt) and kind != "answer" else None
-    return Gate(inner, kind, calibration, name=name)
+    return gated(inner, options if ":" in spec else "answer", name)
 
 
 def _amount(spec: str, options: str, vector: "HarmfulnessVector") -> dict[str, Any]:

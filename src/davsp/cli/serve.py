@@ -103,6 +103,19 @@ def serve(
         typer.Option("--plain-names", help="Take the upstream's own model names, without the defense's hash, too."),
     ] = False,
     trust_env: TrustEnv = False,
+    gate_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Of --defense gate+…: tokens that are looked at; a model that thinks needs more; left out: 16."
+        ),
+    ] = None,
+    reasoning_tags: Annotated[
+        str | None,
+        typer.Option(
+            help="Of --defense gate+…: tags around what the upstream's model thinks, as JSON, or none; an empty first tag: each answer "
+            "begins in a thought; left out: <think> and <analysis>."
+        ),
+    ] = None,
     probe: Annotated[
         bool, typer.Option(help="Look at the upstream first, with a picture of noise and the prompt's canaries.")
     ] = True,
@@ -119,19 +132,27 @@ def serve(
 
     from davsp.lvlm.remote import RemoteLVLM
     from davsp.runtime.http import road
+    from davsp.runtime.thought import read_tags
     from davsp.serve.app import Proxy
     from davsp.serve.canaries import border_of, check_required
+    from davsp.serve.gate import NOTE, gate_of
     from davsp.serve.probe import probe as look
     from davsp.serve.settings import ServeSettings
 
     if require_effect and not probe:
         raise DavspError("--require-effect looks at the upstream, and --no-probe does not; leave one out.")
+    tags = None if reasoning_tags is None else tuple(read_tags(reasoning_tags))
     settings = ServeSettings.of(
-        upstream=upstream, model=model, canvas=canvas, require_effect=require_effect or None, ready_seconds=ready_seconds, host=host, port=port, token_env=token_env, api_key_env=api_key_env,
+        reasoning_tags=tags, upstream=upstream, model=model, canvas=canvas, require_effect=require_effect or None, ready_seconds=ready_seconds, host=host, port=port, token_env=token_env, api_key_env=api_key_env,
         allow_hosts=tuple(allow_host or ()), allow_fields=tuple(allow_field or ()), image_free=image_free, plain_names=plain_names, trust_env=trust_env, **chosen(limits),
     )  # fmt: skip
-    load = partial(_defense, prompt, defense, text, model)
+    load = partial(_defense, prompt, defense, text, model, gate_tokens)
     loaded = load()
+    gate = gate_of(loaded)
+    if gate is None and not (gate_tokens is None and reasoning_tags is None):
+        raise DavspError(
+            "--gate-tokens and --reasoning-tags belong to a gate; give --defense gate+NAME=FOLDER, or leave them out."
+        )
     there = RemoteLVLM(model or "the upstream's model", upstream, api_key_env, canvas=canvas)
     loaded.check(there)
     compare_templates(there, {"the prompt": loaded})
@@ -141,6 +162,8 @@ def serve(
     if require_effect:
         check_required(report)
     proxy = Proxy(loaded, settings, report=report)
+    if gate is not None:
+        say(NOTE)
     say(f"the upstream is reached {road(trust_env)}")
     say(f"{loaded.name}, {proxy.hash[:12]}: models are called NAME{proxy.suffix}")
     if settings.workers == 1:
@@ -209,9 +232,11 @@ def serve_model(
     _run(model_app(lvlm, name, settings), host, port)
 
 
-def _defense(prompt: Path | None, spec: str | None, text: str | None, model: str | None) -> "Defense":
+def _defense(
+    prompt: Path | None, spec: str | None, text: str | None, model: str | None, gate_tokens: int | None = None
+) -> "Defense":
     """The one defense that the options name."""
-    from davsp.defenses import NoDefense, load_defense
+    from davsp.defenses import Gate, NoDefense, load_defense
 
     if (prompt is None) == (spec is None):
         raise DavspError("give either --prompt or --defense: the one defense that is put before the upstream.")
@@ -222,6 +247,8 @@ def _defense(prompt: Path | None, spec: str | None, text: str | None, model: str
         defense = next(iter(rows([spec or ""], None, text, shipped).values()))
     if isinstance(defense, NoDefense):
         raise DavspError("--defense none would send everything on undefended; ask the upstream itself.")
+    if gate_tokens is not None and isinstance(defense, Gate):
+        defense.tokens = gate_tokens
     return defense
 
 

@@ -63,7 +63,7 @@ class DavspAPI(ModelAPI):
         base_url: not taken: the model runs here.
         api_key: not looked at.
         config: of Inspect.
-        defense: folder or hub id of a prompt; "none" for none. There is no default, so that nothing runs undefended unsaid.
+        defense: folder or hub id of a prompt, with gate+ before it a gate through it; "none" for none. There is no default, so that nothing runs undefended unsaid.
         batch_size: questions a forward, at most.
         options: revision, device_map, dtype, quantization, canvas, undefended of the model.
 

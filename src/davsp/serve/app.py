@@ -16,9 +16,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from davsp.defenses import Defense
+from davsp.defenses import Defense, Gate
 from davsp.errors import DavspError
-from davsp.serve import calls, messages, refusals
+from davsp.serve import calls, gate, messages, refusals
 from davsp.serve.admission import SMALL, Room, Seat, admit, read
 from davsp.serve.bodies import START, Body
 from davsp.serve.canaries import Readiness, Report, border_of
@@ -58,6 +58,7 @@ class Proxy:
         self.defense, self.settings = defense, settings
         self.hash = defense.sha256()
         self.suffix = f"+davsp-{self.hash[:12]}"
+        self.gate = gate.gate_of(defense)
         self.work = Preparation(defense, settings, self.suffix)
         self.token = settings.token
         self.metrics, self.under_way = Counters(), 0
@@ -130,7 +131,7 @@ class Proxy:
 
     async def _respond(self, protocol: Protocol, request: Request, inbox: list[bytearray], seat: Seat) -> Response:
         start = time.perf_counter()
-        if protocol is RESPONSES and not self.work.once:
+        if protocol is RESPONSES and not (self.work.once or self.gate):
             raise Refusal(
                 501, f"{self.defense.name} asks the model more than once; ask it by /v1/chat/completions.", "not_served"
             )
@@ -139,6 +140,10 @@ class Proxy:
         body, urls, sent = await self._in_thread(pool, self.work.read, protocol, inbox.pop(), paints)
         if body is not None:
             files = await self._fetched(urls, body, seat)
+            if self.gate and not self.work.idle(urls):
+                box = [(body, files)]
+                del body, files
+                return await self._through_gate(protocol, request, box, urls, seat, self.gate)
             if not self.work.once and not self.work.idle(urls):
                 return await self._ask_repeatedly(request, body, files)
             sent = await self._in_thread(self.painters, self.work.defended, protocol, body, urls, files)
@@ -149,6 +154,33 @@ class Proxy:
         start = time.perf_counter()
         response = await self.upstream.forward(request, sent, protocol.path)
         self.metrics.upstream.observe(time.perf_counter() - start)
+        return response
+
+    async def _through_gate(
+        self,
+        protocol: Protocol,
+        request: Request,
+        box: list[tuple[Body, dict[str, bytes]]],
+        urls: list[str],
+        seat: Seat,
+        through: Gate,
+    ) -> Response:
+        """The answer of what passes the gate, or a refusal. What is in the box is let go of with the last body."""
+        held, value, start = seat.size, box[0][0].value, time.perf_counter()
+
+        async def send(value: dict[str, Any], defense: Defense, last: bool) -> Response:
+            body, files = box.pop() if last else box[0]
+            body = body._replace(value=value)
+            sent = await self._in_thread(self.painters, self.work.defended, protocol, body, urls, files, defense)
+            del body, files
+            seat.resize(len(sent[0]) + (0 if last else held))
+            return await self.upstream.forward(request, sent, protocol.path)
+
+        self.metrics.pictures.inc(len(urls))
+        response = await gate.answer(through, protocol, value, self.settings.reasoning_tags, send)
+        self.metrics.upstream.observe(time.perf_counter() - start)
+        if road := response.headers.get(gate.HEAD):
+            self.metrics.gate.labels(road).inc()
         return response
 
     async def _fetched(self, urls: list[str], body: Body, seat: Seat) -> dict[str, bytes]:

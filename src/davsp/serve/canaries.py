@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from davsp.defenses import Defense, VisualPrompt
+from davsp.defenses import Defense, Gate, VisualPrompt
 from davsp.defenses.effect import Effect, arms, effect, is_refused
 from davsp.errors import DavspError
 from davsp.judges.keyword import keyword
@@ -63,7 +63,9 @@ class Report:
 
 
 def border_of(defense: Defense) -> VisualSafetyPrompt | None:
-    """The border that is all of a defense; a chain with others shows a model another text than its canaries had."""
+    """The border that is all of a defense or of what a gate looks through; a chain shows a model another text than its canaries had."""
+    if isinstance(defense, Gate):
+        return border_of(defense.inner)
     prompt = defense.prompt if isinstance(defense, VisualPrompt) else None
     return prompt if isinstance(prompt, VisualSafetyPrompt) else None
 

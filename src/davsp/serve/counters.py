@@ -20,6 +20,9 @@ class Counters:
             "davsp_refused", "Requests without an answer, by error code.", ["code"], registry=registry
         )
         self.pictures = Counter("davsp_pictures", "Pictures that were defended.", registry=registry)
+        self.gate = Counter(
+            "davsp_gate", "Requests that a gate looked at, by the road taken.", ["road"], registry=registry
+        )
         self.under_way = Gauge(
             "davsp_under_way", "Chat requests under way.", registry=registry, multiprocess_mode="livesum"
         )

@@ -58,8 +58,14 @@ class Preparation:
         most = self.settings.max_picture_bytes
         return [fetched[url] if url in fetched else from_data_url(url, most, body.pictures) for url in urls]
 
-    def defended(self, protocol: Protocol, body: Body, urls: list[str], fetched: dict[str, bytes]) -> list[bytes]:
-        """What is sent on, in one piece; runs in a thread, where Pillow, zlib and base64 leave the interpreter free."""
+    def defended(
+        self, protocol: Protocol, body: Body, urls: list[str], fetched: dict[str, bytes], defense: Defense | None = None
+    ) -> list[bytes]:
+        """What is sent on, in one piece; runs in a thread, where Pillow, zlib and base64 leave the interpreter free.
+
+        Args:
+            defense: that the conversation is put under; None: the proxy's own.
+        """
         place = secrets.token_hex()  # in a canvas' stead; no client can know it
         conversation, canvases = body.value[protocol.conversation], list[bytes]()
 
@@ -69,7 +75,7 @@ class Preparation:
 
         with closing(decoded(self.files(urls, body, fetched), self.settings, self.budget)) as pictures:
             if not self.idle(urls):
-                conversation = protocol.defended(self.defense, conversation, pictures, send)
+                conversation = protocol.defended(defense or self.defense, conversation, pictures, send)
         leaving = body.value | {protocol.conversation: conversation}
         sweep(leaving, {place}, self.settings.max_values)
         try:

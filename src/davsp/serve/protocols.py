@@ -3,7 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from davsp.serve import fields, messages, responses
+from starlette.responses import Response
+
+from davsp.lvlm import Answer
+from davsp.lvlm.remote import read_answer
+from davsp.runtime.client import Failure
+from davsp.serve import fields, messages, replies, responses
 
 
 class Protocol(NamedTuple):
@@ -16,6 +21,9 @@ class Protocol(NamedTuple):
         known: the fields that pass, as `davsp.serve.fields.KNOWN`.
         picture_urls: a conversation -> its pictures' addresses.
         defended: as `davsp.serve.messages.defended`.
+        lengths: the fields with the longest answer, the usual one last.
+        read: the upstream's reply -> its answer, as `davsp.lvlm.remote.read_answer`.
+        reply: a completion and the request -> a reply.
     """
 
     path: str
@@ -24,9 +32,16 @@ class Protocol(NamedTuple):
     known: Mapping[str, tuple[Callable[[Any], bool], str]]
     picture_urls: Callable[[Any], list[str]]
     defended: Callable[..., Any]
+    lengths: tuple[str, ...]
+    read: Callable[[Any], Answer | Failure]
+    reply: Callable[[replies.Completion, dict[str, Any]], Response]
 
 
-CHAT = Protocol("/chat/completions", "messages", messages.check, fields.KNOWN, messages.picture_urls, messages.defended)
+CHAT = Protocol(
+    "/chat/completions", "messages", messages.check, fields.KNOWN, messages.picture_urls, messages.defended,
+    ("max_completion_tokens", "max_tokens"), read_answer, replies.reply,
+)  # fmt: skip
 RESPONSES = Protocol(
-    "/responses", "input", responses.check, fields.RESPONSES, responses.picture_urls, responses.defended
-)
+    "/responses", "input", responses.check, fields.RESPONSES, responses.picture_urls, responses.defended,
+    ("max_output_tokens",), responses.read_answer, replies.response,
+)  # fmt: skip

@@ -10,6 +10,9 @@ from typing import Any
 from PIL import Image
 
 from davsp.defenses import Defense
+from davsp.lvlm import Answer
+from davsp.lvlm.remote import read_answer as read_message
+from davsp.runtime.client import Failure
 from davsp.serve import messages
 from davsp.serve.fields import ELSEWHERE
 from davsp.serve.refusals import bad
@@ -156,3 +159,24 @@ def defended(
         (message,) = messages.defended(defense, [{"role": "user", "content": items}], [], send, text)
         return str(message["content"])
     return messages.defended(defense, items, pictures, send, text, TYPES)
+
+
+def read_answer(reply: Any) -> Answer | Failure:
+    """The answer in a reply, as `davsp.lvlm.remote.read_answer`: the texts of its messages; reasoning is told apart.
+
+    What ended by anything but the model itself or the length, or holds a call, is none.
+    """
+    try:
+        items, status, why = reply["output"], reply["status"], reply.get("incomplete_details") or {}
+        parts = [part for item in items if item["type"] == "message" for part in item["content"]]
+        texts = [part["text"] for part in parts if part["type"] == "output_text"]
+        thought = any(item["type"] == "reasoning" for item in items)
+        end = {
+            "completed": "stop",
+            "incomplete": "length" if why.get("reason") == "max_output_tokens" else "incomplete",
+        }
+        finish = end.get(status, status) if {item["type"] for item in items} <= {"message", "reasoning"} else "a call"
+        message = {"content": "".join(texts) if texts else None, "reasoning": "…" if thought else None}
+    except (KeyError, TypeError, AttributeError):
+        return Failure("its reply holds no answer")
+    return read_message({"choices": [{"message": message, "finish_reason": finish}], "usage": None})

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from davsp.errors import DavspError, refused_as
 from davsp.runtime import keys
 from davsp.runtime.loopback import is_loopback
+from davsp.runtime.thought import TAGS
 from davsp.serve.fields import ELSEWHERE, never
 
 MIB = 2**20
@@ -44,6 +45,7 @@ class ServeSettings(BaseModel):
         body_timeout, fetch_timeout, connect_timeout, upstream_timeout: seconds; the last one is the longest silence.
         require_effect: never ready without an effect of the border that was seen at the upstream.
         ready_seconds: for which what /ready saw there holds, before the upstream is asked again.
+        reasoning_tags: around what the upstream's model thinks, which a gate does not take for an answer.
         max_new_tokens: of defenses that ask more than once, where the client says nothing.
     """
 
@@ -80,6 +82,7 @@ class ServeSettings(BaseModel):
     upstream_timeout: float = Field(600, gt=0)
     require_effect: bool = False
     ready_seconds: float = Field(60, ge=1)
+    reasoning_tags: tuple[tuple[str, str], ...] = tuple(TAGS)
     max_new_tokens: int = Field(1024, ge=1)
 
     @classmethod
