@@ -13,7 +13,8 @@ CPU milliseconds a request of all three stand beside, as they hold on a busy mac
 many clients, the most requests a second that this machine's cores allow the proxy alone, and all three together, and how
 many cores the proxy alone takes for 90 % of what the stub did.
 
-`--hostile` measures something else: what harmful loads do to other clients (perf/hostile.py).
+`--hostile` measures something else: what harmful loads do to other clients (perf/hostile.py). So does `--gate`: what a gate costs
+beside a border and ECSO (perf/gated.py).
 """
 
 import asyncio
@@ -248,6 +249,7 @@ def main(
     threads: Annotated[int | None, typer.Option(help="Of each worker; left out: the proxy's default.")] = None,
     beside: Annotated[str, typer.Option(help="What else ran.")] = "",
     hostile: Annotated[bool, typer.Option("--hostile", help="Measure harmful loads in place of all this.")] = False,
+    gate: Annotated[bool, typer.Option("--gate", help="Measure what a gate costs in place of all this.")] = False,
     before: Annotated[Path | None, typer.Option(help="With --hostile: `src` of a checkout to compare with.")] = None,
     only: Annotated[str, typer.Option(help="With --hostile: part of the names of loads, or cpu; left out: all.")] = "",
     serve: Annotated[str, typer.Option(hidden=True)] = "",
@@ -260,6 +262,10 @@ def main(
         import hostile as loads
 
         return loads.main(out, before, only, beside)
+    if gate:
+        import gated
+
+        return gated.main(out, 20, beside)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     options = ["--workers", str(workers or cores), *(["--threads", str(threads)] if threads else [])]
     facts = {"seconds": seconds, "cores": cores, "many_clients_options": options}
