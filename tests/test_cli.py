@@ -76,7 +76,7 @@ COMMANDS = sorted(commands(typer.main.get_group(cli.app)))
 
 
 def test_every_command_is_found():
-    assert len(COMMANDS) == 27 and {("eval",), ("baseline", "pat"), ("data", "split")} <= set(COMMANDS)
+    assert len(COMMANDS) == 28 and {("eval",), ("baseline", "pat"), ("data", "split")} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
