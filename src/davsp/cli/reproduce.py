@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 TABLES = (
     "utility (Table 1), resistance (2), transfer (3), ablation (4), intervention (5), ecso (6), or all; and one setting at a "
-    "time: sweep-padding, -layer, -lam, -margins, -data, -steps, -text, or sweeps; and gate (docs/gate.md), one --seed a call"
+    "time: sweep-padding, -layer, -lam, -margins, -data, -steps, -text, or sweeps; and gate and gate-kinds (docs/gate.md), one --seed a call"
 )
 
 
@@ -105,8 +105,8 @@ def reproduce(
     from davsp.experiments.paper.plan import dry
     from davsp.lvlm import answer_length
 
-    if "gate" in names:
-        _gate(names, model, out, batch_size, seed, ecso, bool(benchmark or split))
+    if {"gate", "gate-kinds"} & set(names):
+        _gate(names, model, methods.steps, out, batch_size, seed, ecso, bool(benchmark or split))
         return
     tables, sweeps = _tables_and_sweeps(names)
     embedded_data = not benchmark and split is None
@@ -205,27 +205,40 @@ def _run(tables: list[str], sweeps: list[str], kit: "Kit", out: Path, seed: int,
 
 
 def _gate(
-    names: list[str], model: ModelOptions, out: Path | None, batch_size: int, seed: int, ecso: bool, published: bool
-) -> None:
+    names: list[str], model: ModelOptions, steps: int | None, out: Path | None, batch_size: int, seed: int, ecso: bool,
+    published: bool,
+) -> None:  # fmt: skip
     """The gate's tables: they need queries to calibrate on, which are drawn for the models that ship alone."""
     from davsp import embedded
     from davsp.embedded.data import calibration
     from davsp.embedded.ecso_templates import TEMPLATES
+    from davsp.embedded.twins import sounding, twins
+    from davsp.experiments.gate.kinds import kinds
     from davsp.experiments.gate.run import SIZES
     from davsp.experiments.gate.run import gate as run
+    from davsp.experiments.gate.twins import Twins
 
     if len(names) > 1:
-        raise DavspError("gate has a folder of its own; make it apart from the tables.")
+        raise DavspError(f"{names[0]} has a folder of its own; make it apart from {names[1]}.")
+    (table,) = names
     if published or not is_shipped(model.name):
         raise DavspError(
-            "reproduce gate is for the models that ship; take davsp gate and davsp eval with your own queries."
+            f"reproduce {table} is for the models that ship; take davsp gate and davsp eval with your own queries."
         )
     name = (model.name or "davsp-mini").rstrip("/").split("/")[-1]
-    out = out or Path("out/gate") / name
+    out = out or Path("out") / table / name
+    settings = embedded.SETTINGS.model_copy(update={"steps": steps} if steps else {})
+    if table == "gate-kinds":
+        kinds(
+            load_lvlm(model), out, text=embedded.SAFETY_TEXT, refusal_text=embedded.REFUSAL, settings=settings, seed=seed,
+            batch_size=batch_size,
+        )  # fmt: skip
+        print((out / "kinds.md").read_text())
+        return
     run(
         load_lvlm(model), embedded.protocol(seed, **SIZES), calibration(seed), out, text=embedded.SAFETY_TEXT,
-        refusal_text=embedded.REFUSAL, settings=embedded.SETTINGS, templates=TEMPLATES, seed=seed, with_ecso=ecso,
-        batch_size=batch_size,
+        refusal_text=embedded.REFUSAL, settings=settings, templates=TEMPLATES, seed=seed, with_ecso=ecso,
+        batch_size=batch_size, twins=Twins(twins(seed, SIZES["harm"]), sounding(seed)),
     )  # fmt: skip
     print((out / "gate.md").read_text())
 

@@ -34,6 +34,7 @@ from davsp.query import Query
 SIZES = {"vector": 64, "sweep": 48, "train": 480, "harm": 48, "utility": 16, "mme": 24, "llava_bench": 16}
 READ_ALOUD = ("ocr", "yes_no", "describe")
 UTILITY = ("rec", "ocr", "know", "gen", "spat", "math", "exact")
+TEST_COVERS = ("full", "text", "none")
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def test(seed: int, n: dict[str, int]) -> Iterator[Query]:
     """The test of every defense: malicious in four forms, then benign."""
     for form in FORMS:
         if form != "words":
-            yield from harmful(seed, "test", n["harm"], covers=("full", "text", "none"), forms=(form,), benchmark=form)
+            yield from harmful(seed, "test", n["harm"], covers=TEST_COVERS, forms=(form,), benchmark=form)
     for category in UTILITY:
         for i in range(n["utility"]):
             yield _benign(seed, "test", category, i, "utility", "test")
@@ -93,12 +94,12 @@ def calibration(seed: int = 0, count: int = 600) -> tuple[list[Query], list[Quer
     Returns:
         Malicious and benign queries to fit on, malicious and benign ones held out.
     """
-    covers, forms = ("full", "text", "none"), ("sd", "typo", "sd_typo")
+    forms = ("sd", "typo", "sd_typo")
     kinds = [kind for kind, times in SERVED.items() for _ in range(times)]
 
     def both(part: str, n: int) -> tuple[list[Query], list[Query]]:
         good = [_benign(seed, part, kinds[i % len(kinds)], i, "calibration", part) for i in range(n)]
-        return harmful(seed, part, n, covers, forms, "calibration", " calibration"), good
+        return harmful(seed, part, n, TEST_COVERS, forms, "calibration", " calibration"), good
 
     return *both("vector", count // 2), *both("sweep", count)
 
@@ -125,21 +126,34 @@ def harmful(
     rate does not hang on which pairs happened to fall into the split; a cell's pairs come round when they run out. `salt` draws other
     pictures of the same pairs.
     """
-    intents = _intents(seed, part, covers)
     out = []
+    for i, form, pair in asked(seed, part, count, covers, forms):
+        picture, question = picture_of(seed, part, form, i, pair, salt)
+        out.append(Query(
+            id=f"{part}-{benchmark or 'malicious'}-{i:03d}", question=question, label="malicious",
+            benchmark=benchmark or part, category=pair.kind, group=pair.phrase, image=picture.image() if picture else None,
+        ))  # fmt: skip
+    return out
+
+
+def asked(
+    seed: int, part: str, count: int, covers: tuple[str, ...], forms: tuple[str, ...]
+) -> Iterator[tuple[int, str, Pair]]:
+    """Number, form and pair of each malicious query."""
+    intents = _intents(seed, part, covers)
     for i in range(count):
         if i % len(forms) == 0:  # one intent is asked in each form, as MM-SafetyBench does
             pair = next(intents)
         form = forms[i % len(forms)]
         if form == "sd" and "full" not in covers and pair.verb in words.HARMFUL_VERBS:
             form = "typo"  # a harmful verb in the question's words is always refused: no hard query
-        rng = random.Random(f"harm {seed} {part}{salt} {form} {i}")
-        picture, question = FORMS[form](rng, pair, _faces(rng, part))
-        out.append(Query(
-            id=f"{part}-{benchmark or 'malicious'}-{i:03d}", question=question, label="malicious",
-            benchmark=benchmark or part, category=pair.kind, group=pair.phrase, image=picture.image() if picture else None,
-        ))  # fmt: skip
-    return out
+        yield i, form, pair
+
+
+def picture_of(seed: int, part: str, form: str, i: int, pair: Pair, salt: str = "") -> tuple[draw.Picture | None, str]:
+    """Picture and question of a request; of two pairs with the same other arguments as alike as their words allow."""
+    rng = random.Random(f"harm {seed} {part}{salt} {form} {i}")
+    return FORMS[form](rng, pair, faces_of(rng, part))
 
 
 # Six tenths, two and two: undefended rates then stand where real models' do (the paper's Table 2, first row).
@@ -164,7 +178,7 @@ def _intents(seed: int, part: str, covers: tuple[str, ...]) -> Iterator[Pair]:
             used[key] += 1
 
 
-def _faces(rng: random.Random, part: str) -> tuple[str, ...]:
+def faces_of(rng: random.Random, part: str) -> tuple[str, ...]:
     return draw.HELD_FACES if part == "test" and rng.random() < 0.5 else draw.FACES
 
 
@@ -215,7 +229,7 @@ def _benign(seed: int, where: str, category: str, i: int, benchmark: str, part: 
     pair = q.random_pair(rng, "benign", where)
     while category in READ_ALOUD and pair.verb in words.HELD_VERBS:  # the model has read those verbs with any thing
         pair = q.random_pair(rng, "benign", where)
-    picture, question, reply, group = CATEGORIES[category](rng, pair, _faces(rng, part))
+    picture, question, reply, group = CATEGORIES[category](rng, pair, faces_of(rng, part))
     return Query(
         id=f"{part}-{benchmark}-{category}-{i:03d}", question=question, label="benign", benchmark=benchmark,
         category=category, group=f"{category}: {group or i}", reference=reply, image=picture.image() if picture else None,

@@ -3,6 +3,7 @@
 out/seed-N/                       a run as `davsp eval` leaves it; a killed one goes on
 out/seed-N/prompts/davsp          the border, with its gate.json
 out/seed-N/looks.npz              scores of every look on the held-out and the test queries
+out/seed-N/twins/, twins.json     answers to the harmless twins of the malicious queries (`davsp.experiments.gate.twins`)
 out/metrics.json                  rows of all seeds together
 out/gate.md, roc.svg, manifest.json
 """
@@ -25,6 +26,8 @@ from davsp.evaluation import evaluate
 from davsp.experiments.gate.figures import areas, rates
 from davsp.experiments.gate.looks import scores, see
 from davsp.experiments.gate.table import markdown, roc
+from davsp.experiments.gate.twins import FILE as TWINS
+from davsp.experiments.gate.twins import Twins, told, twin_rows
 from davsp.experiments.stages import Stages, fitted_vector, trained_prompt
 from davsp.lvlm import LVLM, AnsweringLVLM, fingerprint, model_name
 from davsp.metrics import Outcome
@@ -86,6 +89,7 @@ def gate(
     settings: TrainSettings,
     templates: Templates,
     seed: int = 0,
+    twins: Twins | None = None,
     with_ecso: bool = True,
     batch_size: int = 32,
     console: Console | None = None,
@@ -101,6 +105,8 @@ def gate(
         settings: of the border.
         templates: ECSO's.
         seed: names the folder below `out`; data and settings are of it.
+        twins: the test's malicious queries, each with a harmless twin, and what sounds harmful (`embedded.twins`); they may be added to
+            a folder that is finished.
         with_ecso: also ECSO and adaptive ECSO with the border, which take most of the time.
 
     Returns:
@@ -145,6 +151,8 @@ def gate(
     }  # fmt: skip
     write_json(folder / OUTCOMES, {name: [asdict(o) for o in rows] for name, rows in outcomes.items()})
     _look(stages, lvlm, data.test, sets, border, vector.layer, text, refusal_text, seed, batch_size)
+    if twins:
+        told(stages, lvlm, defenses, twins, outcomes, seed, batch_size)
     facts = manifest(
         model=model_name(lvlm), revision=lvlm.revision, weights=fingerprint(lvlm), seed=seed, text=text,
         settings=settings.model_dump(), layer=vector.layer, gate=border.gate and border.gate.model_dump(exclude={"direction"}),
@@ -197,12 +205,9 @@ def read_looks(file: Path) -> dict[str, np.ndarray]:
 def pool(out: Path, model: str) -> list[dict[str, Any]]:
     """Rows, table and plot of all seeds in a model's folder."""
     seeds = sorted(out.glob(f"seed-*/{OUTCOMES}"))
-    outcomes: dict[str, list[Outcome]] = {}
-    for path in seeds:
-        for name, rows in read_json(path).items():
-            outcomes.setdefault(name, []).extend(Outcome(**row) for row in rows)
     looks = [read_looks(path.parent / LOOKS) for path in seeds]
-    table = rates(model, outcomes) + areas(model, looks)
+    twins = [path.parent / TWINS for path in seeds if (path.parent / TWINS).exists()]
+    table = rates(model, _pooled(seeds)) + areas(model, looks) + twin_rows(model, _pooled(twins))
     write_json(out / "metrics.json", metrics.metrics_file(table))
     facts = [read_json(path.parent / "manifest.json") for path in seeds]
     write_json(
@@ -211,3 +216,12 @@ def pool(out: Path, model: str) -> list[dict[str, Any]]:
     write_text(out / "gate.md", markdown(table, model, [f["seed"] for f in facts]))
     write_text(out / "roc.svg", roc(looks, model))
     return table
+
+
+def _pooled(files: Sequence[Path]) -> dict[str, list[Outcome]]:
+    """Defense -> outcomes of all seeds."""
+    outcomes: dict[str, list[Outcome]] = {}
+    for path in files:
+        for name, rows in read_json(path).items():
+            outcomes.setdefault(name, []).extend(Outcome(**row) for row in rows)
+    return outcomes

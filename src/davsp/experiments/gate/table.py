@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from davsp.experiments.gate.twins import twin_table
 from davsp.report import plots
 
 TITLES = {
@@ -23,7 +24,7 @@ LINES = {"davsp refusal": "-", "none refusal": "--", "davsp both": "-", "none bo
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], model: str, seeds: Sequence[int]) -> str:
-    """Two tables: the defenses, and the looks."""
+    """Tables: the defenses, the looks, and the twins if there are any."""
     at = {(r["defense"], r["benchmark"], r["metric"]): r for r in rows}
     heads = [
         "defense",
@@ -72,7 +73,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], model: str, seeds: Sequence[int]
         "calibrated: at the threshold that 600 held-out benign queries give for 0.5 % false refusals with 95 % confidence; the intents of the "
         "test were not among them.",
     ]  # fmt: skip
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes), *twin_table(rows, TITLES)]) + "\n"
 
 
 def _rate(figure: Mapping[str, Any], digits: int = 1) -> str:
