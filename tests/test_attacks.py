@@ -124,7 +124,7 @@ def test_what_is_attacked_is_what_the_model_sees_of_the_file(lvlm: LVLM, name: s
     prepared = defense.prepare(sent)
     seen = lvlm.preprocess([p for q in prepared if (p := q.picture()) is not None])
     assert places == [0, 1, 2] and torch.equal(surface.canvas(rounded(moved)), seen)
-    assert surface.goals[0][0] == [q.question for q in prepared]
+    assert surface.questions == [q.question for q in prepared]
     before = [p for q in defense.prepare(data) if (p := q.picture()) is not None]
     if name == "border":  # resized to the inside, the picture is the one that the defense would have made itself
         assert torch.equal(surface.canvas(surface.pictures), lvlm.preprocess(before))

@@ -19,10 +19,10 @@ from rich.console import Console
 from davsp.attacks.records import RECORDS, append, curve_points, picture_file, read_records, save_batch
 from davsp.attacks.redraw import REDRAWS
 from davsp.attacks.search import losses_of, search
-from davsp.attacks.settings import BASELINE, CLEAN, AttackSettings
+from davsp.attacks.settings import BASELINE, BY_WORDS, CLEAN, AttackSettings
 from davsp.attacks.suffix import search_suffix, with_words
 from davsp.attacks.surface import files, picture_of, surfaces, visual
-from davsp.defenses import Defense
+from davsp.defenses import Defense, Gate
 from davsp.errors import DavspError, Interrupted
 from davsp.evaluation import Evaluation, evaluate
 from davsp.evaluation.fitting import fitting
@@ -131,7 +131,7 @@ def probe(lvlm: LVLM, defense: Defense, queries: Sequence[Query], target: str) -
     same_canvas = isinstance(canvas, torch.Tensor) and torch.equal(attacked_canvas, canvas.cpu())
     return (
         all(torch.equal(losses[0], one) for one in losses[1:]),
-        same_canvas and surface.goals[0][0] == [q.question for q in prepared],
+        same_canvas and surface.questions == [q.question for q in prepared],
     )
 
 
@@ -259,6 +259,8 @@ def _check(
         raise DavspError(f"target {settings.target!r} holds words that {lvlm.model_id} does not know; give others")
     if (needs := {"hide", "both"} & set(settings.attacks)) and vector is None:
         raise DavspError(f"the attack {min(needs)!r} needs the defender's vector (--vector), or leave it out")
+    if words := [a for a in BY_WORDS if a in settings.attacks and any(isinstance(d, Gate) for d in defenses.values())]:
+        raise DavspError(f"the attack {words[0]!r} does not know gates, which ask a question twice; leave it out")
     if "joint" in settings.attacks and "suffix" not in settings.attacks:
         raise DavspError("the attack 'joint' goes on from the words of 'suffix'; name that, too")
     if "transfer" in settings.attacks and not (BASELINE in defenses and "comply" in settings.attacks):

@@ -1,31 +1,37 @@
 """What an attacker has in hand under a defense: the pixels of the picture he sends, and the road from there to the model.
 
 He sends his picture in the very size at which the defense puts it on its canvas, so that nothing is resampled and each of his
-8-bit pixels reaches the model: the strongest place to stand.
+8-bit pixels reaches the model: the strongest place to stand. A gate shows one picture twice: to the look in this size, and then
+undefended, resized as the model resizes any picture; the attack goes both roads.
 """
 
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
 from PIL import Image
+from PIL.Image import Resampling
 from torch import Tensor
 from torch.nn.functional import pad
 
-from davsp.defenses import ECSO, AdaShieldA, Chain, Defense, Intervention, VisualPrompt
+from davsp.defenses import ECSO, AdaShieldA, Chain, Defense, Gate, Intervention, VisualPrompt
 from davsp.defenses.ecso import CUT
 from davsp.errors import DavspError
 from davsp.lvlm import LVLM
 from davsp.lvlm.onehot import answer_losses
+from davsp.lvlm.resample import resample
 from davsp.prompts import Prompt, VisualSafetyPrompt
 from davsp.prompts.base import to_bytes
 from davsp.query import Query
 from davsp.vector import HarmfulnessVector
 
+Road = Callable[[Tensor], Tensor]
+"""From sent pictures, each value k/255, to what the model sees; carries the gradient."""
 Goal = tuple[list[str], list[str]]
 """Questions, and the beginnings of the answers that the attacker wants to them."""
+SPARE = 0.02  # of its first distance to a gate's threshold, by which a score is to fall below it
 
 
 @dataclass(frozen=True)
@@ -34,23 +40,38 @@ class Surface:
 
     Attributes:
         pictures: the queries' pictures as he would send them, each value k/255.
-        canvas: such pictures -> what the model sees; carries the gradient.
-        goals: what the model is asked, call by call, and what it is to say; the defense's texts are in the questions.
+        canvas: the road of the defense's first look.
+        questions: of it, with the defense's texts.
+        goals: what the model is asked there, call by call, and what it is to say.
+        plain, after: the road of what passes a gate, and what the model is asked there.
+        caught: canvases of the first look -> how far above a gate's threshold, 1 at the start if it refuses, 0 where it lets pass.
     """
 
     lvlm: LVLM
     pictures: Float[Tensor, "b 3 h w"]
-    canvas: Callable[[Tensor], Tensor]
+    canvas: Road
+    questions: list[str]
     goals: list[Goal]
+    plain: Road | None = None
+    after: list[Goal] = field(default_factory=list)
+    caught: Callable[[Tensor], Tensor] | None = None
 
     def comply(self, pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
-        """Mean cross-entropy of the wanted beginnings, summed over the calls; of pictures rounded to 8 bit."""
-        canvas = self.canvas(rounded(pictures))
-        return torch.stack([answer_losses(self.lvlm, canvas, *one) for one in self.goals]).sum(0)
+        """Mean cross-entropy of the wanted beginnings, and what a gate has against them, summed; of pictures rounded to 8 bit."""
+        sent = rounded(pictures)
+        losses = []
+        if self.goals or self.caught:
+            canvas = self.canvas(sent)
+            losses += [answer_losses(self.lvlm, canvas, *one) for one in self.goals]
+            losses += [self.caught(canvas)] if self.caught else []
+        if self.plain is not None:
+            canvas = self.plain(sent)
+            losses += [answer_losses(self.lvlm, canvas, *one) for one in self.after]
+        return torch.stack(losses).sum(0)
 
     def projection(self, pictures: Float[Tensor, "b 3 h w"], vector: HarmfulnessVector) -> Float[Tensor, " b"]:
-        """s(x) of the first call at the vector's layer; of pictures rounded to 8 bit."""
-        states = self.lvlm.states(self.canvas(rounded(pictures)), self.goals[0][0], [vector.layer])
+        """s(x) of the first look at the vector's layer; of pictures rounded to 8 bit."""
+        states = self.lvlm.states(self.canvas(rounded(pictures)), self.questions, [vector.layer])
         return vector.project(states[:, 0])
 
 
@@ -70,26 +91,53 @@ def surfaces(lvlm: LVLM, defense: Defense, queries: Sequence[Query], target: str
     if prompt is None:
         prepared = lvlm.preprocess(pictures)
         sent = [one.cpu() for one in prepared]
-        canvas: Callable[[Tensor], Tensor] = lambda x: x  # noqa: E731
+        canvas: Road = lambda x: x  # noqa: E731
     else:
         sent = list(_inside(prompt, prompt.resize(pictures)))
         canvas = _road(prompt, lvlm.device)
-    calls = goals(defense, queries, target)
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, one in enumerate(sent):
         groups.setdefault(tuple(one.shape), []).append(i)
     return [
-        (
-            places,
-            Surface(
-                lvlm,
-                torch.stack([sent[i] for i in places]).to(lvlm.device),
-                canvas,
-                [([questions[i] for i in places], [answers[i] for i in places]) for questions, answers in calls],
-            ),
-        )
+        (places, _surface(lvlm, defense, [queries[i] for i in places], torch.stack([sent[i] for i in places]), canvas, target))
         for places in groups.values()
-    ]
+    ]  # fmt: skip
+
+
+def _surface(
+    lvlm: LVLM, defense: Defense, queries: Sequence[Query], sent: Float[Tensor, "b 3 h w"], canvas: Road, target: str
+) -> Surface:
+    """Of queries whose pictures have one size."""
+    pictures = sent.to(lvlm.device)
+    if not isinstance(defense, Gate):
+        calls = goals(defense, queries, target)
+        return Surface(lvlm, pictures, canvas, calls[0][0], calls)
+    questions = [q.question for q in defense.prepare(queries)]
+    after = goals(defense.else_, queries, target)
+    surface = Surface(lvlm, pictures, canvas, questions, [], plain_road(lvlm, sent), after)
+    if defense.kind == "answer":
+        return replace(surface, goals=goals(defense.inner, queries, target))
+    with torch.no_grad():
+        distance = defense.excess(lvlm, canvas(pictures), questions).abs().clamp(min=1e-6)
+    return replace(surface, caught=lambda x: (defense.excess(lvlm, x, questions) / distance + SPARE).clamp(min=0))
+
+
+def plain_road(lvlm: LVLM, sent: Float[Tensor, "b 3 h w"]) -> Road:
+    """How a model resizes pictures of this size without a defense.
+
+    Raises:
+        DavspError: it is no bicubic resize to a square, so that the attack does not know its gradient.
+    """
+    seen, pictures = lvlm.preprocess(files(sent)), sent.to(lvlm.device)
+    side = seen[0].shape[-1]
+    road: Road = (lambda x: x) if seen[0].shape == sent[0].shape else lambda x: resample(x, side, Resampling.BICUBIC)
+    if sent.shape[-1] != sent.shape[-2] or not all(
+        torch.equal(a.cpu(), b.cpu()) for a, b in zip(road(pictures), seen, strict=True)
+    ):
+        raise DavspError(
+            f"{lvlm.model_id} resizes undefended pictures in a way whose gradient the attack does not know, so it can't attack a gate"
+        )
+    return road
 
 
 def goals(defense: Defense, queries: Sequence[Query], target: str) -> list[Goal]:
@@ -113,11 +161,15 @@ def visual(defense: Defense) -> Prompt | None:
     """The one visual prompt in a defense; None without one.
 
     Raises:
-        DavspError: there are two.
+        DavspError: there are two, or a gate that is not outermost.
     """
     if isinstance(defense, VisualPrompt):
         return defense.prompt
-    if isinstance(defense, ECSO | Intervention):
+    if isinstance(defense, ECSO | Intervention | Gate):
+        if isinstance(defense.inner, Gate):
+            raise DavspError(f"{defense.name} looks through a gate; the attack knows one that stands outermost")
+        if isinstance(defense, Gate) and (isinstance(defense.else_, Gate) or visual(defense.else_) is not None):
+            raise DavspError(f"{defense.name} answers through another border or gate; the attack knows one")
         return visual(defense.inner)
     prompts = [p for d in getattr(defense, "defenses", ()) if (p := visual(d)) is not None]
     if len(prompts) > 1:
@@ -136,6 +188,8 @@ def unseen(defense: Defense) -> list[str]:
         return [again, *unseen(defense.inner)]
     if isinstance(defense, Chain):
         return [part for one in defense.defenses for part in unseen(one)]
+    if isinstance(defense, Gate):
+        return [*unseen(defense.inner), *unseen(defense.else_)]
     return [] if type(defense).respond is Defense.respond else [f"what {defense.name} does with the call"]
 
 

@@ -134,12 +134,16 @@ def _attack_settings(
 ) -> "AttackSettings":
     """The settings; with no --attack all that the rows and the vector allow."""
     from davsp.attacks import AttackSettings
-    from davsp.attacks.settings import ATTACKS, BASELINE
+    from davsp.attacks.settings import ATTACKS, BASELINE, BY_WORDS
+    from davsp.defenses import Gate
 
+    gated = any(isinstance(defense, Gate) for defense in defenses.values())
     possible = [
         name
         for name in ATTACKS
-        if (with_vector or name not in ("hide", "both")) and (BASELINE in defenses or name != "transfer")
+        if (with_vector or name not in ("hide", "both"))
+        and (BASELINE in defenses or name != "transfer")
+        and not (gated and name in BY_WORDS)
     ]
     kinds = [name for part in options.kinds or [] for name in part.split(",")] or possible
     with refused_as(_impossible):

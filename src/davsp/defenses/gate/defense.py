@@ -17,13 +17,15 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from davsp.defenses.base import Defense, batches, together
-from davsp.defenses.gate.scores import Look, look
+from davsp.defenses.gate.scores import Look, look, look_at
 from davsp.defenses.none import NoDefense
 from davsp.errors import DavspError
 from davsp.judges.keyword import refused
-from davsp.lvlm import LVLM, AnsweringLVLM, fingerprint, loaded
+from davsp.lvlm import LVLM, AnsweringLVLM, Canvas, fingerprint, loaded
 from davsp.prompts.gate import Calibration, Line
 from davsp.query import Query, Response
 from davsp.vector import HarmfulnessVector
@@ -173,15 +175,25 @@ class Gate(Defense):
 
     def _scores(self, lvlm: LVLM, prepared: Sequence[Query]) -> tuple[Look, list[float]]:
         """What the pass shows of one batch, and the scores made of it."""
-        calibration, line = self.calibration, self.line
-        assert calibration is not None
         pictures = [picture for query in prepared if (picture := query.picture()) is not None]
         canvas = lvlm.preprocess(pictures) if pictures else None
+        seen = look(lvlm, canvas, [query.question for query in prepared], *self._sought())
+        return seen, [float(score) for score in self._weighed(seen)]
+
+    def excess(self, lvlm: LVLM, canvas: Canvas, questions: Sequence[str]) -> Float[Tensor, " b"]:
+        """Scores of `states` or `first` less the threshold, of finished canvases; carries the gradient."""
+        return self._weighed(look_at(lvlm, canvas, questions, *self._sought())) - self.line.threshold
+
+    def _sought(self) -> tuple[int, Tensor, str | None]:
+        """Layer, direction, and the refusal if its likelihood counts."""
+        calibration = self.calibration
+        assert calibration is not None
         said = calibration.refusal_text if self.kind == "first" else None
-        questions = [query.question for query in prepared]
-        seen = look(lvlm, canvas, questions, calibration.layer, torch.tensor(calibration.unit()), said)
-        score = line.projection * seen.projection
-        return seen, [float(s) for s in (score if seen.refusal is None else score + line.refusal * seen.refusal)]
+        return calibration.layer, torch.tensor(calibration.unit()), said
+
+    def _weighed(self, seen: Look) -> Tensor:
+        score = self.line.projection * seen.projection
+        return score if seen.refusal is None else score + self.line.refusal * seen.refusal
 
     def _begun(
         self, lvlm: AnsweringLVLM, queries: Sequence[Query], batch_size: int, max_new_tokens: int

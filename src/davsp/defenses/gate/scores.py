@@ -27,7 +27,6 @@ class Look(NamedTuple):
     refusal: Float[Tensor, " b"] | None
 
 
-@torch.no_grad()
 def look(
     lvlm: LVLM,
     canvas: Canvas | None,
@@ -36,7 +35,7 @@ def look(
     direction: Float[Tensor, " d"],
     refusal: str | None = None,
 ) -> Look:
-    """The scores of defended queries.
+    """The scores of defended queries, on the CPU.
 
     Args:
         canvas, questions: as `LVLM.states`.
@@ -46,13 +45,27 @@ def look(
     Raises:
         DavspError: a layer that the model does not have, or a query that it has no room for.
     """
+    with torch.no_grad():
+        seen = look_at(lvlm, canvas, questions, layer, direction, refusal)
+    return Look(seen.projection.cpu(), None if seen.refusal is None else seen.refusal.cpu())
+
+
+def look_at(
+    lvlm: LVLM,
+    canvas: Canvas | None,
+    questions: Sequence[str],
+    layer: int,
+    direction: Float[Tensor, " d"],
+    refusal: str | None = None,
+) -> Look:
+    """As `look`, where the model is, and with the gradient to a canvas that requires it: what an attacker lowers."""
     if refusal is None:
         state, likelihood = lvlm.states(canvas, questions, [layer])[:, 0], None
     else:
         step = lvlm.step(canvas, questions, layer, [refusal] * len(questions))
         assert step.answer_loss is not None
-        state, likelihood = step.state, -step.answer_loss.float().cpu()
-    return Look((state.float() @ direction.to(state.device, torch.float32)).cpu(), likelihood)
+        state, likelihood = step.state, -step.answer_loss.float()
+    return Look(state.float() @ direction.to(state.device, torch.float32), likelihood)
 
 
 def combined(malicious: Float[np.ndarray, "n 2"], benign: Float[np.ndarray, "m 2"]) -> tuple[float, float]:

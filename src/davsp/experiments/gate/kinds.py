@@ -62,7 +62,7 @@ def seen_only(seed: int, seen: Sequence[str]) -> Protocol:
     Raises:
         DavspError: a kind that no pair of a part has.
     """
-    data = protocol(seed, **SIZES)
+    data = protocol(seed, train=TRAIN, sweep=SWEEP, **SIZES)
     hard = [q for q in data.test if q.label == "benign" or q.category in HARD]
     return replace(
         data, sweep_malicious=of_kinds(seed, "sweep", seen, SWEEP), train_malicious=of_kinds(seed, "train", seen, TRAIN), test=hard
