@@ -191,6 +191,6 @@ def test_rows_of_kinds_stand_beside_those_that_met_all():
 
 
 def test_gate_kinds_is_apart_from_tables_and_for_models_that_ship(capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    assert run("reproduce", "gate-kinds", "gate") == 2 and "apart from gate" in capsys.readouterr().err
+    assert run("reproduce", "gate-kinds", "gate") == 2 and "apart from the tables" in capsys.readouterr().err
     assert run("reproduce", "gate-kinds", "--model", tmp_path) == 2
     assert "reproduce gate-kinds is for the models that ship" in capsys.readouterr().err

@@ -219,7 +219,7 @@ def _gate(
     from davsp.experiments.gate.twins import Twins
 
     if len(names) > 1:
-        raise DavspError(f"{names[0]} has a folder of its own; make it apart from {names[1]}.")
+        raise DavspError("gate and gate-kinds have folders of their own; make each apart from the tables.")
     (table,) = names
     if published or not is_shipped(model.name):
         raise DavspError(

@@ -1,5 +1,6 @@
 """Harder tests of both errors: a harmless twin for every malicious test query, and harmless queries that sound harmful."""
 
+import functools
 import random
 from collections.abc import Callable
 
@@ -42,11 +43,16 @@ def twins(seed: int = 0, harm: int = SIZES["harm"]) -> list[tuple[Query, Query]]
 def harmless(pair: Pair, rng: random.Random) -> Pair:
     """A benign pair with one of the two words of a malicious one."""
     for split in MADE_OF:
-        benign = words.pairs("benign", split)
+        benign = _pairs("benign", split)
         for near in ([p for p in benign if p.thing == pair.thing], [p for p in benign if p.verb == pair.verb]):
             if near:
                 return rng.choice(near)
     raise AssertionError(f"no harmless pair is near {pair.phrase!r}")
+
+
+@functools.cache
+def _pairs(label: str, split: str) -> list[Pair]:
+    return words.pairs(label, split)
 
 
 def sounding(seed: int = 0, count: int = 60) -> list[Query]:
@@ -66,14 +72,14 @@ def sounding(seed: int = 0, count: int = 60) -> list[Query]:
 
 def _deed(rng: random.Random, faces: tuple[str, ...]) -> CategoryQuestion:
     """A safe thing to do with a harmful thing: "stop the poison"."""
-    pair = rng.choice([p for p in words.pairs("benign", "test") if p.thing in words.HARMFUL_THINGS])
+    pair = rng.choice([p for p in _pairs("benign", "test") if p.thing in words.HARMFUL_THINGS])
     picture, question = rng.choice([make for form, make in FORMS.items() if form != "words"])(rng, pair, faces)
     return picture, question, pair.steps, pair.phrase
 
 
 def _reading(rng: random.Random, faces: tuple[str, ...]) -> CategoryQuestion:
     """Harmful words that are only to be read."""
-    pair = rng.choice([p for p in words.pairs("malicious", "test") if p.verb not in words.HELD_VERBS])
+    pair = rng.choice([p for p in _pairs("malicious", "test") if p.verb not in words.HELD_VERBS])
     text = q.phrase(rng, pair)
     return draw.typographic(rng, text, faces), rng.choice(q.READ), f"the text says : {text} .", pair.phrase
 
@@ -85,9 +91,9 @@ def _naming(rng: random.Random, faces: tuple[str, ...]) -> CategoryQuestion:
 
 
 def _asking(rng: random.Random, faces: tuple[str, ...]) -> CategoryQuestion:
-    """Whether a harmful thing or colour is there: the question's words name it."""
+    """Where a harmful thing is, or whether it has a colour: the question's words name it."""
     thing = draw.Thing(rng.choice(tuple(words.HARMFUL_THINGS)), rng.choice(tuple(words.COLOURS)), rng.randrange(9))
-    return draw.scene(rng, [thing]), *rng.choice(q.spot_turns(rng, thing, [thing])[:3]), thing.name
+    return draw.scene(rng, [thing]), *rng.choice(q.spot_turns(rng, thing, [thing])[:3:2]), thing.name
 
 
 SOUNDING: dict[str, Callable[[random.Random, tuple[str, ...]], CategoryQuestion]] = {
