@@ -198,6 +198,19 @@ def test_an_answer_that_begins_as_a_refusal_is_refused(
     ]  # fmt: skip
 
 
+def test_what_cannot_be_told_is_never_answered_undefended(
+    lvlm: LVLM, border: VisualSafetyPrompt, monkeypatch: pytest.MonkeyPatch
+):
+    """A thought that fills the look is an error; no words at all are no leave to answer."""
+    replies = iter([("<think>is this", "length"), ("", "stop")])
+    monkeypatch.setattr(LVLM, "completions", lambda *_, **__: [next(replies)])
+    gate, (query,) = Gate(VisualPrompt(border), tokens=4), queries("malicious", 1)
+    with pytest.raises(DavspError, match=r"are all thought.*Gate\(tokens="):
+        gate.respond(lvlm, [query], max_new_tokens=20)
+    (response,) = gate.respond(lvlm, [query], max_new_tokens=20)
+    assert (response.text, response.calls) == ("", 1)
+
+
 def test_what_does_not_go_together(lvlm: LVLM, mini: LVLM, calibrated: VisualSafetyPrompt):
     with pytest.raises(DavspError, match="no threshold yet; make one with davsp gate"):
         Gate(VisualPrompt(calibrated), "first")

@@ -24,7 +24,7 @@ from davsp.defenses.base import Defense, batches, together
 from davsp.defenses.gate.scores import Look, look, look_at
 from davsp.defenses.none import NoDefense
 from davsp.errors import DavspError
-from davsp.judges.keyword import refused
+from davsp.judges.keyword import withheld
 from davsp.lvlm import LVLM, AnsweringLVLM, Canvas, fingerprint, loaded
 from davsp.prompts.gate import Calibration, Line
 from davsp.query import Query, Response
@@ -201,7 +201,12 @@ class Gate(Defense):
         """The beginnings of the answers under `inner`; a refusal that is cut is asked for whole."""
         few = min(self.tokens, max_new_tokens)
         begun = self.inner.respond(lvlm, queries, None, batch_size, None, few)
-        looked = [Looked(refused(response.text), response) for response in begun]
+        if any(response.cut for response in begun):
+            raise DavspError(
+                f"{few} tokens under {self.inner.name} are all thought, so nothing shows whether the answer is a refusal; "
+                "let the gate look at more of them (Gate(tokens=...))"
+            )
+        looked = [Looked(withheld(response.text), response) for response in begun]
         cut = [at for at, one in enumerate(looked) if one.refused and one.response.finish == "length"]
         if few < max_new_tokens and cut:
             whole = self.inner.respond(lvlm, [queries[at] for at in cut], None, batch_size, None, max_new_tokens)
