@@ -99,7 +99,7 @@ def run(folder: Path, out: Path, log: Path, at: int, rng: random.Random) -> None
     os.dup2(null, 1)
     notes = log.open("a", buffering=1)
     notes.write("start\n")
-    seen, fsync, generate = 0, os.fsync, LVLM.generate
+    seen, fsync, completions = 0, os.fsync, LVLM.completions
 
     def event() -> bool:
         nonlocal seen
@@ -119,13 +119,13 @@ def run(folder: Path, out: Path, log: Path, at: int, rng: random.Random) -> None
         if name in ("open", "os.rename", "os.mkdir") and mine and event():
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def noted(self: LVLM, canvas: Any, questions: list[str], *args: Any, **options: Any) -> list[str]:
-        answers = generate(self, canvas, questions, *args, **options)
+    def noted(self: LVLM, canvas: Any, questions: list[str], *args: Any, **options: Any) -> list[tuple[str, str]]:
+        answers = completions(self, canvas, questions, *args, **options)
         notes.write("".join(f"asked {question}\n" for question in questions))
         return answers
 
     flushed: dict[str, int] = {str(p): p.stat().st_size for p in out.glob("*")}
-    os.fsync, LVLM.generate = lossy, noted  # type: ignore[assignment, method-assign]
+    os.fsync, LVLM.completions = lossy, noted  # type: ignore[assignment, method-assign]
     sys.addaudithook(audit)
     sys.argv = ["davsp", "eval", "--queries", str(folder / "data"), "--out", str(out), "--batch-size", str(BATCH)]
     sys.argv += ["--defense", "none", "--defense", "safety-text=please be safe", "--max-new-tokens", "4"]

@@ -96,7 +96,7 @@ MAKING = {
     "stages": {"tower": {"steps": 1, "batch": 1, "seconds": 60.0, "hardware": "a test"}},
     "text": dict.fromkeys(
         ("parameters", "things", "canvas", "tokens", "words", "faces", "seed", "command", "sha256", "name", "kind",
-         "depth", "width", "hints"), "X",
+         "depth", "width", "hints", "transformers"), "X",
     ),
 }  # fmt: skip
 

@@ -91,7 +91,8 @@ def test_each_judge_has_its_own_server_model_and_key(
 ) -> None:
     """A judge on one server with a key, a grader on another without one, in one command."""
     monkeypatch.setenv("MY_KEY", "k-1")
-    monkeypatch.setattr("davsp.LVLM.generate", lambda self, canvas, questions, **_: ["item 1: a kite"] * len(questions))
+    said = [("item 1: a kite", "stop")]
+    monkeypatch.setattr("davsp.LVLM.completions", lambda self, canvas, questions, *_, **__: said * len(questions))
     out, both = tmp_path / "out", [f"{name}={sets / name}" for name in ("figstep", "mm_vet")]
     with judge_server() as other:
         other.say = lambda n: "0.5"

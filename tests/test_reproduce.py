@@ -209,7 +209,7 @@ def test_a_run_writes_its_tables_in_four_formats(made):
 
 def test_a_second_run_answers_and_trains_nothing(made, monkeypatch):
     out, again, first, _, names = made
-    monkeypatch.setattr("davsp.lvlm.base.LVLM.generate", lambda *a, **k: pytest.fail("it answered again"))
+    monkeypatch.setattr("davsp.lvlm.base.LVLM.completions", lambda *a, **k: pytest.fail("it answered again"))
     monkeypatch.setattr("davsp.experiments.stages.train", lambda *a, **k: pytest.fail("it trained again"))
     name = "resistance" if "resistance" in names else names[0]
     before = (out / f"{name}.csv").read_text()
@@ -422,9 +422,8 @@ def test_what_other_models_lack_is_left_out_and_said(made):
     without = lacking(replace(kit, shipped=False))
     assert set(without) == {"uniguard", "adashield-a"} and lacking(kit) == {}
     assert set(lacking(replace(kit, shipped=False, corpus=["x"]))) == {"adashield-a"}
-    assert AGREEMENT in run._notes(replace(kit, shipped=False), keyword, []) and AGREEMENT not in run._notes(
-        kit, keyword, []
-    )
+    assert AGREEMENT in run._notes(replace(kit, shipped=False), keyword, [], {})
+    assert AGREEMENT not in run._notes(kit, keyword, [], {})
     rows = [row("none", "sd", "rsr", 0.5), row("none", "utility", "accuracy", 0.9)]
     missing = without | dict.fromkeys(("pat", "esiii", "davsp", "adashield-s"), "x")
     answers = [Response(q.id, "none", "no") for q in kit.data.test]
