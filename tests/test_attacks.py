@@ -289,11 +289,11 @@ def test_a_run_that_was_cut_off_ends_the_same(lvlm: LVLM, tmp_path: Path) -> Non
         attack(lvlm, defenses, data, again, settings, max_new_tokens=4)
     records.write_text("".join(lines))
     spoilt = {
-        "is not the picture that was found": lambda path: picture(1, (40, 40)).save(path), "No such file": Path.unlink,
+        "is not the picture that was found": lambda path: picture(1, (40, 40)).save(path), "is missing": Path.unlink,
     }  # fmt: skip
     for why, spoil in spoilt.items():
         spoil(records.parent / "pictures" / "00000.png")
-        with pytest.raises(DavspError, match=rf"00000\.png.*{why}.*; delete .*comply-16"):
+        with pytest.raises(DavspError, match=rf"00000\.png {why}; delete .*comply-16"):
             attack(lvlm, defenses, data, again, settings, max_new_tokens=4)
 
 

@@ -78,10 +78,8 @@ def picture_file(folder: Path, record: dict[str, Any]) -> Path:
         DavspError: it is missing, or another one.
     """
     path, mend = folder / "pictures" / str(record["file"]), f"delete {folder} to attack anew"
-    try:
-        picture = open_picture(path)
-    except DavspError as error:
-        raise DavspError(f"{error}; {mend}") from error
-    if sha256_bytes(picture.tobytes()) != record["sha256"]:
+    if not path.exists():
+        raise DavspError(f"{path} is missing; {mend}")
+    if sha256_bytes(open_picture(path).tobytes()) != record["sha256"]:
         raise DavspError(f"{path} is not the picture that was found; {mend}")
     return path
