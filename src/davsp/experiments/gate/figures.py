@@ -99,20 +99,22 @@ def _interval(looks: Sequence[Mapping[str, np.ndarray]], key: str) -> tuple[floa
         times = {
             kind: np.bincount(rng.integers(0, len(of), len(of)), minlength=len(of)) for kind, of in intents.items()
         }
-        areas.append(np.mean([_drawn(one, key, at, times) for one, at in zip(looks, where, strict=True)]))
+        drawn = [_drawn(one, key, at, times) for one, at in zip(looks, where, strict=True)]
+        areas += [np.mean(there)] if (there := [area for area in drawn if area is not None]) else []
     low, high = np.quantile(areas, [0.025, 0.975])
     return float(low), float(high)
 
 
-def _drawn(one: Mapping[str, np.ndarray], key: str, at: np.ndarray, times: Mapping[bool, np.ndarray]) -> float:
-    """AUROC with each query as often as its intent was drawn."""
+def _drawn(one: Mapping[str, np.ndarray], key: str, at: np.ndarray, times: Mapping[bool, np.ndarray]) -> float | None:
+    """AUROC with each query as often as its intent was drawn; None if no intent of a class is one of this seed."""
     malicious = one["malicious"]
     often = np.where(
         malicious,
         times[True][np.minimum(at, len(times[True]) - 1)],
         times[False][np.minimum(at, len(times[False]) - 1)],
     )
-    return auroc(np.repeat(one[f"{key}/test"], often), np.repeat(malicious, often))
+    kinds = np.repeat(malicious, often)
+    return auroc(np.repeat(one[f"{key}/test"], often), kinds) if 0 < kinds.sum() < len(kinds) else None
 
 
 def auroc(scores: Float[np.ndarray, " n"], malicious: Bool[np.ndarray, " n"]) -> float:
