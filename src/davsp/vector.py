@@ -260,8 +260,11 @@ class HarmfulnessVector:
         Args:
             path: a file of torch.save with a dictionary `layer_1` to `layer_L` of (D,), or one tensor (L, D); of any length, as
                 their training divides by the norm, too. It is read with `weights_only`.
-            layer, mu_plus, mu_minus: left out: 20, 27 and -2, as in their training script, for 40 layers of 5120 numbers.
-            model_id, text: what the file does not say; left out: not known.
+            layer: left out: 20, 27 and -2, as in their training script, for 40 layers of 5120 numbers.
+            mu_plus: as above.
+            mu_minus: as above.
+            model_id: what the file does not say; left out: not known.
+            text: as above.
 
         Raises:
             DavspError: it is no such file; NaN, infinity or a direction of zeros; the three are missing for another model or layer.
