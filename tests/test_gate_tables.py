@@ -8,16 +8,13 @@ import numpy as np
 import pytest
 from statsmodels.stats.proportion import proportion_confint
 
-from davsp import LVLM, VisualSafetyPrompt, embedded
+from davsp import LVLM, VisualSafetyPrompt
 from davsp.defenses import ECSO, Gate, NoDefense, VisualPrompt
-from davsp.embedded.data import calibration
-from davsp.embedded.ecso_templates import TEMPLATES
 from davsp.experiments.gate import run
 from davsp.experiments.gate.figures import areas, auroc, rates
 from davsp.experiments.gate.looks import _kth, scores, see
 from davsp.experiments.gate.table import TITLES, markdown, roc
 from davsp.metrics import Outcome
-from davsp.runtime.files import read_json
 from test_cli import run as davsp
 from tiny import queries
 
@@ -150,40 +147,3 @@ def test_the_command_is_for_the_models_that_ship(capsys: pytest.CaptureFixture[s
     assert davsp("reproduce", "gate", "--model", tiny_folder) == 2
     assert "for the models that ship" in capsys.readouterr().err
     assert davsp("reproduce", "gate", "ecso") == 2 and "apart from the tables" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_two_seeds_of_the_whole(mini: LVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Trained, calibrated, answered, looked at; a second call keeps all of it; a second seed is pooled with the first."""
-    for module in (run, __import__("davsp.experiments.gate.figures", fromlist=["x"])):
-        monkeypatch.setattr(module, "RATE", 0.1, raising=False)
-    monkeypatch.setattr(run, "calibrate", lambda *args, **kw: calibrate_at(0.1, *args, **kw))
-
-    def made(seed: int) -> list[dict[str, Any]]:
-        data = embedded.protocol(seed, vector=16, sweep=8, train=16, harm=4, utility=2, mme=2, llava_bench=2)
-        return run.gate(
-            mini, data, calibration(seed, 40), tmp_path, text=embedded.SAFETY_TEXT, refusal_text=embedded.REFUSAL,
-            settings=embedded.SETTINGS.model_copy(update={"steps": 2}), templates=TEMPLATES, seed=seed,
-        )  # fmt: skip
-
-    first = made(0)
-    before = (tmp_path / "seed-0" / "looks.npz").stat().st_mtime_ns
-    assert made(0) == first and (tmp_path / "seed-0" / "looks.npz").stat().st_mtime_ns == before
-    both = made(1)
-    n = {
-        rows[0]["n"]
-        for rows in (
-            [r for r in rows if r["benchmark"] == "all pictures" and r["metric"] == "rsr"] for rows in (first, both)
-        )
-    }
-    assert n == {16, 32}
-    assert {r["defense"] for r in both if r["metric"] == "rsr"} == set(TITLES)
-    assert read_json(tmp_path / "manifest.json")["seeds"] == [0, 1]
-    border = VisualSafetyPrompt.from_pretrained(tmp_path / "seed-1" / "prompts" / "davsp")
-    assert border.gate is not None and border.gate.first.benign == 40
-
-
-def calibrate_at(rate: float, *args: Any, **options: Any) -> Any:
-    from davsp.defenses.gate import calibrate
-
-    return calibrate(*args, rate=rate, **options)
