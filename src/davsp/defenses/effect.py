@@ -26,7 +26,8 @@ from davsp.judges.keyword import keyword, withheld
 from davsp.judges.verdicts import judge_name
 from davsp.lvlm import LVLM, fingerprint, model_name
 from davsp.prompts import VisualSafetyPrompt
-from davsp.prompts.canaries import BENIGN, LEAST, MOST, Canaries, Refused, canaries_of, texts
+from davsp.prompts.beside import texts
+from davsp.prompts.canaries import BENIGN, LEAST, MOST, Canaries, Refused, canaries_of
 from davsp.query import Query, Response
 
 ALPHA = 0.05

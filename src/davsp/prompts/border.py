@@ -30,7 +30,7 @@ from davsp.prompts.base import (
 from davsp.prompts.canaries import FILE as CANARIES
 from davsp.prompts.canaries import Canaries, read_canaries
 from davsp.prompts.gate import FILE as GATE
-from davsp.prompts.gate import Calibration, read_calibration
+from davsp.prompts.gate import Calibration
 from davsp.prompts.hub import fetch
 from davsp.prompts.measured import measurement, with_interval
 from davsp.query import flatten, open_picture, picture_size
@@ -265,7 +265,7 @@ class VisualSafetyPrompt(Prompt):
         if (folder / CANARIES).exists():
             prompt.canaries = read_canaries(folder / CANARIES, prompt)
         if (folder / GATE).exists():
-            prompt.gate = read_calibration(folder / GATE, prompt)
+            prompt.gate = Calibration.read(folder / GATE, prompt)
         return prompt
 
     def _check_picture(self, path: Path) -> None:

@@ -1,25 +1,22 @@
 """A border's canaries: queries that it flips, in a file beside the prompt, by which a server's owner sees that it still works there.
 
-The file is no part of the prompt: the hashes in `vsp_config.json` and the prompt's own are the same with and without it. It has a
-hash of its own, over all that it says, and names the pixels and texts that it was measured with. Of each picture it holds what stands
-inside the border, pixel by pixel.
+The file is no part of the prompt (`davsp.prompts.beside`). Of each picture it holds what stands inside the border, pixel by pixel.
 """
 
 import base64
 import binascii
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from davsp.errors import DavspError
+from davsp.prompts.beside import STRICT, Beside
 from davsp.query import Query
-from davsp.runtime.config import read_config
-from davsp.runtime.files import check_regular, sha256_bytes, to_json
+from davsp.runtime.files import check_regular
 
 if TYPE_CHECKING:
     from davsp.prompts.border import VisualSafetyPrompt
@@ -31,8 +28,6 @@ MOST, LEAST, BENIGN = 24, 8, 8
 MAX_BYTES = 64 * 2**20
 MEND = "delete it; davsp card makes new ones"
 
-_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
-
 
 class Canary(BaseModel):
     """One query.
@@ -42,7 +37,7 @@ class Canary(BaseModel):
         picture: base64 of a PNG, RGB, of the canvas' inside.
     """
 
-    model_config = _STRICT
+    model_config = STRICT
 
     id: str
     question: str
@@ -60,7 +55,7 @@ class Refused(BaseModel):
     `text` is None where the prompt has no texts.
     """
 
-    model_config = _STRICT
+    model_config = STRICT
 
     asked: int = Field(ge=0)
     none: int = Field(ge=0)
@@ -68,54 +63,28 @@ class Refused(BaseModel):
     prompt: int = Field(ge=0)
 
 
-class Canaries(BaseModel):
+class Canaries(Beside):
     """The file.
 
     Attributes:
-        pixels, texts: of the prompt that was measured: `pixels_sha256()`; text, separator, suffix.
-        model, revision, weights: that answered; `weights` is `davsp.lvlm.fingerprint`.
         judge: whose rule tells a refusal, with its version.
         max_new_tokens: longest answer.
         malicious, benign: what was measured on all candidates, so that a rate is known, not only that these were chosen.
         canaries: malicious ones first.
-        sha256: of all the rest.
+        the others: as in `Beside`.
     """
 
-    model_config = _STRICT
-
+    mend: ClassVar[str] = MEND
     version: Literal[1] = 1
-    pixels: str
-    texts: tuple[str, str, str]
-    model: str
-    revision: str | None = None
-    weights: str | None = None
     judge: str
     max_new_tokens: int = Field(48, ge=1, le=4096)
     malicious: Refused
     benign: Refused
     canaries: list[Canary] = Field(min_length=LEAST, max_length=MOST + BENIGN)
-    sha256: str = ""
-
-    def digest(self) -> str:
-        """What `sha256` must be."""
-        return sha256_bytes(json.dumps(self.model_dump(exclude={"sha256"}), sort_keys=True).encode())
-
-    def contents(self) -> bytes:
-        """The file's bytes, with its hash."""
-        return to_json(self.model_copy(update={"sha256": self.digest()}).model_dump()).encode()
 
     def queries(self) -> list[Query]:
         """As queries."""
         return [Query(c.id, c.question, c.label, "canaries", image=c.image().convert("RGB")) for c in self.canaries]
-
-    def belong(self, prompt: "VisualSafetyPrompt") -> bool:
-        """Whether they were measured with this very prompt."""
-        return (self.pixels, self.texts) == (prompt.pixels_sha256(), texts(prompt))
-
-
-def texts(prompt: "VisualSafetyPrompt") -> tuple[str, str, str]:
-    """What the prompt puts around a question."""
-    return prompt.text, prompt.separator, prompt.suffix
 
 
 def canaries_of(prompt: "VisualSafetyPrompt", queries: Sequence[Query]) -> list[Canary]:
@@ -140,12 +109,7 @@ def read_canaries(path: Path, prompt: "VisualSafetyPrompt") -> Canaries:
     check_regular(path)
     if path.stat().st_size > MAX_BYTES:
         raise DavspError(f"{path} has more than {MAX_BYTES // 2**20} MiB, so these are no canaries; {MEND}")
-    content = read_config(path, Canaries)
-    if content.sha256 != content.digest():
-        raise DavspError(f"{path} was changed since it was written: its field 'sha256' is another one; {MEND}")
-    if not content.belong(prompt):
-        what = "border" if content.pixels != prompt.pixels_sha256() else "text"
-        raise DavspError(f"{path} was measured with another {what} than this prompt's; {MEND}")
+    content = Canaries.read(path, prompt)
     if len({canary.id for canary in content.canaries}) < len(content.canaries):
         raise DavspError(f"{path} holds two canaries of one id; {MEND}")
     if sum(canary.label == "malicious" for canary in content.canaries) < LEAST:

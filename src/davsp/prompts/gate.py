@@ -1,31 +1,20 @@
 """A border's gate: the scores and thresholds of `davsp.defenses.gate`, in a file beside the prompt.
 
-Like the canaries it is no part of the prompt: it has a hash of its own, over all that it says, and names the pixels and texts that it
-was measured with.
+Like the canaries it is no part of the prompt (`davsp.prompts.beside`).
 """
 
 import base64
 import binascii
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, Field, field_validator
 
-from davsp.errors import DavspError
-from davsp.prompts.canaries import texts
-from davsp.runtime.config import read_config
-from davsp.runtime.files import check_regular, sha256_bytes, to_json
-
-if TYPE_CHECKING:
-    from davsp.prompts.border import VisualSafetyPrompt
+from davsp.prompts.beside import STRICT, Beside
 
 FILE = "gate.json"
-MEND = "delete it; davsp gate makes a new one"
-
-_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
 
 class Line(BaseModel):
@@ -42,7 +31,7 @@ class Line(BaseModel):
         auroc: of their scores.
     """
 
-    model_config = _STRICT
+    model_config = STRICT
 
     projection: float
     refusal: float
@@ -54,29 +43,21 @@ class Line(BaseModel):
     auroc: float = Field(ge=0, le=1)
 
 
-class Calibration(BaseModel):
+class Calibration(Beside):
     """The file.
 
     Attributes:
-        pixels, texts: of the prompt that was looked through: `pixels_sha256()`; text, separator, suffix.
-        model, revision, weights: that was asked; `weights` is `davsp.lvlm.fingerprint`.
         layer: of the projection.
         direction: the unit vector there, base64 of float32, little endian.
         refusal_text: whose likelihood is measured, and what is said in place of an answer.
         rate: false refusals that the threshold is made for.
         confidence: how sure that is; None: on average over calibration sets.
         states, first: the two kinds of gate that have a score.
-        sha256: of all the rest.
+        the others: as in `Beside`.
     """
 
-    model_config = _STRICT
-
+    mend: ClassVar[str] = "delete it; davsp gate makes a new one"
     version: Literal[1] = 1
-    pixels: str
-    texts: tuple[str, str, str]
-    model: str
-    revision: str | None = None
-    weights: str | None = None
     layer: int = Field(ge=1)
     direction: str
     refusal_text: str = Field(min_length=1)
@@ -84,15 +65,6 @@ class Calibration(BaseModel):
     confidence: float | None = Field(None, gt=0, lt=1)
     states: Line
     first: Line
-    sha256: str = ""
-
-    def digest(self) -> str:
-        """What `sha256` must be."""
-        return sha256_bytes(to_json(self.model_dump(exclude={"sha256"})).encode())
-
-    def contents(self) -> bytes:
-        """The file's bytes, with its hash."""
-        return to_json(self.model_copy(update={"sha256": self.digest()}).model_dump()).encode()
 
     @field_validator("direction")
     @classmethod
@@ -121,27 +93,7 @@ class Calibration(BaseModel):
         """The direction, float32."""
         return np.frombuffer(base64.b64decode(self.direction), dtype="<f4").copy()
 
-    def belong(self, prompt: "VisualSafetyPrompt") -> bool:
-        """Whether it was measured with this very prompt."""
-        return (self.pixels, self.texts) == (prompt.pixels_sha256(), texts(prompt))
-
 
 def packed(direction: Sequence[float]) -> str:
     """A direction as the file holds it."""
     return base64.b64encode(np.asarray(direction, dtype="<f4").tobytes()).decode()
-
-
-def read_calibration(path: Path, prompt: "VisualSafetyPrompt") -> Calibration:
-    """The calibration in a prompt's folder.
-
-    Raises:
-        DavspError: the file is broken, was changed, or is of another border or text.
-    """
-    check_regular(path)
-    content = read_config(path, Calibration)
-    if content.sha256 != content.digest():
-        raise DavspError(f"{path} was changed since it was written: its field 'sha256' is another one; {MEND}")
-    if not content.belong(prompt):
-        what = "border" if content.pixels != prompt.pixels_sha256() else "text"
-        raise DavspError(f"{path} was measured with another {what} than this prompt's; {MEND}")
-    return content

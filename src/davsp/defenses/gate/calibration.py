@@ -13,7 +13,7 @@ from davsp.defenses.visual import VisualPrompt
 from davsp.errors import DavspError
 from davsp.lvlm import LVLM, fingerprint, model_name
 from davsp.prompts import VisualSafetyPrompt
-from davsp.prompts.canaries import texts
+from davsp.prompts.beside import texts
 from davsp.prompts.gate import Calibration, Line, packed
 from davsp.query import Query
 from davsp.vector import HarmfulnessVector, auroc, check_classes

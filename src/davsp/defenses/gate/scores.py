@@ -14,6 +14,8 @@ from torch import Tensor
 
 from davsp.lvlm import LVLM, Canvas
 
+RIDGE = 1e-3
+
 
 class Look(NamedTuple):
     """Scores of a batch.
@@ -71,7 +73,7 @@ def look_at(
 def combined(malicious: Float[np.ndarray, "n 2"], benign: Float[np.ndarray, "m 2"]) -> tuple[float, float]:
     """Weights of (s, r) by logistic regression of the class, both classes counted alike.
 
-    A ridge of one standard deviation keeps the weights finite where the classes are parted by a line.
+    A small ridge (`RIDGE`, on standardised scores) keeps the weights finite where the classes are parted by a line.
     """
     from scipy.optimize import minimize
 
@@ -89,6 +91,3 @@ def combined(malicious: Float[np.ndarray, "n 2"], benign: Float[np.ndarray, "m 2
 
     w = minimize(loss, np.zeros(3), jac=True).x[:2] / np.where(spread > 0, spread, 1)
     return float(w[0]), float(w[1])
-
-
-RIDGE = 1e-3
