@@ -98,6 +98,7 @@ def two(tmp_path: Path) -> list[VisualSafetyPrompt]:
     """Two borders, in folders."""
     borders = [VisualSafetyPrompt.create(24, 5, "random", seed=seed, text="be safe") for seed in (0, 1)]
     borders[0] = canaried(borders[0])
+    borders[0].config["model_id"] = str(tmp_path / "llava-ft")  # a folder of this machine
     for name, prompt in zip(("first", "second"), borders, strict=True):
         prompt.save_pretrained(tmp_path / name)
     return borders
@@ -111,6 +112,10 @@ def test_there_and_back(two: list[VisualSafetyPrompt], tmp_path: Path):
         pushed, pulled = done.stdout.splitlines()
         files = server.repos["user/vsp"]["commits"][re.search(r"/user/vsp/commit/(\w{40})", pushed)[1]]
         assert sorted(files) == ["README.md", "canaries.json", "vsp.png", "vsp.safetensors", "vsp_config.json"]
+        assert (
+            str(tmp_path).encode() not in b"".join(files.values())
+            and b'"model_id": "llava-ft"' in files["vsp_config.json"]
+        )
     assert pulled == f"mit {two[0].pixels_sha256()} {two[0].canaries.digest()}"
 
 

@@ -5,7 +5,7 @@ The hashes in `vsp_config.json` and the prompt's own are the same with and witho
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -15,6 +15,8 @@ from davsp.runtime.files import check_regular, sha256_bytes, to_json
 
 if TYPE_CHECKING:
     from davsp.prompts.border import VisualSafetyPrompt
+
+B = TypeVar("B", bound="Beside")
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
@@ -57,7 +59,7 @@ class Beside(BaseModel):
         return (self.pixels, self.texts) == (prompt.pixels_sha256(), texts(prompt))
 
     @classmethod
-    def read(cls, path: Path, prompt: "VisualSafetyPrompt") -> Self:
+    def read(cls: "type[B]", path: Path, prompt: "VisualSafetyPrompt") -> "B":
         """The file in a prompt's folder.
 
         Raises:

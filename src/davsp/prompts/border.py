@@ -238,6 +238,8 @@ class VisualSafetyPrompt(Prompt):
             raise DavspError("the prompt names no licence to publish it under: give license='apache-2.0' or another")
         licensed = self.with_delta(self.delta)
         licensed.config["license"] = license
+        if model_id := self.config.get("model_id"):  # a path on this machine is nobody else's business
+            licensed.config["model_id"] = hub_name(model_id) or folder_name(model_id)
         contents = licensed._contents(repo_id)
         return push(repo_id, contents, token, gone=sorted(BESIDE - contents.keys()), **options)
 
@@ -337,6 +339,11 @@ def hub_name(model_id: str | None) -> str | None:
     return model_id
 
 
+def folder_name(path: str) -> str:
+    """The last part of a path, as Windows or others write it."""
+    return path.replace("\\", "/").rstrip("/").rpartition("/")[2]
+
+
 def card(config: dict[str, Any], source: str = "this folder or repository", gate: Calibration | None = None) -> str:
     """The README of a saved prompt, from its configuration and its gate; `source` is where the reader is to load it from."""
     template = (Path(__file__).parent / "card.md.j2").read_text(encoding="utf-8")
@@ -344,6 +351,6 @@ def card(config: dict[str, Any], source: str = "this folder or repository", gate
     environment.filters["with_interval"] = with_interval
     model_id = config["model_id"]
     base_model = hub_name(model_id)
-    shown = base_model or (model_id and f"{model_id.replace(chr(92), '/').rstrip('/').rpartition('/')[2]} (a folder)")
+    shown = base_model or (model_id and f"{folder_name(model_id)} (a folder)")
     facts = config | {"model_id": shown}
     return environment.from_string(template).render(facts, source=source, gate=gate, base_model=base_model)

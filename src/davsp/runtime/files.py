@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pickle
 import platform
 import subprocess
 import sys
@@ -236,11 +237,25 @@ def read_torch(path: Pathlike, wanted: str) -> Any:
     data = read_bytes(path)
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's own words are left out: they advise to read the file without weights_only
-        raise DavspError(
-            f"{path} is not read, for it is cut, no file of torch.save, or holds more than tensors, which may be code; "
-            f"give {wanted}."
-        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise DavspError(f"{path} is not read, for it {_no_torch(data, error)}; give {wanted}.") from error
+
+
+def _no_torch(data: bytes, error: Exception) -> str:
+    """Why torch.load does not read a file. Its own words are left out: they advise to read the file without weights_only."""
+    import io
+    import zipfile
+
+    zipped, pickled = data.startswith(b"PK"), data.startswith(b"\x80")  # torch.save's form, and that before 1.6
+    if not zipped and not pickled:
+        return "is no file of torch.save" if data else "is empty"
+    if zipped and not zipfile.is_zipfile(io.BytesIO(data)):
+        return "is cut"
+    if isinstance(error, pickle.UnpicklingError):
+        return "holds more than tensors, which may be code"
+    return f"cannot be taken apart ({type(error).__name__})"
 
 
 def sha256(path: Pathlike) -> str:
