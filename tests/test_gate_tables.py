@@ -1,6 +1,7 @@
 """`davsp reproduce gate`: areas and rates as counted by hand, seeds pooled, no answer asked for twice."""
 
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,17 @@ import numpy as np
 import pytest
 from statsmodels.stats.proportion import proportion_confint
 
-from davsp import LVLM, VisualSafetyPrompt
+from davsp import LVLM, VisualSafetyPrompt, embedded
 from davsp.defenses import ECSO, Gate, NoDefense, VisualPrompt
-from davsp.experiments.gate import run
+from davsp.defenses.gate import calibrate
+from davsp.embedded.data import calibration
+from davsp.embedded.ecso_templates import TEMPLATES
+from davsp.experiments.gate import figures, run
 from davsp.experiments.gate.figures import areas, auroc, rates
 from davsp.experiments.gate.looks import _kth, scores, see
 from davsp.experiments.gate.table import TITLES, markdown, roc
 from davsp.metrics import Outcome
+from davsp.runtime.files import read_json
 from test_cli import run as davsp
 from tiny import queries
 
@@ -147,3 +152,29 @@ def test_the_command_is_for_the_models_that_ship(capsys: pytest.CaptureFixture[s
     assert davsp("reproduce", "gate", "--model", tiny_folder) == 2
     assert "for the models that ship" in capsys.readouterr().err
     assert davsp("reproduce", "gate", "ecso") == 2 and "apart from the tables" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_seeds_of_the_whole(mini: LVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Trained, calibrated, answered, looked at; a second call keeps all of it; a second seed is pooled with the first."""
+    monkeypatch.setattr(run, "calibrate", partial(calibrate, rate=0.2))
+    monkeypatch.setattr(figures, "RATE", 0.2)
+
+    def made(seed: int, with_ecso: bool) -> list[dict[str, Any]]:
+        data = embedded.protocol(seed, vector=16, sweep=8, train=16, harm=4, utility=2, mme=2, llava_bench=2)
+        return run.gate(
+            mini, data, calibration(seed, 30), tmp_path, text=embedded.SAFETY_TEXT, refusal_text=embedded.REFUSAL,
+            settings=embedded.SETTINGS.model_copy(update={"steps": 2}), templates=TEMPLATES, seed=seed, with_ecso=with_ecso,
+        )  # fmt: skip
+
+    first = made(0, True)
+    before = (tmp_path / "seed-0" / "looks.npz").stat().st_mtime_ns
+    assert made(0, True) == first and (tmp_path / "seed-0" / "looks.npz").stat().st_mtime_ns == before
+    both = {(r["defense"], r["benchmark"], r["metric"]): r for r in made(1, False)}
+    assert {name for name, *_ in both} >= set(TITLES)
+    assert [both[name, "all pictures", "rsr"]["n"] for name in ("none", "gate-first", "ecso")] == [32, 32, 16]
+    assert both["gate-answer", "all pictures", "rsr"]["value"] >= both["davsp", "all pictures", "rsr"]["value"]
+    assert read_json(tmp_path / "manifest.json")["seeds"] == [0, 1]
+    border = VisualSafetyPrompt.from_pretrained(tmp_path / "seed-1" / "prompts" / "davsp")
+    assert border.gate is not None and (border.gate.first.benign, border.gate.first.refused_benign) == (30, 2)
+    assert "seeds 0, 1" in (tmp_path / "gate.md").read_text()
