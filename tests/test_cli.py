@@ -476,7 +476,11 @@ def test_a_runs_figures_get_on_the_card(lvlm, tmp_path: Path, capsys):
         assert f"| {name} | `{sha256(tmp_path / 'run' / name)}` |" in card
     for heading in ("Intended use", "Limits", "Licence", "Measured"):
         assert f"## {heading}" in card
-    assert run("info", tmp_path / "p") == 0 and "judged by keyword/1" in capsys.readouterr().out
+    said = "No Defense, and whatever has no visual prompt, saw pictures that are not square (8 of 8) padded to a square"
+    assert f"\n\n{said}" in card and "Answers were cut after 4 tokens." in card
+    assert run("info", tmp_path / "p") == 0
+    out = capsys.readouterr().out
+    assert "judged by keyword/1" in out and said in out and "cut after 4 tokens" in out
     loaded = VisualSafetyPrompt.from_pretrained(tmp_path / "p")
     trained_on = loaded.with_delta(1 - loaded.delta)
     trained_on.save_pretrained(tmp_path / "q")  # the figures are not of these pixels

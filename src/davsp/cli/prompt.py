@@ -103,6 +103,10 @@ def _print_measured(measured: dict[str, Any]) -> None:
         values = with_interval(row["without"]), with_interval(row["value"]), with_interval(row["difference"], sign=True)
         table.add_row(row["benchmark"], row["metric"], str(row["n"]), *values)
     table.print(Console())
+    if measured["max_new_tokens"]:
+        print(f"answers were cut after {measured['max_new_tokens']} tokens")
+    if measured["undefended"]:
+        print(measured["undefended"])
     for name, digest in measured["files"].items():
         print(f"of the run, {name}: SHA-256 {digest}")
 

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from davsp.errors import DavspError
+from davsp.lvlm.undefended import note
 from davsp.runtime.files import read_json, sha256
 
 RECORDS = (
@@ -47,6 +48,8 @@ class Measurement(BaseModel):
         pixels: `Prompt.pixels_sha256` of the prompt that was measured; of another one the figures are not.
         judges: of all verdicts and grades; none where answers were scored by their words alone.
         queries: how many were asked.
+        undefended: which pictures "no defense" saw, in a sentence; "" if all were square, or if the run did not say.
+        max_new_tokens: where answers were cut; None if the run did not say.
         files: SHA-256 of the run's files, by name.
     """
 
@@ -58,6 +61,8 @@ class Measurement(BaseModel):
     pixels: str
     judges: list[str] = []
     queries: int
+    undefended: str = ""
+    max_new_tokens: int | None = None
     time: str | None = None
     commit: str | None = None
     files: dict[str, str]
@@ -100,6 +105,8 @@ def measurement(run: str | Path, pixels: str, text: str) -> Measurement:
         pixels=pixels,
         judges=_judges(run),
         queries=len(read_json(run / "queries.json")),
+        undefended=note(facts.get("undefended")),
+        max_new_tokens=facts.get("max_new_tokens"),
         time=facts.get("time"),
         commit=facts.get("commit"),
         files={name: sha256(run / name) for name in RECORDS if (run / name).exists()},
