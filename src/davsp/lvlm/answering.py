@@ -17,6 +17,20 @@ def answer_length(shipped: bool) -> int:
     return 48 if shipped else 1024
 
 
+class Token(NamedTuple):
+    """A token of a greedy answer, with the likeliest ones at its place.
+
+    Attributes:
+        text: what it adds to the answer.
+        logprob: natural logarithm of its probability.
+        top: text and logprob of the likeliest, in falling order.
+    """
+
+    text: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
 class Answer(NamedTuple):
     """A greedy answer and what it took.
 
@@ -28,6 +42,7 @@ class Answer(NamedTuple):
         cut: the server says that all tokens went before there was an answer.
         opened: the tag with which the prompt opened a thought that the text goes on with.
         finish: "stop": the model ended it; "length": it was cut at the longest; empty: not known.
+        tokens: of the text; () where nobody asked for them (`AnsweringLVLM.likely`) or a server does not tell.
     """
 
     text: str
@@ -37,6 +52,7 @@ class Answer(NamedTuple):
     cut: bool = False
     opened: str = ""
     finish: str = ""
+    tokens: tuple[Token, ...] = ()
 
 
 @runtime_checkable
@@ -80,6 +96,10 @@ class AnsweringLVLM(Protocol):
         Raises:
             DavspError: there is no answer; none is made up.
         """
+        ...
+
+    def likely(self, canvas: Any, questions: Sequence[str], max_new_tokens: int, top: int) -> list[Answer]:
+        """As `ask`, each answer with its tokens, and with each of these the `top` likeliest at its place."""
         ...
 
 

@@ -27,6 +27,7 @@ from davsp.lvlm.answering import NO_STATES, Answer, AnsweringLVLM, answer_length
 from davsp.lvlm.asking import Asking, Tokens
 from davsp.lvlm.device import SPREAD, check_device_map
 from davsp.lvlm.hooks import Steer, catching, steering, wide
+from davsp.lvlm.likelihood import spoken
 from davsp.lvlm.loading import chat_template, check_format, load_weights, make_greedy, processor_file
 from davsp.lvlm.templates import CHECKPOINT
 from davsp.lvlm.undefended import chosen
@@ -308,7 +309,6 @@ class LVLM(Asking):
         """
         return [text for text, _ in self.completions(canvas, questions, max_new_tokens, steer)]
 
-    @torch.no_grad()
     def completions(
         self,
         canvas: Canvas | None,
@@ -320,27 +320,48 @@ class LVLM(Asking):
 
         A batch goes on until its last answer has ended.
         """
-        steer, max_new_tokens = steer or self.steer, max_new_tokens or self.longest
+        said, _ = self._generated(canvas, questions, max_new_tokens or self.longest, steer)
+        return self._texts(said)
+
+    @torch.no_grad()
+    def _generated(
+        self,
+        canvas: Canvas | None,
+        questions: Sequence[str],
+        max_new_tokens: int,
+        steer: tuple[int, Tensor] | Steer | None = None,
+        logits: bool = False,
+    ) -> tuple[Int[Tensor, "b t"], tuple[Float[Tensor, "b v"], ...]]:
+        """The tokens of the answers, and the logits at the place of each if they are wanted."""
+        steer = steer or self.steer
         tokens = self.encode(questions, self.placeholders(canvas), padding_side="left")
         for question, length in zip(questions, tokens.mask.sum(1).tolist(), strict=True):
             self._check_length(question, length, max_new_tokens)
-        ends = self.model.generation_config.eos_token_id or self.eos_token_id
         settings = GenerationConfig(
             do_sample=False,
             num_beams=1,
             repetition_penalty=1.0,
             max_new_tokens=max_new_tokens,
             pad_token_id=self.pad_token_id,
-            eos_token_id=ends,
+            eos_token_id=self._ends(),
+            return_dict_in_generate=True,
+            output_logits=logits,
         )
         if steer:
             self.check_layer(steer[0])
         with steering(self.layers, *steer) if steer else nullcontext():
             output = self.model.generate(**self.inputs(tokens, canvas, masked=True), generation_config=settings)
-        output = output[:, tokens.ids.shape[1] :]
-        texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
-        ended = torch.isin(output, torch.tensor(ends, device=output.device)).any(1).tolist()
+        return output.sequences[:, tokens.ids.shape[1] :], output.logits or ()
+
+    def _texts(self, said: Int[Tensor, "b t"]) -> list[tuple[str, str]]:
+        """Texts of answers, each with its finish."""
+        texts = self.tokenizer.batch_decode(said, skip_special_tokens=True)
+        ended = torch.isin(said, torch.tensor(self._ends(), device=said.device)).any(1).tolist()
         return [(text.strip(), "stop" if end else "length") for text, end in zip(texts, ended, strict=True)]
+
+    def _ends(self) -> Any:
+        """The token, or the tokens, that end an answer."""
+        return self.model.generation_config.eos_token_id or self.eos_token_id
 
     def steered(self, steer: Steer) -> "LVLM":
         """The same model, whose every answer is steered; nothing is copied but the reference to its weights.
@@ -357,7 +378,22 @@ class LVLM(Asking):
 
     def ask(self, canvas: Canvas | None, questions: Sequence[str], max_new_tokens: int | None = None) -> list[Answer]:
         """What `completions` gives, and what each answer took. Tokens are counted as the model sees them, without padding."""
-        said = self.completions(canvas, questions, max_new_tokens=max_new_tokens)
+        return self._answers(canvas, questions, self.completions(canvas, questions, max_new_tokens))
+
+    def likely(self, canvas: Canvas | None, questions: Sequence[str], max_new_tokens: int, top: int) -> list[Answer]:
+        """As `ask`, in the same pass with the tokens of each answer but the one that ends it, and the `top` likeliest at each place."""
+        said, logits = self._generated(canvas, questions, max_new_tokens, logits=True)
+        answers = self._answers(canvas, questions, self._texts(said))
+        ends = torch.tensor(self._ends()).reshape(-1).tolist()
+        tokens = [
+            spoken(self.tokenizer, row, [one[i] for one in logits], ends, top) for i, row in enumerate(said.tolist())
+        ]
+        return [answer._replace(tokens=some) for answer, some in zip(answers, tokens, strict=True)]
+
+    def _answers(
+        self, canvas: Canvas | None, questions: Sequence[str], said: Sequence[tuple[str, str]]
+    ) -> list[Answer]:
+        """Texts and finishes with what they took."""
         pictures = self.placeholders(canvas) or [0] * len(said)
         sizes = [len(self._prompt_ids(question, n)) for question, n in zip(questions, pictures, strict=True)]
         opened = self._opened()

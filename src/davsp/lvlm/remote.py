@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from davsp.errors import DavspError
-from davsp.lvlm.answering import NO_STATES, Answer, answer_length, check_square
+from davsp.lvlm.answering import NO_STATES, Answer, Token, answer_length, check_square
 from davsp.lvlm.hooks import Steer
 from davsp.query import flatten
 from davsp.runtime.client import Client, Failure
@@ -97,10 +97,21 @@ class RemoteLVLM:
         self, canvas: list[bytes] | None, questions: Sequence[str], max_new_tokens: int | None = None
     ) -> list[Answer]:
         """As `generate`, with the prompt tokens that the server counted; it does not tell which of them are a picture's."""
+        return self._asked(canvas, questions, max_new_tokens or self.longest, {})
+
+    def likely(
+        self, canvas: list[bytes] | None, questions: Sequence[str], max_new_tokens: int, top: int
+    ) -> list[Answer]:
+        """As `ask`, with the tokens as far as the server tells them; there are none of an answer where it does not."""
+        return self._asked(canvas, questions, max_new_tokens, {"logprobs": True, "top_logprobs": top})
+
+    def _asked(
+        self, canvas: list[bytes] | None, questions: Sequence[str], max_new_tokens: int, more: dict[str, Any]
+    ) -> list[Answer]:
         if canvas is not None and len(canvas) != len(questions):
             raise ValueError(f"{len(canvas)} pictures for {len(questions)} questions")
         bodies = {
-            str(i): self._body(question, None if canvas is None else canvas[i], max_new_tokens or self.longest)
+            str(i): self._body(question, None if canvas is None else canvas[i], max_new_tokens) | more
             for i, question in enumerate(questions)
         }
         answers: dict[str, Answer] = {}
@@ -175,4 +186,20 @@ def read_answer(body: Any) -> Answer | Failure:
     usage = body.get("usage")
     counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
     cut = end == "length" and not text.strip()
-    return Answer(writable(text), counted if isinstance(counted, int) else None, None, thought, cut, finish=end)
+    counted = counted if isinstance(counted, int) else None
+    return Answer(writable(text), counted, None, thought, cut, finish=end, tokens=_tokens(choice.get("logprobs")))
+
+
+def _tokens(logprobs: Any) -> tuple[Token, ...]:
+    """The tokens that a reply tells, as OpenAI has them; () if it tells none."""
+    try:
+        return tuple(Token(*_pair(one), tuple(map(_pair, one["top_logprobs"]))) for one in logprobs["content"])
+    except (KeyError, TypeError, ValueError):
+        return ()
+
+
+def _pair(one: Any) -> tuple[str, float]:
+    text, logprob = one["token"], float(one["logprob"])
+    if not isinstance(text, str) or not logprob <= 1e-3:  # above 0 by rounding
+        raise ValueError
+    return text, min(logprob, 0.0)

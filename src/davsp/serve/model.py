@@ -5,6 +5,7 @@ It answers exactly as `davsp eval` does here, and takes no more than that: one u
 
 import asyncio
 import json
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import sha256
@@ -32,8 +33,9 @@ from davsp.serve.settings import ServeSettings
 
 PIXELS = "x-davsp-pixels"
 """Header of every reply to a picture: sha256 of the 8-bit RGB pixels that the model saw, after the server's own resizing."""
+TOP = 20  # as many as OpenAI tells
 FIELDS = {
-    "messages": calls.FIELDS | {"repetition_penalty"},
+    "messages": calls.FIELDS | {"repetition_penalty", "logprobs", "top_logprobs"},
     "input": {"model", "input", "max_output_tokens", "stream", "stream_options", "temperature", "top_p", "user", "metadata", "store"},
 }  # fmt: skip
 
@@ -48,7 +50,7 @@ def model_app(lvlm: LVLM, name: str, settings: ServeSettings) -> Starlette:
             body, (question, file) = whole.value, _question_and_file(protocol, whole, name, settings)
         longest = calls.longest(body, lvlm.longest)
         completion, seen_hash = await asyncio.get_running_loop().run_in_executor(
-            thread, _answer, lvlm, question, file, longest, settings
+            thread, _answer, lvlm, question, file, longest, _top(body), settings
         )
         result = (reply if protocol is CHAT else response)(completion, body)
         if seen_hash:
@@ -104,16 +106,34 @@ def _question_and_file(protocol: Protocol, whole: Body, name: str, settings: Ser
     return "\n".join(texts), from_data_url(urls[0], settings.max_picture_bytes, whole.pictures) if urls else None
 
 
+def _top(body: Mapping[str, Any]) -> int | None:
+    """How many of the likeliest tokens are asked for at each place; None: no log-probabilities at all."""
+    wanted, top = body.get("logprobs") or False, body.get("top_logprobs")
+    if not isinstance(wanted, bool):
+        raise bad("logprobs must be true or false.", "field", "logprobs")
+    if top is not None and not (wanted and type(top) is int and 0 <= top <= TOP):
+        raise bad(f"top_logprobs must be a whole number from 0 to {TOP}, with logprobs true.", "field", "top_logprobs")
+    return (top or 0) if wanted else None
+
+
 def _answer(
-    lvlm: LVLM, question: str, file: bytes | None, longest: int, settings: ServeSettings
+    lvlm: LVLM, question: str, file: bytes | None, longest: int, top: int | None, settings: ServeSettings
 ) -> tuple[Completion, str | None]:
     canvas = None if file is None else lvlm.preprocess([decode(file, settings)])
-    (answer,) = lvlm.ask(canvas, [question], longest)
+    (answer,) = lvlm.ask(canvas, [question], longest) if top is None else lvlm.likely(canvas, [question], longest, top)
     tokens = len(lvlm.tokenizer(answer.text, add_special_tokens=False)["input_ids"])
     prompt_tokens = answer.prompt_tokens or 0
     usage = {"prompt_tokens": prompt_tokens, "completion_tokens": tokens, "total_tokens": prompt_tokens + tokens}
     seen_hash = None if canvas is None else pixels_hash(Image.fromarray(to_bytes(canvas[0])))
-    return Completion(answer.text, answer.finish, usage), seen_hash
+    logprobs = None if top is None else [_logprob(*one) for one in answer.tokens]
+    return Completion(answer.text, answer.finish, usage, logprobs), seen_hash
+
+
+def _logprob(text: str, logprob: float, top: Sequence[tuple[str, float]] | None = None) -> dict[str, Any]:
+    """A token in OpenAI's form; a part of a letter is no text, so its bytes are not told."""
+    whole = None if "\ufffd" in text else list(text.encode())
+    more = {} if top is None else {"top_logprobs": [_logprob(*one) for one in top]}
+    return {"token": text, "logprob": logprob, "bytes": whole} | more
 
 
 def pixels_hash(picture: Image.Image) -> str:

@@ -10,11 +10,13 @@ from starlette.responses import JSONResponse, Response
 
 
 class Completion(NamedTuple):
-    """An answer: its text, `stop` or `length`, and tokens as in OpenAI's usage; None: not known."""
+    """An answer: its text, `stop` or `length`, tokens as in OpenAI's usage (None: not known), and log-probabilities as in OpenAI's
+    `logprobs.content` (None: not asked for)."""
 
     text: str
     finish: str = "stop"
     usage: dict[str, int] | None = None
+    logprobs: list[dict[str, Any]] | None = None
 
 
 def reply(completion: Completion, request: dict[str, Any]) -> Response:
@@ -25,20 +27,32 @@ def reply(completion: Completion, request: dict[str, Any]) -> Response:
         usage = isinstance(options, dict) and bool(options.get("include_usage"))
         return Response("".join(_events(completion, head, usage)), media_type="text/event-stream")
     message = {"role": "assistant", "content": completion.text}
-    choice = {"index": 0, "message": message, "finish_reason": completion.finish, "logprobs": None}
+    choice = {
+        "index": 0,
+        "message": message,
+        "finish_reason": completion.finish,
+        "logprobs": _logprobs(completion.logprobs),
+    }
     whole = head | {"object": "chat.completion", "choices": [choice]}
     return JSONResponse(whole | ({} if completion.usage is None else {"usage": completion.usage}))
 
 
 def _events(completion: Completion, head: dict[str, Any], usage: bool) -> Iterator[str]:
     head = head | {"object": "chat.completion.chunk"}
-    deltas = [{"role": "assistant", "content": ""}, *({"content": piece} for piece in _pieces(completion.text))]
-    for delta in deltas:
-        yield _event(head | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
+    yield _event(
+        head | {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
+    )
+    told = [{"delta": {"content": one["token"]}, "logprobs": _logprobs([one])} for one in completion.logprobs or ()]
+    for part in told or [{"delta": {"content": piece}} for piece in _pieces(completion.text)]:
+        yield _event(head | {"choices": [{"index": 0, "finish_reason": None} | part]})
     yield _event(head | {"choices": [{"index": 0, "delta": {}, "finish_reason": completion.finish}]})
     if usage:
         yield _event(head | {"choices": [], "usage": completion.usage})
     yield "data: [DONE]\n\n"
+
+
+def _logprobs(content: list[dict[str, Any]] | None) -> dict[str, Any] | None:
+    return None if content is None else {"content": content, "refusal": None}
 
 
 def _pieces(text: str) -> list[str]:
