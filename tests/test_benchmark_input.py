@@ -20,17 +20,32 @@ from benchmark_folders import (
     figstep_rows,
     guard_folder,
     guard_rows,
+    holisafe_folder,
     lines,
     mme_folder,
+    moss_folder,
+    mss_folder,
     picture,
     safety_folder,
+    siuo_folder,
     skipped,
     table,
     vet_folder,
     write,
 )
 from davsp import benchmarks
-from davsp.benchmarks import figstep, llava_bench, mm_safetybench, mm_vet, mme, official, source, vlguard
+from davsp.benchmarks import (
+    figstep,
+    llava_bench,
+    mm_safetybench,
+    mm_vet,
+    mme,
+    mossbench,
+    official,
+    siuo,
+    source,
+    vlguard,
+)
 from davsp.benchmarks.custom import load_queries
 from davsp.cli import app
 from davsp.errors import DavspError
@@ -52,6 +67,9 @@ def test_published_counts():
     assert sum(mme.PICTURES.values()) == 1187 and sum(mme.COUNTS.values()) == 2374
     assert sum(mme.PICTURES[name] for name in mme.PERCEPTION) == 1057 and len(mme.PERCEPTION) == 10
     assert sum(llava_bench.COUNTS.values()) == 60
+    assert [sum(counts.values()) for counts in mossbench.COUNTS.values()] == [300, 244] and sum(
+        siuo.COUNTS.values()
+    ) == 167
     capabilities = {"rec": 150, "ocr": 96, "know": 84, "gen": 80, "spat": 75, "math": 26}
     assert mm_vet.COUNTS == {"questions": 218} | capabilities and tuple(capabilities) == mm_vet.CAPABILITIES
     test = vlguard.COUNTS["test"]
@@ -61,7 +79,8 @@ def test_published_counts():
 
 FOLDERS = {
     "mm_safetybench": safety_folder, "figstep": figstep_clone, "mm_vet": vet_folder, "mme": mme_folder, "llava_bench": bench_folder,
-    "vlguard": lambda root: guard_folder(root, guard_rows()),
+    "vlguard": lambda root: guard_folder(root, guard_rows()), "mossbench": moss_folder, "siuo": siuo_folder,
+    "mssbench": mss_folder, "holisafe": holisafe_folder,
 }  # fmt: skip
 
 
@@ -129,14 +148,16 @@ def test_official_hashes_are_of_the_files_that_the_loaders_read(tmp_path):
     """Each set's table names its index files; what is invented here is none of them."""
     for name, fill in FOLDERS.items():
         report = benchmarks.BENCHMARKS[name].check(fill(tmp_path / name))
-        assert report.official and not any(report.official.values())
+        known = name in official.FILES or name == "mme"
+        assert (len(report.official) > 0) == known and not any(report.official.values())
     assert {name: len(files) for name, files in official.FILES.items()} == {
-        "figstep": 3, "mm_safetybench": 13, "vlguard": 2, "mm_vet": 1, "llava_bench": 3
+        "figstep": 3, "mm_safetybench": 13, "vlguard": 2, "mm_vet": 1, "llava_bench": 3,
+        "mossbench": 2, "siuo": 1,
     }  # fmt: skip
     assert list(official.FILES["mm_safetybench"]) == [f"{name}.json" for name in mm_safetybench.COUNTS]
     assert set(official.MME_QUESTIONS) == set(mme.COUNTS)
     hashes = [*official.MME_QUESTIONS.values(), *(h for files in official.FILES.values() for h in files.values())]
-    assert len(set(hashes)) == len(hashes) == 36 and all(re.fullmatch("[0-9a-f]{64}", h) for h in hashes)
+    assert len(set(hashes)) == len(hashes) == 39 and all(re.fullmatch("[0-9a-f]{64}", h) for h in hashes)
 
 
 def test_mme_questions_are_compared_with_eval_tool(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from davsp.benchmarks.source import MARK
 from davsp.benchmarks.splits import load_split, paper_split
 from davsp.defenses import NoDefense, SafetyText
 from davsp.embedded import words
-from davsp.embedded.counterparts import SCENARIOS, write
+from davsp.embedded.counterparts import SCENARIOS, SETS, write
 from davsp.judges import keyword
 from davsp.judges.graders import exact, overlap
 from davsp.query import Query, Response
@@ -32,16 +32,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def queries(root: Path) -> list[Query]:
-    return [q for name, module in BENCHMARKS.items() for q in module.load(root / name)]
+    return [q for name in SETS for q in BENCHMARKS[name].load(root / name)]
 
 
 def test_all_are_whole_and_known_for_what_they_are(root: Path, queries: list[Query]) -> None:
     """No ShortWarning on loading (warnings are errors here), and no name that a real set's figures have."""
     reports = benchmarks.check(root)
-    assert [r.benchmark for r in reports] == list(BENCHMARKS)
+    assert [r.benchmark for r in reports] == list(SETS)
     assert all(r.good and r.layout.endswith(", embedded") for r in reports), [r for r in reports if not r.good]
     assert all(q.benchmark.endswith("_embedded") for q in queries)
-    assert {benchmarks.data_set(q.benchmark) for q in queries} == set(BENCHMARKS)
+    assert {benchmarks.data_set(q.benchmark) for q in queries} == set(SETS)
     assert len({q.id for q in queries}) == len(queries) == 8 * 3 + 6 + 6 * 3 + 16 + 7 * 2 * 2 + 3 * 3
 
 
@@ -96,7 +96,7 @@ def test_load_answer_judge_score(queries: list[Query], lvlm: LVLM) -> None:
     before = benchmarks.score(queries, evaluation.responses["none"], JUDGES, model="tiny")
     scores = benchmarks.score(queries, evaluation.responses["safety-text"], JUDGES, model="tiny", baseline=before)
     metrics = {name: {r["metric"] for r in s.rows if r["split"] == "total"} for name, s in scores.items()}
-    assert list(scores) == list(BENCHMARKS)
+    assert list(scores) == list(SETS)
     for name in ("mm_safetybench", "figstep", "vlguard"):
         assert {"rsr", "rsr_difference", "unscored", "rsr_worst_case"} <= metrics[name]
     for name, metric in (("mm_vet", "score"), ("mme", "score_official"), ("llava_bench", "relative_score")):

@@ -27,6 +27,7 @@ from inspect_ai.scorer import SampleScore  # noqa: E402
 from davsp import DavspError, Query, VisualSafetyPrompt, embedded, evaluate  # noqa: E402
 from davsp.benchmarks import BENCHMARKS  # noqa: E402
 from davsp.defenses import VisualPrompt  # noqa: E402
+from davsp.embedded.counterparts import SETS  # noqa: E402
 from davsp.judges import keyword  # noqa: E402
 from davsp.judges.graders import exact, overlap  # noqa: E402
 from davsp.plugins import inspect as plugin  # noqa: E402
@@ -63,7 +64,7 @@ def run(name: str, folder: Path, logs: Path, limit: int = 4, **arguments: Any) -
     return read_eval_log(log.location)
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", SETS)
 def test_each_benchmark_gives_davsps_own_figures(name: str, folder: Path, sets: Path, tmp_path: Path):
     """The entry points are found, and every rate in the log is the one that `evaluate` makes of the same queries."""
     log = run(name, folder, tmp_path)

@@ -1,26 +1,45 @@
-"""The six benchmarks of the paper, one module each: `load` what was downloaded, `check` it, and score as its authors do."""
+"""The six benchmarks of the paper, one module each: `load` what was downloaded, `check` it, and score as its authors do.
+
+And sets of over-refusal and of safe twins, in which the harm lies in picture and text together.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from davsp.benchmarks import figstep, formats, llava_bench, mm_safetybench, mm_vet, mme, vlguard
+from davsp.benchmarks import (
+    figstep,
+    formats,
+    holisafe,
+    llava_bench,
+    mm_safetybench,
+    mm_vet,
+    mme,
+    mossbench,
+    mssbench,
+    siuo,
+    vlguard,
+)
 from davsp.benchmarks.scoring import Scores
 from davsp.benchmarks.source import EMBEDDED, Inventory
 from davsp.errors import DavspError
 from davsp.query import Query, Response
 
 BENCHMARKS: dict[str, ModuleType] = {
-    module.NAME: module for module in (mm_safetybench, figstep, vlguard, mm_vet, mme, llava_bench)
-}
+    module.NAME: module
+    for module in (
+        mm_safetybench, figstep, vlguard, mm_vet, mme, llava_bench,  # of the paper
+        mossbench, siuo, mssbench, holisafe,
+    )
+}  # fmt: skip
 
 REBUILDABLE = (figstep.NAME, mm_safetybench.NAME)
 """The sets of which pictures can be typeset: `load(..., rebuild=True)`."""
 
 __all__ = [
-    "BENCHMARKS", "REBUILDABLE", "Scores", "by_set", "check", "data_set", "figstep", "llava_bench", "mm_safetybench", "mm_vet", "mme", "score",
-    "vlguard",
+    "BENCHMARKS", "REBUILDABLE", "Scores", "by_set", "check", "data_set", "figstep", "holisafe", "llava_bench", "mm_safetybench", "mm_vet",
+    "mme", "mossbench", "mssbench", "score", "siuo", "vlguard",
 ]  # fmt: skip
 
 
@@ -53,10 +72,10 @@ def data_set(benchmark: str) -> str:
     name = benchmark.removesuffix(EMBEDDED)
     if name in mm_safetybench.FIELDS or name.startswith(mm_safetybench.REBUILT):
         return mm_safetybench.NAME
-    owner = next((known for known in BENCHMARKS if name == known or name.startswith(f"{known}_")), None)
-    if owner is None:
-        raise DavspError(f"the benchmark {benchmark!r} is of none of the six sets: {', '.join(BENCHMARKS)}.")
-    return owner
+    owners = [known for known in BENCHMARKS if name == known or name.startswith(f"{known}_")]
+    if not owners:
+        raise DavspError(f"the benchmark {benchmark!r} is of none of the sets {', '.join(BENCHMARKS)}.")
+    return max(owners, key=len)
 
 
 def by_set(queries: Iterable[Query]) -> dict[str, list[Query]]:
@@ -87,7 +106,7 @@ def score(
     """Score a run over several sets, each by its own scorer.
 
     Args:
-        queries: of any of the six sets.
+        queries: of any of the sets.
         responses: an answer of one defense to each.
         judges: set -> its judge or grader, or the verdicts or grades that it gave before; MME needs none, as it is scored by words.
         model: name for the rows.

@@ -130,6 +130,21 @@ def json_file(path: Path, problems: Problems) -> Any:
         raise DavspError(f"{path} is not JSON: {error}; fetch it again.") from error
 
 
+def json_rows(path: Path, problems: Problems) -> Iterator[tuple[str, Any]]:
+    """Where it stands and each row of a JSON file that is a list of rows, or an object of rows by id.
+
+    Raises:
+        DavspError: missing, not JSON, or neither.
+    """
+    body = json_file(path, problems)
+    if isinstance(body, dict):
+        yield from ((f"{path}, item {name!r}", row) for name, row in body.items())
+    elif isinstance(body, list):
+        yield from ((f"{path}, item {number}", row) for number, row in enumerate(body, 1))
+    else:
+        raise DavspError(f"{path} is neither a list nor an object of rows; fetch it again.")
+
+
 def json_lines(
     path: Path, needed: Sequence[str], problems: Problems, other: Sequence[str] = ()
 ) -> Iterator[tuple[str, Record]]:

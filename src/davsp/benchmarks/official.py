@@ -8,6 +8,8 @@ The hashes were taken from public repositories on 2026-11-29, of the bytes there
 - MM-Vet: mm-vet.json of the release, in github.com/Haoming2000/VLM-Benchmarks at 6d394c9. Its questions and pictures are those of
   llava-mm-vet.jsonl in github.com/haotian-liu/LLaVA at 32cebc3.
 - LLaVA-Bench: the copy in github.com/turingmotors/heron at c666ceb, which says that it is of liuhaotian/llava-bench-in-the-wild.
+- MOSSBench: github.com/xirui-li/MOSSBench at 8d68b06. Its two index files have one name, so the folder is part of it.
+- SIUO: github.com/sinwang20/SIUO at 18974b6; whether the file on the Hub has the same bytes could not be seen.
 - MME: tools/eval_tool.zip of github.com/BradyFU/Awesome-Multimodal-Large-Language-Models at dd29509 (branch Evaluation).
 """
 
@@ -44,6 +46,11 @@ FILES: dict[str, dict[str, str]] = {
         "train.json": "1b44eb5438090baf6b94aafa09099d88183c41162d0a1298b70535852516aca1",
         "test.json": "a0b6479d0add65d9d1c06da5c89babd30d411bda47146445c13f32778a114980",
     },
+    "mossbench": {
+        "data/images_information/information.json": "a5f7701c0a068391a3ba10714dd95f3357d664c84faf47b747e425ff9806a352",
+        "data_contrast/images_information/information.json": "ec00786d6be370284bb398dd61978c279e372f0fd9114e8ca39032e20ea14f1e",
+    },
+    "siuo": {"siuo_gen.json": "0a65c3443e75d0d6106550d73100753f19fe9fcb415e6ea138d5c7f04d31f228"},
     "mm_vet": {"mm-vet.json": "6eced3121b9865098ea72aca233ca5ff7fd7b81374494d878815b9f856442d8e"},
     "llava_bench": {
         "questions.jsonl": "a80b369a4b629f79f8c0f9a2aa9b565f0cfe34734d3bcdd30cb4e38712c07e21",
@@ -51,7 +58,7 @@ FILES: dict[str, dict[str, str]] = {
         "answers_gpt4.jsonl": "f8af161127fedaa11575ee5f70cee0b4ea9e183c5824b5d47cb2b63bba9bf691",
     },
 }
-"""Benchmark -> name of an index file -> its sha256 as published."""
+"""Benchmark -> name of an index file, with its folders where the name is not enough -> its sha256 as published."""
 
 MME_QUESTIONS = {
     "OCR": "d1e23bd88f401c68d50ac3e2be2120daa6317e9c31d5edbba0955328f9a362ec",
@@ -74,7 +81,8 @@ MME_QUESTIONS = {
 
 def is_official(benchmark: str, path: Path) -> bool | None:
     """Whether an index file is the published one, line ends and a byte order mark aside; None where no hash is known."""
-    known = FILES.get(benchmark, {}).get(path.name)
+    names = FILES.get(benchmark, {}).items()
+    known = next((digest for name, digest in names if f"/{path.as_posix()}".endswith(f"/{name}")), None)
     if known is None:
         return None
     text = read_bytes(path).removeprefix(BOM).replace(b"\r\n", b"\n")

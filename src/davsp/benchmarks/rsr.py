@@ -48,6 +48,7 @@ def score(
     mode: str = "sound",
     seed: int = 0,
     pool: Mapping[str, str] | None = None,
+    by_category: bool = False,
 ) -> Scores:
     """RSR of the malicious queries, over-refusal of the benign ones; intervals are clustered by intent (`Query.group`).
 
@@ -62,6 +63,7 @@ def score(
             does, and the metric is called `rsr_<mode>`.
         seed: of the bootstrap.
         pool: benchmark -> the name under which it is also counted together with others.
+        by_category: give over-refusal by category, too; RSR always is.
 
     Raises:
         DavspError: an unknown mode or one of another judge, a query without response or verdict, responses of several defenses.
@@ -74,7 +76,7 @@ def score(
     else:
         before = outcomes(queries, [v for v in baseline.judgements if isinstance(v, Verdict)], mode, pool)
     rows = metrics.rows(model, scoring.whose(mine), outcomes(queries, verdicts, mode, pool), before, seed)
-    rows += scoring.over_refusal(queries, mine, model, baseline, seed)
+    rows += scoring.over_refusal(queries, mine, model, baseline, seed, by_category)
     return Scores(rows, verdicts, mine)
 
 

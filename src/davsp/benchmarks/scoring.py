@@ -71,19 +71,29 @@ def known_mode(name: str, mode: str, modes: Iterable[str]) -> None:
 
 
 def over_refusal(
-    queries: Sequence[Query], responses: Iterable[Response], model: str, baseline: Scores | None = None, seed: int = 0
+    queries: Sequence[Query],
+    responses: Iterable[Response],
+    model: str,
+    baseline: Scores | None = None,
+    seed: int = 0,
+    by_category: bool = False,
 ) -> list[Row]:
     """How often the questions of each benign set are refused, by the keyword list of `davsp.judges`, or get no word at all.
 
-    An answer whose thought was cut is left out; if there is one, the share of those is `cut`.
+    An answer whose thought was cut is left out; if there is one, the share of those is `cut`. With `by_category` there is a row
+    for each category, too.
     """
     benign = [q for q in queries if q.label == "benign"]
+
+    def splits(q: Query) -> list[str]:
+        return ["total", q.category] if by_category and q.category else ["total"]
 
     def refusals(answers: Iterable[Response]) -> list[Outcome]:
         pairs = list(zip(benign, of_these(benign, answers), strict=True))
         table = [
-            Outcome(q.id, q.benchmark, "total", "over_refusal", q.group, None if r.cut else float(withheld(r.text)))
+            Outcome(q.id, q.benchmark, split, "over_refusal", q.group, None if r.cut else float(withheld(r.text)))
             for q, r in pairs
+            for split in splits(q)
         ]
         if any(r.cut for _, r in pairs):
             table += [Outcome(q.id, q.benchmark, "total", metrics.LOST, q.group, float(r.cut)) for q, r in pairs]

@@ -1,6 +1,6 @@
 """From answers to verdicts, grades and the rows of metrics.json: of custom queries, and of the published sets.
 
-Custom queries have one rule for all (`davsp.metrics.outcomes`). The six published sets are scored each as its authors do
+Custom queries have one rule for all (`davsp.metrics.outcomes`). The published sets are scored each as its authors do
 (`davsp.benchmarks.score`): harmful ones by a judge, MM-Vet and LLaVA-Bench by a grader, MME by its words.
 """
 
@@ -67,7 +67,7 @@ def judge_published(
     """The scores of the published sets, each by its own scorer.
 
     Args:
-        queries: of any of the six sets.
+        queries: of any of the sets.
         responses: by defense, an answer to each.
         judge: of the harmful sets; None leaves these out.
         graders: set -> its grader; of a graded set without one only over-refusal is given.
