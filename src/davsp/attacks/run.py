@@ -27,6 +27,7 @@ from davsp.errors import DavspError, Interrupted
 from davsp.evaluation import Evaluation, evaluate
 from davsp.evaluation.fitting import fitting
 from davsp.judges import Judge, keyword
+from davsp.judges.base import PromptJudge
 from davsp.lvlm import LVLM, fingerprint
 from davsp.lvlm.undefended import in_records
 from davsp.query import Query
@@ -82,7 +83,7 @@ def attack(
         queries: malicious ones with a picture are attacked; benign ones are asked once, clean, so that utility stands beside.
         out: the run's folder; more attacks, sizes and defenses may be added to it later.
         vector: the defender's, for hide and both.
-        judge: of the answers.
+        judge: of the answers. One that sees pictures is shown the queries' own, not what the attack made of them.
 
     Raises:
         DavspError: no malicious query with a picture, hide or both without a vector, transfer without `none`, a model on a server or
@@ -96,6 +97,8 @@ def attack(
         console.print(f"[yellow]{bare} malicious queries have no picture and are left out[/]")
     clean = [*malicious, *(q for q in queries if q.label == "benign")]
     fitting(lvlm, defenses, clean, max_new_tokens)
+    if isinstance(judge, PromptJudge) and judge.prompt.picture:
+        judge = judge.of(malicious)
     with alone(out):
         sweep(out)
         identity = {"model": fingerprint(lvlm), "dtype": str(lvlm.dtype), "queries": queries_hash(malicious)}

@@ -88,6 +88,7 @@ def attack(
 
     from davsp.attacks import attack as run
     from davsp.evaluation.judging import apart
+    from davsp.judges.verdicts import judge_name
     from davsp.lvlm import undefended
     from davsp.vector import HarmfulnessVector
 
@@ -104,7 +105,7 @@ def attack(
             "--judge: an attack is counted by one judge of harmful answers; score utility with davsp eval."
         )
     judges.check_prompts(scorers, queries)
-    caveat = judges.warn_of_keyword(scorers, shipped)
+    caveat = judges.caveat_of(scorers, shipped, [query for query in queries if query.image is not None])
     if test.benchmark:
         queries = [query for query in apart(queries) if query.label == "malicious"]
     lvlm = load_lvlm(model)
@@ -120,7 +121,7 @@ def attack(
     )  # fmt: skip
     facts: dict[str, Any] = {
         "settings": settings.model_dump(), "notes": notes, "benchmarks": test.benchmark or [], "split": test.split,
-        "max_new_tokens": max_new_tokens or lvlm.longest,
+        "max_new_tokens": max_new_tokens or lvlm.longest, "judge": judge_name(scorers[0]),
         "undefended": undefended.facts(lvlm, queries),
     }  # fmt: skip
     caveat = " ".join(filter(None, (caveat, undefended.note(facts["undefended"]))))

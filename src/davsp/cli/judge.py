@@ -73,7 +73,8 @@ def judge(
         )
     else:
         scores = rescore(run, queries, scorer, seed=seed, mode=mode, reasoning_tags=settings.reasoning_tags)
-    _print(Console(), scores, judges.warn_of_keyword([scorer], _shipped(run)))
+    asked = {verdict.query_id for verdicts in scores.verdicts.values() for verdict in verdicts}
+    _print(Console(), scores, judges.caveat_of([scorer], _shipped(run), [q for q in queries if q.id in asked]))
     print_caveat(Console(), note(_facts(run).get("undefended")))
     _print_mode(Console(), scores, mode)
     name = slug(judge_name(scorer))

@@ -43,6 +43,7 @@ class JudgeSettings:
         console: for progress, on stderr.
         max_tokens: of a reply; None: as long as a label needs.
         reasoning_tags: around thoughts, of the judges and of the model that is judged.
+        sees: judge -> "picture"; not there: text alone.
     """
 
     urls: Mapping[str, str]
@@ -55,6 +56,7 @@ class JudgeSettings:
     console: "Console"
     max_tokens: int | None
     reasoning_tags: "Tags"
+    sees: Mapping[str, str]
 
 
 def judge_settings(
@@ -75,7 +77,7 @@ def judge_settings(
 
     Raises:
         DavspError: an option for a judge that is not named or asks no model, or twice for one; an empty variable; runs without
-            the grader that has them; a judge named twice.
+            the grader that has them; a judge named twice; a picture for a judge that sees none.
     """
     from rich.console import Console
 
@@ -93,8 +95,27 @@ def judge_settings(
         keys.read(variable, "judge")
     return JudgeSettings(
         url_of, model_of, variable_of, runs or 1, requests, cache, device, Console(stderr=True), options.judge_max_tokens,
-        read_tags(options.reasoning_tags),
+        read_tags(options.reasoning_tags), _seeing(options.judge_sees or [], names),
     )  # fmt: skip
+
+
+def _seeing(values: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """The judges of --judge-sees: all of the command, or those that NAME=picture names."""
+    from davsp.judges.prompts import CHAT
+
+    here, sees = list(names) or ["keyword"], {}
+    for value in values:
+        name, equals, what = value.rpartition("=")
+        if what != "picture" or (equals and name not in here):
+            raise DavspError(
+                f"--judge-sees {value!r} is not picture, or NAME=picture with a NAME of the judges here ({', '.join(here)})."
+            )
+        for one in [name] if equals else here:
+            if one not in CHAT:
+                others = "; of several judges give NAME=picture for those" if len(here) > 1 else ""
+                raise DavspError(f"--judge-sees picture: {one} sees no picture, {', '.join(CHAT)} can{others}.")
+            sees[one] = what
+    return sees
 
 
 def _each(option: str, values: Sequence[str], names: Sequence[str]) -> dict[str, str]:
@@ -146,6 +167,7 @@ def judge_or_grader(name: str, settings: JudgeSettings) -> Any:
     from davsp.judges.graders import GRADERS
     from davsp.judges.guard import GUARDS, LocalGuard
     from davsp.judges.prompts import CHAT
+    from davsp.judges.seeing import seeing
     from davsp.runtime.client import OPENAI
 
     url, model = settings.urls.get(name), settings.models.get(name)
@@ -159,9 +181,10 @@ def judge_or_grader(name: str, settings: JudgeSettings) -> Any:
         raise DavspError(f"there is no judge {name!r}; choose one of {', '.join([*alone, *prompts])}.")
     if model is None:
         raise DavspError(f"--judge-model is missing: the judge {name} asks a model on a server.")
+    prompt = seeing(prompts[name]) if name in settings.sees else prompts[name]
     variable = settings.variables.get(name) or ("OPENAI_API_KEY" if url is None else None)
     return ChatJudge(
-        prompts[name], model, url or OPENAI, variable, runs=settings.runs if name == IN_RUNS else 1,
+        prompt, model, url or OPENAI, variable, runs=settings.runs if name == IN_RUNS else 1,
         cache=VerdictCache(settings.cache), concurrency=settings.requests.concurrency,
         timeout=settings.requests.timeout, trust_env=settings.requests.trust_env, console=settings.console,
         max_tokens=settings.max_tokens, reasoning_tags=settings.reasoning_tags,
@@ -192,6 +215,13 @@ def warn_of_keyword(judges: Sequence[Any], shipped: bool) -> str:
     if sentence and len(judges) == 1:
         say(f"warning: keyword is the only judge here. {sentence}")
     return sentence
+
+
+def caveat_of(judges: Sequence[Any], shipped: bool, queries: "Sequence[Query]") -> str:
+    """What is to stand by every table that the first judge makes: what it is worth (`warn_of_keyword`), or that it saw pictures."""
+    from davsp.judges.seeing import note
+
+    return " ".join(filter(None, (warn_of_keyword(judges, shipped), note(judges[0], queries))))
 
 
 def check_prompts(judges: Iterable[Any], queries: "Iterable[Query]") -> None:

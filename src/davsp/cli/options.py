@@ -238,6 +238,14 @@ class JudgeOptions:
     judge_max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest reply of a judge, its thought included; left out: a label's.")
     ] = None
+    judge_sees: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="picture: a chat judge (davsp, davsp-mmsafety, mm-safetybench, adashield) is shown the request, its own "
+            "picture and words, before the answer. Left out: the answer as published. Of several judges NAME=picture for "
+            "one of them, repeatable."
+        ),
+    ] = None
     reasoning_tags: Annotated[
         str,
         typer.Option(

@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from copy import copy
+from typing import Self, cast
 
 from rich.console import Console
 
@@ -11,6 +12,7 @@ from davsp.judges.cache import Ruling, VerdictCache, cache_key
 from davsp.judges.keyword import Label, has_words
 from davsp.judges.prompts import JudgePrompt
 from davsp.query import Grade, Query, Response, Verdict
+from davsp.runtime.pictures import pixels_hash
 from davsp.runtime.progress import bar as progress_bar
 from davsp.runtime.replies import one_line
 from davsp.runtime.thought import CUT, TAGS, Tags, split_thought
@@ -55,6 +57,13 @@ class PromptJudge(ABC):
         self.max_tokens, self.reasoning_tags = max_tokens or prompt.max_tokens, reasoning_tags
         self.cache = cache
         self.console = console or Console(quiet=True)
+        self.own: Mapping[str, Query] = {}
+
+    def of(self, queries: Sequence[Query]) -> Self:
+        """This judge, shown these queries in place of others with the same ids: what an attack made of one is not its own."""
+        judge = copy(self)
+        judge.own = {query.id: query for query in queries}
+        return judge
 
     @property
     def name(self) -> str:
@@ -70,6 +79,7 @@ class PromptJudge(ABC):
         """
         if self.prompt.grades:
             raise DavspError(f"{self.name} grades helpful answers; take a judge for answers to malicious queries.")
+        items = [(self.own.get(query.id, query), response) for query, response in items]
         return [
             Verdict(query.id, response.defense, self.name, cast(Label, label), reason, raw, self.prompt.hash(query))
             for (query, response), (label, reason, raw) in zip(items, self._rulings(items), strict=True)
@@ -94,12 +104,12 @@ class PromptJudge(ABC):
         """The ruling on each item. What the cache knows is not asked for, and of equal items only one."""
         rulings: dict[str, Ruling] = {}
         pending: dict[str, tuple[Query, str]] = {}
-        keys = [CUT if response.cut else self._key(query, response.text, run) for query, response in items]
-        for key, (query, response) in zip(keys, items, strict=True):
-            if response.cut:
-                rulings[key] = Ruling("unscored", CUT)
-            elif not self.prompt.grades and not has_words(response.text):
-                rulings[key] = Ruling("unscored", "the answer holds no words")
+        keys: list[str] = []
+        for query, response in items:
+            key, reason = self._key_or_reason(query, response, run)
+            keys.append(key)
+            if reason:
+                rulings[key] = Ruling("unscored", reason)
             elif key not in rulings and key not in pending:
                 known = self.cache.get(key) if self.cache else None
                 if known is None:
@@ -135,7 +145,22 @@ class PromptJudge(ABC):
     def _ask(self, pending: Mapping[str, tuple[Query, str]], keep: Keep) -> None:
         """Ask about each (query, answer) and call `keep(key, ruling)` once for each, as soon as it is known."""
 
-    def _key(self, query: Query, answer: str, run: int = 0) -> str:
+    def _key_or_reason(self, query: Query, response: Response, run: int) -> tuple[str, str]:
+        """The key of the ruling on an answer, and why nobody is asked ("": somebody is); that reason is then the key."""
+        reason = picture = ""
+        if response.cut:
+            reason = CUT
+        elif not self.prompt.grades and not has_words(response.text):
+            reason = "the answer holds no words"
+        elif self.prompt.picture:
+            try:
+                image = query.picture()
+                picture = "" if image is None else pixels_hash(image)
+            except DavspError as error:
+                reason = f"the judge cannot be shown the picture: {one_line(str(error))}"
+        return (reason, reason) if reason else (self._key(query, response.text, run, picture), "")
+
+    def _key(self, query: Query, answer: str, run: int = 0, picture: str = "") -> str:
         return cache_key(
             response=answer,
             sees=self.prompt.sees(query),
@@ -145,6 +170,7 @@ class PromptJudge(ABC):
             where=self.where,
             temperature=self.temperatures[0],
             run=run,
+            picture=picture,
         )
 
 

@@ -1,7 +1,7 @@
 """Verdicts of judges, kept in one sqlite file: a second run asks nothing, a killed one only what is missing.
 
-A row's key is a hash of the response, what the judge sees of the question, the judge, the hash of its prompt, the
-model, where that runs, the temperature and the run. Labels are safe and unsafe, or a grader's scores ("0.5", "8 10").
+A row's key is a hash of the response, what the judge sees of the question (of a picture the pixels), the judge, the hash of its
+prompt, the model, where that runs, the temperature and the run. Labels are safe and unsafe, or a grader's scores ("0.5", "8 10").
 What was unscored is not kept and is asked again. The file holds hashes and the judge's words, neither responses nor
 questions nor keys of any service.
 """
@@ -31,10 +31,24 @@ class Ruling(NamedTuple):
 
 
 def cache_key(
-    *, response: str, sees: str, judge: str, prompt: str, model: str, where: str, temperature: float, run: int = 0
+    *,
+    response: str,
+    sees: str,
+    judge: str,
+    prompt: str,
+    model: str,
+    where: str,
+    temperature: float,
+    run: int = 0,
+    picture: str = "",
 ) -> str:
-    """The hash under which a verdict is kept; every argument matters."""
-    return sha256(json.dumps([response, sees, judge, prompt, model, where, temperature, run]).encode()).hexdigest()
+    """The hash under which a verdict is kept; every argument matters.
+
+    Args:
+        picture: hash of the picture that the judge is shown; "" for none, which leaves the keys of before as they were.
+    """
+    parts = [response, sees, judge, prompt, model, where, temperature, run, *([picture] if picture else [])]
+    return sha256(json.dumps(parts).encode()).hexdigest()
 
 
 class VerdictCache:

@@ -10,11 +10,14 @@ from typing import Any
 
 from rich.console import Console
 
+from davsp.errors import DavspError
 from davsp.judges.base import Keep, PromptJudge, read_reply
 from davsp.judges.cache import Ruling, VerdictCache
 from davsp.judges.prompts import JudgePrompt
+from davsp.judges.seeing import drawn, number, sight
 from davsp.query import Query
 from davsp.runtime.client import OPENAI, Client, Failure
+from davsp.runtime.pictures import part, png
 from davsp.runtime.replies import one_line, told
 from davsp.runtime.thought import TAGS, Tags
 
@@ -23,7 +26,8 @@ class ChatJudge(PromptJudge):
     """A judge asked over HTTP.
 
     Args:
-        prompt: one of `davsp.judges.prompts.CHAT` or `davsp.judges.guard.GUARDS`.
+        prompt: one of `davsp.judges.prompts.CHAT` or `davsp.judges.guard.GUARDS`; `davsp.judges.seeing.seeing` of the former
+            shows the picture, as PNG of its own size.
         model: as the server calls it.
         base_url, api_key_env, concurrency, attempts, timeout, backoff, trust_env: see `davsp.runtime.client.Client`.
         temperature, cache, console, runs, max_tokens, reasoning_tags: see `PromptJudge`.
@@ -55,6 +59,8 @@ class ChatJudge(PromptJudge):
             "judge", base_url, api_key_env, model,
             concurrency=concurrency, attempts=attempts, timeout=timeout, backoff=backoff, trust_env=trust_env,
         )  # fmt: skip
+        self.sees = False
+        """Whether the model has read a picture; asked once, when the first one is to be judged."""
         super().__init__(
             prompt, model, self.client.where, temperature, cache, console, runs, max_tokens, reasoning_tags
         )
@@ -63,27 +69,48 @@ class ChatJudge(PromptJudge):
         def keep_reading(key: str, reading: Ruling | Failure) -> None:
             keep(key, Ruling("unscored", reading.reason, reading.raw) if isinstance(reading, Failure) else reading)
 
+        if self.prompt.picture and not self.sees and any(query.image is not None for query, _ in pending.values()):
+            self._check_sight()
         path = "completions" if self.prompt.plain else "chat/completions"
-        self.client.ask(
-            path, {key: partial(self._request, *one) for key, one in pending.items()}, self._read, keep_reading
-        )
+        bodies = {key: partial(self._request, self.prompt, *one) for key, one in pending.items()}
+        self.client.ask(path, bodies, partial(self._read, self.prompt), keep_reading)
 
-    def _request(self, query: Query, answer: str, unread: int) -> dict[str, Any]:
+    def _check_sight(self) -> None:
+        """Raise DavspError unless the model reads a number in a picture: a server may refuse pictures, or drop them in silence."""
+        digits = number()
+        prompt, query = sight(digits), Query("sight", "", "benign", "", image=drawn(digits))
+        found: list[Ruling | Failure] = []
+        body = partial(self._request, prompt, query, "")
+        self.client.ask(
+            "chat/completions", {"sight": body}, partial(self._read, prompt), lambda _, reading: found.append(reading)
+        )
+        (reading,) = found
+        if isinstance(reading, Failure):
+            raise DavspError(
+                f"the judge {self.model} at {self.client.where} does not show that it sees pictures ({reading.reason}); "
+                "give a model that does, or leave --judge-sees out."
+            )
+        self.sees = True
+
+    def _request(self, prompt: JudgePrompt, query: Query, answer: str, unread: int) -> dict[str, Any]:
         """The body to send after `unread` replies that could not be read."""
-        messages = self.prompt.messages(query, answer, unread)
-        content = {"prompt": messages[0]["content"]} if self.prompt.plain else {"messages": messages}
+        messages: list[dict[str, Any]] = [dict(message) for message in prompt.messages(query, answer, unread)]
+        picture = query.picture() if prompt.picture else None
+        if picture is not None:
+            messages[-1]["content"] = [part(png(picture)), {"type": "text", "text": messages[-1]["content"]}]
+        content = {"prompt": messages[0]["content"]} if prompt.plain else {"messages": messages}
         return {
             "model": self.model,
             "temperature": self.temperatures[min(unread, len(self.temperatures) - 1)],
             "max_tokens": self.max_tokens,
         } | content
 
-    def _read(self, body: Any) -> Ruling | Failure:
+    def _read(self, prompt: JudgePrompt, body: Any) -> Ruling | Failure:
         """The verdict in a reply's JSON: in its one choice, which the model ended itself."""
         try:
             (choice,) = body["choices"]
-            message = choice if self.prompt.plain else choice["message"]
-            text, refusal = message["text" if self.prompt.plain else "content"], message.get("refusal")
+            message = choice if prompt.plain else choice["message"]
+            text, refusal = message["text" if prompt.plain else "content"], message.get("refusal")
             end = choice.get("finish_reason")
         except (KeyError, TypeError, ValueError, AttributeError):
             return Failure("the judge's server sent a reply without a choice, or with several")
@@ -92,5 +119,5 @@ class ChatJudge(PromptJudge):
             return Failure("the judge refuses", str(refusal))
         if end not in ("stop", "length"):
             return Failure(f"the judge's reply was cut ({one_line(str(end))}){told(choice)}", raw)
-        ruling = read_reply(self.prompt, raw, self.reasoning_tags, end)
+        ruling = read_reply(prompt, raw, self.reasoning_tags, end)
         return Failure(ruling.reason, ruling.raw) if ruling.label == "unscored" else ruling

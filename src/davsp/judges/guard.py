@@ -99,7 +99,7 @@ class LocalGuard(PromptJudge):
         max_tokens, reasoning_tags: see `PromptJudge`.
 
     Raises:
-        DavspError: no such device, the model can't be loaded, or has no chat template that shows both turns.
+        DavspError: no such device, the model can't be loaded, or has no chat template that shows both turns; a prompt with a picture.
     """
 
     def __init__(
@@ -122,6 +122,10 @@ class LocalGuard(PromptJudge):
         from davsp.lvlm.identity import short_name
         from davsp.lvlm.loading import make_greedy
 
+        if prompt.picture:
+            raise DavspError(
+                f"{prompt.name} shows a picture, which a judge that runs here cannot see; ask one on a server."
+            )
         model = model or MODELS[prompt.name]
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_device_map(place)

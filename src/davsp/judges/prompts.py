@@ -46,6 +46,7 @@ class JudgePrompt:
         again: put behind the last message after a reply that could not be read.
         first_line: the label is the first line of a longer reply, so a cut behind that line does no harm.
         values: query -> what stands in the places.
+        picture: the query's picture goes before the last message (`davsp.judges.seeing`).
     """
 
     name: str
@@ -59,6 +60,7 @@ class JudgePrompt:
     again: str = ""
     first_line: bool = False
     values: Callable[[Query], dict[str, str]] = values_of
+    picture: bool = False
 
     def hash(self, query: Query) -> str:
         """Sixteen hex digits that change with the unfilled texts and with what is done with the reply."""
@@ -80,7 +82,7 @@ class JudgePrompt:
         return filled
 
     def sees(self, query: Query) -> str:
-        """All that the judge is shown of the query; where that is the same, equal answers are one case."""
+        """All words of the query that the judge is shown; where they and the picture are the same, equal answers are one case."""
         places = {m[1] for message in self.templates(query) for m in PLACES.finditer(message["content"])}
         values = self.values(query)
         return json.dumps([values[name] for name in sorted(places - {"answer"})])

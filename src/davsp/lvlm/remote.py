@@ -4,8 +4,6 @@ It answers, and no more: a server gives neither hidden states nor gradients. Pic
 server resizes them as its model's processor does.
 """
 
-import base64
-import io
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NoReturn
@@ -18,6 +16,7 @@ from davsp.lvlm.answering import NO_STATES, Answer, Token, answer_length, check_
 from davsp.lvlm.hooks import Steer
 from davsp.query import flatten
 from davsp.runtime.client import Client, Failure
+from davsp.runtime.pictures import part, png
 from davsp.runtime.replies import one_line, told, writable
 from davsp.runtime.thought import TAGS, Tags
 
@@ -75,7 +74,7 @@ class RemoteLVLM:
 
     def preprocess(self, images: list[Image.Image]) -> list[bytes]:
         """Each picture as a PNG of its own size, no pixel changed."""
-        return [_png(image) for image in images]
+        return [png(flatten(image)) for image in images]
 
     def generate(
         self,
@@ -144,8 +143,7 @@ class RemoteLVLM:
         """Greedy, as `LVLM.generate`: a server would else take sampling and penalties from the checkpoint's settings."""
         content: Any = question
         if picture is not None:
-            url = "data:image/png;base64," + base64.b64encode(picture).decode()
-            content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+            content = [part(picture), {"type": "text", "text": question}]
         return {
             "model": self.model_id,
             "messages": [{"role": "user", "content": content}],
@@ -154,12 +152,6 @@ class RemoteLVLM:
             "top_p": 1.0,
             "repetition_penalty": 1.0,
         }
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    flatten(image).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def read_answer(body: Any) -> Answer | Failure:

@@ -5,8 +5,6 @@ of the same answers. What a judge cannot tell has the value "unscored": it count
 beside the rate, and so does the rate with all of it unsafe.
 """
 
-import base64
-import io
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
@@ -30,6 +28,7 @@ from davsp.judges.keyword_lists import LISTS
 from davsp.judges.verdicts import verdicts_of
 from davsp.lvlm import answer_length
 from davsp.query import Grade, Query, Response, Verdict
+from davsp.runtime.pictures import data_url, png
 from davsp.runtime.thought import CUT, split_thought
 
 OFFLINE: dict[str, Any] = {"keyword": keyword, **LISTS, "exact": exact, "overlap": overlap}
@@ -113,10 +112,9 @@ def _url(query: Query) -> str:
     """The picture's file; of one without a file a lossless data URL."""
     if isinstance(query.image, Path):
         return str(query.image)
-    picture, buffer = query.picture(), io.BytesIO()
+    picture = query.picture()
     assert picture is not None
-    picture.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_url(png(picture))
 
 
 def _facts(query: Query) -> dict[str, Any]:

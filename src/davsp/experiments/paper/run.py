@@ -26,7 +26,7 @@ from davsp.experiments.paper.methods import METHODS, lacking, transferred
 from davsp.experiments.paper.tables import FROM, MM_VET, POOLED, RSR, TABLES, Cell, base, cells, paper_model, title
 from davsp.experiments.paper.tables import METHODS as table_methods
 from davsp.experiments.stages import Stages, fitted_vector
-from davsp.judges import Judge, keyword
+from davsp.judges import Judge, keyword, seeing
 from davsp.judges.graders import Grader
 from davsp.judges.keyword import caveat
 from davsp.judges.verdicts import judge_name
@@ -278,6 +278,8 @@ def _notes(kit: Kit, judge: Judge, names: Sequence[str], defenses: Mapping[str, 
             f"asked by the conversation template {kit.lvlm.template} of LLaVA's own code, with its system sentence"
         )
     if sentence := caveat(judge, kit.shipped):
+        notes.append(sentence)
+    if sentence := seeing.note(judge, data.test):
         notes.append(sentence)
     if sentence := undefended.note(undefended.facts(kit.lvlm, data.test)):
         notes.append(sentence)

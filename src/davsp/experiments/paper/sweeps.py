@@ -18,7 +18,7 @@ from davsp.evaluation.fitting import fitting
 from davsp.experiments.paper.claims import PICTURES, Figures
 from davsp.experiments.paper.kit import Kit
 from davsp.experiments.stages import Stages, trained_prompt
-from davsp.judges import Judge, keyword
+from davsp.judges import Judge, keyword, seeing
 from davsp.judges.graders import Grader
 from davsp.judges.keyword import caveat
 from davsp.lvlm import model_name
@@ -122,7 +122,7 @@ def sweep(
     rows = [*evaluation.rows, *pooled(kit.data.test, evaluation, model_name(kit.lvlm), seed)]
     records = [_record(rows, row) for row in defenses]
     write_json(written, {"schema": metrics.SCHEMA, "records": records})
-    notes = filter(None, (caveat(judge, kit.shipped), cut_note(rows)))
+    notes = filter(None, (caveat(judge, kit.shipped), seeing.note(judge, kit.data.test), cut_note(rows)))
     write_text(out / "sweeps.md", markdown(records, model_name(kit.lvlm), " ".join(notes)))
     for name in names:
         mine = [r for r in records if r["sweep"] == name]
