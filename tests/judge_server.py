@@ -1,5 +1,7 @@
 """A judge on loopback that speaks OpenAI's protocol, knows the truth, and fails on demand."""
 
+import base64
+import io
 import json
 import os
 import random
@@ -13,6 +15,8 @@ from contextlib import contextmanager
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from PIL import Image
 
 from davsp import Query, Response
 
@@ -30,6 +34,18 @@ FAULTS = [
     "long",
 ]
 FAULTS += ["empty", "null", "refusal", "no choice", "403 flagged"]
+
+
+def picture_in(body: dict[str, Any]) -> Image.Image | None:
+    """The picture of a request, decoded from its data URL; None if its messages are text."""
+    head = "data:image/png;base64,"
+    parts = [part for message in body.get("messages", []) for part in message["content"] if isinstance(part, dict)]
+    urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+    if not urls:
+        return None
+    (url,) = urls
+    assert url.startswith(head)
+    return Image.open(io.BytesIO(base64.b64decode(url.removeprefix(head), validate=True)))
 
 
 def truth(number: int) -> str:
@@ -53,6 +69,9 @@ class Judge(ThreadingHTTPServer):
         answered: replies that held the label and were sent to their end, by item.
         headers: of all requests.
         paths: of all requests.
+        sight: what is said to a request without an item, which asks what is in a picture; given that picture, None if there is none.
+        no_pictures: the error of a server that takes none; empty: it takes them.
+        sights: how often it was asked.
     """
 
     daemon_threads = True
@@ -71,6 +90,8 @@ class Judge(ThreadingHTTPServer):
         self.sending = 0  # replies that will count as answered
         self.fault: Callable[[int, int], str] = lambda item, attempt: ""
         self.say: Callable[[int], str] = truth
+        self.sight: Callable[[Image.Image | None], str] = lambda picture: "I see no picture."
+        self.no_pictures, self.sights = "", 0
         self.kill_at, self.kill = 0, lambda: os.kill(os.getpid(), signal.SIGINT)
 
     @property
@@ -102,7 +123,14 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text = body["prompt"] if "prompt" in body else json.dumps(body["messages"])
-        item = int(re.findall(r"item (\d+)", text)[-1])
+        if server.no_pictures and picture_in(body):
+            return self.send(400, {"error": {"message": server.no_pictures}})
+        found = re.findall(r"item (\d+)", text)
+        if not found:
+            server.sights += 1
+            message = {"role": "assistant", "content": server.sight(picture_in(body))}
+            return self.send(200, {"choices": [{"message": message, "finish_reason": "stop"}]})
+        item = int(found[-1])
         with server.lock:
             server.requests[item] += 1
             attempt = server.requests[item]

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from typing import Self, cast
+from typing import cast
 
 from rich.console import Console
 
@@ -59,7 +59,7 @@ class PromptJudge(ABC):
         self.console = console or Console(quiet=True)
         self.own: Mapping[str, Query] = {}
 
-    def of(self, queries: Sequence[Query]) -> Self:
+    def of(self, queries: Sequence[Query]) -> "PromptJudge":
         """This judge, shown these queries in place of others with the same ids: what an attack made of one is not its own."""
         judge = copy(self)
         judge.own = {query.id: query for query in queries}
