@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from davsp.benchmarks.rsr import check_mode
 from davsp.cli.judges import judge_settings
 from davsp.cli.options import JudgeOptions, RequestOptions
 from davsp.defenses import VisualPrompt
+from davsp.experiments.paper.run import _notes
 from davsp.judges.base import check_unscored
 from davsp.judges.cache import VerdictCache, cache_key
 from davsp.judges.chat import ChatJudge
@@ -304,6 +306,15 @@ def test_the_note_below_a_table(server: Judge) -> None:
         one, [*asked[1:], replace(asked[0], image=None)]
     )
     assert note(judge(server, prompt=DAVSP), asked) == note(len, asked) == note(one, [benign]) == ""
+
+
+def test_the_papers_tables_have_the_note(lvlm: LVLM, server: Judge) -> None:
+    asked = [q for q, _ in pictured(2)]
+    data = SimpleNamespace(test=asked, train_malicious=[], train_benign=[])
+    kit: Any = SimpleNamespace(data=data, published=False, lvlm=lvlm, shipped=True)
+    one = judge(server)
+    assert note(one, asked) in _notes(kit, one, [], {})
+    assert not any("picture, without any defense" in line for line in _notes(kit, judge(server, prompt=DAVSP), [], {}))
 
 
 # ------------------------------------------------------------------------------------------------ from the command line
