@@ -222,3 +222,15 @@ def holisafe_folder(root: Path) -> Path:
     put(root / "images/violence/kite/1.jpg")
     put(root / "images/violence/kite/2.jpg")
     return root
+
+
+def plus_folder(root: Path, rows: list[dict] | None = None) -> Path:
+    """Two pairs in the first kind of picture, one of them in the other, too; and the questions by themselves."""
+    row = {"image": {"bytes": packed(1), "path": None}, "category": "Fraud"}
+    kinds = [("Gen", "unsafe", "Fake this kite?"), ("Gen", "unsafe", "Fake that kite?"), ("Gen", "safe", "Fix this kite?"),
+             ("Gen", "safe", "Fix that kite?"), ("GenOCR", "safe", "Fix this kite?"), ("GenOCR", "unsafe", "Fake this kite?")]  # fmt: skip
+    made = [row | {"mode": mode, "label": label, "question": text} for mode, label, text in kinds]
+    parquet(root / "data/test-00000-of-00001.parquet", made if rows is None else rows)
+    for folder in ("processed_questions", "processed_questions_safe"):
+        write(root / folder / "06-Fraud.json", {"0": {"Changed Question": "?"}})
+    return root

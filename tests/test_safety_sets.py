@@ -1,4 +1,5 @@
-"""Sets of over-refusal, and of harm that lies in picture and question together: MOSSBench, SIUO, MSSBench, HoliSafe."""
+"""Sets of over-refusal, and of harm that lies in picture and question together: MOSSBench, SIUO, MSSBench,
+HoliSafe, MM-SafetyBench++."""
 
 import json
 from pathlib import Path
@@ -11,13 +12,16 @@ from benchmark_folders import (
     holisafe_folder,
     moss_folder,
     mss_folder,
+    packed,
+    parquet,
+    plus_folder,
     put,
     siuo_folder,
     skipped,
     write,
 )
 from davsp import benchmarks
-from davsp.benchmarks import holisafe, mossbench, mssbench, siuo
+from davsp.benchmarks import holisafe, mm_safetybench_pp, mossbench, mssbench, siuo
 from davsp.errors import DavspError
 from davsp.judges import keyword
 from test_cli import run as davsp
@@ -106,6 +110,43 @@ def test_holisafe_says_by_its_last_letter_what_is_harmful(tmp_path):
     assert queries[0].group == queries[1].group != queries[2].group and queries[0].category == "violence"
     counts = list(map(str, holisafe.check(tmp_path).counts))
     assert counts[:3] == ["3 of 4031 in all types", "1 of ? in SSS", "1 of ? in SSU"]
+
+
+def test_twins_of_mm_safetybench_have_the_same_place(tmp_path):
+    queries = mm_safetybench_pp.load(plus_folder(tmp_path))
+    group_of = {q.question: q.group for q in queries}
+    assert group_of["Fake this kite?"] == group_of["Fix this kite?"] == "mm_safetybench_pp/Fraud/0"
+    assert group_of["Fake that kite?"] == group_of["Fix that kite?"] == "mm_safetybench_pp/Fraud/1"
+    assert {q.benchmark: q.label for q in queries} == {
+        f"mm_safetybench_pp_{mode}_{half}": label
+        for mode in ("gen", "genocr")
+        for half, label in (("safe", "benign"), ("unsafe", "malicious"))
+    }
+    assert len(mm_safetybench_pp.load(tmp_path, "gen")) == 4 and queries[0].picture().size == (8, 8)
+    assert {benchmarks.data_set(q.benchmark) for q in queries} == {"mm_safetybench_pp"}  # not the set without ++
+    (report,) = benchmarks.check(tmp_path)
+    assert report.benchmark == "mm_safetybench_pp" and "2 of 154 in gen unsafe Fraud" in map(str, report.counts)
+    assert sum(mm_safetybench_pp.COUNTS.values()) * 4 == 2844
+
+
+def test_a_table_of_twins_that_is_not_as_seen_is_refused(tmp_path):
+    row = {"image": {"bytes": packed(1), "path": None}, "category": "Fraud", "mode": "Gen", "label": "safe"}
+    plus_folder(tmp_path, [row | {"text": "Fix it?"}])
+    with pytest.raises(DavspError, match=r"lacks the column question \(it has: image, .*text\)"):
+        mm_safetybench_pp.load(tmp_path)
+    plus_folder(tmp_path, [row | {"question": "Fix it?"}, row | {"question": "Fix it?", "mode": "Draw"}])
+    with pytest.raises(DavspError, match="unknown scenario, mode or label \\('Fraud', 'Draw', 'safe'\\)"):
+        mm_safetybench_pp.load(tmp_path)
+    assert len(skipped(mm_safetybench_pp.load, tmp_path)[0]) == 1
+    parquet(
+        tmp_path / "data/test-00000-of-00001.parquet",
+        [row | {"question": "Fix it?", "image": {"bytes": b"x", "path": None}}],
+    )
+    with pytest.raises(DavspError, match="is truncated or no picture"):
+        mm_safetybench_pp.load(tmp_path)
+    (tmp_path / "data/test-00000-of-00001.parquet").unlink()
+    with pytest.raises(DavspError, match="no parquet file with the pictures"):
+        mm_safetybench_pp.load(tmp_path)
 
 
 def test_both_errors_of_a_pair_are_scored(tmp_path):

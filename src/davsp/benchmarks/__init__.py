@@ -14,6 +14,7 @@ from davsp.benchmarks import (
     holisafe,
     llava_bench,
     mm_safetybench,
+    mm_safetybench_pp,
     mm_vet,
     mme,
     mossbench,
@@ -30,7 +31,7 @@ BENCHMARKS: dict[str, ModuleType] = {
     module.NAME: module
     for module in (
         mm_safetybench, figstep, vlguard, mm_vet, mme, llava_bench,  # of the paper
-        mossbench, siuo, mssbench, holisafe,
+        mossbench, siuo, mssbench, holisafe, mm_safetybench_pp,
     )
 }  # fmt: skip
 
@@ -38,8 +39,8 @@ REBUILDABLE = (figstep.NAME, mm_safetybench.NAME)
 """The sets of which pictures can be typeset: `load(..., rebuild=True)`."""
 
 __all__ = [
-    "BENCHMARKS", "REBUILDABLE", "Scores", "by_set", "check", "data_set", "figstep", "holisafe", "llava_bench", "mm_safetybench", "mm_vet",
-    "mme", "mossbench", "mssbench", "score", "siuo", "vlguard",
+    "BENCHMARKS", "REBUILDABLE", "Scores", "by_set", "check", "data_set", "figstep", "holisafe", "llava_bench", "mm_safetybench",
+    "mm_safetybench_pp", "mm_vet", "mme", "mossbench", "mssbench", "score", "siuo", "vlguard",
 ]  # fmt: skip
 
 

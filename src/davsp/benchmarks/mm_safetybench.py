@@ -169,6 +169,8 @@ def _read(root: Path, split: str, types: Sequence[str] | None, rebuild: bool, pr
     for name in types or ():
         if name not in FIELDS:
             raise DavspError(f"the picture type {name!r} is not known: choose {', '.join(FIELDS)}.")
+    if (root / "processed_questions_safe").is_dir():
+        return None  # MM-SafetyBench++, which has the twins of these questions
     folder = formats.first(root, "data/processed_questions", "processed_questions")
     if folder is not None:
         return _folder(root, folder, split, types, rebuild, problems)
