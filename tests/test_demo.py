@@ -69,6 +69,7 @@ def test_demo_end_to_end(lvlm: LVLM, tmp_path: Path) -> None:
         "random-border",
         "additive",
         "davsp",
+        "gate",
     ]
     assert {r["benchmark"] for r in rows if r["metric"] == "rsr"} == {"sd", "typo", "sd_typo", "figstep"}
     assert "in distribution" in (tmp_path / "report.html").read_text()

@@ -42,7 +42,9 @@ def test_the_table_of_the_readme_is_the_committed_run() -> None:
     columns = [*((form, "rsr") for form in ("sd", "typo", "sd_typo", "figstep")), ("utility", "accuracy")]
     columns.append(("benign", "over_refusal"))
     lines = (ROOT / "README.md").read_text().split("|---|---|---|---|---|---|---|\n")[1].splitlines()
-    for defense, line in zip(("none", "safety-text", "random-border", "additive", "davsp"), lines, strict=False):
+    for defense, line in zip(
+        ("none", "safety-text", "random-border", "additive", "davsp", "gate"), lines, strict=False
+    ):
         cells = [
             "{value:.0f} <sub>{low:.0f}–{high:.0f}</sub>".format(
                 **{name: 100 * figures[defense, *column][name] for name in ("value", "low", "high")}

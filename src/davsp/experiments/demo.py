@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from davsp import report
-from davsp.defenses import Defense, NoDefense, SafetyText, VisualPrompt
+from davsp.defenses import Defense, Gate, NoDefense, SafetyText, VisualPrompt
 from davsp.defenses.effect import choose
 from davsp.embedded.recipes import SETTINGS
 from davsp.errors import DavspError
@@ -51,7 +51,7 @@ def run_demo(
     show_unsafe: bool | None = None,
     console: Console | None = None,
 ) -> Evaluation:
-    """Fit the vector, train border and noise, evaluate five rows; write metrics.json, report.html and prompt/.
+    """Fit the vector, train border and noise, evaluate six rows; write metrics.json, report.html and prompt/.
 
     Args:
         out: the folder; a run that was stopped goes on in it.
@@ -109,6 +109,7 @@ def run_demo(
         "random-border": VisualPrompt(VisualSafetyPrompt.create(lvlm.canvas, padding, "random", seed, safety_text)),
         "additive": VisualPrompt(trained["additive"]),
         "davsp": VisualPrompt(trained["davsp"]),
+        "gate": Gate(VisualPrompt(trained["davsp"]), name="gate"),
     }
     start = time.perf_counter()
     notes = pillow_notes(out) if (out / RESPONSES).exists() else []

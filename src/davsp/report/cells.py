@@ -24,6 +24,7 @@ DEFENSES = {
     "esiii": "ESIII",
     "ecso": "ECSO",
     "davsp": "DAVSP",
+    "gate": "Gate + DAVSP",
     "ecso+davsp": "ECSO + DAVSP, static",
     "ecso-adaptive+davsp": "ECSO + DAVSP, adaptive",
 }

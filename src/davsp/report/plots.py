@@ -19,6 +19,7 @@ COLOURS = {
     "random-border": "#2a9d8f",
     "additive": "#b0509f",
     "davsp": "#2f6fde",
+    "gate": "#7c4fd0",
     "adashield-s": "#c8860d",
     "adashield-a": "#8c5a2b",
     "pat": "#5b8c3e",
@@ -26,8 +27,8 @@ COLOURS = {
     "esiii": "#a04455",
 }
 MARKERS = {
-    "none": "o", "safety-text": "s", "random-border": "^", "additive": "D", "davsp": "*", "adashield-s": "s",
-    "adashield-a": "P", "pat": "v", "uniguard": "D", "esiii": "X",
+    "none": "o", "safety-text": "s", "random-border": "^", "additive": "D", "davsp": "*", "gate": "h",
+    "adashield-s": "s", "adashield-a": "P", "pat": "v", "uniguard": "D", "esiii": "X",
 }  # fmt: skip
 MALICIOUS, BENIGN = "#d4552b", "#3d9ac9"
 INK, LINE = "#010203", "#030201"  # stand-ins that the page's own colours replace
