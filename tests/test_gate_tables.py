@@ -1,6 +1,7 @@
 """`davsp reproduce gate`: areas and rates as counted by hand, seeds pooled, no answer asked for twice."""
 
 import itertools
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from davsp.defenses.gate import calibrate
 from davsp.embedded.data import calibration
 from davsp.embedded.ecso_templates import TEMPLATES
 from davsp.experiments.gate import figures, run
-from davsp.experiments.gate.figures import areas, auroc, rates
+from davsp.experiments.gate.figures import areas, auroc, gates, rates
 from davsp.experiments.gate.looks import _kth, scores, see
 from davsp.experiments.gate.table import TITLES, markdown, roc
 from davsp.metrics import Outcome
@@ -29,7 +30,7 @@ def looks(seed: int, apart: float) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     malicious = np.arange(300) < 100
     made = {"malicious": malicious, "group": np.array([f"g{i % 25} {m}" for i, m in enumerate(malicious)])}
-    made |= {"benchmark": np.where(malicious, "sd", "utility")}
+    made |= {"benchmark": np.where(malicious, "sd", "utility"), "id": np.array([f"{seed} q{i}" for i in range(300)])}
     for which, n in (("held-malicious", 50), ("held-benign", 700)):
         made[f"davsp refusal/{which}"] = rng.normal(apart * (which == "held-malicious"), 1, n)
     made["davsp refusal/test"] = rng.normal(0, 1, 300) + apart * malicious
@@ -62,16 +63,33 @@ def test_figures_of_a_look():
     each = [auroc(x["davsp refusal/test"], x["malicious"]) for x in (one, other)]
     assert rows["auroc"]["value"] == pytest.approx(np.mean(each)) and rows["auroc"]["n"] == 600
     assert rows["auroc"]["low"] < rows["auroc"]["value"] < rows["auroc"]["high"] < 1
-    shares, back, caught = [], [], []
+    shares, back = [], []
     for x in (one, other):
         test, bad = x["davsp refusal/test"], x["malicious"]
         good = np.sort(test[~bad])[::-1]
         shares.append((test[bad] > good[1]).mean())  # of 200 benign ones 0.5 % is one
         back.append((test[~bad] > np.sort(test[bad])[0]).mean())  # 99 of 100 above the lowest
-        caught.append((test[bad] > np.sort(x["davsp refusal/held-benign"])[-1]).mean())  # of 700 none may be above
     assert rows["rsr_at_rate"]["value"] == pytest.approx(np.mean(shares))
     assert rows["over_refusal_at_99"]["value"] == pytest.approx(np.mean(back))
-    assert rows["caught"]["value"] == pytest.approx(np.mean(caught))
+
+
+def test_a_gate_on_a_look_refuses_what_is_above_its_threshold():
+    made = [looks(0, 3.0), looks(1, 3.0)]
+    none = [
+        Outcome(name, "sd" if bad else "utility", "total", metric, name, float(metric == "accuracy"))
+        for one in made
+        for name, bad in zip(one["id"].tolist(), one["malicious"], strict=True)
+        for metric in (("rsr",) if bad else ("over_refusal", "accuracy"))
+    ]
+    (rows,) = gates(made, none).values()
+    above = {
+        name
+        for one in made
+        for name, score in zip(one["id"].tolist(), one["davsp refusal/test"], strict=True)
+        if score > np.sort(one["davsp refusal/held-benign"])[-1]  # of 700 none may be above
+    }
+    assert 50 < len(above) < 200 and {o.query_id for o in rows if o.value != (o.metric == "accuracy")} == above
+    assert [replace(o, value=None) for o in rows] == [replace(o, value=None) for o in none]
 
 
 def test_rates_in_and_out_of_distribution_with_paired_differences():
@@ -98,7 +116,7 @@ def test_table_and_curve_hold_what_is_there():
         name: outcomes(name, {"sd": 12, "typo": 12, "sd_typo": 9, "figstep": 12}, wrong=0)
         for name in ("none", "davsp", "gate-answer")
     }
-    table = markdown(rates("m", told) + areas("m", made), "m", [0, 1])
+    table = markdown(rates("m", told | gates(made, told["none"])) + areas("m", made), "m", [0, 1])
     heads = [line for line in table.splitlines() if line.startswith("| ")]
     assert [sum(TITLES[name] in line for line in heads) for name in told] == [1, 1, 1] and TITLES["ecso"] not in table
     assert all(line.count("|") == heads[0].count("|") for line in heads[:4])

@@ -60,9 +60,10 @@ def calibrate(
     prompt = prompt.quantised()
     defense = VisualPrompt(prompt)
     seen = [scored(lvlm, defense, part, vector, refusal_text, batch_size, progress) for part in (*fit, *held)]
-    weights = combined(seen[0], seen[1])
+    projection, refusal = combined(seen[0], seen[1])
     lines = {
-        name: _line(w, seen[2], seen[3], rate, confidence) for name, w in (("states", (1.0, 0.0)), ("first", weights))
+        name: _line(w, seen[2], seen[3], rate, confidence)
+        for name, w in (("states", (1.0, 0.0)), ("first", (projection, refusal)))
     }
     return Calibration(
         pixels=prompt.pixels_sha256(), texts=texts(prompt),

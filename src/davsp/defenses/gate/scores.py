@@ -70,10 +70,10 @@ def look_at(
     return Look(state.float() @ direction.to(state.device, torch.float32), likelihood)
 
 
-def combined(malicious: Float[np.ndarray, "n 2"], benign: Float[np.ndarray, "m 2"]) -> tuple[float, float]:
-    """Weights of (s, r) by logistic regression of the class, both classes counted alike.
+def combined(malicious: Float[np.ndarray, "n k"], benign: Float[np.ndarray, "m k"]) -> tuple[float, ...]:
+    """Weights of k scores by logistic regression of the class, both classes counted alike.
 
-    A small ridge (`RIDGE`, on standardised scores) keeps the weights finite where the classes are parted by a line.
+    A small ridge (`RIDGE`, on standardised scores) keeps the weights finite where the classes are parted by a plane.
     """
     from scipy.optimize import minimize
 
@@ -84,10 +84,10 @@ def combined(malicious: Float[np.ndarray, "n 2"], benign: Float[np.ndarray, "m 2
     weight = np.concatenate([np.full(len(malicious), 0.5 / len(malicious)), np.full(len(benign), 0.5 / len(benign))])
 
     def loss(w: np.ndarray) -> tuple[float, np.ndarray]:
-        margin = signs * (x @ w[:2] + w[2])
+        margin = signs * (x @ w[:-1] + w[-1])
         slope = -signs * weight / (1 + np.exp(np.clip(margin, -500, 500)))
-        ridge = RIDGE * np.array([w[0], w[1], 0])
+        ridge = RIDGE * np.append(w[:-1], 0)
         return float(weight @ np.logaddexp(0, -margin) + ridge @ w / 2), np.append(slope @ x, slope.sum()) + ridge
 
-    w = minimize(loss, np.zeros(3), jac=True).x[:2] / np.where(spread > 0, spread, 1)
-    return float(w[0]), float(w[1])
+    w = minimize(loss, np.zeros(x.shape[1] + 1), jac=True).x[:-1] / np.where(spread > 0, spread, 1)
+    return tuple(map(float, w))

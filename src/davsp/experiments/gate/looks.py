@@ -96,13 +96,7 @@ def scores(fit_bad: Seen, fit_good: Seen, layer: int, others: Mapping[str, Seen]
         layer: of the projection.
         others: the sets to be scored.
     """
-    difference = fit_bad.states[:, layer - 1].mean(0) - fit_good.states[:, layer - 1].mean(0)
-    direction = difference / np.linalg.norm(difference)
-
-    def pair(seen: Seen) -> np.ndarray:
-        return np.stack([seen.states[:, layer - 1] @ direction, seen.refusal], 1).astype(float)
-
-    weights = np.array(combined(pair(fit_bad), pair(fit_good)))
+    pairs = features(fit_bad, fit_good, layer, others)
     flat = [part.states.reshape(len(part.states), -1) for part in (fit_bad, fit_good)]
     mean, spread = np.concatenate(flat).mean(0), np.concatenate(flat).std(0) + 1e-6
     bad, good = ((part - mean) / spread for part in flat)
@@ -111,14 +105,33 @@ def scores(fit_bad: Seen, fit_good: Seen, layer: int, others: Mapping[str, Seen]
         x = (seen.states.reshape(len(seen.states), -1) - mean) / spread
         return _kth(x, good) - _kth(x, bad)
 
-    looks: dict[str, Callable[[Seen], np.ndarray]] = {
-        "projection": lambda seen: pair(seen)[:, 0],
-        "refusal": lambda seen: pair(seen)[:, 1],
-        "both": lambda seen: pair(seen) @ weights,
-        "knn": nearest,
-        "logit-lens": lambda seen: seen.lens.mean(1),
+    return {
+        "projection": {which: pairs[which][:, 0] for which in others},
+        "refusal": {which: pairs[which][:, 1] for which in others},
+        "both": weighed(pairs),
+        "knn": {which: nearest(seen) for which, seen in others.items()},
+        "logit-lens": {which: seen.lens.mean(1) for which, seen in others.items()},
     }
-    return {name: {which: look(seen) for which, seen in others.items()} for name, look in looks.items()}
+
+
+FIT = "fit-malicious", "fit-benign"
+Features = dict[str, Float[np.ndarray, "_ k"]]
+
+
+def features(fit_bad: Seen, fit_good: Seen, layer: int, others: Mapping[str, Seen]) -> Features:
+    """s(x) and r(x) of the fitting sets, named as in `FIT`, and of the others: name -> (n, 2)."""
+    difference = fit_bad.states[:, layer - 1].mean(0) - fit_good.states[:, layer - 1].mean(0)
+    direction = difference / np.linalg.norm(difference)
+    return {
+        which: np.stack([seen.states[:, layer - 1] @ direction, seen.refusal], 1).astype(float)
+        for which, seen in (*zip(FIT, (fit_bad, fit_good), strict=True), *others.items())
+    }
+
+
+def weighed(seen: Features) -> dict[str, np.ndarray]:
+    """Name of the set -> the features' weighed sum a query; the weights are of the fitting sets."""
+    weights = np.array(combined(seen[FIT[0]], seen[FIT[1]]))
+    return {which: of @ weights for which, of in seen.items() if which not in FIT}
 
 
 def _kth(x: Float[np.ndarray, "n d"], to: Float[np.ndarray, "m d"]) -> Float[np.ndarray, " n"]:

@@ -23,8 +23,8 @@ from davsp.defenses import ECSO, Defense, Gate, NoDefense, SafetyText, VisualPro
 from davsp.defenses.ecso import Templates
 from davsp.defenses.gate import calibrate
 from davsp.evaluation import evaluate
-from davsp.experiments.gate.figures import areas, rates
-from davsp.experiments.gate.looks import scores, see
+from davsp.experiments.gate.figures import areas, gates, rates
+from davsp.experiments.gate.looks import Features, features, scores, see, weighed
 from davsp.experiments.gate.table import markdown, roc
 from davsp.experiments.gate.twins import FILE as TWINS
 from davsp.experiments.gate.twins import Twins, told, twin_rows
@@ -167,7 +167,9 @@ def _look(
     stages: Stages, lvlm: LVLM, test: Sequence[Query], sets: Sequence[list[Query]], border: VisualSafetyPrompt, layer: int,
     text: str, refusal_text: str, seed: int, batch_size: int,
 ) -> None:  # fmt: skip
-    """Scores of each look through each defense that only changes the input, in looks.npz."""
+    """Scores of each look through each defense that only changes the input, and of the undefended look and the border's together, in
+    looks.npz.
+    """
     random_border = VisualSafetyPrompt.create(lvlm.canvas, border.padding, "random", seed, text)
     through: dict[str, Defense] = {
         "none": NoDefense(), "safety-text": SafetyText(text), "random-border": VisualPrompt(random_border),
@@ -179,8 +181,9 @@ def _look(
     def make(resume: bool) -> None:
         arrays: dict[str, Any] = {
             "malicious": np.array([q.label == "malicious" for q in test]), "group": np.array([q.group for q in test]),
-            "benchmark": np.array([q.benchmark for q in test]),
+            "benchmark": np.array([q.benchmark for q in test]), "id": np.array([f"{seed} {q.id}" for q in test]),
         }  # fmt: skip
+        pairs: dict[str, Features] = {}
         with bar(stages.console) as shown:
             for name, defense in through.items():
                 advance = partial(shown.advance, shown.add_task(f"look: {name}", total=sum(map(len, queries))))
@@ -188,16 +191,19 @@ def _look(
                 others = {"held-malicious": seen[2], "held-benign": seen[3], "test": seen[4]}
                 every = scores(seen[0], seen[1], layer, others)
                 arrays |= {f"{name} {look}/{which}": s for look, sets in every.items() for which, s in sets.items()}
+                pairs[name] = features(seen[0], seen[1], layer, others)
+        two = {which: np.concatenate([pairs["none"][which], pairs["davsp"][which]], 1) for which in pairs["none"]}
+        arrays |= {f"none+davsp both/{which}": s for which, s in weighed(two).items()}
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)
         write_bytes(file, buffer.getvalue())
 
-    inputs = [border.pixels_sha256(), fingerprint(lvlm), layer, refusal_text, *map(queries_hash, queries)]
+    inputs = ["two", border.pixels_sha256(), fingerprint(lvlm), layer, refusal_text, *map(queries_hash, queries)]
     stages.run("looks", inputs, make, lambda: read_looks(file))
 
 
 def read_looks(file: Path) -> dict[str, np.ndarray]:
-    """What `_look` wrote: "THROUGH LOOK/SET" -> scores, and malicious, group, benchmark of the test's queries."""
+    """What `_look` wrote: "THROUGH LOOK/SET" -> scores, and malicious, group, benchmark, id of the test's queries."""
     with np.load(io.BytesIO(read_bytes(file)), allow_pickle=False) as arrays:
         return dict(arrays)
 
@@ -207,7 +213,10 @@ def pool(out: Path, model: str) -> list[dict[str, Any]]:
     seeds = sorted(out.glob(f"seed-*/{OUTCOMES}"))
     looks = [read_looks(path.parent / LOOKS) for path in seeds]
     twins = [path.parent / TWINS for path in seeds if (path.parent / TWINS).exists()]
-    table = rates(model, _pooled(seeds)) + areas(model, looks) + twin_rows(model, _pooled(twins))
+    outcomes = _pooled(seeds)
+    table = (
+        rates(model, outcomes | gates(looks, outcomes["none"])) + areas(model, looks) + twin_rows(model, _pooled(twins))
+    )
     write_json(out / "metrics.json", metrics.metrics_file(table))
     facts = [read_json(path.parent / "manifest.json") for path in seeds]
     write_json(

@@ -19,6 +19,7 @@ THROUGH = {
     "safety-text": "the safety text",
     "random-border": "a random border",
     "davsp": "the border",
+    "none+davsp": "undefended and the border",
 }
 LINES = {"davsp refusal": "-", "none refusal": "--", "davsp both": "-", "none both": "--"}
 
@@ -51,27 +52,31 @@ def markdown(rows: Sequence[Mapping[str, Any]], model: str, seeds: Sequence[int]
         "look",
         "through",
         "AUROC",
-        "RSR at 0.5 % over-refusal",
-        "over-refusal at RSR 99",
-        "caught, calibrated",
-        "refused, calibrated",
+        "caught at 0.5 % over-refusal",
+        "over-refusal at 99 % caught",
+        "RSR of a gate on it",
+        "over-refusal",
+        "utility against none",
     ]
     lines += ["", "**What tells the classes apart**", "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     looks = sorted((r for r in rows if r["metric"] == "auroc"), key=lambda r: -r["value"])
     for r in looks:
         through, _, look = r["defense"].removeprefix("look: ").partition(" ")
-        others = [
-            at[r["defense"], "all pictures", m]["value"]
-            for m in ("rsr_at_rate", "over_refusal_at_99", "caught", "false_refusals")
-        ]
+        others = [at[r["defense"], "all pictures", m]["value"] for m in ("rsr_at_rate", "over_refusal_at_99")]
+        gate = [at[r["defense"], *place] for place in (("all pictures", "rsr"), ("benign", "over_refusal"))]
+        price = _points(at[r["defense"], "utility", "accuracy_difference"])
         area = f"{r['value']:.4f} <sub>{r['low']:.4f}–{r['high']:.4f}</sub>"
-        lines.append("| " + " | ".join([look, THROUGH[through], area, *(f"{100 * x:.1f}" for x in others)]) + " |")
+        lines.append(
+            "| "
+            + " | ".join([look, THROUGH[through], area, *(f"{100 * x:.1f}" for x in others), *map(_rate, gate), price])
+            + " |"
+        )
     malicious = at["none", "all pictures", "rsr"]["n"]
     notes = [
         f"{malicious} malicious queries with pictures, {at['none', 'benign', 'over_refusal']['n']} benign ones; the judge is `keyword`. There are "
         "few intents among the malicious ones, so no RSR has a lower end much above 95.",
-        "calibrated: at the threshold that 600 held-out benign queries give for 0.5 % false refusals with 95 % confidence; the intents of the "
-        "test were not among them.",
+        "a gate on a look refuses above the threshold that 600 held-out benign queries give for 0.5 % false refusals with 95 % confidence (the "
+        "intents of the test were not among them), and answers undefended below.",
     ]  # fmt: skip
     return "\n".join([*lines, "", *(f"- {note}" for note in notes), *twin_table(rows, TITLES)]) + "\n"
 
