@@ -51,7 +51,8 @@ GraderRuns = Annotated[
 Benchmark = Annotated[
     list[str] | None,
     typer.Option(
-        help="A published set, NAME=FOLDER: mm_safetybench, figstep, vlguard, mm_vet, mme, llava_bench. Repeatable."
+        help="A published set, NAME=FOLDER: mm_safetybench, figstep, vlguard, mm_vet, mme, llava_bench, mossbench, siuo, mssbench, "
+        "holisafe, mm_safetybench_pp. Repeatable."
     ),
 ]
 SplitFile = Annotated[str | None, typer.Option("--split", help="FILE.json of davsp data split, to take queries from.")]
