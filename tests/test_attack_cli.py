@@ -60,6 +60,7 @@ def test_files_tables_and_page(
         assert "on 58 % of 6,108 real answers" in " ".join(table.split())
     assert "worst, 4/255" in output.replace("\n", " ") or "worst" in output
     assert f"are in {out}" in output.replace("\n", "")
+    assert json.loads((out / "manifest.json").read_text())["judge"] == "keyword/1"
     metrics = json.loads((out / "metrics.json").read_text())
     assert {r["attack"] for r in metrics["rows"]} >= {"clean", "worst", "transfer", "comply", "hide", "suffix", "joint"}  # fmt: skip
     assert {c["defense"] for c in metrics["checks"]} == {"none", "davsp"}

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image, ImageOps
@@ -17,7 +18,7 @@ from davsp.benchmarks.rsr import check_mode
 from davsp.cli.judges import judge_settings
 from davsp.cli.options import JudgeOptions, RequestOptions
 from davsp.defenses import VisualPrompt
-from davsp.experiments.paper.run import _notes
+from davsp.experiments.paper.run import Kit, _notes
 from davsp.judges.base import check_unscored
 from davsp.judges.cache import VerdictCache, cache_key
 from davsp.judges.chat import ChatJudge
@@ -311,7 +312,7 @@ def test_the_note_below_a_table(server: Judge) -> None:
 def test_the_papers_tables_have_the_note(lvlm: LVLM, server: Judge) -> None:
     asked = [q for q, _ in pictured(2)]
     data = SimpleNamespace(test=asked, train_malicious=[], train_benign=[])
-    kit: Any = SimpleNamespace(data=data, published=False, lvlm=lvlm, shipped=True)
+    kit = Mock(spec=Kit, data=data, published=False, lvlm=lvlm, shipped=True)
     one = judge(server)
     assert note(one, asked) in _notes(kit, one, [], {})
     assert not any("picture, without any defense" in line for line in _notes(kit, judge(server, prompt=DAVSP), [], {}))
