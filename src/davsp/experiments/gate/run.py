@@ -22,6 +22,7 @@ from davsp import metrics
 from davsp.defenses import ECSO, Defense, Gate, NoDefense, SafetyText, VisualPrompt
 from davsp.defenses.ecso import Templates
 from davsp.defenses.gate import calibrate
+from davsp.errors import DavspError
 from davsp.evaluation import evaluate
 from davsp.experiments.gate.figures import areas, gates, rates
 from davsp.experiments.gate.looks import Features, features, scores, see, weighed
@@ -130,8 +131,13 @@ def gate(
         border.gate = calibrate(lvlm, border, vector, fit, held, refusal_text, batch_size=batch_size)
         border.save_pretrained(saved)
 
+    def with_gate() -> VisualSafetyPrompt:
+        if (read := VisualSafetyPrompt.from_pretrained(saved)).gate is None:  # gone with a border that was saved anew
+            raise DavspError(f"there is no gate.json in {saved}")
+        return read
+
     inputs = [border.pixels_sha256(), fingerprint(lvlm), refusal_text, *map(queries_hash, sets)]
-    border = stages.run("gate", inputs, calibrated, lambda: VisualSafetyPrompt.from_pretrained(saved))
+    border = stages.run("gate", inputs, calibrated, with_gate)
 
     none, davsp = Once(NoDefense()), Once(VisualPrompt(border))
     defenses: dict[str, Defense] = {"none": none, "davsp": davsp}
