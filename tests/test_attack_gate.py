@@ -137,8 +137,8 @@ def test_what_the_attack_does_not_know_of_gates(
     refused(ECSO(gate), ("comply",), "stands outermost")
     refused(Gate(VisualPrompt(border), else_=VisualPrompt(border)), ("comply",), "another border")
     assert visual(Gate(SafetyText("please be safe"))) is None
-    whole = lvlm.preprocess
-    monkeypatch.setattr(lvlm, "preprocess", lambda pictures: (whole(pictures) + 1 / 255).clamp(max=1))
+    whole = type(lvlm).preprocess
+    monkeypatch.setattr(type(lvlm), "preprocess", lambda self, pictures: (whole(self, pictures) + 1 / 255).clamp(max=1))
     with pytest.raises(DavspError, match="in a way whose gradient"):
         plain_road(lvlm, torch.zeros(1, 3, 40, 40))
 

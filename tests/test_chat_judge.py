@@ -236,7 +236,7 @@ def test_a_crowded_server_is_asked_for_less(server: Judge) -> None:
     server.fault = fault
     chat = judge(server, concurrency=16, backoff=0.2, attempts=20)
     assert labels(chat.judge_all(items(200))) == [truth(n) for n in range(200)]
-    assert chat.client.limit.crowded and chat.client.limit.bound < 6
+    assert chat.client.limit.crowded and chat.client.limit.bound < 12  # about 4 on a machine with nothing else to do
     assert set(server.answered.values()) == {1}
     assert server.requests.total() < 500  # with 16 under way some 850, simulated
 

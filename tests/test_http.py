@@ -58,7 +58,7 @@ def test_a_proxy_that_gradio_cannot_use() -> None:
     pytest.importorskip("gradio")
     code = "from davsp.app.server import _gradio; _gradio()"
     environment = os.environ | {"ALL_PROXY": "socks://127.0.0.1:1080"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert (
         done.returncode and "davsp.errors.DavspError: Gradio cannot use the proxy that ALL_PROXY names" in done.stderr
     )

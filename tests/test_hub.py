@@ -23,7 +23,7 @@ from upstreams import canaried
 
 def davsp(code: str, home: Path, url: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run code that a user could run."""
-    options = {"capture_output": True, "text": True, "timeout": 120, "cwd": home.parent}
+    options = {"capture_output": True, "text": True, "timeout": 300, "cwd": home.parent}
     return subprocess.run([sys.executable, "-c", code], env=variables(home, url) | environment, **options)
 
 

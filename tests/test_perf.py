@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from davsp import TrainSettings, VisualSafetyPrompt, embedded
+from davsp import LVLM, TrainSettings, VisualSafetyPrompt, embedded
 from davsp.defenses import NoDefense
 from davsp.training.borders import Run
 from tiny import queries
@@ -119,8 +119,8 @@ def test_every_answer_has_the_same_length(lvlm):
 
 
 def test_an_answer_of_another_length_is_refused(lvlm, monkeypatch):
-    completions = lvlm.completions
-    monkeypatch.setattr(lvlm, "completions", lambda *args, max_new_tokens: completions(*args, max_new_tokens - 1))
+    completions = LVLM.completions
+    monkeypatch.setattr(LVLM, "completions", lambda *args, max_new_tokens: completions(*args, max_new_tokens - 1))
     with pytest.raises(RuntimeError, match="6 tokens, not 7"):
         inference.measure(lvlm, {"no defense": NoDefense()}, queries("benign", 1), 1, 7, 0)
 
