@@ -90,7 +90,7 @@ def evaluate(
     from davsp.runtime import keys, parallel
     from davsp.vector import HarmfulnessVector
 
-    server = _server(engine, model, num_processes)
+    server = server_of(engine, model, num_processes)
     keys.read(engine.api_key_env, "model")  # a key given in place of its variable would get into the manifest
     names = judge or []
     settings = judges.judge_settings(
@@ -111,7 +111,7 @@ def evaluate(
     caveat = judges.caveat_of(scorers, shipped, queries) if attacked else ""
     if test.benchmark:
         queries = apart(queries)
-    lvlm = _lvlm(model, server, engine, requests)
+    lvlm = lvlm_of(model, server, engine, requests)
     lvlm.reasoning_tags = settings.reasoning_tags
     lvlm.longest = answer_length(shipped)
     _check(lvlm, defenses, direction)
@@ -129,7 +129,7 @@ def evaluate(
         _finish(out, queries, evaluation, defenses, scorers[1:], show_unsafe, access.max_unscored, seed, caveat)
 
 
-def _server(engine: EngineOptions, model: ModelOptions, processes: int) -> tuple[str, str] | None:
+def server_of(engine: EngineOptions, model: ModelOptions, processes: int = 1) -> tuple[str, str] | None:
     """Model and address of the server that answers; None if the model is loaded here."""
     if engine.engine not in ("transformers", "openai"):
         raise DavspError(f"--engine {engine.engine!r} is not known: choose transformers or openai.")
@@ -159,7 +159,7 @@ def _check_graders(names: list[str], sets: list[str]) -> None:
             raise DavspError(f"--judge {name} grades {judges.GRADER_OF[name]}, which no --benchmark names.")
 
 
-def _lvlm(
+def lvlm_of(
     model: ModelOptions, server: tuple[str, str] | None, engine: EngineOptions, requests: RequestOptions
 ) -> "AnsweringLVLM":
     """The model that answers, loaded here or behind its server."""

@@ -84,6 +84,8 @@ def info(
         print(describe(loaded))
     if isinstance(loaded, VisualSafetyPrompt) and loaded.gate is not None:
         print(loaded.gate.described())
+    if isinstance(loaded, VisualSafetyPrompt) and loaded.served is not None:
+        print(loaded.served.described())
     print(f"files agree: {agree[loaded.kind]}")
 
 

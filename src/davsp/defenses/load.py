@@ -65,5 +65,6 @@ def gated(inner: Defense, kind: str, name: str | None = None) -> Gate:
     if kind not in KINDS:
         raise DavspError(f"a gate has no kind {kind!r}: behind gate: may stand {', '.join(KINDS)}.")
     prompt = inner.prompt if isinstance(inner, VisualPrompt) else None
-    calibration = prompt.gate if isinstance(prompt, VisualSafetyPrompt) and kind != "answer" else None
-    return Gate(inner, cast(Kind, kind), calibration, name=name)
+    border = prompt if isinstance(prompt, VisualSafetyPrompt) and kind != "answer" else None
+    served = border.served if border and kind == "first" else None
+    return Gate(inner, cast(Kind, kind), border.gate if border else None, name=name, served=served)

@@ -1,6 +1,6 @@
 """Frozen vision-language models behind one small interface, a file a family."""
 
-from davsp.lvlm.answering import Answer, AnsweringLVLM, answer_length
+from davsp.lvlm.answering import Answer, AnsweringLVLM, Token, answer_length
 from davsp.lvlm.base import LVLM, Canvas, StepOutput, Tokens, loaded
 from davsp.lvlm.deepseek_vl import DeepseekVLHybridLVLM, DeepseekVLLVLM
 from davsp.lvlm.device import check_device
@@ -33,6 +33,7 @@ __all__ = [
     "Qwen25VLLVLM",
     "Steer",
     "StepOutput",
+    "Token",
     "Tokens",
     "answer_length",
     "check_device",

@@ -30,7 +30,7 @@ from davsp.prompts.base import (
 from davsp.prompts.canaries import FILE as CANARIES
 from davsp.prompts.canaries import Canaries, read_canaries
 from davsp.prompts.gate import FILE as GATE
-from davsp.prompts.gate import Calibration
+from davsp.prompts.gate import SERVED, Calibration, Served
 from davsp.prompts.hub import fetch
 from davsp.prompts.measured import measurement, with_interval
 from davsp.query import flatten, open_picture, picture_size
@@ -38,7 +38,7 @@ from davsp.runtime.config import read_config
 from davsp.runtime.files import to_json, write_all
 
 CONFIG, TENSORS, PICTURE, CARD = "vsp_config.json", "vsp.safetensors", "vsp.png", "README.md"
-BESIDE = {CANARIES, GATE}
+BESIDE = {CANARIES, GATE, SERVED}
 """Files that a prompt may do without."""
 
 
@@ -57,11 +57,13 @@ class VisualSafetyPrompt(Prompt):
     Attributes:
         canaries: queries that it flips, by which a server's owner sees that it still works there; no part of what it is.
         gate: scores and thresholds by which it is looked through (`davsp.defenses.gate`); no part of it, either.
+        served: the threshold by which it is looked through on a server.
     """
 
     kind = "border"
     canaries: Canaries | None = None
     gate: Calibration | None = None
+    served: Served | None = None
 
     def __init__(
         self, delta: Float[Tensor, "3 s s"], padding: int, text: str = "", config: dict[str, Any] | None = None
@@ -164,8 +166,8 @@ class VisualSafetyPrompt(Prompt):
     # -- at rest ---------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `vsp_config.json`, `vsp.safetensors`, `vsp.png` and the card; `canaries.json` and `gate.json` if it has
-        them. All or nothing.
+        """Write `vsp_config.json`, `vsp.safetensors`, `vsp.png` and the card; `canaries.json`, `gate.json` and `gate_served.json` if it
+        has them. All or nothing.
 
         What is saved is the 8-bit border (float32 k/255), so that tensor and picture are the same prompt. The picture's PNG
         text says how wide the border is and which text goes with it: it alone is enough to defend (docs/prompt.md).
@@ -194,10 +196,11 @@ class VisualSafetyPrompt(Prompt):
         at_rest.border().save(buffer, format="PNG", pnginfo=png_text)
         contents = {TENSORS: save({"delta": at_rest.delta.cpu().contiguous()}), PICTURE: buffer.getvalue()}
         gate = self.gate if self.gate and self.gate.belong(self) else None  # not of one it was trained from
-        contents[CARD] = card(sealed(config, contents), source, gate).encode()
+        served = self.served if self.served and self.served.belong(self) else None
+        contents[CARD] = card(sealed(config, contents), source, gate, served).encode()
         seal = {CONFIG: to_json(sealed(config, contents)).encode()}
         canaries = self.canaries if self.canaries and self.canaries.belong(self) else None
-        beside = {CANARIES: canaries, GATE: gate}
+        beside = {CANARIES: canaries, GATE: gate, SERVED: served}
         return contents | {name: own.contents() for name, own in beside.items() if own} | seal
 
     def _png_text(self) -> dict[str, str]:
@@ -255,7 +258,7 @@ class VisualSafetyPrompt(Prompt):
             DavspError: a file is missing or broken; an unknown field; a tensor of another shape, with NaN or outside
                 [0, 1]; a picture that is not the tensor's; a file that is not the one that was saved; canaries or a gate of another border.
         """
-        folder = fetch(source, revision, [CONFIG, TENSORS, PICTURE, CARD, CANARIES, GATE])
+        folder = fetch(source, revision, [CONFIG, TENSORS, PICTURE, CARD, *sorted(BESIDE)])
         config = read_config(folder / CONFIG, BorderConfig)
         delta = read_delta(folder / TENSORS, config.canvas)
         check_range(delta, 0, 1, str(folder / TENSORS))
@@ -268,6 +271,8 @@ class VisualSafetyPrompt(Prompt):
             prompt.canaries = read_canaries(folder / CANARIES, prompt)
         if (folder / GATE).exists():
             prompt.gate = Calibration.read(folder / GATE, prompt)
+        if (folder / SERVED).exists():
+            prompt.served = Served.read(folder / SERVED, prompt)
         return prompt
 
     def _check_picture(self, path: Path) -> None:
@@ -344,8 +349,13 @@ def folder_name(path: str) -> str:
     return path.replace("\\", "/").rstrip("/").rpartition("/")[2]
 
 
-def card(config: dict[str, Any], source: str = "this folder or repository", gate: Calibration | None = None) -> str:
-    """The README of a saved prompt, from its configuration and its gate; `source` is where the reader is to load it from."""
+def card(
+    config: dict[str, Any],
+    source: str = "this folder or repository",
+    gate: Calibration | None = None,
+    served: Served | None = None,
+) -> str:
+    """The README of a saved prompt, from its configuration and its gates; `source` is where the reader is to load it from."""
     template = (Path(__file__).parent / "card.md.j2").read_text(encoding="utf-8")
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters["with_interval"] = with_interval
@@ -353,4 +363,6 @@ def card(config: dict[str, Any], source: str = "this folder or repository", gate
     base_model = hub_name(model_id)
     shown = base_model or (model_id and f"{folder_name(model_id)} (a folder)")
     facts = config | {"model_id": shown}
-    return environment.from_string(template).render(facts, source=source, gate=gate, base_model=base_model)
+    return environment.from_string(template).render(
+        facts, source=source, gate=gate, served=served, base_model=base_model
+    )

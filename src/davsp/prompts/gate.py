@@ -1,6 +1,7 @@
-"""A border's gate: the scores and thresholds of `davsp.defenses.gate`, in a file beside the prompt.
+"""A border's gate: the scores and thresholds of `davsp.defenses.gate`, in files beside the prompt.
 
-Like the canaries it is no part of the prompt (`davsp.prompts.beside`).
+`gate.json` is of a model that is loaded, `gate_served.json` of one behind a server, which shows less. Like the canaries they are no part
+of the prompt (`davsp.prompts.beside`).
 """
 
 import base64
@@ -14,17 +15,13 @@ from pydantic import BaseModel, Field, field_validator
 
 from davsp.prompts.beside import STRICT, Beside
 
-FILE = "gate.json"
+FILE, SERVED = "gate.json", "gate_served.json"
 
 
-class Line(BaseModel):
-    """A score and the threshold above which a query is refused.
-
-    score = projection * s(x) + refusal * r(x), with s the projection of the last input token's state and r the mean log-likelihood
-    of the refusal at the answer's place (`davsp.defenses.gate.scores`).
+class Threshold(BaseModel):
+    """The threshold of a score, and what it made of the calibration queries.
 
     Attributes:
-        projection, refusal: weights.
         threshold: a query is refused whose score is above it.
         benign, malicious: calibration queries.
         refused_benign, refused_malicious: how many of these are above it.
@@ -33,14 +30,26 @@ class Line(BaseModel):
 
     model_config = STRICT
 
-    projection: float
-    refusal: float
     threshold: float
     benign: int = Field(ge=1)
     malicious: int = Field(ge=1)
     refused_benign: int = Field(ge=0)
     refused_malicious: int = Field(ge=0)
     auroc: float = Field(ge=0, le=1)
+
+
+class Line(Threshold):
+    """The same of a score on a loaded model.
+
+    score = projection * s(x) + refusal * r(x), with s the projection of the last input token's state and r the mean log-likelihood
+    of the refusal at the answer's place (`davsp.defenses.gate.scores`).
+
+    Attributes:
+        projection, refusal: weights.
+    """
+
+    projection: float
+    refusal: float
 
 
 class Calibration(Beside):
@@ -79,19 +88,53 @@ class Calibration(Beside):
 
     def described(self) -> str:
         """In a line: what it is made for, and what it caught of the held-out queries."""
-        sure = f", with {self.confidence:.0%} confidence" if self.confidence else " on average"
         caught = " and ".join(
             f"{name} {line.refused_malicious} of {line.malicious}"
             for name, line in (("states", self.states), ("first", self.first))
         )
         return (
-            f"gate.json: thresholds for at most {self.rate:.2%} of benign queries refused{sure}; of malicious ones they "
+            f"{FILE}: thresholds for at most {promise(self.rate, self.confidence)}; of malicious ones they "
             f"refuse by {caught}, measured on {self.model}"
         )
 
     def unit(self) -> Float[np.ndarray, " d"]:
         """The direction, float32."""
         return np.frombuffer(base64.b64decode(self.direction), dtype="<f4").copy()
+
+
+class Served(Beside):
+    """The other file: the gate `first` by the log-probabilities that a server tells (`davsp.defenses.gate.served`).
+
+    Nobody sees which weights a server runs, so `weights` is None and `model` is what it calls the model.
+
+    Attributes:
+        refusal_text: whose beginning is looked for, and what is said in place of an answer.
+        top: how many of the likeliest tokens are asked for.
+        rate, confidence: as in `Calibration`.
+        first: the threshold.
+        the others: as in `Beside`.
+    """
+
+    mend: ClassVar[str] = "delete it; davsp gate --engine openai makes a new one"
+    version: Literal[1] = 1
+    refusal_text: str = Field(min_length=1)
+    top: int = Field(ge=1)
+    rate: float = Field(gt=0, lt=1)
+    confidence: float | None = Field(None, gt=0, lt=1)
+    first: Threshold
+
+    def described(self) -> str:
+        """As that of `Calibration`."""
+        return (
+            f"{SERVED}: a threshold for at most {promise(self.rate, self.confidence)}; of malicious ones it refuses by first "
+            f"{self.first.refused_malicious} of {self.first.malicious}, measured on a server's {self.model}"
+        )
+
+
+def promise(rate: float, confidence: float | None) -> str:
+    """What a threshold is made for, in words."""
+    sure = f", with {confidence:.0%} confidence" if confidence else " on average"
+    return f"{rate:.2%} of benign queries refused{sure}"
 
 
 def packed(direction: Sequence[float]) -> str:

@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from davsp.defenses.base import batches
 from davsp.defenses.gate.scores import combined, look
-from davsp.defenses.gate.threshold import CONFIDENCE, RATE, threshold
+from davsp.defenses.gate.threshold import CONFIDENCE, RATE, counts, threshold
 from davsp.defenses.visual import VisualPrompt
 from davsp.errors import DavspError
 from davsp.lvlm import LVLM, fingerprint, model_name
@@ -16,7 +16,7 @@ from davsp.prompts import VisualSafetyPrompt
 from davsp.prompts.beside import texts
 from davsp.prompts.gate import Calibration, Line, packed
 from davsp.query import Query
-from davsp.vector import HarmfulnessVector, auroc, check_classes
+from davsp.vector import HarmfulnessVector, check_classes
 
 Scores = Float[np.ndarray, "_ 2"]
 
@@ -98,10 +98,5 @@ def scored(
 
 
 def _line(weights: tuple[float, float], bad: Scores, good: Scores, rate: float, confidence: float | None) -> Line:
-    malicious, benign = bad @ np.array(weights), good @ np.array(weights)
-    at = threshold(benign.tolist(), rate, confidence)
-    return Line(
-        projection=weights[0], refusal=weights[1], threshold=at, benign=len(benign), malicious=len(malicious),
-        refused_benign=int((benign > at).sum()), refused_malicious=int((malicious > at).sum()),
-        auroc=auroc(torch.tensor(malicious), torch.tensor(benign)),
-    )  # fmt: skip
+    held = counts(bad @ np.array(weights), good @ np.array(weights), rate, confidence)
+    return Line(projection=weights[0], refusal=weights[1], **held)

@@ -5,7 +5,7 @@ the rest is answered as if there were no defense, so the border costs no utility
 
 - `states`: the pass under the border ends at the layer; refused if s(x) is above a threshold. No generation.
 - `first`: the pass goes to its end; refused if s(x) and the likelihood of a refusal, weighed together, are above a threshold.
-  No generation.
+  No generation. On a server the log-odds of a refusal's first token are the score (`davsp.defenses.gate.served`).
 - `answer`: the answer under the border is begun; refused if it is a refusal. Needs no states, so it works before any server.
 
 What passes is answered by `else_`, by default undefended.
@@ -22,11 +22,12 @@ from torch import Tensor
 
 from davsp.defenses.base import Defense, batches, together
 from davsp.defenses.gate.scores import Look, look, look_at
+from davsp.defenses.gate.served import likely, refusal_odds
 from davsp.defenses.none import NoDefense
 from davsp.errors import DavspError
 from davsp.judges.keyword import withheld
 from davsp.lvlm import LVLM, AnsweringLVLM, Canvas, fingerprint, loaded
-from davsp.prompts.gate import Calibration, Line
+from davsp.prompts.gate import Calibration, Line, Served
 from davsp.query import Query, Response
 from davsp.vector import HarmfulnessVector
 
@@ -36,7 +37,7 @@ KINDS: tuple[Kind, ...] = ("states", "first", "answer")
 TOKENS = 16
 """Of an answer under the border that show whether it is a refusal."""
 
-NO_STATES = "the gates states and first look inside the model, which a server does not show; take gate:answer."
+NO_STATES = "gate:states looks inside the model, which a server does not show; take gate:answer."
 
 
 class Looked(NamedTuple):
@@ -52,10 +53,11 @@ class Gate(Defense):
     Args:
         inner: what is looked through.
         kind: how, as at the head of this file.
-        calibration: of `states` and `first`: scores, thresholds, and the words of the refusal.
+        calibration: of `states` and `first` on a model that is loaded: scores, thresholds, and the words of the refusal.
         else_: what answers a query that passes; None: nothing stands before it.
         tokens: of `answer`: how many are looked at.
         name: of its row; None makes one of kind and inner.
+        served: as `calibration`, of `first` on a server.
 
     Raises:
         DavspError: an unknown kind, or one that needs a calibration without one.
@@ -69,16 +71,18 @@ class Gate(Defense):
         else_: Defense | None = None,
         tokens: int = TOKENS,
         name: str | None = None,
+        served: Served | None = None,
     ) -> None:
         if kind not in KINDS:
             raise DavspError(f"a gate has no kind {kind!r}: choose states, first or answer")
-        if kind != "answer" and calibration is None:
+        if kind != "answer" and calibration is None and (served is None or kind == "states"):
             raise DavspError(
                 f"a gate of kind {kind} has no threshold yet; make one with davsp gate, or take gate:answer"
             )
         if kind != "answer" and type(inner).respond is not Defense.respond:
             raise DavspError(f"{inner.name} wraps the call, so only its answers can be looked at: take gate:answer")
         self.inner, self.kind, self.calibration, self.tokens = inner, kind, calibration, tokens
+        self.served = served if kind == "first" else None
         self.else_ = else_ or NoDefense()
         self.name = name or f"gate:{kind}+{inner.name}"
 
@@ -91,14 +95,33 @@ class Gate(Defense):
     def check(self, lvlm: AnsweringLVLM) -> None:
         self.inner.check(lvlm)
         self.else_.check(lvlm)
-        if self.calibration is None:
+        if self.kind == "answer":
             return
+        if lvlm.server is not None:
+            return self._check_served(lvlm)
+        if self.calibration is None:
+            raise DavspError(
+                "the gate was calibrated on a server, not on a model loaded here; make a threshold with davsp gate"
+            )
         model, weights = loaded(lvlm, NO_STATES), self.calibration.weights
         model.check_layer(self.calibration.layer)
         if weights is not None and weights != fingerprint(model):
             raise DavspError(
                 f"the gate was calibrated on {self.calibration.model}, whose weights are not those of {model.model_id}; "
                 "calibrate it on this model with davsp gate"
+            )
+
+    def _check_served(self, lvlm: AnsweringLVLM) -> None:
+        if self.kind == "states":
+            raise DavspError(NO_STATES)
+        if self.served is None:
+            raise DavspError(
+                "gate:first has no threshold for a server yet; make one with davsp gate --engine openai, or take gate:answer"
+            )
+        if self.served.model != lvlm.model_id:
+            raise DavspError(
+                f"the gate was calibrated on a server's {self.served.model}, not on {lvlm.model_id}; calibrate it there with "
+                "davsp gate --engine openai"
             )
 
     def prepare(self, queries: Sequence[Query]) -> list[Query]:
@@ -161,6 +184,8 @@ class Gate(Defense):
         if self.kind == "answer":
             return self._begun(lvlm, queries, batch_size, max_new_tokens)
         start = time.perf_counter()
+        if lvlm.server is not None:
+            return self._by_token(lvlm, queries, start)
         model, calibration = loaded(lvlm, NO_STATES), self.calibration
         assert calibration is not None
         prepared = self.inner.prepare(queries)
@@ -171,6 +196,19 @@ class Gate(Defense):
             cost = model.prompt_size(query.question, query.size())
             refusal = Response(query.id, self.name, calibration.refusal_text, projection, seconds, 1, *cost)
             looked.append(Looked(score > self.line.threshold, refusal))
+        return looked
+
+    def _by_token(self, lvlm: AnsweringLVLM, queries: Sequence[Query], start: float) -> list[Looked]:
+        """What a server tells of the first token."""
+        served = self.served
+        assert served is not None
+        answers = likely(lvlm, self.inner.prepare(queries), served.top)
+        scores = [refusal_odds(lvlm, answer, served.refusal_text) for answer in answers]
+        seconds, looked = (time.perf_counter() - start) / len(queries), []
+        for query, answer, one in zip(queries, answers, scores, strict=True):
+            cost = answer.prompt_tokens, answer.image_tokens
+            refusal = Response(query.id, self.name, served.refusal_text, None, seconds, 1, *cost)
+            looked.append(Looked(one > served.first.threshold, refusal))
         return looked
 
     def _scores(self, lvlm: LVLM, prepared: Sequence[Query]) -> tuple[Look, list[float]]:
@@ -215,6 +253,7 @@ class Gate(Defense):
         return looked
 
     def describe(self) -> dict[str, Any]:
+        served = {} if self.served is None else {"served": self.served.digest()}
         return {
             "kind": "gate",
             "look": self.kind,
@@ -222,4 +261,5 @@ class Gate(Defense):
             "else": self.else_.describe(),
             "calibration": None if self.calibration is None else self.calibration.digest(),
             "tokens": self.tokens if self.kind == "answer" else None,
+            **served,
         }

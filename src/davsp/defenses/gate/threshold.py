@@ -14,11 +14,15 @@ Queries of one intent resemble each other, so a promise for queries is weaker fo
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import torch
+from jaxtyping import Float
 from scipy.stats import binom
 
 from davsp.errors import DavspError
+from davsp.vector import auroc
 
 RATE, CONFIDENCE = 0.005, 0.95
 
@@ -54,3 +58,15 @@ def threshold(benign: Sequence[float], rate: float = RATE, confidence: float | N
     above = int(binom.ppf(1 - confidence, len(scores), rate))
     above -= binom.cdf(above, len(scores), rate) > 1 - confidence
     return float(scores[len(scores) - 1 - above])
+
+
+def counts(
+    malicious: Float[np.ndarray, " n"], benign: Float[np.ndarray, " m"], rate: float, confidence: float | None
+) -> dict[str, Any]:
+    """The threshold from held-out scores, and what it makes of them: the fields of `davsp.prompts.gate.Threshold`."""
+    at = threshold(benign.tolist(), rate, confidence)
+    return {
+        "threshold": at, "benign": len(benign), "malicious": len(malicious),
+        "refused_benign": int((benign > at).sum()), "refused_malicious": int((malicious > at).sum()),
+        "auroc": auroc(torch.tensor(malicious), torch.tensor(benign)),
+    }  # fmt: skip
