@@ -343,7 +343,7 @@ def test_a_response_without_an_answer_goes_no_further(look):
 def test_gates_that_are_not_served_are_refused_at_the_start():
     first = Calibration.model_construct()
     for defense, why in (
-        (Gate(border(), "first", first), "gate:first looks inside the model"), (Gate(border(), "states", first), "gate:states looks"),
+        (Gate(border(), "first", first), "gate:first has no threshold for a server"), (Gate(border(), "states", first), "gate:states looks"),
         (Gate(ECSO()), "asks the model more than once"), (Gate(border(), else_=ECSO()), "asks the model more than once"),
         (Gate(NoDefense()), "looks through nothing"), (Chain([SafetyText("S"), Gate(border())]), "put the gate first"),
         (ECSO(Gate(border())), "put the gate first"), (ECSO(instead=Gate(border())), "put the gate first"),

@@ -153,10 +153,13 @@ def serve(
         raise DavspError(
             "--gate-tokens and --reasoning-tags belong to a gate; give --defense gate+NAME=FOLDER, or leave them out."
         )
+    served = gate.served if gate else None
+    if served and model is None:
+        model, settings = served.model, settings.model_copy(update={"model": served.model})
     there = RemoteLVLM(model or "the upstream's model", upstream, api_key_env, canvas=canvas)
     loaded.check(there)
     compare_templates(there, {"the prompt": loaded})
-    for line in asyncio.run(look(settings, model)) if probe else ():
+    for line in asyncio.run(look(settings, model, served=served)) if probe else ():
         say(line)
     report = _effect(border_of(loaded), settings) if probe else None
     if require_effect:

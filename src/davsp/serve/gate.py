@@ -4,6 +4,9 @@ The look is the request as the inner defense alone would send it, every turn of 
 It is greedy, short and whole. Of the client's fields only those pass that choose the model, bring messages and tools, or set how long it
 thinks: a client's `stop` or penalties could keep a refusal from being said. Tools are shown, and none may be called.
 
+`answer` reads the beginning of an answer. `first` asks for one token and its log-probabilities, with the score and the threshold that
+were calibrated through this upstream (`davsp.defenses.gate.served`); it refuses in the words that were given there.
+
 It fails closed: without an answer to look at there is an error, and no second request.
 """
 
@@ -14,12 +17,15 @@ from typing import Any, NamedTuple
 from starlette.responses import Response, StreamingResponse
 
 from davsp.defenses import Defense, Gate, NoDefense
+from davsp.defenses.gate.served import TOKENS, UNTOLD, log_odds
 from davsp.errors import DavspError
 from davsp.judges.keyword import has_words, refused
+from davsp.lvlm import Answer
+from davsp.prompts.gate import Served
 from davsp.runtime.client import Failure
 from davsp.runtime.thought import CUT, Tags, split_thought
 from davsp.serve.calls import asks_once
-from davsp.serve.protocols import Protocol
+from davsp.serve.protocols import CHAT, Protocol
 from davsp.serve.refusals import Refusal
 from davsp.serve.replies import Completion
 
@@ -70,9 +76,13 @@ def gate_of(defense: Defense) -> Gate | None:
                 f"{defense.name} has a gate inside, which is not served; put the gate first: gate+NAME=FOLDER."
             )
         return None
-    if defense.kind != "answer":
+    if defense.kind == "states":
         raise DavspError(
-            f"gate:{defense.kind} looks inside the model, which a server does not show; take gate+NAME=FOLDER, which looks at the answer."
+            "gate:states looks inside the model, which a server does not show; take gate+NAME=FOLDER, which looks at the answer."
+        )
+    if defense.kind == "first" and defense.served is None:
+        raise DavspError(
+            "gate:first has no threshold for a server yet: make one with davsp gate --engine openai, or take gate+NAME=FOLDER."
         )
     for one in (defense.inner, defense.else_):
         if not asks_once(one):
@@ -103,12 +113,19 @@ async def answer(gate: Gate, protocol: Protocol, body: dict[str, Any], tags: Tag
     Raises:
         Refusal: there is nothing to look at, or what `send` raises.
     """
-    reply = await send(_looking(protocol, body, gate.tokens), gate.inner, False)
+    served = gate.served
+    looking = _looking(protocol, body, TOKENS if served else gate.tokens)
+    if served:
+        _check_served(served, protocol, body)
+        looking |= {"logprobs": True, "top_logprobs": served.top}
+    reply = await send(looking, gate.inner, False)
     if reply.status_code >= 400:
         return reply  # the upstream's own error, which is no answer
-    look = _read(protocol, reply, gate.tokens, tags)
+    look = _read_first(protocol, reply, served, tags) if served else _read(protocol, reply, gate.tokens, tags)
     if not look.refused:
         reply, road = _summed(await send(body, gate.else_, True), look.usage), PASSED
+    elif served:
+        reply, road = protocol.reply(Completion(look.text, "stop", _usage(look.usage)), body), REFUSED
     elif not look.ended or min(_limits(protocol, body).values(), default=gate.tokens) < gate.tokens:
         reply, road = _summed(await send(_refusing(protocol, body), gate.inner, True), look.usage), REFUSED
     else:
@@ -151,17 +168,36 @@ def _refusing(protocol: Protocol, body: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _check_served(served: Served, protocol: Protocol, body: Mapping[str, Any]) -> None:
+    """Raises Refusal for what the threshold was not made for."""
+    if protocol.path != CHAT.path:
+        raise Refusal(
+            501,
+            "gate:first asks for log-probabilities by /v1/chat/completions alone; ask there, or take gate:answer.",
+            "not_served",
+        )
+    if body["model"] != served.model:
+        raise Refusal(
+            404, f"gate:first was calibrated on {served.model!r} and on no other model of the upstream; ask for that.",
+            "model_not_found", "model",
+        )  # fmt: skip
+
+
+def _read_first(protocol: Protocol, reply: Response, served: Served, tags: Tags) -> Look:
+    """Raises Refusal unless the first token's log-probabilities can be seen."""
+    value, seen = _answer(protocol, reply)
+    split = split_thought(seen.opened + seen.text, tags)
+    if seen.thought or split.thought or split.cut:
+        raise _nothing("a thought stands before the answer, so its first token shows nothing; take gate:answer")
+    if not seen.tokens:
+        raise _nothing(f"the upstream {UNTOLD}")
+    no = log_odds(seen.tokens[0], served.refusal_text) > served.first.threshold
+    return Look(no, True, served.refusal_text, _counted(value))
+
+
 def _read(protocol: Protocol, reply: Response, tokens: int, tags: Tags) -> Look:
     """Raises Refusal unless there is an answer whose beginning can be seen."""
-    if reply.status_code != 200 or isinstance(reply, StreamingResponse):
-        raise _nothing(f"the upstream's reply ({reply.status_code}) is no single message")
-    try:
-        value = json.loads(bytes(reply.body))
-    except (ValueError, RecursionError) as error:
-        raise _nothing("the upstream's reply is no JSON") from error
-    seen = protocol.read(value)
-    if isinstance(seen, Failure):
-        raise _nothing(seen.reason)
+    value, seen = _answer(protocol, reply)
     split = split_thought(seen.opened + seen.text, tags)
     thought = bool(seen.thought or split.thought or split.cut)
     more = f"within {tokens} tokens: a model that thinks needs more (davsp serve --gate-tokens)"
@@ -174,10 +210,27 @@ def _read(protocol: Protocol, reply: Response, tokens: int, tags: Tags) -> Look:
     no = refused(split.answer)
     if thought and not no and seen.finish == "length" and len(split.answer.split()) < WORDS:
         raise _nothing(f"too little follows the thought {more}")
+    return Look(no, seen.finish == "stop", seen.text, _counted(value))
+
+
+def _answer(protocol: Protocol, reply: Response) -> tuple[dict[str, Any], Answer]:
+    """The reply's JSON and the answer in it. Raises Refusal if there is none."""
+    if reply.status_code != 200 or isinstance(reply, StreamingResponse):
+        raise _nothing(f"the upstream's reply ({reply.status_code}) is no single message")
+    try:
+        value = json.loads(bytes(reply.body))
+    except (ValueError, RecursionError) as error:
+        raise _nothing("the upstream's reply is no JSON") from error
+    seen = protocol.read(value)
+    if isinstance(seen, Failure):
+        raise _nothing(seen.reason)
+    return value, seen
+
+
+def _counted(value: Mapping[str, Any]) -> dict[str, int]:
+    """The upstream's counts, by its names."""
     usage = value.get("usage") or {}
-    return Look(
-        no, seen.finish == "stop", seen.text, {name: usage[name] for name in COUNTS if isinstance(usage.get(name), int)}
-    )
+    return {name: usage[name] for name in COUNTS if isinstance(usage.get(name), int)}
 
 
 def _nothing(why: str) -> Refusal:

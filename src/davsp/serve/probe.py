@@ -6,7 +6,11 @@ from typing import Any
 
 from PIL import Image
 
+from davsp.defenses.gate.served import TOKENS
 from davsp.errors import DavspError
+from davsp.lvlm import Answer
+from davsp.lvlm.remote import read_answer
+from davsp.prompts.gate import Served
 from davsp.serve.model import PIXELS, pixels_hash
 from davsp.serve.pictures import to_data_url
 from davsp.serve.refusals import Refusal
@@ -14,22 +18,30 @@ from davsp.serve.settings import ServeSettings
 from davsp.serve.upstream import Upstream
 
 QUESTION = "what is this ?"
+NO_ANSWER = (401, 403, 408, 409, 425, 429)
+"""Status of a server that says nothing of what it would tell."""
 
 
-async def probe(settings: ServeSettings, model: str | None, transport: Any = None) -> list[str]:
+async def probe(
+    settings: ServeSettings, model: str | None, transport: Any = None, served: Served | None = None
+) -> list[str]:
     """Ask the upstream with a canvas of noise and without a picture, one token each.
 
     A `davsp serve-model` tells the pixels that its model saw; others tell at most how many tokens the picture took.
+
+    Args:
+        served: of a gate that needs log-probabilities, which are then asked for, too.
 
     Returns:
         Lines for the user: what was seen, and what must hold as it could not be seen.
 
     Raises:
-        DavspError: the upstream's model sees other pixels than were sent, or no picture at all.
+        DavspError: the upstream's model sees other pixels than were sent, or no picture at all, or it tells no log-probabilities.
     """
     upstream = Upstream(settings, transport)
     try:
-        return await _look(upstream, settings, model)
+        told = [] if served is None else [await _tells(upstream, served)]
+        return told + await _look(upstream, settings, model)
     except Refusal as refusal:
         return [f"the upstream could not be probed: {refusal.message}", *must_hold(settings.canvas)]
     finally:
@@ -60,6 +72,27 @@ async def _look(upstream: Upstream, settings: ServeSettings, model: str | None) 
         f"to the upstream's {name} a canvas of {side}x{side} pixels is {with_picture - without} tokens.",
         *must_hold(side),
     ]
+
+
+async def _tells(upstream: Upstream, served: Served) -> str:
+    """That log-probabilities are told, in words."""
+    message = {"role": "user", "content": QUESTION}
+    body = {"model": served.model, "messages": [message], "max_tokens": TOKENS, "temperature": 0}
+    status, reply, _ = await upstream.ask(
+        "POST", "/chat/completions", {}, body | {"logprobs": True, "top_logprobs": served.top}
+    )
+    if status in NO_ANSWER or status >= 500:
+        raise Refusal(502, f"it answered {status} to a question with logprobs.", "probe")
+    answer = read_answer(reply) if status == 200 else None
+    tokens = answer.tokens if isinstance(answer, Answer) else ()
+    where = f"the upstream's {served.model}"
+    if not tokens:
+        seen = "a reply without them" if status == 200 else f"{status}"
+        raise DavspError(
+            f"{where} gave no log-probabilities when asked for {served.top} top_logprobs (it answered {seen}), and gate:first sees by "
+            "nothing else; take gate+NAME=FOLDER, which looks at the answer."
+        )
+    return f"{where} tells the log-probabilities of {len(tokens[0].top)} tokens at the answer's first place."
 
 
 def must_hold(canvas: int | None) -> Sequence[str]:
