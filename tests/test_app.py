@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from davsp import LVLM, HarmfulnessVector, VisualSafetyPrompt
+from davsp import LVLM, HarmfulnessVector, Query, VisualSafetyPrompt
 from davsp.app import answer, server, sources
-from davsp.app.compare import Comparison, border_of, shipped_folder
-from davsp.defenses import NoDefense, VisualPrompt
+from davsp.app.compare import PASSED, REFUSED, Comparison, border_of, shipped_folder
+from davsp.defenses import Gate, NoDefense, VisualPrompt
 from davsp.errors import DavspError
 from davsp.judges import withheld
 from test_cli import run
@@ -39,8 +39,6 @@ def comparison(lvlm: LVLM, vector: HarmfulnessVector) -> Comparison:
 
 
 def test_both_sides_are_what_the_defenses_give(comparison: Comparison, lvlm: LVLM, vector: HarmfulnessVector):
-    from davsp import Query
-
     before, after = comparison.ask(PICTURE, " what is this ")
     query = Query("q", "what is this", "benign", "b", image=PICTURE)
     for side, defense in ((before, NoDefense()), (after, comparison.defense)):
@@ -67,6 +65,31 @@ def test_the_html_shows_both_and_folds_what_a_real_model_says(comparison: Compar
     known = Comparison(comparison.lvlm, comparison.defense, theirs)
     assert "Ticks:" in shown and "Ticks:" not in answer.render(known, *known.ask(PICTURE, "what is this"), folded=False)
     assert answer.sorry("<x>") == '<p role="alert" class="alert">&lt;x&gt;</p>'
+
+
+def test_of_a_gate_the_page_shows_what_was_answered(
+    comparison: Comparison, lvlm: LVLM, monkeypatch: pytest.MonkeyPatch
+):
+    border = comparison.defense
+    gated = Comparison(lvlm, Gate(border), comparison.vector)
+    for refuses, road in ((True, REFUSED), (False, PASSED)):
+        monkeypatch.setattr("davsp.defenses.gate.defense.withheld", lambda text, refuses=refuses: refuses)
+        before, after = gated.ask(PICTURE, "what is this")
+        (response,) = gated.defense.respond(
+            lvlm, [Query("q", "what is this", "benign", "b", image=PICTURE)], comparison.vector
+        )
+        through = comparison.ask(PICTURE, "what is this")[refuses]
+        assert (after.canvas.tobytes(), after.question, after.curve) == (
+            through.canvas.tobytes(),
+            through.question,
+            through.curve,
+        )
+        assert (after.answer, after.road, before.road) == (response.text, road, "")
+        assert road in answer.render(gated, before, after, folded=False)
+    assert (
+        REFUSED not in (page := answer.render(comparison, *comparison.ask(PICTURE, "what is this"), folded=False))
+        and PASSED not in page
+    )
 
 
 def test_an_empty_question_and_another_models_parts_are_refused(comparison: Comparison, lvlm: LVLM):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from davsp.defenses import Defense, NoDefense
+from davsp.defenses import Defense, Gate, NoDefense
 from davsp.errors import DavspError, words_of
 from davsp.judges import withheld
 from davsp.lvlm import LVLM, model_name
@@ -17,14 +17,17 @@ from davsp.prompts.base import from_picture, to_bytes
 from davsp.query import Query
 from davsp.vector import HarmfulnessVector
 
+REFUSED = "The gate looked through the border and refused."
+PASSED = "The gate let it pass: this picture was answered, not the one in the border that was looked at."
+
 
 @dataclass(frozen=True)
 class Side:
     """What one of the two gave.
 
     Attributes:
-        canvas: the 8-bit picture as the model sees it.
-        question: as the model is asked, safety text included.
+        canvas: the 8-bit picture as the model sees it where it answers.
+        question: as the model is asked there, safety text included.
         answer: greedy.
         withheld: the answer refuses, or holds no words.
         curve: projection of the last input token at layers 1, 2, ...; () without a vector.
@@ -32,6 +35,7 @@ class Side:
         calls: how often the model was asked.
         prompt_tokens: of all calls together, those of pictures included.
         image_tokens: how many of these stand for a picture.
+        road: which of the two a gate took, in words; empty: the defense is no gate.
     """
 
     canvas: Image.Image
@@ -43,6 +47,7 @@ class Side:
     calls: int
     prompt_tokens: int
     image_tokens: int
+    road: str = ""
 
 
 class Comparison:
@@ -79,7 +84,8 @@ class Comparison:
         return self._side(NoDefense(), query), self._side(self.defense, query)
 
     def _side(self, defense: Defense, query: Query) -> Side:
-        (prepared,) = defense.prepare([query])
+        shown, road = self._road(defense, query)
+        (prepared,) = shown.prepare([query])
         picture = prepared.picture()
         assert picture is not None
         canvas = self.lvlm.preprocess([picture])
@@ -91,8 +97,15 @@ class Comparison:
             curve = tuple(float(self.vector.project(states[layer - 1], layer)) for layer in layers)
         return Side(
             Image.fromarray(to_bytes(canvas[0])), prepared.question, response.text, withheld(response.text), curve, response.seconds,
-            response.calls or 0, response.prompt_tokens or 0, response.image_tokens or 0,
+            response.calls or 0, response.prompt_tokens or 0, response.image_tokens or 0, road,
         )  # fmt: skip
+
+    def _road(self, defense: Defense, query: Query) -> tuple[Defense, str]:
+        """What the model sees the query through where it answers, and why."""
+        if not isinstance(defense, Gate):
+            return defense, ""
+        (looked,) = defense.looks(self.lvlm, [query], 1, self.max_new_tokens or self.lvlm.longest)
+        return (defense.inner, REFUSED) if looked.refused else (defense.else_, PASSED)
 
 
 def shipped_folder(model: str) -> Path | None:

@@ -151,7 +151,7 @@ class Gate(Defense):
             pictured = [
                 replace(queries[i], image=queries[i].picture()) for i in batch
             ]  # decoded once for look and answer
-            looks = self._look(lvlm, pictured, batch_size, longest)
+            looks = self.looks(lvlm, pictured, batch_size, longest)
             passed = [at for at, one in enumerate(looks) if not one.refused]
             answers = self.else_.respond(lvlm, [pictured[at] for at in passed], vector, batch_size, None, longest)
             through = dict(zip(passed, answers, strict=True))
@@ -177,10 +177,10 @@ class Gate(Defense):
 
     # -- looking ---------------------------------------------------------------------------------------------------
 
-    def _look(
+    def looks(
         self, lvlm: AnsweringLVLM, queries: Sequence[Query], batch_size: int, max_new_tokens: int
     ) -> list[Looked]:
-        """What each query of one batch looks like."""
+        """What each query of one batch looks like; all have a picture, or none has."""
         if self.kind == "answer":
             return self._begun(lvlm, queries, batch_size, max_new_tokens)
         start = time.perf_counter()
