@@ -10,6 +10,7 @@ from contextlib import suppress
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import psutil
 import pytest
@@ -120,7 +121,11 @@ def test_every_answer_has_the_same_length(lvlm):
 
 def test_an_answer_of_another_length_is_refused(lvlm, monkeypatch):
     completions = LVLM.completions
-    monkeypatch.setattr(LVLM, "completions", lambda *args, max_new_tokens: completions(*args, max_new_tokens - 1))
+
+    def shorter(self: LVLM, canvas: Any, questions: list[str], max_new_tokens: int) -> list[Any]:
+        return completions(self, canvas, questions, max_new_tokens - 1)
+
+    monkeypatch.setattr(LVLM, "completions", shorter)
     with pytest.raises(RuntimeError, match="6 tokens, not 7"):
         inference.measure(lvlm, {"no defense": NoDefense()}, queries("benign", 1), 1, 7, 0)
 
