@@ -115,7 +115,7 @@ def test_who_does_not_take_them(folder, tmp_path):
 
 @pytest.mark.parametrize("name", [None, "davsp-mini-qwen"])
 def test_the_models_that_ship_have_their_own(name):
-    with pytest.raises(DavspError, match="--template are for other models; those that ship have their own"):
+    with pytest.raises(DavspError, match="--template-kwargs are for other models; those that ship have their own"):
         load_lvlm(ModelOptions(name=name, template="llava_v1"))
     assert load_lvlm(ModelOptions(name=name, template=CHECKPOINT)).template == CHECKPOINT
 

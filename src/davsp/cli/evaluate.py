@@ -166,11 +166,13 @@ def lvlm_of(
     if server is None:
         return load_lvlm(model)
     from davsp.lvlm.remote import RemoteLVLM
+    from davsp.lvlm.templates import read_kwargs
 
     return RemoteLVLM(
         *server,
         engine.api_key_env,
         canvas=model.canvas,
+        template_kwargs=read_kwargs(model.template_kwargs),
         concurrency=requests.concurrency,
         timeout=requests.timeout,
         trust_env=requests.trust_env,

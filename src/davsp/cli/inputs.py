@@ -24,21 +24,25 @@ def load_lvlm(model: "ModelOptions") -> "LVLM":
 
     from davsp import embedded
     from davsp.lvlm import LVLM, answer_length
+    from davsp.lvlm.templates import read_kwargs
     from davsp.runtime import parallel
 
     device = model.device or parallel.device()
     if model.dtype not in (None, "float32", "bfloat16", "float16"):
         raise DavspError(f"--dtype {model.dtype!r} is not known: choose float32, bfloat16 or float16.")
     if model.name is None or model.name in embedded.MODELS:
-        if model.dtype or model.quantization or model.canvas or model.template not in (None, "checkpoint"):
+        loading = model.dtype or model.quantization or model.canvas or model.template_kwargs
+        if loading or model.template not in (None, "checkpoint"):
             raise DavspError(
-                "--dtype, --quantization, --canvas and --template are for other models; those that ship have their own."
+                "--dtype, --quantization, --canvas, --template and --template-kwargs are for other models; those that ship have "
+                "their own."
             )
         return embedded.load(model.name or "davsp-mini", device_map=device, undefended=model.undefended)
     dtype = getattr(torch, model.dtype) if model.dtype else None
     lvlm = LVLM.from_pretrained(
         model.name, revision=model.revision, device_map=device, dtype=dtype, quantization=model.quantization,
-        canvas=model.canvas, template=model.template or "checkpoint", undefended=model.undefended,
+        canvas=model.canvas, template=model.template or "checkpoint", template_kwargs=read_kwargs(model.template_kwargs),
+        undefended=model.undefended,
     )  # fmt: skip
     lvlm.longest = answer_length(is_shipped(model.name))
     return lvlm
@@ -118,9 +122,12 @@ def compare_templates(lvlm: "AnsweringLVLM", made: dict[str, Any]) -> None:
         made: what it is called -> a `HarmfulnessVector` or a `Prompt`, or a defense: PAT, AdaShield-A, or one in which prompts may stand.
     """
     from davsp.lvlm import template_of
+    from davsp.lvlm.templates import CHECKPOINT
 
     here = template_of(lvlm)
-    asked = "the server asks by its own" if lvlm.server else f"{lvlm.model_id} is asked by {here} here (--template)"
+    asked = f"{lvlm.model_id} is asked by {here} here (--template, --template-kwargs)"
+    if lvlm.server and here == CHECKPOINT:
+        asked = "the server asks by its own"
     for what, thing in made.items():
         for one in _with_template(thing):
             if one.template not in (None, here):

@@ -104,6 +104,13 @@ class ModelOptions:
             "sentence. Left out: checkpoint; in davsp reproduce llava_v1."
         ),
     ] = None
+    template_kwargs: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="KEY=VALUE that the checkpoint's chat template is told, such as enable_thinking=false; VALUE is JSON, else a text. "
+            "Repeatable; a server gets them as chat_template_kwargs."
+        ),
+    ] = None
     undefended: Annotated[
         str | None,
         typer.Option(

@@ -1,20 +1,27 @@
 """From questions to token ids: the conversation template, the picture's placeholders, the answers behind, and their padding."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from davsp.errors import DavspError
-from davsp.lvlm.templates import CHECKPOINT, TEMPLATES, TURN
+from davsp.lvlm.templates import CHECKPOINT, TEMPLATES, TURN, named, names_read
 from davsp.runtime.thought import Tags
+
+A = TypeVar("A", bound="Asking")
 
 PROBE = "a \"b\"\nc 'd'"
 """A question that looks otherwise in a list or a JSON text: some templates print what they cannot read."""
+
+HELPERS = ("raise_exception", "strftime_now")
+"""Functions that transformers gives every template."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +38,16 @@ class Asking:
     """How a loaded model is asked; the half of `LVLM` that needs no weights.
 
     Attributes:
-        template: by which conversation template it is asked: the checkpoint's own, or one of `templates.TEMPLATES`.
+        template: by which conversation template it is asked: the checkpoint's own with what it is told (`templates.named`), or one of
+            `templates.TEMPLATES`.
+        template_kwargs: what the checkpoint's own is told (`enable_thinking`).
         the others: as in `LVLM`, which sets them.
     """
 
     tokenizer: Any
     model_id: str
     template: str = CHECKPOINT
+    template_kwargs: Mapping[str, Any] = {}
     reasoning_tags: Tags
     device: torch.device
     positions: int | None
@@ -103,7 +113,7 @@ class Asking:
             last.append(start + len(prompt) - 1)
         return Tokens(*(t.to(self.device) for t in (ids, mask, torch.tensor(last), answer_mask)))
 
-    def _opened(self) -> str:
+    def opened(self) -> str:
         """The tag of a thought with which the chat template ends every prompt; empty: none."""
         prompt = self.prompt("a", False).rstrip()
         return next((opening for opening, _ in self.reasoning_tags if opening and prompt.endswith(opening)), "")
@@ -140,15 +150,60 @@ class Asking:
                 f"template {name} is of LLaVA-1.5, and {self.model_id} does not ask by USER: and ASSISTANT:; "
                 f"take {CHECKPOINT} (--template)"
             )
+        if self.template_kwargs:
+            raise self._told_nothing(name)
         self.tokenizer.chat_template, self.template = TEMPLATES[name], name
-        self._check_template.cache_clear()
-        self._prompt_ids.cache_clear()
+        self.keep_prompts()
+
+    def told(self: A, kwargs: Mapping[str, Any]) -> A:
+        """The same model, whose own template is told this (`enable_thinking=False`) and nothing else; no weight is copied.
+
+        Raises:
+            DavspError: the template is one of LLaVA's own, or does not read a key.
+        """
+        if kwargs and self.template in TEMPLATES:
+            raise self._told_nothing(self.template)
+        for key in kwargs:
+            if why := self._cannot_be_told(key):
+                raise DavspError(
+                    f"the chat template of {self.model_id} cannot be told {key}: {why} (--template-kwargs)"
+                )
+        other = copy(self)
+        if self.template not in TEMPLATES:
+            other.template, other.template_kwargs = named(kwargs), dict(kwargs)
+        other.keep_prompts()
+        return other
+
+    def _cannot_be_told(self, key: str) -> str:
+        """Why the checkpoint's template cannot be told it; empty: it can, or nobody sees from here."""
+        ours = {*inspect.signature(self.tokenizer.apply_chat_template).parameters, "messages", *HELPERS}
+
+        def is_ours(name: str) -> bool:
+            return name in ours or name.endswith("_token")
+
+        if is_ours(key):
+            return "davsp sets it"
+        read = names_read(self.tokenizer.get_chat_template())
+        if read is None or key in read:
+            return ""
+        free = ", ".join(sorted(name for name in read if not is_ours(name)))
+        return f"it reads {free or 'nothing that it could be told'}"
+
+    def _told_nothing(self, template: str) -> DavspError:
+        return DavspError(
+            f"template {template} is of LLaVA's own code and is told nothing: leave out --template-kwargs, or take {CHECKPOINT} "
+            "(--template)"
+        )
 
     def _rendered(self, question: str, has_image: bool) -> str:
         content = [{"type": "image"}] * has_image + [{"type": "text", "text": question}]
         messages = [{"role": "user", "content": content}]
         try:
-            text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            text = str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True, **self.template_kwargs
+                )
+            )
         except Exception as error:  # a template is a program: TemplateError, TypeError, UndefinedError…
             raise self._no_template(f"it fails: {error}") from error
         if question.strip() not in text:
@@ -181,7 +236,7 @@ class Asking:
         and after a picture apart, as there: each piece begins like a text of its own, so a word's mark may stand after a picture.
         """
         bos = self.tokenizer.bos_token
-        if self.template == CHECKPOINT:
+        if self.template not in TEMPLATES:
             return list(self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"])
         picture = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
         ids, *others = (self.tokenizer(piece)["input_ids"] for piece in text.split(picture))

@@ -4,7 +4,7 @@ Layers are numbered as in `hidden_states`: layer l is the output of decoder bloc
 0 is the embedding. The last one is left out, because `hidden_states[num_layers]` comes after the final norm.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
@@ -119,6 +119,7 @@ class LVLM(Asking):
         quantization: str | None = None,
         canvas: int | None = None,
         template: str = CHECKPOINT,
+        template_kwargs: Mapping[str, Any] | None = None,
         undefended: str | None = None,
     ) -> "LVLM":
         """Load a checkpoint of any known family from a folder or the hub. Code from the checkpoint is never run.
@@ -133,6 +134,7 @@ class LVLM(Asking):
             canvas: side in pixels of the pictures that prompts make, for families that take many sizes (Qwen2-VL);
                 None: the family's own.
             template: "checkpoint", or a conversation template of LLaVA's own code (`use_template`).
+            template_kwargs: what the checkpoint's own template is told, {"enable_thinking": False} (`told`).
             undefended: how a picture without a visual prompt comes to the model's shape: "pad", "crop", … as the model has it
                 (docs/families.md); None: as its authors' code does.
 
@@ -165,7 +167,7 @@ class LVLM(Asking):
             if template != CHECKPOINT:
                 lvlm.use_template(template)
             lvlm.undefended = way
-            return lvlm
+            return lvlm.told(template_kwargs) if template_kwargs else lvlm
         except DavspError:
             raise
         except Exception as error:  # the libraries raise OSError, ValueError, KeyError, RuntimeError, SafetensorError…
@@ -396,7 +398,7 @@ class LVLM(Asking):
         """Texts and finishes with what they took."""
         pictures = self.placeholders(canvas) or [0] * len(said)
         sizes = [len(self._prompt_ids(question, n)) for question, n in zip(questions, pictures, strict=True)]
-        opened = self._opened()
+        opened = self.opened()
         return [
             Answer(text, size, n, opened=opened, finish=finish)
             for (text, finish), size, n in zip(said, sizes, pictures, strict=True)

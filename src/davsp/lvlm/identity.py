@@ -21,8 +21,8 @@ def model_name(lvlm: AnsweringLVLM) -> str:
 
 
 def template_of(lvlm: AnsweringLVLM) -> str:
-    """By which conversation template a model is asked; a served one by its server's, which is its checkpoint's."""
-    return lvlm.template if isinstance(lvlm, LVLM) else CHECKPOINT
+    """By which conversation template a model is asked, and what that is told; a served one by its server's, which is its checkpoint's."""
+    return getattr(lvlm, "template", CHECKPOINT)
 
 
 def template_record(lvlm: AnsweringLVLM) -> dict[str, str]:

@@ -4,7 +4,7 @@ It answers, and no more: a server gives neither hidden states nor gradients. Pic
 server resizes them as its model's processor does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from davsp.errors import DavspError
 from davsp.lvlm.answering import NO_STATES, Answer, Token, answer_length, check_square
 from davsp.lvlm.hooks import Steer
+from davsp.lvlm.templates import named
 from davsp.query import flatten
 from davsp.runtime.client import Client, Failure
 from davsp.runtime.pictures import part, png
@@ -30,6 +31,7 @@ class RemoteLVLM:
         api_key_env: the environment variable with the key; None sends none.
         canvas: side in pixels at which the model sees a picture without resampling (336 for LLaVA-1.5); only visual
             prompts need it, and without it they are refused.
+        template_kwargs: what the server's template is told, as `chat_template_kwargs` (vLLM, SGLang); nobody sees here whether it reads them.
         concurrency: requests under way at most; fewer where the server is crowded (`davsp.runtime.limit`).
         attempts: requests for one answer at most.
         timeout: of a request as a whole, in seconds.
@@ -47,6 +49,7 @@ class RemoteLVLM:
         api_key_env: str | None = None,
         *,
         canvas: int | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
         concurrency: int = 16,
         attempts: int = 6,
         timeout: float = 600.0,
@@ -59,6 +62,8 @@ class RemoteLVLM:
         )  # fmt: skip
         self.model_id, self.canvas = model, canvas or 0
         self.revision: str | None = None
+        self.template_kwargs = dict(template_kwargs or {})
+        self.template = named(self.template_kwargs)
         self.server: str | None = self.client.where
         self.reasoning_tags: Tags = TAGS
         self.longest = answer_length(shipped=False)  # if one of ours runs there, the caller may say so
@@ -144,6 +149,7 @@ class RemoteLVLM:
         content: Any = question
         if picture is not None:
             content = [part(picture), {"type": "text", "text": question}]
+        told = {"chat_template_kwargs": self.template_kwargs} if self.template_kwargs else {}
         return {
             "model": self.model_id,
             "messages": [{"role": "user", "content": content}],
@@ -151,7 +157,7 @@ class RemoteLVLM:
             "temperature": 0.0,
             "top_p": 1.0,
             "repetition_penalty": 1.0,
-        }
+        } | told
 
 
 def read_answer(body: Any) -> Answer | Failure:

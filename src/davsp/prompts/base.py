@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, model_serializer
 from torch import Tensor
 
 import davsp
 from davsp.errors import DavspError
-from davsp.lvlm.templates import CHECKPOINT, Template
+from davsp.lvlm.templates import CHECKPOINT, NAME
 from davsp.prompts.measured import Measurement
 from davsp.runtime.files import check_regular, read_bytes, read_tensors, sha256_bytes
 
@@ -26,7 +26,7 @@ class PromptConfig(BaseModel):
     """The fields that every saved prompt has; a file with other fields is refused.
 
     `separator` stands between the safety text and the question; `suffix` follows the question as it is. `template` is the conversation
-    template that the model was asked by in training. `license` is the
+    template that the model was asked by in training, with what it was told (`davsp.lvlm.templates.named`). `license` is the
     author's, an identifier as the hub knows it; `measured` is what a run gave (`davsp card`); `files` is the SHA-256 of each file beside
     this one. Whatever says nothing is left out of the file, so that it is as it was before there was a choice.
     """
@@ -42,7 +42,7 @@ class PromptConfig(BaseModel):
     safety_text: str = ""
     separator: str = " "
     suffix: str = ""
-    template: Template = CHECKPOINT
+    template: str = Field(CHECKPOINT, pattern=NAME, max_length=1000)
     figures: dict[str, Any] = {}
     data: dict[str, Any] = {}
     davsp_version: str = davsp.__version__

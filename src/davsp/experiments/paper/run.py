@@ -31,7 +31,7 @@ from davsp.judges.graders import Grader
 from davsp.judges.keyword import caveat
 from davsp.judges.verdicts import judge_name
 from davsp.lvlm import LVLM, model_facts, model_name, undefended
-from davsp.lvlm.templates import CHECKPOINT
+from davsp.lvlm.templates import CHECKPOINT, TEMPLATES
 from davsp.query import Query
 from davsp.report import panels, plots, projections_by_label
 from davsp.report.cells import DEFENSES, cut_note, find
@@ -274,9 +274,8 @@ def _notes(kit: Kit, judge: Judge, names: Sequence[str], defenses: Mapping[str, 
     if kit.published:
         notes.append("prompts are trained by the published recipe (docs/published.md)")
     if kit.lvlm.template != CHECKPOINT:
-        notes.append(
-            f"asked by the conversation template {kit.lvlm.template} of LLaVA's own code, with its system sentence"
-        )
+        theirs = " of LLaVA's own code, with its system sentence" if kit.lvlm.template in TEMPLATES else ""
+        notes.append(f"asked by the conversation template {kit.lvlm.template}{theirs}")
     if sentence := caveat(judge, kit.shipped):
         notes.append(sentence)
     if sentence := seeing.note(judge, data.test):
