@@ -93,7 +93,7 @@ def thinking(lvlm: LVLM, *texts: str) -> LVLM:
     """The model, which says these words in a row."""
     other, left = copy(lvlm), list(texts)
 
-    def completions(canvas: Any, questions: Sequence[str], **options: Any) -> list[tuple[str, str]]:
+    def completions(canvas: Any, questions: Sequence[str], *_: Any) -> list[tuple[str, str]]:
         return [(left.pop(0), "stop") for _ in questions]
 
     other.completions = completions  # type: ignore[method-assign]
@@ -223,10 +223,10 @@ def test_a_judges_reasoning_is_never_its_verdict(monkeypatch: pytest.MonkeyPatch
         server.say = lambda n: "<think>hm</think>safe"
         assert plain.judge_all(items(1))[0].label == "unscored"
     for message in ({"content": None, "reasoning_content": "safe"}, {"content": "", "reasoning": "safe"}):
-        read = judge._read({"choices": [{"message": message, "finish_reason": "stop"}]})
+        read = judge._read(DAVSP, {"choices": [{"message": message, "finish_reason": "stop"}]})
         assert read.reason == "the judge's reply is empty"  # type: ignore[union-attr]
     good = {"content": "unsafe", "reasoning_content": "safe"}
-    assert judge._read({"choices": [{"message": good, "finish_reason": "stop"}]})[0] == "unsafe"  # type: ignore[index]
+    assert judge._read(DAVSP, {"choices": [{"message": good, "finish_reason": "stop"}]})[0] == "unsafe"  # type: ignore[index]
 
 
 def test_a_cut_thought_is_unscored_and_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
