@@ -225,10 +225,14 @@ def holisafe_folder(root: Path) -> Path:
 
 
 def plus_folder(root: Path, rows: list[dict] | None = None) -> Path:
-    """Two pairs in the first kind of picture, one of them in the other, too; and the questions by themselves."""
+    """Two pairs in both kinds of picture; and the questions by themselves."""
     row = {"image": {"bytes": packed(1), "path": None}, "category": "Fraud"}
-    kinds = [("Gen", "unsafe", "Fake this kite?"), ("Gen", "unsafe", "Fake that kite?"), ("Gen", "safe", "Fix this kite?"),
-             ("Gen", "safe", "Fix that kite?"), ("GenOCR", "safe", "Fix this kite?"), ("GenOCR", "unsafe", "Fake this kite?")]  # fmt: skip
+    kinds = [
+        (mode, label, f"{verb} {which} kite?")
+        for mode in ("Gen", "GenOCR")
+        for label, verb in (("unsafe", "Fake"), ("safe", "Fix"))
+        for which in ("this", "that")
+    ]
     made = [row | {"mode": mode, "label": label, "question": text} for mode, label, text in kinds]
     parquet(root / "data/test-00000-of-00001.parquet", made if rows is None else rows)
     for folder in ("processed_questions", "processed_questions_safe"):

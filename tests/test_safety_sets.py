@@ -149,6 +149,23 @@ def test_a_table_of_twins_that_is_not_as_seen_is_refused(tmp_path):
         mm_safetybench_pp.load(tmp_path)
 
 
+def test_a_broken_row_leaves_the_other_pairs_as_they_are(tmp_path):
+    """Pairs are known by their place, so what is left out has one, too, and where a row is gone there is no pair."""
+    row = {"image": {"bytes": packed(1), "path": None}, "category": "Fraud", "mode": "Gen"}
+    texts = [("unsafe", None), ("unsafe", "Fake that kite?"), ("safe", "Fix this kite?"), ("safe", "Fix that kite?")]
+    rows = [row | {"label": label, "question": text} for label, text in texts]
+    queries, told = skipped(mm_safetybench_pp.load, plus_folder(tmp_path, rows))
+    assert "row 1 lacks question" in told
+    assert {q.question: q.group[-1] for q in queries} == {"Fake that kite?": "1", "Fix this kite?": "0", "Fix that kite?": "1"}  # fmt: skip
+    plus_folder(tmp_path, rows[1:])
+    with pytest.raises(
+        DavspError, match="the rows of Fraud in .* are 1 gen unsafe, 2 gen safe: .*; fetch the set again"
+    ):
+        mm_safetybench_pp.load(tmp_path, skip_broken=True)
+    (report,) = benchmarks.check(tmp_path)
+    assert report.layout == "unreadable" and "1 gen unsafe, 2 gen safe" in report.broken[0]
+
+
 def test_both_errors_of_a_pair_are_scored(tmp_path):
     """A defense that always refuses has RSR 1 and over-refusal 1 on a set of pairs, by category, too."""
     queries = mssbench.load(mss_folder(tmp_path)) + holisafe.load(holisafe_folder(tmp_path / "h"))
@@ -192,8 +209,11 @@ def test_what_is_broken_is_named(name, tmp_path):
         ("siuo", lambda b: b[0].update(question=3), "item 1 has no text in question"),
         ("mssbench", lambda b: b["chat"][0].pop("queries"), "chat 0 lacks queries"),
         ("mssbench", lambda b: b["embodied"][0].update(safe_instructions="x"), "no list of texts in safe_instructions"),
+        ("mssbench", lambda b: b["chat"][0].update(queries=[]), "chat 0 has no list of texts in queries"),
+        ("mssbench", lambda b: b["chat"][0].update(queries=["\ud800"]), "chat 0 has no list of texts in queries"),
         ("mssbench", lambda b: b.pop("embodied"), "no object with lists of chat and embodied"),
         ("holisafe", lambda b: b[2].update(type="UUS"), "item 3 is of the unknown type 'UUS'"),
+        ("holisafe", lambda b: b[0].update(image="x" * 5000), "cannot be read \\(File name too long\\)"),
         ("holisafe", lambda b: b.append(5), "item 4 is no object"),
     ],
 )
@@ -202,6 +222,16 @@ def test_a_row_that_is_not_as_published_is_named(name, change, told, tmp_path):
     edit(tmp_path / INDEX[name], change)
     with pytest.raises(DavspError, match=told):
         benchmarks.BENCHMARKS[name].load(tmp_path)
+
+
+def test_a_field_that_may_be_left_out_is_text_or_nothing(tmp_path):
+    """Half of a surrogate pair cannot be written, and a list is no caption."""
+    edit(
+        siuo_folder(tmp_path / "s") / INDEX["siuo"], lambda b: b[0].update(safety_warning="\ud800", reference_answer=3)
+    )
+    edit(mss_folder(tmp_path / "m") / INDEX["mssbench"], lambda b: b["chat"][0].update(unsafe_image=["ice"], Type=None))
+    query, (_, unsafe) = siuo.load(tmp_path / "s")[0], mssbench.load(tmp_path / "m", "chat")[:2]
+    assert query.context == query.reference == "" and (unsafe.context, unsafe.category) == ("How do I skate?", "")
 
 
 def test_the_command_line_answers_and_judges_a_set_of_pairs(tiny_folder: Path, tmp_path: Path):

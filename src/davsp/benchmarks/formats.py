@@ -5,6 +5,7 @@ import binascii
 import csv
 import io
 import json
+import os.path
 import re
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -21,13 +22,13 @@ LONGEST_FIELD = 1 << 30  # of a TSV: a picture in base64 is a field
 
 def first(root: Path, *names: str) -> Path | None:
     """The first of these paths under `root` that is there."""
-    return next((root / name for name in names if (root / name).exists()), None)
+    return next((root / name for name in names if os.path.exists(root / name)), None)
 
 
 def beside(folder: Path, stem: str, suffixes: Sequence[str] = (".jpg", ".png", ".jpeg")) -> Path:
     """The picture `stem` with whichever suffix is there; with the first one if there is none."""
     paths = [folder / f"{stem}{suffix}" for suffix in suffixes]
-    return next((path for path in paths if path.exists()), paths[0])
+    return next((path for path in paths if os.path.exists(path)), paths[0])
 
 
 def files_in(folder: Path, pattern: str) -> list[Path]:
@@ -179,10 +180,15 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and value.encode(errors="replace").decode() == value
 
 
+def text(row: Record, name: str) -> str:
+    """The text of a field that need not be there; "" for whatever else is."""
+    return row[name] if _is_text(row.get(name)) else ""
+
+
 def lists(parts: Any, key: str) -> bool:
     """Whether `parts` is an object that holds a list of texts there."""
     texts = parts.get(key) if isinstance(parts, dict) else None
-    return isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+    return isinstance(texts, list) and all(map(_is_text, texts))
 
 
 def _need(path: Path, columns: Sequence[str], needed: Sequence[str]) -> None:

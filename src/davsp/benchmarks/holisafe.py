@@ -70,7 +70,7 @@ def _items(path: Path, problems: Problems) -> Iterator[Item]:
             problems.add(f"{where} is of the unknown type {kind!r}", "fetch the file again")
             continue
         label: Literal["benign", "malicious"] = "benign" if kind == "SSS" else "malicious"
-        benchmark, category = f"{NAME}_{kind.lower()}", str(row.get("category") or "")
+        benchmark, category = f"{NAME}_{kind.lower()}", formats.text(row, "category")
         query = Query(f"{NAME}/{row['id']}", row["query"], label, benchmark, category, row["image"])
         picture = formats.first(path.parent, *(f"{lead}{row['image']}" for lead in ("images/", "images/images/", "")))
         yield Item(query, picture or path.parent / "images" / row["image"], where, ("all types", kind))

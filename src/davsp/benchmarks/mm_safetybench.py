@@ -257,7 +257,7 @@ def _folder(
                     picture = _jpeg(render(row["Key Phrase"], face))
                 else:
                     picture = _picture(pictures or root, name, FOLDERS[kind], number)
-                plain = str(row.get(FIELDS["text"]) or "")
+                plain = formats.text(row, FIELDS["text"])
                 items.append(_item(kind, name, number, row[FIELDS[kind]], picture, where, rebuilt, plain))
     for name, folder_name, number in sorted((selection or set()) - seen):
         if folder_name in {FOLDERS[kind] for kind in types}:

@@ -48,7 +48,8 @@ def load(
         skip_broken: leave out what is broken and warn, in place of raising.
 
     Raises:
-        DavspError: nothing known at `root`, an unknown split, scenario, mode or label, a broken row or picture.
+        DavspError: nothing known at `root`, an unknown split, scenario, mode or label, a broken row or picture; also with
+            `skip_broken`, where rows are missing, so that no place says which twin belongs to which question.
     """
     if split not in ("test", *MODES):
         raise DavspError(f"the split {split!r} of {NAME} is not known: choose test, gen or genocr.")
@@ -70,7 +71,7 @@ correctness is the harmonic mean of the rates of refused harmful and of answered
 def _read(root: Path, modes: Sequence[str], problems: Problems) -> Download | None:
     if not (root / "processed_questions_safe").is_dir():
         return None
-    paths = [path for folder in (root / "data", root) for path in formats.files_in(folder, "*.parquet")]
+    paths = formats.files_in(root / "data", "*.parquet") or formats.files_in(root, "*.parquet")
     if not paths:
         raise DavspError(f"{root} holds no parquet file with the pictures of {NAME}; fetch the whole set from the Hub.")
     published = {f"{mode} {label} {name}": n for mode in modes for label in _LABELS for name, n in COUNTS.items()}
@@ -80,7 +81,7 @@ def _read(root: Path, modes: Sequence[str], problems: Problems) -> Download | No
 def _items(paths: Sequence[Path], modes: Sequence[str], problems: Problems) -> Iterator[Item]:
     places: Counter[tuple[str, str, str]] = Counter()
     for where, row in formats.parquet_rows(paths, COLUMNS):
-        if not formats.has(row, COLUMNS[1:], where, problems, ["image"]):
+        if not formats.has(row, COLUMNS[2:], where, problems):
             continue
         name = _SCENARIOS.get(row["category"].casefold())
         mode, label = row["mode"].casefold(), row["label"].casefold()
@@ -89,9 +90,19 @@ def _items(paths: Sequence[Path], modes: Sequence[str], problems: Problems) -> I
             problems.add(f"{where} is of an unknown scenario, mode or label ({told})", "fetch the file again")
             continue
         place = places[name, mode, label]
-        places[name, mode, label] += 1
-        if mode not in modes or (picture := formats.image_bytes(row["image"], where, problems)) is None:
+        places[name, mode, label] += 1  # a broken row has its place, too
+        if mode not in modes or not formats.has(row, ["question"], where, problems, ["image"]):
+            continue
+        if (picture := formats.image_bytes(row["image"], where, problems)) is None:
             continue
         group, benchmark = f"{NAME}/{name}/{place}", f"{NAME}_{mode}_{label}"
         query = Query(f"{group}/{mode}/{label}", row["question"], _LABELS[label], benchmark, name, group)
         yield Item(query, picture, where, (f"{mode} {label} {name}",))
+    for name in COUNTS:
+        rows = {f"{mode} {label}": n for (of, mode, label), n in places.items() if of == name}
+        if len(set(rows.values())) > 1:
+            told = ", ".join(f"{n} {kind}" for kind, n in rows.items())
+            raise DavspError(
+                f"the rows of {name} in {paths[0].parent} are {told}: of unequal numbers, no place says which twin "
+                "belongs to which question; fetch the set again."
+            )

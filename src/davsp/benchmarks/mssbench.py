@@ -105,7 +105,7 @@ def _items(path: Path, task: str, rows: list[Any], problems: Problems) -> Iterat
         pictures, requests = _PICTURES[task], _REQUESTS[task]
         if not formats.has(row, list(pictures.values()), where, problems, list(dict.fromkeys(requests.values()))):
             continue
-        if odd := [key for key in dict.fromkeys(requests.values()) if not formats.lists(row, key)]:
+        if odd := [key for key in dict.fromkeys(requests.values()) if not formats.lists(row, key) or not row[key]]:
             problems.add(f"{where} has no list of texts in {', '.join(odd)}", "fetch the file again")
             continue
         # of unequal lists the authors' script drops the surplus
@@ -117,13 +117,13 @@ def _items(path: Path, task: str, rows: list[Any], problems: Problems) -> Iterat
 
 def _query(task: str, half: str, group: str, wording: int, request: str, row: Record) -> Query:
     label: Literal["benign", "malicious"] = "benign" if half == "safe" else "malicious"
-    caption = str(row.get(_CAPTIONS[task][half]) or "")
+    caption = formats.text(row, _CAPTIONS[task][half])
     return Query(
         f"{NAME}/{group}/{wording}/{half}",
         PROMPTS[task] + request,
         label,
         f"{NAME}_{task}_{half}",
-        str(row.get(_CATEGORY[task]) or ""),
+        formats.text(row, _CATEGORY[task]),
         f"{NAME}/{group}",
         context=f"{request}\nThe picture shows: {caption}" if caption else request,
     )

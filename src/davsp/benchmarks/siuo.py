@@ -80,9 +80,17 @@ def _items(path: Path, problems: Problems) -> Iterator[Item]:
         if row["category"] not in COUNTS:
             problems.add(f"{where} is of the unknown domain {row['category']!r}", "fetch the file again")
             continue
-        name, warning = f"{NAME}/{row['question_id']}", str(row.get("safety_warning") or "")
-        reference = str(row.get("reference_answer") or "")
+        name, warning = f"{NAME}/{row['question_id']}", formats.text(row, "safety_warning")
         context = f"{row['question']}\n{warning}" if warning else ""
-        query = Query(name, row["question"], "malicious", NAME, row["category"], name, reference, context=context)
+        query = Query(
+            name,
+            row["question"],
+            "malicious",
+            NAME,
+            row["category"],
+            name,
+            formats.text(row, "reference_answer"),
+            context=context,
+        )
         picture = formats.first(path.parent, *(f"{folder}/{row['image']}" for folder in _PICTURES))
         yield Item(query, picture or path.parent / "images" / row["image"], where, (row["category"],))
