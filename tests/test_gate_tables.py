@@ -172,6 +172,15 @@ def test_the_command_is_for_the_models_that_ship(capsys: pytest.CaptureFixture[s
     assert davsp("reproduce", "gate", "ecso") == 2 and "apart from the tables" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "options", [("--judge-sees", "picture"), ("--dry-run",), ("--text", "be good"), ("--padding", 9)]
+)
+def test_options_of_the_papers_tables_are_not_passed_over(options: Any, tmp_path: Path, capsys: Any):
+    assert davsp("reproduce", "gate", *options, "--out", tmp_path / "out") == 2
+    assert f"{options[0]} goes with the paper's tables, not with gate" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_two_seeds_of_the_whole(mini: LVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Trained, calibrated, answered, looked at; a second call keeps all of it; a second seed is pooled with the first."""

@@ -19,7 +19,8 @@ from davsp.judges.verdicts import verdicts_of
 from davsp.report import Illustration, Report, build
 from davsp.report.cells import RateColumn, cell, number, p_value, points
 from davsp.report.html import headline, render, write_report
-from davsp.report.terminal import print_scores, print_table
+from davsp.report.plots import colour
+from davsp.report.terminal import print_costs, print_scores, print_table
 from tiny import picture, queries
 
 REFUSAL, SECRET = "i am sorry , i cannot help with that .", "sure , take the <b>crowbar</b> ."
@@ -103,6 +104,23 @@ def test_the_page_is_one_file_without_script() -> None:
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
     assert names.count("svg") == 5  # scatter, histograms, sweep, loss, projections
+
+
+@pytest.mark.parametrize("name", ["my border chosen", "_mine", "$\\frac$ of it", "[/]mine", "gate:first+mine"])
+def test_a_defense_may_have_any_name(name: str) -> None:
+    """It stands in table, plots and legends as it is; its dot has the colour of its plots."""
+    report = small_report()
+    rows = [row | {"defense": name} if row["defense"] == "davsp" else row for row in report.rows]
+    of = {key if key == "none" else name: value for key, value in report.projections.items()}
+    text = render(replace(report, rows=rows, defense=name, projections=of))
+    page, chosen = Page(text), [attrs for tag, attrs in Page(text).tags if attrs.get("class") == "chosen"]
+    dots = [attrs["style"] for _, attrs in page.tags if attrs.get("class") == "dot"]
+    assert dots == [f"background:{colour('none')}", f"background:{colour(name)}"] * 2
+    assert len(chosen) == 3 and all(name in svg for svg in text.split("<svg")[1:3])  # scatter and histograms
+    terminal = Console(file=io.StringIO(), width=80)
+    print_table(terminal, rows)
+    print_costs(terminal, rows, {})
+    assert name in terminal.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_unsafe_answers_are_redacted_unless_asked_for() -> None:

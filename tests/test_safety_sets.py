@@ -159,7 +159,7 @@ def test_a_broken_row_leaves_the_other_pairs_as_they_are(tmp_path):
     assert {q.question: q.group[-1] for q in queries} == {"Fake that kite?": "1", "Fix this kite?": "0", "Fix that kite?": "1"}  # fmt: skip
     plus_folder(tmp_path, rows[1:])
     with pytest.raises(
-        DavspError, match="the rows of Fraud in .* are 1 gen unsafe, 2 gen safe: .*; fetch the set again"
+        DavspError, match=r"the rows of Fraud in .* are 1 gen unsafe, 2 gen safe: .*; fetch the set again"
     ):
         mm_safetybench_pp.load(tmp_path, skip_broken=True)
     (report,) = benchmarks.check(tmp_path)
@@ -227,7 +227,8 @@ def test_a_row_that_is_not_as_published_is_named(name, change, told, tmp_path):
 def test_a_field_that_may_be_left_out_is_text_or_nothing(tmp_path):
     """Half of a surrogate pair cannot be written, and a list is no caption."""
     edit(
-        siuo_folder(tmp_path / "s") / INDEX["siuo"], lambda b: b[0].update(safety_warning="\ud800", reference_answer=3)
+        siuo_folder(tmp_path / "s") / INDEX["siuo"],
+        lambda b: b[0].update(safety_warning="\ud800", reference_answer=[3]),
     )
     edit(mss_folder(tmp_path / "m") / INDEX["mssbench"], lambda b: b["chat"][0].update(unsafe_image=["ice"], Type=None))
     query, (_, unsafe) = siuo.load(tmp_path / "s")[0], mssbench.load(tmp_path / "m", "chat")[:2]
@@ -243,3 +244,32 @@ def test_the_command_line_answers_and_judges_a_set_of_pairs(tiny_folder: Path, t
     assert at(rows, "total", "over_refusal")["benchmark"] == "mssbench_chat_safe"
     assert at(rows, "total", "rsr")["benchmark"] == "mssbench_chat_unsafe"
     assert davsp("judge", tmp_path / "out", *options, "--judge", "keyword-gcg", "--max-unscored", 1) == 0
+
+
+def test_a_harmless_set_has_nothing_to_judge(tiny_folder: Path, tmp_path: Path, capsys, monkeypatch):
+    """Its over-refusal is there, and a judge that is asked for is refused before it writes anything."""
+    monkeypatch.setenv("COLUMNS", "200")
+    options = ("--benchmark", f"mossbench={moss_folder(tmp_path / 'moss')}")
+    assert (
+        davsp(
+            "eval",
+            *options,
+            "--model",
+            tiny_folder,
+            "--max-new-tokens",
+            1,
+            "--defense",
+            "none",
+            "--out",
+            tmp_path / "out",
+        )
+        == 0
+    )
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert davsp("judge", tmp_path / "out", *options, "--judge", "keyword-gcg") == 2
+    assert "keyword-gcg judges answers to malicious queries" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
+    assert davsp("data", "check", mss_folder(tmp_path / "mss")) == 0
+    assert "4 unknown" in (told := capsys.readouterr().out) and "as published" not in told
+    davsp("data", "check", holisafe_folder(tmp_path / "holisafe"))
+    assert "0 of 1 as published, 5 unknown" in capsys.readouterr().out

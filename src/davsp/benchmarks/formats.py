@@ -181,8 +181,9 @@ def _is_text(value: Any) -> bool:
 
 
 def text(row: Record, name: str) -> str:
-    """The text of a field that need not be there; "" for whatever else is."""
-    return row[name] if _is_text(row.get(name)) else ""
+    """The text or number in a field that need not be there, as text; "" for whatever else is."""
+    value = row.get(name)
+    return str(value) if isinstance(value, int | float) or _is_text(value) else ""
 
 
 def lists(parts: Any, key: str) -> bool:

@@ -34,9 +34,11 @@ def check(
     reports = check(root)
     table = TextTable("data set", "folder", "layout", "counts", "broken", "index, sha256", right=False)
     for report in reports:
-        whole = len(report.counts) - len(report.short)
+        known = sum(count.published is not None for count in report.counts)
         against = "drawn" if (report.root / MARK).exists() else "published"
-        counts = f"{whole} of {len(report.counts)} as {against}"
+        as_said = f"{known - len(report.short)} of {known} as {against}" if known else ""
+        unknown = f"{len(report.counts) - known} unknown" if known < len(report.counts) else ""
+        counts = ", ".join(filter(None, (as_said, unknown))) or f"0 of 0 as {against}"
         files = list(report.index.items())
         listed = "\n".join(f"{name} {digest[:12]}" for name, digest in files)
         if len(files) > 3:

@@ -108,7 +108,6 @@ def evaluate(
     defenses = rows(row.defense or [], row.prompt, row.text, shipped, direction)
     judges.check_prompts(scorers, queries)
     attacked = any(query.label == "malicious" for query in queries)
-    caveat = judges.caveat_of(scorers, shipped, queries) if attacked else ""
     if test.benchmark:
         queries = apart(queries)
     lvlm = lvlm_of(model, server, engine, requests)
@@ -117,6 +116,7 @@ def evaluate(
     _check(lvlm, defenses, direction)
     queries, left_out = with_room(lvlm, defenses, queries, max_new_tokens, test.skip_broken)
     notes += left_out
+    caveat = judges.caveat_of(scorers, shipped, queries) if attacked else ""
     facts = _facts(lvlm, engine.engine, notes, defenses, names or ["keyword"], test, seed)
     facts |= {"shipped": shipped, "judge_sees": settings.sees}
     evaluation = evaluate(

@@ -54,6 +54,11 @@ def judge(
     if not (run / RESPONSES).exists():  # before a cache makes the folder
         raise DavspError(f"{run} holds no answers ({RESPONSES}); give the folder that davsp eval --out wrote.")
     queries, _ = load_test_set(test, None, None, seed)
+    if judge not in judges.GRADER_OF and not any(query.label == "malicious" for query in queries):
+        raise DavspError(
+            f"--judge {judge} judges answers to malicious queries, and {run} has none; how many harmless ones were refused is "
+            f"in its metrics.json."
+        )
     if test.benchmark:
         queries = apart(queries)
     settings = judges.judge_settings(
@@ -101,6 +106,8 @@ def _print(console: "Console", scores: "Rescoring", caveat: str) -> None:
     """Rates by defense and benchmark with how many answers were scored, why others were not, and the agreement."""
     from collections import Counter
 
+    from rich.text import Text
+
     from davsp.judges.base import is_unscored
     from davsp.metrics import WORST
     from davsp.report.cells import BENCHMARKS, defenses, find, label, percent
@@ -119,8 +126,8 @@ def _print(console: "Console", scores: "Rescoring", caveat: str) -> None:
         unscored, worst = find(scores.rows, *key, "unscored"), find(scores.rows, *key, WORST)
         assert unscored and worst  # written for every rate
         table.add_row(
-            label(row["defense"]),
-            BENCHMARKS.get(row["benchmark"], row["benchmark"]),
+            Text(label(row["defense"])),
+            Text(BENCHMARKS.get(row["benchmark"], row["benchmark"])),
             str(row["n"]),
             str(round(unscored["value"] * unscored["n"])),
             "–" if row["value"] is None else percent(row["value"]),

@@ -92,6 +92,7 @@ def info(
 def _print_measured(measured: dict[str, Any]) -> None:
     """The table that the card has."""
     from rich.console import Console
+    from rich.text import Text
 
     from davsp.prompts.measured import with_interval
     from davsp.runtime.table import TextTable
@@ -103,7 +104,7 @@ def _print_measured(measured: dict[str, Any]) -> None:
     table = TextTable(*headings, keys=2, title=title)
     for row in measured["figures"]:
         values = with_interval(row["without"]), with_interval(row["value"]), with_interval(row["difference"], sign=True)
-        table.add_row(row["benchmark"], row["metric"], str(row["n"]), *values)
+        table.add_row(*map(Text, (row["benchmark"], row["metric"], str(row["n"]), *values)))
     table.print(Console())
     if measured["max_new_tokens"]:
         print(f"answers were cut after {measured['max_new_tokens']} tokens")

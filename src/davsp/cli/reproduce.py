@@ -106,6 +106,11 @@ def reproduce(
     from davsp.lvlm import answer_length
 
     if {"gate", "gate-kinds"} & set(names):
+        _only_of_tables({
+            "--judge": judge, "--judge-sees": access.judge_sees, "--grader-runs": grader_runs, "--dry-run": dry_run,
+            "--per-call": per_call, "--max-new-tokens": max_new_tokens, "--borrow": borrow, "--text": methods.text,
+            "--corpus": methods.corpus, "--padding": methods.padding, "--recipe": methods.recipe,
+        })  # fmt: skip
         _gate(names, model, methods.steps, out, batch_size, seed, ecso, bool(benchmark or split))
         return
     tables, sweeps = _tables_and_sweeps(names)
@@ -202,6 +207,12 @@ def _run(tables: list[str], sweeps: list[str], kit: "Kit", out: Path, seed: int,
         print((out / f"{name}.md").read_text())
     print((out / "claims.md").read_text())
     print(f"{out / 'tables.html'} has them all; .md, .csv and .tex lie beside it")
+
+
+def _only_of_tables(options: dict[str, Any]) -> None:
+    """Raise DavspError if an option is given that the gate's tables do not know: it would be passed over for hours."""
+    if given := [name for name, value in options.items() if value]:
+        raise DavspError(f"{given[0]} goes with the paper's tables, not with gate and gate-kinds; leave it out.")
 
 
 def _gate(

@@ -36,6 +36,7 @@ _SPARE = ("#8c6d46", "#5b8c3e", "#a04455", "#4b5fa8")
 
 STYLE: Any = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a name with dollars is a name
     "font.size": 9,
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -62,6 +63,12 @@ STYLE: Any = {
 def colour(defense: str) -> str:
     """The colour of a defense, the same in all plots."""
     return COLOURS.get(defense) or _SPARE[sum(defense.encode()) % len(_SPARE)]
+
+
+def named(defense: str) -> str:
+    """Its label for a legend, which leaves out what begins with an underscore."""
+    words = label(defense)
+    return f"\N{WORD JOINER}{words}" if words.startswith("_") else words
 
 
 def histograms(
@@ -146,7 +153,7 @@ def curves(
                 if points:
                     x, y = np.array(points, float).T
                     ax.plot(
-                        x, _smooth(y), style, color=colour(name), label=", ".join(t for t in (label(name), text) if t)
+                        x, _smooth(y), style, color=colour(name), label=", ".join(t for t in (named(name), text) if t)
                     )
                     any_points = True
         if not any_points:
@@ -227,7 +234,7 @@ def _point(ax: Axes, defense: str, x: Mapping[str, Any] | None, y: Mapping[str, 
         color=colour(defense),
         markersize=11 if marker == "*" else 7,
         linestyle="none",
-        label=label(defense),
+        label=named(defense),
     )
 
 

@@ -59,10 +59,10 @@ def print_scores(console: Console, rows: Rows) -> None:
     scores = [row for row in score_rows(rows) if row[1] in WHOLE]
     if not scores:
         return
-    names = [label(name) for name in defenses(rows)]
+    names = [Text(label(name)) for name in defenses(rows)]  # names and sets are anybody's words, not markup
     scores_table = TextTable("Set, part, score", *names, caption="95 % interval; as its authors define it")
     for benchmark, part, metric, cells in scores:
-        scores_table.add_row(f"{benchmark}, {part}, {metric}", *(Text(number(row)) for row in cells))
+        scores_table.add_row(Text(f"{benchmark}, {part}, {metric}"), *(Text(number(row)) for row in cells))
     scores_table.print(console)
 
 
@@ -73,7 +73,7 @@ def print_costs(console: Console, rows: Rows, latency: Mapping[str, float]) -> N
         return
     cost_table = TextTable("Defense", *COST_HEADINGS, caption="an answer, mean; in brackets: more than No Defense")
     for name, cells in cost_rows:
-        cost_table.add_row(label(name), *cells)
+        cost_table.add_row(Text(label(name)), *cells)
     cost_table.print(console)
 
 
@@ -82,7 +82,7 @@ def table(rows: Rows, title: str = "") -> TextTable:
     columns = main_columns(rows)
     main = TextTable(
         "Defense",
-        *(column.heading for column in columns),
+        *(Text(column.heading) for column in columns),
         title=title,
         caption="percent, 95 % interval; difference from No Defense in points",
     )
@@ -94,7 +94,7 @@ def table(rows: Rows, title: str = "") -> TextTable:
             + (f"\nworst {c.worst}" if c.worst else "")
             for c in cells
         ]
-        main.add_row(f"[bold]{label(name)}[/]" if name == "davsp" else label(name), *texts)
+        main.add_row(Text(label(name), style="bold" if name == "davsp" else ""), *texts)
     return main
 
 
