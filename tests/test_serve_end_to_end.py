@@ -11,10 +11,11 @@ import openai
 import pytest
 
 from davsp import LVLM, Query, VisualSafetyPrompt, embedded
-from davsp.defenses import ECSO, Defense, NoDefense, VisualPrompt
+from davsp.defenses import ECSO, Defense, Gate, NoDefense, VisualPrompt
 from davsp.embedded.data import Protocol
 from davsp.embedded.ecso_templates import TEMPLATES
 from davsp.serve.app import HASH, Proxy
+from davsp.serve.gate import HEAD
 from davsp.serve.probe import probe
 from davsp.serve.settings import ServeSettings
 from proxy import data_url, image_part, listening, text_part, user
@@ -141,6 +142,19 @@ def test_ecso_and_adaptive_give_the_answers_of_eval(served, mini, prompt, eval_q
         calls |= {response.calls for response in responses}
         assert [one.usage.prompt_tokens for one in completions] == [response.prompt_tokens for response in responses]
     assert {2, 3, 4} <= calls  # let pass, answered again, answered from a caption
+
+
+def test_the_gate_gives_the_answers_of_eval(served, mini, prompt, eval_queries):
+    gate, some = Gate(VisualPrompt(prompt)), eval_queries[::2]
+    proxy = Proxy(gate, ServeSettings.of(upstream=served[0], canvas=mini.canvas))
+    asked = [options("davsp-mini" + proxy.suffix, query) | {"max_tokens": 20} for query in some]
+    with listening(proxy.app) as url, openai.OpenAI(base_url=url, api_key="any") as client:
+        replies = [client.chat.completions.with_raw_response.create(**one) for one in asked]
+    responses = gate.respond(mini, some, max_new_tokens=20)
+    assert [reply.parse().choices[0].message.content for reply in replies] == [r.text for r in responses]
+    assert [reply.parse().usage.prompt_tokens for reply in replies] == [r.prompt_tokens for r in responses]
+    roads = [reply.headers[HEAD] for reply in replies]
+    assert roads == ["refused" if r.calls == 1 else "passed" for r in responses] and set(roads) == {"refused", "passed"}
 
 
 def test_probe_finds_a_model_that_resamples(served):
