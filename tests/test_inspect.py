@@ -26,7 +26,7 @@ from inspect_ai.scorer import SampleScore  # noqa: E402
 
 from davsp import DavspError, Query, VisualSafetyPrompt, embedded, evaluate  # noqa: E402
 from davsp.benchmarks import BENCHMARKS  # noqa: E402
-from davsp.defenses import VisualPrompt  # noqa: E402
+from davsp.defenses import Gate, VisualPrompt  # noqa: E402
 from davsp.embedded.counterparts import SETS  # noqa: E402
 from davsp.judges import keyword  # noqa: E402
 from davsp.judges.graders import exact, overlap  # noqa: E402
@@ -92,6 +92,19 @@ def test_each_benchmark_gives_davsps_own_figures(name: str, folder: Path, sets: 
     assert metadata["defense"] == "davsp" and log.samples[0].output.usage.input_tokens > 0
     assert log.eval.model == f"davsp/davsp-mini+davsp-{defense.sha256()[:12]}"
     assert log.eval.model_args["defense"] == str(folder) and log.eval.dataset.name == f"{name}_embedded"
+
+
+def test_a_gate_by_its_name(folder: Path, sets: Path, tmp_path: Path):
+    """What it refuses and passes is what `Gate` does with the same queries, in answers and calls."""
+    log = run("vlguard", f"gate+{folder}", tmp_path, limit=6)  # type: ignore[arg-type]
+    assert log.status == "success", log.error
+    gate = Gate(VisualPrompt(VisualSafetyPrompt.from_pretrained(folder)))
+    some = BENCHMARKS["vlguard"].load(sets / "vlguard", "test", 6, 0)
+    want = {r.query_id: (r.text, r.calls) for r in gate.respond(embedded.load(), some, max_new_tokens=24)}
+    outputs = {sample.id: sample.output for sample in log.samples}
+    assert {i: (one.completion, one.metadata["calls"]) for i, one in outputs.items()} == want
+    assert {calls for _, calls in want.values()} == {1, 2}
+    assert {one.metadata["defense"] for one in outputs.values()} == {"gate+davsp"}
 
 
 def figures_of(rows: list[dict[str, Any]], name: str) -> dict[str, float]:
