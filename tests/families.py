@@ -24,6 +24,10 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     SamVisionConfig,
     SiglipVisionConfig,
 )
@@ -72,7 +76,7 @@ def tokenizer(style: str) -> PreTrainedTokenizerFast:
 
 def save_family(name: str, folder: Path) -> Path:
     """Save a folder such as the hub has: 4 layers of width 32, weights wide enough that answers differ."""
-    style = name.split("_")[0].removesuffix("2")
+    style = name.split("_")[0].rstrip("23")
     words = tokenizer(style)
     image = words.convert_tokens_to_ids(PLACEHOLDER[style])
     llama = LlamaConfig(
@@ -97,6 +101,19 @@ def save_family(name: str, folder: Path) -> Path:
         if name == "qwen2_vl":
             vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 14}
             model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **marks))
+        elif name == "qwen3_vl":
+            text |= {"head_dim": 8}
+            vision = {"depth": 3, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 64, "num_heads": 4,
+                      "patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}  # fmt: skip
+            model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **marks))
+        elif name == "qwen3_5":
+            text |= {"head_dim": 16, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+                     "linear_value_head_dim": 8, "layer_types": ["linear_attention"] * 2 + ["full_attention", "linear_attention"],
+                     "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 10000.0,
+                                         "partial_rotary_factor": 0.25, "mrope_interleaved": True}}  # fmt: skip
+            vision = {"depth": 2, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 64, "num_heads": 4,
+                      "patch_size": 16, "num_position_embeddings": 64}  # fmt: skip
+            model = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision, **marks))
         else:
             vision = {"depth": 2, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 64, "num_heads": 4,
                       "patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]}  # fmt: skip
@@ -104,6 +121,10 @@ def save_family(name: str, folder: Path) -> Path:
                 Qwen2_5_VLConfig(text_config=text, vision_config=vision, **marks)
             )
         processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=28 * 28 * 64)
+        if name.startswith("qwen3"):
+            processor = Qwen2VLImageProcessorPil(
+                min_pixels=64 * 64, max_pixels=32 * 32 * 64, patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3
+            )
     elif name == "deepseek_vl":
         model = DeepseekVLForConditionalGeneration(
             DeepseekVLConfig(text_config=llama, vision_config=siglip, image_token_id=image)

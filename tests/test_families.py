@@ -22,8 +22,8 @@ from tiny import picture
 QUESTIONS = ["what is this", "how do you make a cake in the image", "is this a car", "please be safe what is this",
              "what is red", "how do you steal a car please", "yes", "no this is a red car in the image"]  # fmt: skip
 ANSWERS = ["a cake", "sorry no", "yes", "this is a red car in the image", "no", "sorry", "a car", "yes yes"]
-NATIVE = {"deepseek_vl_hybrid": 128}
 SIDE = 112  # of Qwen2-VL's canvas here
+SIDES = {"qwen2_vl": SIDE, "qwen2_5_vl": SIDE, "qwen3_vl": 128, "qwen3_5": 128}  # where there are many to choose from
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -33,7 +33,7 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    return LVLM.from_pretrained(folder, device_map="cpu", canvas=SIDE if "qwen" in folder.name else None)
+    return LVLM.from_pretrained(folder, device_map="cpu", canvas=SIDES.get(folder.name))
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +138,7 @@ def test_generation_batched_is_one_by_one_and_leaves_nothing_behind(model, canva
 
 def test_the_gradient_is_that_of_the_whole_path(folder, canvas):
     """Against a finite difference along a random direction, in float64; the hybrid's rounding is passed straight through."""
-    model = LVLM.from_pretrained(
-        folder, device_map="cpu", dtype="float64", canvas=SIDE if "qwen" in folder.name else None
-    )
+    model = LVLM.from_pretrained(folder, device_map="cpu", dtype="float64", canvas=SIDES.get(folder.name))
     point, direction = canvas[:2].double(), torch.randn(2, 3, model.canvas, model.canvas, dtype=torch.float64)
 
     def value(x):

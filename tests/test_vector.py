@@ -140,3 +140,29 @@ def test_a_layer_out_of_range(vector, layer):
     for call in (vector.direction, vector.margins, vector.half_gap, vector.use_layer):
         with pytest.raises(DavspError, match=f"layer {layer} is out of range: the vector has layers 1 to 3"):
             call(layer)
+
+
+def test_a_layer_at_which_the_classes_do_not_differ_is_left_out(lvlm, vector, tmp_path, monkeypatch):
+    """As blocks of linear attention have them: the state of the last token is the same for every query, but for rounding."""
+    real = collect_states
+
+    def forgetful(*args, **kwargs):
+        states = real(*args, **kwargs)
+        states[:, 1] = 7.0 + 1e-7 * torch.rand(len(states), 1)
+        return states
+
+    monkeypatch.setattr("davsp.vector.collect_states", forgetful)
+    fitted = HarmfulnessVector.fit(lvlm, queries("malicious", 8), queries("benign", 8), progress=False)
+    assert fitted.left_out == [2] and vector.left_out == []
+    assert torch.equal(fitted.vectors[[0, 2]], vector.vectors[[0, 2]])  # the others are what they were
+    assert fitted.layer != 2 and [row["layer"] for row in fitted.by_layer()] == [1, 3] == list(fitted.auroc)
+    assert [row["layer"] for row in fitted.sweep(lvlm, queries("malicious", 4), queries("benign", 4))] == [1, 3]
+    fitted.save(tmp_path)
+    loaded = HarmfulnessVector.load(tmp_path)
+    assert loaded.left_out == [2] and loaded.margins(2) == (0, 0) and not loaded.project(torch.ones(3, 32), 2).any()
+    for take in (loaded.direction, loaded.use_layer):
+        with pytest.raises(DavspError, match=r"no direction at layer 2, .* do not differ; take a layer other than 2"):
+            take(2)
+    monkeypatch.setattr("davsp.vector.collect_states", lambda *args, **kwargs: torch.ones(8, 3, 32))
+    with pytest.raises(DavspError, match="the two sets must differ"):
+        HarmfulnessVector.fit(lvlm, queries("malicious", 8), queries("benign", 8), progress=False)

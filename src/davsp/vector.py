@@ -32,7 +32,7 @@ class HarmfulnessVector:
     alone and only those that drift towards harm are held. Both may be overwritten; what others gave: docs/log.md.
 
     Attributes:
-        vectors: (L, D) unit vectors; row i belongs to layer i + 1, L = num_layers - 1.
+        vectors: (L, D) unit vectors; row i belongs to layer i + 1, L = num_layers - 1. Zeros at a layer that is left out.
         malicious: (N, L) projections of the fitting set; N = 0: not known (`from_published`).
         benign: (M, L), the same.
         layer: the layer in use.
@@ -70,23 +70,27 @@ class HarmfulnessVector:
     ) -> "HarmfulnessVector":
         """v_l = (mean malicious - mean benign) / norm, for all layers in one batched pass.
 
+        A layer at which the two means are the same but for rounding is left out (`left_out`).
+
         Args:
             malicious: queries the model recognises (refuses): they show what recognised harm looks like inside.
             benign: ordinary queries.
             text: safety text before every question.
 
         Raises:
-            DavspError: a class is missing, or the two do not differ at some layer.
+            DavspError: a class is missing, or the two differ at no layer, or a state is not finite.
         """
         layers = range(1, lvlm.num_layers)
         bad, good = _both(lvlm, malicious, benign, layers, text, batch_size, progress, "vector")
         difference = bad.mean(0) - good.mean(0)  # (L, D)
         norm = difference.norm(dim=-1, keepdim=True)
-        if not bool((norm > 0).all()) or not bool(norm.isfinite().all()):
+        scale = torch.cat([bad, good]).norm(dim=-1).mean(0)[:, None]  # (L, 1)
+        differs = norm > torch.finfo(torch.float32).eps * scale
+        if not bool(differs.any()) or not bool(norm.isfinite().all()):
             raise DavspError(
                 "malicious and benign queries give the same or non-finite states: the two sets must differ"
             )
-        vectors = difference / norm
+        vectors = torch.where(differs, difference / norm, 0.0)
         projections = _project(bad, vectors), _project(good, vectors)
         vector = cls(
             vectors, *projections, model_id=lvlm.model_id, text=text, revision=lvlm.revision, template=lvlm.template
@@ -110,22 +114,40 @@ class HarmfulnessVector:
         and the middle is where the paper's layers are (14 of 32, 20 of 40).
 
         Returns:
-            A row a layer: layer, auroc, mean_malicious, mean_benign, gap (d').
+            A row a layer that is not left out: layer, auroc, mean_malicious, mean_benign, gap (d').
         """
         bad, good = _both(lvlm, malicious, benign, range(1, lvlm.num_layers), text, batch_size, progress, "layers")
         self.table = self._choose(_compare(_project(bad, self.vectors), _project(good, self.vectors)))
         return self.table
 
+    @property
+    def left_out(self) -> list[int]:
+        """Layers at which malicious and benign queries of the fitting set do not differ; there is no direction.
+
+        Blocks of linear attention (Qwen3.5) may forget a question before its last token is read.
+        """
+        return [layer for layer, row in enumerate(self.vectors, 1) if not bool(row.any())]
+
     def direction(self, layer: int | None = None) -> Float[Tensor, " d"]:
         """The unit vector of `layer` (default: the layer in use).
 
         Raises:
-            DavspError: there is no such layer.
+            DavspError: there is no such layer, or it is left out.
         """
+        row = self._row(layer)
+        if row + 1 in self.left_out:
+            raise DavspError(
+                f"the vector has no direction at layer {row + 1}, where malicious and benign queries do not differ; take a layer "
+                f"other than {', '.join(map(str, self.left_out))}"
+            )
+        return self.vectors[row]
+
+    def _row(self, layer: int | None) -> int:
+        """The row of a layer, or of the one in use; DavspError if there is none."""
         layer = self.layer if layer is None else layer
         if not 1 <= layer <= len(self.vectors):
             raise DavspError(f"layer {layer} is out of range: the vector has layers 1 to {len(self.vectors)}")
-        return self.vectors[layer - 1]
+        return layer - 1
 
     def check(self, lvlm: LVLM) -> None:
         """Raises DavspError unless the vector is of this model: layers, width, name and revision where both have one."""
@@ -149,11 +171,15 @@ class HarmfulnessVector:
 
     def by_layer(self) -> list[dict[str, Any]]:
         """The rows of the last `sweep`; before one, the same figures of the fitting set; none if that is not known."""
-        return self.table or (_compare(self.malicious, self.benign) if self.fitted else [])
+        return self.table or (self._left(_compare(self.malicious, self.benign)) if self.fitted else [])
+
+    def _left(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Without the layers that are left out."""
+        return [row for row in rows if row["layer"] not in self.left_out]
 
     def project(self, states: Float[Tensor, "*b d"], layer: int | None = None) -> Float[Tensor, "*b"]:
-        """s = v_l . h_l, in the precision of the states (at least float32)."""
-        direction = self.direction(layer)
+        """s = v_l . h_l, in the precision of the states (at least float32); 0 at a layer that is left out."""
+        direction = self.vectors[self._row(layer)]
         states = states if states.dtype == torch.float64 else states.float()
         return states @ direction.to(states)
 
@@ -163,7 +189,7 @@ class HarmfulnessVector:
         return len(self.malicious) > 0
 
     def margins(self, layer: int | None = None, quantiles: tuple[float, float] = QUANTILES) -> tuple[float, float]:
-        """(mu_plus, mu_minus) at a layer by the rule above, or by other quantiles.
+        """(mu_plus, mu_minus) at a layer by the rule above, or by other quantiles; 0 and 0 at one that is left out.
 
         Raises:
             DavspError: no such layer, or the fitting set's projections are not known.
@@ -187,17 +213,21 @@ class HarmfulnessVector:
 
     def _known(self, layer: int | None) -> int:
         """The row of a layer's projections; DavspError if there is none."""
-        self.direction(layer)  # says so if there is no such layer
-        layer = self.layer if layer is None else layer
+        row = self._row(layer)
         if not self.fitted:
             raise DavspError(
-                f"the vector has margins at layer {self.layer} alone, and no projections to set those of layer {layer} by; "
-                f"import it again with --layer {layer}, --mu-plus and --mu-minus"
+                f"the vector has margins at layer {self.layer} alone, and no projections to set those of layer {row + 1} by; "
+                f"import it again with --layer {row + 1}, --mu-plus and --mu-minus"
             )
-        return layer - 1
+        return row
 
     def use_layer(self, layer: int) -> "HarmfulnessVector":
-        """Take another layer, and its margins."""
+        """Take another layer, and its margins.
+
+        Raises:
+            DavspError: there is no such layer, or it is left out; or as `margins`.
+        """
+        self.direction(layer)
         self.layer, (self.mu_plus, self.mu_minus) = layer, self.margins(layer)
         return self
 
@@ -212,6 +242,7 @@ class HarmfulnessVector:
         return self.benign.mean(0)
 
     def _choose(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        rows = self._left(rows)
         self.auroc = {int(row["layer"]): row["auroc"] for row in rows}
         best = max(self.auroc.values())
         good = [layer for layer, area in self.auroc.items() if area >= best - AS_GOOD]

@@ -109,6 +109,9 @@ def vector(
         plot = layer_plot(fitted.by_layer(), fitted.layer, "held-out queries" if held else "fitting set")
         write_bytes(out / "layers.png", plot)
     _print_layers(fitted)
+    if fitted.left_out:
+        layers = ", ".join(map(str, fitted.left_out))
+        say(f"left out, as malicious and benign queries do not differ there: layer {layers}.")
     print(f"layer {fitted.layer}, margins {fitted.mu_plus:+.3f} / {fitted.mu_minus:+.3f}; written to {out}")
 
 

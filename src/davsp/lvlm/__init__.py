@@ -9,6 +9,8 @@ from davsp.lvlm.identity import fingerprint, model_facts, model_name, short_name
 from davsp.lvlm.llava import LlavaLVLM
 from davsp.lvlm.qwen2_5_vl import Qwen25VLLVLM
 from davsp.lvlm.qwen2_vl import Qwen2VLLVLM
+from davsp.lvlm.qwen3_5 import Qwen35LVLM
+from davsp.lvlm.qwen3_vl import Qwen3VLLVLM
 
 FAMILIES: dict[
     str, type[LVLM]
@@ -16,6 +18,8 @@ FAMILIES: dict[
     "llava": LlavaLVLM,
     "qwen2_vl": Qwen2VLLVLM,
     "qwen2_5_vl": Qwen25VLLVLM,
+    "qwen3_vl": Qwen3VLLVLM,
+    "qwen3_5": Qwen35LVLM,
     "deepseek_vl": DeepseekVLLVLM,
     "deepseek_vl_hybrid": DeepseekVLHybridLVLM,
 }
@@ -30,7 +34,9 @@ __all__ = [
     "DeepseekVLLVLM",
     "LlavaLVLM",
     "Qwen2VLLVLM",
+    "Qwen3VLLVLM",
     "Qwen25VLLVLM",
+    "Qwen35LVLM",
     "Steer",
     "StepOutput",
     "Token",
