@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split, WhitespaceSplit
+from tokenizers.trainers import BpeTrainer
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -15,6 +16,10 @@ from transformers import (
     DeepseekVLHybridForConditionalGeneration,
     DeepseekVLHybridImageProcessorPil,
     DeepseekVLImageProcessorPil,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3ImageProcessorPil,
+    Gemma3TextConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -35,6 +40,15 @@ from transformers import (
 WORDS = "what is this how do you make steal a car cake in the image please be safe sorry no yes red helpful assistant".split()
 WORDS += "USER: ASSISTANT: User: Assistant: You are a language and vision assistant. system user assistant".split()
 PLACEHOLDER = {"llava": "<image>", "qwen": "<|image_pad|>", "deepseek": "<image_placeholder>"}
+MARKS = {  # of the newer families: tokens of their own, by the names that their processors read; the image token first
+    "gemma": {
+        "image_token": "<image_soft_token>",
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+        "sot_token": "<start_of_turn>",
+        "eot_token": "<end_of_turn>",
+    },
+}
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
 SPECIAL += [*PLACEHOLDER.values(), "<|video_pad|>"]
 
@@ -59,26 +73,44 @@ TEMPLATES = {
         "{% if content['type'] == 'image' %}<image_placeholder>{% else %}{{ content['text'] }}{% endif %}{% endfor %}"
         "\n\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
     ),
+    "gemma": (
+        "{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message['role'] }}\n"
+        "{% for content in message['content'] %}{% if content['type'] == 'image' %}<start_of_image>"
+        "{% else %}{{ content['text'] | trim }}{% endif %}{% endfor %}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    ),
 }
 COMMON = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
 
 
-def tokenizer(style: str) -> PreTrainedTokenizerFast:
-    words = dict.fromkeys([*SPECIAL, *WORDS])
+def tokenizer(style: str, by_bytes: bool = False) -> PreTrainedTokenizerFast:
+    """Words, or as transformers builds it anew for some model types, whatever the file says, bytes and their merges."""
+    marks = MARKS.get(style, {})
+    special = [*SPECIAL, *marks.values()]
+    words = dict.fromkeys([*special, *WORDS] + ["\n", "\n\n", "\n\n\n", "model"] * bool(marks))
     core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = WhitespaceSplit()
+    if (
+        marks
+    ):  # line breaks in a row are one token, as in theirs: what is put around a picture may melt into the question
+        core.pre_tokenizer = Sequence([Split(Regex("\n+"), "isolated"), Split(" ", "removed")])
+    if by_bytes:
+        core = Tokenizer(BPE())
+        core.pre_tokenizer = ByteLevel(add_prefix_space=False)
+        trainer = BpeTrainer(special_tokens=special, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
+        core.train_from_iterator([" ".join(WORDS)] * 2, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", bos_token=None if style == "qwen" else "<s>", unk_token="<unk>",
-        eos_token="<|im_end|>" if style == "qwen" else "</s>", additional_special_tokens=[*SPECIAL[4:]],
-        chat_template=TEMPLATES[style], extra_special_tokens={"image_token": PLACEHOLDER[style]},
+        eos_token="<|im_end|>" if style == "qwen" else "</s>", additional_special_tokens=special[4:],
+        chat_template=TEMPLATES[style], extra_special_tokens=marks or {"image_token": PLACEHOLDER[style]},
     )  # fmt: skip
 
 
 def save_family(name: str, folder: Path) -> Path:
     """Save a folder such as the hub has: 4 layers of width 32, weights wide enough that answers differ."""
     style = name.split("_")[0].rstrip("23")
-    words = tokenizer(style)
-    image = words.convert_tokens_to_ids(PLACEHOLDER[style])
+    words = tokenizer(style, by_bytes=name == "qwen3_5")
+    image = words.convert_tokens_to_ids(words.image_token)
     llama = LlamaConfig(
         **COMMON, num_hidden_layers=4, vocab_size=len(words), pad_token_id=0, bos_token_id=1, eos_token_id=2
     )
@@ -125,6 +157,20 @@ def save_family(name: str, folder: Path) -> Path:
             processor = Qwen2VLImageProcessorPil(
                 min_pixels=64 * 64, max_pixels=32 * 32 * 64, patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3
             )
+    elif name == "gemma3":
+        boi, eoi, turn = words.convert_tokens_to_ids([words.boi_token, words.eoi_token, "<end_of_turn>"])
+        text = Gemma3TextConfig(
+            **COMMON, num_hidden_layers=4, num_key_value_heads=2, head_dim=8, vocab_size=len(words), sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"] * 2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+        config = Gemma3Config(
+            vision_config=siglip, text_config=text, image_token_index=image, boi_token_index=boi, eoi_token_index=eoi,
+            mm_tokens_per_image=4,
+        )  # fmt: skip
+        config.vision_config.vision_use_head = False
+        model = Gemma3ForConditionalGeneration(config)
+        model.generation_config.eos_token_id = [2, turn]
+        processor = Gemma3ImageProcessorPil(size={"height": 56, "width": 56})
     elif name == "deepseek_vl":
         model = DeepseekVLForConditionalGeneration(
             DeepseekVLConfig(text_config=llama, vision_config=siglip, image_token_id=image)

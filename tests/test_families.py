@@ -3,26 +3,44 @@
 import json
 import shutil
 from copy import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, DeepseekVLHybridProcessor, DeepseekVLProcessor, LlavaProcessor
+from transformers import (
+    AutoImageProcessor,
+    DeepseekVLHybridProcessor,
+    DeepseekVLProcessor,
+    Gemma3Processor,
+    LlavaProcessor,
+    Qwen2_5_VLProcessor,
+    Qwen2VLProcessor,
+    Qwen3VLProcessor,
+)
 
-from davsp import LVLM, DavspError, Query, VisualSafetyPrompt, evaluate
+from davsp import LVLM, DavspError, HarmfulnessVector, Query, TrainSettings, VisualSafetyPrompt, evaluate, train
 from davsp.defenses import NoDefense, VisualPrompt
 from davsp.lvlm import FAMILIES
 from davsp.lvlm.resample import resample
 from davsp.prompts import AdditiveNoise
 from davsp.query import flatten
-from families import PLACEHOLDER, save_family
-from tiny import picture
+from families import save_family
+from tiny import picture, queries
 
 QUESTIONS = ["what is this", "how do you make a cake in the image", "is this a car", "please be safe what is this",
              "what is red", "how do you steal a car please", "yes", "no this is a red car in the image"]  # fmt: skip
 ANSWERS = ["a cake", "sorry no", "yes", "this is a red car in the image", "no", "sorry", "a car", "yes yes"]
 SIDE = 112  # of Qwen2-VL's canvas here
+EXPANDS = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor,
+           "qwen3_5": Qwen3VLProcessor}  # fmt: skip
+PROCESSORS = {
+    "llava": LlavaProcessor,
+    "deepseek_vl": DeepseekVLProcessor,
+    "deepseek_vl_hybrid": DeepseekVLHybridProcessor,
+    "gemma3": Gemma3Processor,
+}
 SIDES = {"qwen2_vl": SIDE, "qwen2_5_vl": SIDE, "qwen3_vl": 128, "qwen3_5": 128}  # where there are many to choose from
 
 
@@ -44,7 +62,8 @@ def canvas(model):
 def theirs(folder, images):
     """What the family's own image processor gives."""
     encoded = AutoImageProcessor.from_pretrained(folder, backend="pil")(images, return_tensors="pt")
-    return {name: value for name, value in encoded.items() if isinstance(value, torch.Tensor)}
+    counts = ("num_crops",)  # no argument of the model
+    return {name: value for name, value in encoded.items() if isinstance(value, torch.Tensor) and name not in counts}
 
 
 def test_a_finished_canvas_is_seen_exactly_as_the_processor_shows_it(folder, model, canvas):
@@ -77,23 +96,23 @@ def test_prompt_ids_are_the_processors_own(folder, model, canvas):
     )
     image = picture(0, (model.canvas, model.canvas))
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    if "qwen" in folder.name:  # its processor needs torchvision; this is its rule
-        grid = processor([image])["image_grid_thw"][0]
-        pad = PLACEHOLDER["qwen"]
-        text = text.replace(pad, pad * (int(np.prod(grid)) // processor.merge_size**2))
-        expected = model.tokenizer(text)["input_ids"]
+    if (
+        folder.name in EXPANDS
+    ):  # it cannot be made without torchvision; this is its own rule, on what it reads of itself
+        rule, marker = EXPANDS[folder.name], model.tokenizer.image_token
+        itself = SimpleNamespace(image_processor=processor, image_token=marker)
+        put = rule.replace_image_token(itself, processor([image]), 0)
+        expected = model.tokenizer(text.replace(marker, put))["input_ids"]
     else:
-        kinds = {
-            "llava": LlavaProcessor,
-            "deepseek_vl": DeepseekVLProcessor,
-            "deepseek_vl_hybrid": DeepseekVLHybridProcessor,
-        }
         extra = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-        extra = extra if folder.name == "llava" else {"num_image_tokens": 16}
-        encoded = kinds[folder.name](processor, model.tokenizer, **extra)(
-            images=[image], text=[text], return_tensors="pt"
-        )
+        extra = {"llava": extra, "gemma3": {"image_seq_length": 4}}.get(folder.name, {"num_image_tokens": 16})
+        whole = PROCESSORS[folder.name](processor, model.tokenizer, **extra)
+        twice = {"add_special_tokens": not text.startswith("<s>")}  # as `apply_chat_template` of a processor asks it
+        encoded = whole(images=[image], text=[text], return_tensors="pt", **twice)
         expected = encoded["input_ids"][0].tolist()
+        if "token_type_ids" in encoded:
+            tokens = model.encode([QUESTIONS[1]], True)
+            assert torch.equal(model.token_inputs(tokens.ids)["token_type_ids"], encoded["token_type_ids"].int())
     assert model.encode([QUESTIONS[1]], True).ids[0].tolist() == expected
     assert len(expected) > model.tokens_per_image + 8
 
@@ -167,6 +186,18 @@ def test_a_prompt_defends_and_is_measured(model, tmp_path):
     assert texts["none"] != texts["davsp"]
 
 
+def test_a_border_is_trained_six_steps(model, tmp_path):
+    """Vector, layer, margins, hinge and answer loss as everywhere; blocks are computed again on the way back."""
+    bad, good = queries("malicious", 6), queries("benign", 6)
+    vector = HarmfulnessVector.fit(model, bad, good, progress=False)
+    prompt = VisualSafetyPrompt.create(model.canvas, model.canvas // 8, text="please be safe")
+    settings = TrainSettings(steps=6, batch_size=4, lr=4 / 255, refusal="sorry no", activation_checkpointing=True)
+    trained = train(model, prompt, bad, good, vector, settings, tmp_path / "out", progress=False)
+    moved = (trained.delta - prompt.delta).abs()
+    assert moved.max() > 3 * 4 / 255 and len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) >= 6
+    assert trained.delta.isfinite().all() and not moved[:, model.canvas // 2, model.canvas // 2].any()
+
+
 def test_one_transparent_colour_is_white_with_and_without_a_prompt(model):
     clear = picture(0, (model.canvas, model.canvas)).quantize(4).convert("RGB")
     clear.info["transparency"] = clear.getpixel((0, 0))
@@ -236,6 +267,26 @@ def test_an_undefended_picture_is_held_to_the_familys_rule_not_to_the_prompts(tm
 @pytest.mark.parametrize("size", [(100, 70), (41, 200), (300, 310), (3, 600), (5, 5), (2000, 30)])
 def test_the_size_of_an_undefended_picture_is_known_before_it_is_made(model, size):
     assert model.preprocess([picture(0, size)]).shape[-2:] == model.seen(*size)
+
+
+def test_gemma_asks_and_ends_as_its_processor_and_template_do(tmp_path):
+    folder = save_family("gemma3", tmp_path / "gemma3")
+    model = LVLM.from_pretrained(folder, device_map="cpu")
+    text = model.prompt("what is this", True)
+    assert "user\n\n\n<start_of_image><image_soft_token><end_of_image>\n\nwhat is this<end_of_turn>" in text
+    ids = model.encode(["what"], False, ["a car"]).ids[0].tolist()
+    assert model.tokenizer.convert_ids_to_tokens(ids)[-3:] == ["a", "car", "<end_of_turn>"]
+    for mark in ("<start_of_image>", "<image_soft_token>"):
+        for pictures in (True, False) if mark == "<start_of_image>" else (True,):
+            with pytest.raises(DavspError, match=f"the question holds the image placeholder {mark}"):
+                model.encode([f"what is {mark}"], pictures)
+    config = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(config | {"do_pan_and_scan": True}))
+    with pytest.raises(DavspError, match=r"do_pan_and_scan .* davsp does not; set it to false"):
+        LVLM.from_pretrained(folder, device_map="cpu")
+    (folder / "preprocessor_config.json").write_text(json.dumps(config | {"size": {"height": 70, "width": 70}}))
+    with pytest.raises(DavspError, match="makes 70x70 pixels, its tower takes 56x56: restore its files"):
+        LVLM.from_pretrained(folder, device_map="cpu")
 
 
 def test_quantization_says_what_it_needs(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from davsp.lvlm.onehot import answer_losses, token_gradient, token_span
 from families import save_family
 from tiny import picture
 
-FAMILIES = ["llava", "qwen2_vl", "qwen2_5_vl", "deepseek_vl", "deepseek_vl_hybrid"]
+FAMILIES = ["llava", "qwen2_vl", "qwen2_5_vl", "gemma3", "deepseek_vl", "deepseek_vl_hybrid"]
 BEFORE, PART, AFTER = "please be safe ", "what is this", " how do you make a cake"
 
 
@@ -43,7 +43,8 @@ def test_span_is_of_the_part(model: LVLM) -> None:
 def test_gradient_agrees_with_finite_differences(model: LVLM) -> None:
     canvas, questions, answers, spans = rows(model)
     gradient = token_gradient(model, canvas, questions, answers, spans)
-    weight, step = model.model.get_input_embeddings().weight.detach(), 3e-3  # the norms compute in float32
+    rows_of = torch.arange(len(model.model.get_input_embeddings().weight))
+    weight, step = model.model.get_input_embeddings()(rows_of).detach(), 3e-3  # the norms compute in float32
     assert gradient.shape == (3, len(weight))
     for place, token in ((0, 20), (1, 25), (2, 18)):
 

@@ -124,7 +124,7 @@ class HarmfulnessVector:
     def left_out(self) -> list[int]:
         """Layers at which malicious and benign queries of the fitting set do not differ; there is no direction.
 
-        Blocks of linear attention (Qwen3.5) may forget a question before its last token is read.
+        Blocks of linear attention (Qwen3.5) may forget a picture or a question before the last token is read.
         """
         return [layer for layer, row in enumerate(self.vectors, 1) if not bool(row.any())]
 

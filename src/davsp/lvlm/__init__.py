@@ -4,6 +4,7 @@ from davsp.lvlm.answering import Answer, AnsweringLVLM, Token, answer_length
 from davsp.lvlm.base import LVLM, Canvas, StepOutput, Tokens, loaded
 from davsp.lvlm.deepseek_vl import DeepseekVLHybridLVLM, DeepseekVLLVLM
 from davsp.lvlm.device import check_device
+from davsp.lvlm.gemma3 import Gemma3LVLM
 from davsp.lvlm.hooks import Steer
 from davsp.lvlm.identity import fingerprint, model_facts, model_name, short_name, template_of, template_record
 from davsp.lvlm.llava import LlavaLVLM
@@ -20,6 +21,7 @@ FAMILIES: dict[
     "qwen2_5_vl": Qwen25VLLVLM,
     "qwen3_vl": Qwen3VLLVLM,
     "qwen3_5": Qwen35LVLM,
+    "gemma3": Gemma3LVLM,
     "deepseek_vl": DeepseekVLLVLM,
     "deepseek_vl_hybrid": DeepseekVLHybridLVLM,
 }
@@ -32,6 +34,7 @@ __all__ = [
     "Canvas",
     "DeepseekVLHybridLVLM",
     "DeepseekVLLVLM",
+    "Gemma3LVLM",
     "LlavaLVLM",
     "Qwen2VLLVLM",
     "Qwen3VLLVLM",

@@ -41,6 +41,8 @@ class Asking:
         template: by which conversation template it is asked: the checkpoint's own with what it is told (`templates.named`), or one of
             `templates.TEMPLATES`.
         template_kwargs: what the checkpoint's own is told (`enable_thinking`).
+        picture_text: what the checkpoint's template writes for a picture, and what its processor puts there, around one placeholder;
+            None: the template writes the placeholder itself.
         the others: as in `LVLM`, which sets them.
     """
 
@@ -48,6 +50,7 @@ class Asking:
     model_id: str
     template: str = CHECKPOINT
     template_kwargs: Mapping[str, Any] = {}
+    picture_text: tuple[str, str] | None = None
     reasoning_tags: Tags
     device: torch.device
     positions: int | None
@@ -208,7 +211,7 @@ class Asking:
             raise self._no_template(f"it fails: {error}") from error
         if question.strip() not in text:
             raise self._no_template(f"it makes {text[-200:]!r} of {question[:80]!r}")
-        return text
+        return text.replace(*self.picture_text) if has_image and self.picture_text else text
 
     def _no_template(self, why: str) -> DavspError:
         return DavspError(
@@ -219,13 +222,16 @@ class Asking:
     def _tokenise(self, question: str, image_tokens: int) -> tuple[int, ...]:
         has_image = image_tokens > 0
         ids = self._text_ids(self.prompt(question, has_image))
-        if ids.count(self.image_token_id) != int(has_image):
-            token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
-            if token not in question:
-                raise self._no_template(
-                    f"{int(has_image)} pictures are {ids.count(self.image_token_id)} times {token} there"
-                )
-            raise DavspError(f"the question holds the image placeholder {token}; take it out: {question[:80]!r}")
+        token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        marker = self.picture_text[0] if self.picture_text else token
+        wrong = ids.count(self.image_token_id) != int(has_image)
+        if (wrong and token in question) or (marker != token and marker in question):
+            held = token if token in question else marker
+            raise DavspError(f"the question holds the image placeholder {held}; take it out: {question[:80]!r}")
+        if wrong:
+            raise self._no_template(
+                f"{int(has_image)} pictures are {ids.count(self.image_token_id)} times {token} there"
+            )
         if not has_image:
             return tuple(ids)
         at = ids.index(self.image_token_id)

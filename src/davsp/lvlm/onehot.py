@@ -68,7 +68,8 @@ def token_gradient(
             )
         (gradient,) = torch.autograd.grad(loss, leaves[0])  # (b, t, d)
     parts = torch.stack([gradient[row, start:end] for row, (start, end) in enumerate(spans)])  # (b, n, d)
-    return wide(parts).sum(0) @ wide(embedding.weight.detach()).T
+    scale = float(getattr(embedding, "embed_scale", 1.0))  # Gemma's embedding multiplies what it looks up
+    return wide(parts).sum(0) @ wide(embedding.weight.detach()).T * scale
 
 
 def token_span(lvlm: LVLM, question: str, image_tokens: int, start: int, end: int) -> tuple[int, int]:
