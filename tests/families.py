@@ -109,7 +109,7 @@ def tokenizer(style: str, by_bytes: bool = False) -> PreTrainedTokenizerFast:
 def save_family(name: str, folder: Path) -> Path:
     """Save a folder such as the hub has: 4 layers of width 32, weights wide enough that answers differ."""
     style = name.split("_")[0].rstrip("23")
-    words = tokenizer(style, by_bytes=name == "qwen3_5")
+    words = tokenizer(style, by_bytes=True) if name == "qwen3_5" else tokenizer(style)
     image = words.convert_tokens_to_ids(words.image_token)
     llama = LlamaConfig(
         **COMMON, num_hidden_layers=4, vocab_size=len(words), pad_token_id=0, bos_token_id=1, eos_token_id=2
