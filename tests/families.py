@@ -20,6 +20,10 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     Gemma3ImageProcessorPil,
     Gemma3TextConfig,
+    GotOcr2ImageProcessorPil,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -48,12 +52,23 @@ MARKS = {  # of the newer families: tokens of their own, by the names that their
         "sot_token": "<start_of_turn>",
         "eot_token": "<end_of_turn>",
     },
+    "internvl": {
+        "context_image_token": "<IMG_CONTEXT>",
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "sot_token": "<|im_start|>",
+    },
 }
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
 SPECIAL += [*PLACEHOLDER.values(), "<|video_pad|>"]
 
 # Of the shape of the published templates.
 TEMPLATES = {
+    "internvl": (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for content in message['content'] %}"
+        "{% if content['type'] == 'image' %}<IMG_CONTEXT>\n{% else %}{{ content['text'] }}{% endif %}{% endfor %}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
     "llava": (
         "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
         "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
@@ -99,9 +114,10 @@ def tokenizer(style: str, by_bytes: bool = False) -> PreTrainedTokenizerFast:
         core.pre_tokenizer = ByteLevel(add_prefix_space=False)
         trainer = BpeTrainer(special_tokens=special, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
         core.train_from_iterator([" ".join(WORDS)] * 2, trainer)
+    of_qwen = style in ("qwen", "internvl")
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token=None if style == "qwen" else "<s>", unk_token="<unk>",
-        eos_token="<|im_end|>" if style == "qwen" else "</s>", additional_special_tokens=special[4:],
+        tokenizer_object=core, pad_token="<pad>", bos_token=None if of_qwen else "<s>", unk_token="<unk>",
+        eos_token="<|im_end|>" if of_qwen else "</s>", additional_special_tokens=special[4:],
         chat_template=TEMPLATES[style], extra_special_tokens=marks or {"image_token": PLACEHOLDER[style]},
     )  # fmt: skip
 
@@ -110,7 +126,7 @@ def save_family(name: str, folder: Path) -> Path:
     """Save a folder such as the hub has: 4 layers of width 32, weights wide enough that answers differ."""
     style = name.split("_")[0].rstrip("23")
     words = tokenizer(style, by_bytes=True) if name == "qwen3_5" else tokenizer(style)
-    image = words.convert_tokens_to_ids(words.image_token)
+    image = words.convert_tokens_to_ids(next(iter(MARKS.get(style, {}).values()), PLACEHOLDER.get(style)))
     llama = LlamaConfig(
         **COMMON, num_hidden_layers=4, vocab_size=len(words), pad_token_id=0, bos_token_id=1, eos_token_id=2
     )
@@ -157,6 +173,12 @@ def save_family(name: str, folder: Path) -> Path:
             processor = Qwen2VLImageProcessorPil(
                 min_pixels=64 * 64, max_pixels=32 * 32 * 64, patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3
             )
+    elif name == "internvl":
+        vision = InternVLVisionConfig(**COMMON, num_hidden_layers=2, image_size=[56, 56], patch_size=[14, 14])
+        llama.eos_token_id, llama.bos_token_id = 5, None
+        config = InternVLConfig(vision_config=vision, text_config=llama, image_token_id=image, image_seq_length=4)
+        model = InternVLForConditionalGeneration(config)
+        processor = GotOcr2ImageProcessorPil(size={"height": 56, "width": 56})
     elif name == "gemma3":
         boi, eoi, turn = words.convert_tokens_to_ids([words.boi_token, words.eoi_token, "<end_of_turn>"])
         text = Gemma3TextConfig(

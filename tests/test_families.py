@@ -14,6 +14,7 @@ from transformers import (
     DeepseekVLHybridProcessor,
     DeepseekVLProcessor,
     Gemma3Processor,
+    InternVLProcessor,
     LlavaProcessor,
     Qwen2_5_VLProcessor,
     Qwen2VLProcessor,
@@ -34,7 +35,7 @@ QUESTIONS = ["what is this", "how do you make a cake in the image", "is this a c
 ANSWERS = ["a cake", "sorry no", "yes", "this is a red car in the image", "no", "sorry", "a car", "yes yes"]
 SIDE = 112  # of Qwen2-VL's canvas here
 EXPANDS = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor,
-           "qwen3_5": Qwen3VLProcessor}  # fmt: skip
+           "qwen3_5": Qwen3VLProcessor, "internvl": InternVLProcessor}  # fmt: skip
 PROCESSORS = {
     "llava": LlavaProcessor,
     "deepseek_vl": DeepseekVLProcessor,
@@ -62,7 +63,7 @@ def canvas(model):
 def theirs(folder, images):
     """What the family's own image processor gives."""
     encoded = AutoImageProcessor.from_pretrained(folder, backend="pil")(images, return_tensors="pt")
-    counts = ("num_crops",)  # no argument of the model
+    counts = ("num_crops", "num_patches")  # no argument of the model
     return {name: value for name, value in encoded.items() if isinstance(value, torch.Tensor) and name not in counts}
 
 
@@ -99,8 +100,9 @@ def test_prompt_ids_are_the_processors_own(folder, model, canvas):
     if (
         folder.name in EXPANDS
     ):  # it cannot be made without torchvision; this is its own rule, on what it reads of itself
-        rule, marker = EXPANDS[folder.name], model.tokenizer.image_token
-        itself = SimpleNamespace(image_processor=processor, image_token=marker)
+        rule, marks = EXPANDS[folder.name], model.tokenizer.init_kwargs | model.tokenizer.special_tokens_map
+        marker = marks.get("context_image_token") or marks["image_token"]
+        itself = SimpleNamespace(image_processor=processor, image_seq_length=4, **marks | {"image_token": marker})
         put = rule.replace_image_token(itself, processor([image]), 0)
         expected = model.tokenizer(text.replace(marker, put))["input_ids"]
     else:

@@ -7,6 +7,7 @@ from davsp.lvlm.device import check_device
 from davsp.lvlm.gemma3 import Gemma3LVLM
 from davsp.lvlm.hooks import Steer
 from davsp.lvlm.identity import fingerprint, model_facts, model_name, short_name, template_of, template_record
+from davsp.lvlm.internvl import InternVLLVLM
 from davsp.lvlm.llava import LlavaLVLM
 from davsp.lvlm.qwen2_5_vl import Qwen25VLLVLM
 from davsp.lvlm.qwen2_vl import Qwen2VLLVLM
@@ -22,6 +23,7 @@ FAMILIES: dict[
     "qwen3_vl": Qwen3VLLVLM,
     "qwen3_5": Qwen35LVLM,
     "gemma3": Gemma3LVLM,
+    "internvl": InternVLLVLM,
     "deepseek_vl": DeepseekVLLVLM,
     "deepseek_vl_hybrid": DeepseekVLHybridLVLM,
 }
@@ -35,6 +37,7 @@ __all__ = [
     "DeepseekVLHybridLVLM",
     "DeepseekVLLVLM",
     "Gemma3LVLM",
+    "InternVLLVLM",
     "LlavaLVLM",
     "Qwen2VLLVLM",
     "Qwen3VLLVLM",
