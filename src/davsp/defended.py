@@ -37,7 +37,7 @@ class DefendedModel:
             model: folder or hub id, or the bare name of a model that ships (davsp-mini).
             defense: folder or hub id (USER/NAME, USER/NAME@REVISION) of a prompt, with gate+ before it a gate through it
                 (`davsp.defenses.load_defense`); "none" for no defense.
-            options: revision, device_map, dtype, quantization, canvas, undefended of the model, as `LVLM.from_pretrained` takes them.
+            options: revision, device_map, dtype, quantization, canvas, template, template_kwargs, undefended of the model, as `LVLM.from_pretrained` takes them.
 
         Raises:
             DavspError: either cannot be loaded, or they do not go together.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from davsp.cli.evaluate import EngineOptions, lvlm_of, server_of
-from davsp.cli.inputs import is_shipped, load_lvlm
+from davsp.cli.inputs import compare_templates, is_shipped, load_lvlm, say_where
 from davsp.cli.options import ModelOptions, RequestOptions, Seed
 from davsp.cli.testset import queries_at
 from davsp.cli.train import direction_of
@@ -89,6 +89,7 @@ def gate(
     lines: dict[str, Threshold]
     if server:
         remote = lvlm_of(model, server, engine, requests)
+        compare_templates(remote, {"the prompt": border})
         with _looking(held_bad, held_good) as progress:
             border.served = calibrate_served(
                 remote, border, (held_bad, held_good), text, *promise, top_logprobs or TOP, progress=progress
@@ -96,6 +97,8 @@ def gate(
         file, lines = "gate_served.json", {"first": border.served.first}
     else:
         lvlm = load_lvlm(replace(model, name=name, revision=model.revision or border.config.get("revision")))
+        say_where(lvlm)
+        compare_templates(lvlm, {"the prompt": border})
         protocol = embedded.protocol(seed) if shipped else None
         direction = direction_of(vector, protocol, lvlm, border.text, "the prompt puts")
         with _looking(fit_bad, fit_good, held_bad, held_good) as progress:

@@ -134,6 +134,16 @@ def compare_templates(lvlm: "AnsweringLVLM", made: dict[str, Any]) -> None:
                 say(f"note: {what} was trained under the template {one.template}, and {asked}.")
 
 
+def say_where(lvlm: "LVLM") -> None:
+    """Say so where the chat template opens a thought: the last prompt token then stands before that, and not before the answer."""
+    if tag := lvlm.opened():
+        say(
+            f"note: the chat template of {lvlm.model_id} ends every prompt in {tag}, so states are read, and a refusal is put, where the "
+            "thought starts; to have them where the answer starts, switch thinking off by what the template reads (--template-kwargs "
+            "enable_thinking=false of most)."
+        )
+
+
 def _with_template(thing: Any) -> list[Any]:
     """The thing itself, or the prompts in a defense: alone, in a chain, inside of another or in its place."""
     if thing is None or hasattr(thing, "template"):

@@ -156,7 +156,8 @@ def serve(
     served = gate.served if gate else None
     if served and model is None:
         model, settings = served.model, settings.model_copy(update={"model": served.model})
-    there = RemoteLVLM(model or "the upstream's model", upstream, api_key_env, canvas=canvas)
+    told = served.template_kwargs if served else None
+    there = RemoteLVLM(model or "the upstream's model", upstream, api_key_env, canvas=canvas, template_kwargs=told)
     loaded.check(there)
     compare_templates(there, {"the prompt": loaded})
     for line in asyncio.run(look(settings, model, served=served)) if probe else ():

@@ -18,6 +18,7 @@ from davsp.cli.inputs import (
     published,
     safety_text,
     say,
+    say_where,
     settings_of,
     shipped_protocol,
 )
@@ -81,6 +82,7 @@ def vector(
     if as_published:
         ask_as_published(lvlm, model.template)
         layer = LAYER if layer is None and is_theirs(lvlm) else layer
+    say_where(lvlm)
     protocol = None if fitting else shipped_protocol(model.name, data.malicious, data.benign, seed)
     fitting = fitting or (
         queries_at(data.malicious, protocol.vector_malicious if protocol else None, "--malicious", data.allow_outside),
@@ -169,6 +171,7 @@ def train(
     lvlm = load_lvlm(model)
     if as_published:
         ask_as_published(lvlm, model.template)
+    say_where(lvlm)
     protocol = None if queries else shipped_protocol(model.name, data.malicious, data.benign, seed)
     if vector is None and protocol is None:
         raise DavspError("--vector is needed for your own data; make one with `davsp vector`.")

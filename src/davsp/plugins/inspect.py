@@ -31,7 +31,7 @@ from PIL import Image
 
 from davsp.defenses import NoDefense
 from davsp.errors import DavspError
-from davsp.lvlm import loaded
+from davsp.lvlm import loaded, template_record
 from davsp.plugins.inspect_tasks import figstep, llava_bench, mm_safetybench, mm_vet, mme, vlguard
 from davsp.query import Query, Response, flatten, open_picture, undecodable
 
@@ -65,7 +65,8 @@ class DavspAPI(ModelAPI):
         config: of Inspect.
         defense: folder or hub id of a prompt, with gate+ before it a gate through it; "none" for none. There is no default, so that nothing runs undefended unsaid.
         batch_size: questions a forward, at most.
-        options: revision, device_map, dtype, quantization, canvas, undefended of the model.
+        options: revision, device_map, dtype, quantization, canvas, template, template_kwargs, undefended of the model; Inspect reads them
+            as YAML (`-M 'template_kwargs={enable_thinking: false}'`), or from the YAML or JSON file of --model-config.
 
     Raises:
         DavspError: no defense was named, or model and defense cannot be loaded or do not go together.
@@ -96,8 +97,9 @@ class DavspAPI(ModelAPI):
             raise DavspError(
                 f"-M defense={defense} makes {name}, not {model_name}; give that one's defense, or davsp/{bare}."
             )
-        # Inspect's cache knows a model by its name and address: with the hash in it, another defense gets no old answers.
-        super().__init__(name, f"davsp:{self.defense_sha256}", None, [], config or GenerateConfig())
+        # Inspect's cache knows a model by its name and address: with these in it, another defense or template gets no old answers.
+        asked = "".join(f" {part}" for part in template_record(self.defended.lvlm).values())
+        super().__init__(name, f"davsp:{self.defense_sha256}{asked}", None, [], config or GenerateConfig())
         self.turn, self.batch_size = anyio.Lock(), batch_size
         self.waiting: list[_Waiting] = []
 

@@ -6,12 +6,12 @@ of the prompt (`davsp.prompts.beside`).
 
 import base64
 import binascii
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, field_validator, model_serializer
 
 from davsp.prompts.beside import STRICT, Beside
 
@@ -110,6 +110,7 @@ class Served(Beside):
     Attributes:
         refusal_text: whose beginning is looked for, and what is said in place of an answer.
         top: how many of the likeliest tokens are asked for.
+        template_kwargs: what the server's chat template was told; left out of the file where it was nothing.
         rate, confidence: as in `Calibration`.
         first: the threshold.
         the others: as in `Beside`.
@@ -119,9 +120,14 @@ class Served(Beside):
     version: Literal[1] = 1
     refusal_text: str = Field(min_length=1)
     top: int = Field(ge=1)
+    template_kwargs: dict[str, Any] = Field(default_factory=dict)
     rate: float = Field(gt=0, lt=1)
     confidence: float | None = Field(None, gt=0, lt=1)
     first: Threshold
+
+    @model_serializer(mode="wrap")
+    def _without_usual(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in dump(self).items() if name != "template_kwargs" or value}
 
     def described(self) -> str:
         """As that of `Calibration`."""

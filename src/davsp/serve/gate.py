@@ -21,12 +21,13 @@ from davsp.defenses.gate.served import TOKENS, UNTOLD, log_odds
 from davsp.errors import DavspError
 from davsp.judges.keyword import has_words, refused
 from davsp.lvlm import Answer
+from davsp.lvlm.templates import named
 from davsp.prompts.gate import Served
 from davsp.runtime.client import Failure
 from davsp.runtime.thought import CUT, Tags, split_thought
 from davsp.serve.calls import asks_once
 from davsp.serve.protocols import CHAT, Protocol
-from davsp.serve.refusals import Refusal
+from davsp.serve.refusals import Refusal, bad
 from davsp.serve.replies import Completion
 
 HEAD = "x-davsp-gate"
@@ -180,6 +181,12 @@ def _check_served(served: Served, protocol: Protocol, body: Mapping[str, Any]) -
         raise Refusal(
             404, f"gate:first was calibrated on {served.model!r} and on no other model of the upstream; ask for that.",
             "model_not_found", "model",
+        )  # fmt: skip
+    told = body.get("chat_template_kwargs") or {}
+    if named(told) != named(served.template_kwargs):
+        raise bad(
+            f"gate:first was calibrated with chat_template_kwargs {json.dumps(served.template_kwargs)}; send these and no others.",
+            "field", "chat_template_kwargs",
         )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ PIXELS = "x-davsp-pixels"
 """Header of every reply to a picture: sha256 of the 8-bit RGB pixels that the model saw, after the server's own resizing."""
 TOP = 20  # as many as OpenAI tells
 FIELDS = {
-    "messages": calls.FIELDS | {"repetition_penalty", "logprobs", "top_logprobs"},
+    "messages": calls.FIELDS | {"repetition_penalty", "logprobs", "top_logprobs", "chat_template_kwargs"},
     "input": {"model", "input", "max_output_tokens", "stream", "stream_options", "temperature", "top_p", "user", "metadata", "store"},
 }  # fmt: skip
 
@@ -50,7 +50,7 @@ def model_app(lvlm: LVLM, name: str, settings: ServeSettings) -> Starlette:
             body, (question, file) = whole.value, _question_and_file(protocol, whole, name, settings)
         longest = calls.longest(body, lvlm.longest)
         completion, seen_hash = await asyncio.get_running_loop().run_in_executor(
-            thread, _answer, lvlm, question, file, longest, _top(body), settings
+            thread, _answer, _told(lvlm, body), question, file, longest, _top(body), settings
         )
         result = (reply if protocol is CHAT else response)(completion, body)
         if seen_hash:
@@ -104,6 +104,14 @@ def _question_and_file(protocol: Protocol, whole: Body, name: str, settings: Ser
     content = conversation[0]["content"]
     texts = [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]
     return "\n".join(texts), from_data_url(urls[0], settings.max_picture_bytes, whole.pictures) if urls else None
+
+
+def _told(lvlm: LVLM, body: Mapping[str, Any]) -> LVLM:
+    """The model as a request has its template told: what it was started with, and over that the request's `chat_template_kwargs`."""
+    kwargs = body.get("chat_template_kwargs") or {}
+    if not isinstance(kwargs, dict):
+        raise bad("chat_template_kwargs must be an object.", "field", "chat_template_kwargs")
+    return lvlm.told({**lvlm.template_kwargs, **kwargs}) if kwargs else lvlm
 
 
 def _top(body: Mapping[str, Any]) -> int | None:

@@ -77,7 +77,9 @@ async def _look(upstream: Upstream, settings: ServeSettings, model: str | None) 
 async def _tells(upstream: Upstream, served: Served) -> str:
     """That log-probabilities are told, in words."""
     message = {"role": "user", "content": QUESTION}
-    body = {"model": served.model, "messages": [message], "max_tokens": TOKENS, "temperature": 0}
+    body: dict[str, Any] = {"model": served.model, "messages": [message], "max_tokens": TOKENS, "temperature": 0}
+    if served.template_kwargs:
+        body["chat_template_kwargs"] = served.template_kwargs
     status, reply, _ = await upstream.ask(
         "POST", "/chat/completions", {}, body | {"logprobs": True, "top_logprobs": served.top}
     )

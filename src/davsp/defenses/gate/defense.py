@@ -26,7 +26,8 @@ from davsp.defenses.gate.served import likely, refusal_odds
 from davsp.defenses.none import NoDefense
 from davsp.errors import DavspError
 from davsp.judges.keyword import withheld
-from davsp.lvlm import LVLM, AnsweringLVLM, Canvas, fingerprint, loaded
+from davsp.lvlm import LVLM, AnsweringLVLM, Canvas, fingerprint, loaded, template_of
+from davsp.lvlm.templates import named
 from davsp.prompts.gate import Calibration, Line, Served
 from davsp.query import Query, Response
 from davsp.vector import HarmfulnessVector
@@ -122,6 +123,11 @@ class Gate(Defense):
             raise DavspError(
                 f"the gate was calibrated on a server's {self.served.model}, not on {lvlm.model_id}; calibrate it there with "
                 "davsp gate --engine openai"
+            )
+        if (there := named(self.served.template_kwargs)) != template_of(lvlm):
+            raise DavspError(
+                f"the gate was calibrated under the template {there}, and the server is asked by {template_of(lvlm)} "
+                "(--template-kwargs); calibrate it again, or ask as then"
             )
 
     def prepare(self, queries: Sequence[Query]) -> list[Query]:

@@ -119,5 +119,5 @@ def calibrate_served(
     first = Threshold(**counts(scored(held[0]), scored(held[1]), rate, confidence))
     return Served(
         pixels=prompt.pixels_sha256(), texts=texts(prompt), model=lvlm.model_id, refusal_text=refusal_text, top=top,
-        rate=rate, confidence=confidence, first=first,
+        template_kwargs=dict(getattr(lvlm, "template_kwargs", {})), rate=rate, confidence=confidence, first=first,
     )  # fmt: skip
