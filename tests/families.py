@@ -20,6 +20,11 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     Gemma3ImageProcessorPil,
     Gemma3TextConfig,
+    Glm4vConfig,
+    Glm4vForConditionalGeneration,
+    Glm4vImageProcessorPil,
+    Glm4vTextConfig,
+    Glm4vVisionConfig,
     GotOcr2ImageProcessorPil,
     InternVLConfig,
     InternVLForConditionalGeneration,
@@ -52,6 +57,18 @@ MARKS = {  # of the newer families: tokens of their own, by the names that their
         "sot_token": "<start_of_turn>",
         "eot_token": "<end_of_turn>",
     },
+    "glm4v": {
+        "image_token": "<|image|>",
+        "video_token": "<|video|>",
+        "boi_token": "<|begin_of_image|>",
+        "eoi_token": "<|end_of_image|>",
+        "bov_token": "<|begin_of_video|>",
+        "eov_token": "<|end_of_video|>",
+        "mask_token": "[gMASK]",
+        "sop_token": "<sop>",
+        "user_token": "<|user|>",
+        "assistant_token": "<|assistant|>",
+    },
     "internvl": {
         "context_image_token": "<IMG_CONTEXT>",
         "start_image_token": "<img>",
@@ -64,6 +81,12 @@ SPECIAL += [*PLACEHOLDER.values(), "<|video_pad|>"]
 
 # Of the shape of the published templates.
 TEMPLATES = {
+    "glm4v": (
+        "[gMASK]<sop>\n{% for message in messages %}<|{{ message['role'] }}|>\n{% for content in message['content'] %}"
+        "{% if content['type'] == 'image' %}<|begin_of_image|><|image|><|end_of_image|>"
+        "{% else %}{{ content['text'] }}{% endif %}{% endfor %}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    ),
     "internvl": (
         "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for content in message['content'] %}"
         "{% if content['type'] == 'image' %}<IMG_CONTEXT>\n{% else %}{{ content['text'] }}{% endif %}{% endfor %}"
@@ -173,6 +196,27 @@ def save_family(name: str, folder: Path) -> Path:
             processor = Qwen2VLImageProcessorPil(
                 min_pixels=64 * 64, max_pixels=32 * 32 * 64, patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3
             )
+    elif name == "glm4v":
+        text = Glm4vTextConfig(
+            **COMMON, num_hidden_layers=4, num_key_value_heads=2, vocab_size=len(words), max_position_embeddings=512,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+        )  # fmt: skip
+        vision = Glm4vVisionConfig(
+            depth=2,
+            hidden_size=32,
+            out_hidden_size=32,
+            intermediate_size=64,
+            num_heads=4,
+            patch_size=14,
+            image_size=112,
+        )
+        ids = words.convert_tokens_to_ids(list(MARKS["glm4v"].values())[:6])
+        names = ["image_token_id", "video_token_id", "image_start_token_id", "image_end_token_id"]
+        names += ["video_start_token_id", "video_end_token_id"]
+        config = Glm4vConfig(text_config=text, vision_config=vision, **dict(zip(names, ids, strict=True)))
+        model = Glm4vForConditionalGeneration(config)
+        processor = Glm4vImageProcessorPil(size={"shortest_edge": 56 * 56 * 2, "longest_edge": 28 * 28 * 128})
     elif name == "internvl":
         vision = InternVLVisionConfig(**COMMON, num_hidden_layers=2, image_size=[56, 56], patch_size=[14, 14])
         llama.eos_token_id, llama.bos_token_id = 5, None

@@ -14,6 +14,7 @@ from transformers import (
     DeepseekVLHybridProcessor,
     DeepseekVLProcessor,
     Gemma3Processor,
+    Glm4vProcessor,
     InternVLProcessor,
     LlavaProcessor,
     Qwen2_5_VLProcessor,
@@ -35,14 +36,20 @@ QUESTIONS = ["what is this", "how do you make a cake in the image", "is this a c
 ANSWERS = ["a cake", "sorry no", "yes", "this is a red car in the image", "no", "sorry", "a car", "yes yes"]
 SIDE = 112  # of Qwen2-VL's canvas here
 EXPANDS = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor,
-           "qwen3_5": Qwen3VLProcessor, "internvl": InternVLProcessor}  # fmt: skip
+           "qwen3_5": Qwen3VLProcessor, "internvl": InternVLProcessor, "glm4v": Glm4vProcessor}  # fmt: skip
 PROCESSORS = {
     "llava": LlavaProcessor,
     "deepseek_vl": DeepseekVLProcessor,
     "deepseek_vl_hybrid": DeepseekVLHybridProcessor,
     "gemma3": Gemma3Processor,
 }
-SIDES = {"qwen2_vl": SIDE, "qwen2_5_vl": SIDE, "qwen3_vl": 128, "qwen3_5": 128}  # where there are many to choose from
+SIDES = {
+    "qwen2_vl": SIDE,
+    "qwen2_5_vl": SIDE,
+    "qwen3_vl": 128,
+    "qwen3_5": 128,
+    "glm4v": SIDE,
+}  # where there are many to choose from
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -269,6 +276,25 @@ def test_an_undefended_picture_is_held_to_the_familys_rule_not_to_the_prompts(tm
 @pytest.mark.parametrize("size", [(100, 70), (41, 200), (300, 310), (3, 600), (5, 5), (2000, 30)])
 def test_the_size_of_an_undefended_picture_is_known_before_it_is_made(model, size):
     assert model.preprocess([picture(0, size)]).shape[-2:] == model.seen(*size)
+
+
+def test_a_canvas_is_taken_exactly_where_the_processor_would_leave_it_alone(model):
+    """Of families that take many sizes; GLM counts every pixel twice."""
+    for side in range(14, 400, 2) if model.ways == ("resize",) else ():
+        try:
+            model.check_canvas(side, side)
+            taken = True
+        except DavspError:
+            taken = False
+        assert taken == (model.seen(side, side) == (side, side)), side
+
+
+def test_glm_says_what_is_too_thin(tmp_path):
+    model = LVLM.from_pretrained(save_family("glm4v", tmp_path / "glm4v"), device_map="cpu", canvas=SIDE)
+    with pytest.raises(DavspError, match="1x300 pixels is too thin"):
+        model.preprocess([picture(0, (1, 300))])
+    for width in range(1, 40):  # its own bound is the same, though it enlarges first
+        model.seen(width, 200 * width)
 
 
 def test_gemma_asks_and_ends_as_its_processor_and_template_do(tmp_path):

@@ -5,6 +5,7 @@ from davsp.lvlm.base import LVLM, Canvas, StepOutput, Tokens, loaded
 from davsp.lvlm.deepseek_vl import DeepseekVLHybridLVLM, DeepseekVLLVLM
 from davsp.lvlm.device import check_device
 from davsp.lvlm.gemma3 import Gemma3LVLM
+from davsp.lvlm.glm4v import Glm4vLVLM
 from davsp.lvlm.hooks import Steer
 from davsp.lvlm.identity import fingerprint, model_facts, model_name, short_name, template_of, template_record
 from davsp.lvlm.internvl import InternVLLVLM
@@ -24,6 +25,7 @@ FAMILIES: dict[
     "qwen3_5": Qwen35LVLM,
     "gemma3": Gemma3LVLM,
     "internvl": InternVLLVLM,
+    "glm4v": Glm4vLVLM,
     "deepseek_vl": DeepseekVLLVLM,
     "deepseek_vl_hybrid": DeepseekVLHybridLVLM,
 }
@@ -37,6 +39,7 @@ __all__ = [
     "DeepseekVLHybridLVLM",
     "DeepseekVLLVLM",
     "Gemma3LVLM",
+    "Glm4vLVLM",
     "InternVLLVLM",
     "LlavaLVLM",
     "Qwen2VLLVLM",

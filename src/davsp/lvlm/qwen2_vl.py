@@ -38,7 +38,7 @@ class Qwen2VLLVLM(LVLM):
                 f"{model_id}'s preprocessor_config.json cuts pictures as {cuts} (patch, merge, frames), its config.json "
                 f"as {(self.patch, self.merge, self.frames)}: restore its files"
             )
-        self.least, self.most = processor.size["shortest_edge"], processor.size["longest_edge"]
+        self.least, self.most = self._bounds()
         unit = self.patch * self.merge
         self.canvas = canvas or min(
             CANVAS, math.isqrt(self.most) // unit * unit
@@ -48,7 +48,7 @@ class Qwen2VLLVLM(LVLM):
 
     @classmethod
     def ways_of(cls, processor: Any) -> tuple[str, ...]:
-        """Qwen's own code resizes a picture whole, as its processor does."""
+        """Its authors' code resizes a picture whole, as its processor does."""
         return ("resize",)
 
     def image_tokens(self, height: int, width: int) -> int:
@@ -72,8 +72,21 @@ class Qwen2VLLVLM(LVLM):
             raise DavspError(
                 f"a picture of {width}x{height} pixels is too thin: {self.model_id} takes up to 1:{THINNEST}; cut or pad it"
             )
-        rows, columns = smart_resize(height, width, self.patch * self.merge, self.least, self.most)
+        rows, columns = self._resized(height, width)
         return int(rows), int(columns)
+
+    def _bounds(self) -> tuple[int, int]:
+        """The fewest and the most pixels of a canvas."""
+        return self.image_processor.size["shortest_edge"], self.image_processor.size["longest_edge"]
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width that the checkpoint's processor gives a picture."""
+        return smart_resize(height, width, self.patch * self.merge, self.least, self.most)
+
+    def _resize(self, pixels: np.ndarray) -> Any:
+        """A picture (3, h, w) of bytes as the checkpoint's processor resizes it."""
+        p = self.image_processor
+        return p.resize(pixels, p.size, p.resample, self.patch * self.merge)
 
     def preprocess(self, images: list[Image.Image]) -> Canvas:
         """The checkpoint's own resize: to the nearest multiples of 28 within its bounds of pixels, bicubic.
@@ -85,9 +98,7 @@ class Qwen2VLLVLM(LVLM):
         canvases = []
         for image in images:
             self.seen(*image.size)
-            pixels = np.asarray(flatten(image)).transpose(2, 0, 1)
-            size, unit = self.image_processor.size, self.patch * self.merge
-            pixels = self.image_processor.resize(pixels, size, self.image_processor.resample, unit)
+            pixels = self._resize(np.asarray(flatten(image)).transpose(2, 0, 1))
             canvases.append(torch.from_numpy(pixels.astype(np.float32)) / 255)
         same = all(one.shape == canvases[0].shape for one in canvases)
         return torch.stack(canvases) if same else canvases
