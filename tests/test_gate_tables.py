@@ -1,10 +1,11 @@
 """`davsp reproduce gate`: areas and rates as counted by hand, seeds pooled, no answer asked for twice."""
 
 import itertools
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,12 +16,13 @@ from davsp.defenses import ECSO, Gate, NoDefense, VisualPrompt
 from davsp.defenses.gate import calibrate
 from davsp.embedded.data import calibration
 from davsp.embedded.ecso_templates import TEMPLATES
+from davsp.errors import DavspError
 from davsp.experiments.gate import figures, run
 from davsp.experiments.gate.figures import areas, auroc, gates, rates
 from davsp.experiments.gate.looks import _kth, scores, see
-from davsp.experiments.gate.table import TITLES, markdown, roc
+from davsp.experiments.gate.table import LINES, TITLES, markdown, roc
 from davsp.metrics import Outcome
-from davsp.runtime.files import read_json
+from davsp.runtime.files import read_json, write_json
 from test_cli import run as davsp
 from tiny import queries
 
@@ -181,6 +183,25 @@ def test_options_of_the_papers_tables_are_not_passed_over(options: Any, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_looks_of_another_version_are_named(tmp_path: Path):
+    """Not a KeyError after hours: an older seed has no such look, or does not say whose scores they are."""
+    told = {name: [asdict(o) for o in outcomes(name, {"sd": 12, "figstep": 12}, 0)] for name in ("none", "davsp")}
+    older = looks(0, 2.0)
+    older |= {f"{key}/{which}": older[f"davsp refusal/{which}"] for key in LINES for which in ("held-benign", "test")}
+    for seed in (0, 1):
+        folder = tmp_path / f"seed-{seed}"
+        write_json(folder / run.OUTCOMES, told)
+        write_json(folder / "manifest.json", {"seed": seed, "stages": {}})
+        np.savez(folder / run.LOOKS, **older)
+    run.pool(tmp_path, "m")
+    for gone in ("id", "davsp refusal/held-benign"):
+        np.savez(tmp_path / "seed-0" / run.LOOKS, **{name: of for name, of in older.items() if name != gone})
+        with pytest.raises(
+            DavspError, match=rf"seed-0/looks.npz is of another version and has no '{gone}'; give reproduce"
+        ):
+            run.pool(tmp_path, "m")
+
+
 @pytest.mark.slow
 def test_two_seeds_of_the_whole(mini: LVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Trained, calibrated, answered, looked at; a second call keeps all of it; a second seed is pooled with the first."""
@@ -198,6 +219,11 @@ def test_two_seeds_of_the_whole(mini: LVLM, tmp_path: Path, monkeypatch: pytest.
     before = (tmp_path / "seed-0" / "looks.npz").stat().st_mtime_ns
     (tmp_path / "seed-0" / "prompts" / "davsp" / "gate.json").unlink()  # as where the border was saved anew
     assert made(0, True) == first and (tmp_path / "seed-0" / "looks.npz").stat().st_mtime_ns == before
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "_look", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            made(1, False)
+    assert made(0, True) == first  # a seed that was stopped is not pooled
     both = {(r["defense"], r["benchmark"], r["metric"]): r for r in made(1, False)}
     assert {name for name, *_ in both} >= set(TITLES)
     assert [both[name, "all pictures", "rsr"]["n"] for name in ("none", "gate-first", "ecso")] == [32, 32, 16]

@@ -94,6 +94,7 @@ def measurement(run: str | Path, pixels: str, text: str) -> Measurement:
                 f"{run / 'run.json'} names no defense with this prompt's pixels and text; give the run that measured it"
             )
         figures = _figures(rows, defense)
+        undefended = note(facts.get("undefended"))
     except (KeyError, TypeError, AttributeError) as error:
         raise DavspError(f"{run} holds no run of davsp eval or demo ({error!r}); give another folder") from error
     if not figures:
@@ -105,7 +106,7 @@ def measurement(run: str | Path, pixels: str, text: str) -> Measurement:
         pixels=pixels,
         judges=_judges(run),
         queries=len(read_json(run / "queries.json")),
-        undefended=note(facts.get("undefended")),
+        undefended=undefended,
         max_new_tokens=facts.get("max_new_tokens"),
         time=facts.get("time"),
         commit=facts.get("commit"),

@@ -16,11 +16,10 @@ from rich.console import Console
 
 from davsp import metrics
 from davsp.defenses import Defense, Gate, NoDefense, VisualPrompt
-from davsp.defenses.gate import calibrate
 from davsp.embedded import words
 from davsp.embedded.data import Protocol, calibration, picture_of, protocol
 from davsp.evaluation import evaluate
-from davsp.experiments.gate.run import Once
+from davsp.experiments.gate.run import Once, with_gate
 from davsp.experiments.stages import Stages, fitted_vector, trained_prompt
 from davsp.lvlm import LVLM, fingerprint, model_name
 from davsp.metrics import Outcome
@@ -155,15 +154,8 @@ def _border(
     fit_bad, fit_good, held_bad, held_good = calibration(settings.seed)
     unseen = set(HARD) - set(kinds_of(split))
     fit_bad, held_bad = ([q for q in part if q.category not in unseen] for part in (fit_bad, held_bad))
-
-    def make(resume: bool) -> None:
-        sets = (fit_bad, fit_good), (held_bad, held_good)
-        border.gate = calibrate(lvlm, border, vector, *sets, refusal_text, batch_size=batch_size)
-        border.save_pretrained(saved)
-
-    sets = fit_bad, fit_good, held_bad, held_good
-    inputs = [border.pixels_sha256(), fingerprint(lvlm), refusal_text, *map(queries_hash, sets)]
-    return stages.run("gate", inputs, make, lambda: VisualSafetyPrompt.from_pretrained(saved))
+    sets = [fit_bad, fit_good, held_bad, held_good]
+    return with_gate(stages, lvlm, border, vector, sets, refusal_text, saved, batch_size)
 
 
 def kind_rows(model: str, found: Mapping[str, Outcomes], kind_of: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -38,6 +38,7 @@ from davsp.runtime.files import manifest, read_bytes, read_json, write_bytes, wr
 from davsp.runtime.progress import bar
 from davsp.store import queries_hash
 from davsp.training import TrainSettings
+from davsp.vector import HarmfulnessVector
 
 if TYPE_CHECKING:
     from davsp.embedded.data import Protocol
@@ -125,19 +126,7 @@ def gate(
     settings = settings.model_copy(update={"seed": seed})
     saved = folder / "prompts" / "davsp"
     border = trained_prompt(stages, "davsp", start, lvlm, data, vector, settings, saved)
-    fit, held = (sets[0], sets[1]), (sets[2], sets[3])
-
-    def calibrated(resume: bool) -> None:
-        border.gate = calibrate(lvlm, border, vector, fit, held, refusal_text, batch_size=batch_size)
-        border.save_pretrained(saved)
-
-    def with_gate() -> VisualSafetyPrompt:
-        if (read := VisualSafetyPrompt.from_pretrained(saved)).gate is None:  # gone with a border that was saved anew
-            raise DavspError(f"there is no gate.json in {saved}")
-        return read
-
-    inputs = [border.pixels_sha256(), fingerprint(lvlm), refusal_text, *map(queries_hash, sets)]
-    border = stages.run("gate", inputs, calibrated, with_gate)
+    border = with_gate(stages, lvlm, border, vector, sets, refusal_text, saved, batch_size)
 
     none, davsp = Once(NoDefense()), Once(VisualPrompt(border))
     defenses: dict[str, Defense] = {"none": none, "davsp": davsp}
@@ -155,7 +144,6 @@ def gate(
                if o.split == "total" and o.metric in ("rsr", "over_refusal", "accuracy")]
         for name, answers in evaluation.responses.items()
     }  # fmt: skip
-    write_json(folder / OUTCOMES, {name: [asdict(o) for o in rows] for name, rows in outcomes.items()})
     _look(stages, lvlm, data.test, sets, border, vector.layer, text, refusal_text, seed, batch_size)
     if twins:
         told(stages, lvlm, defenses, twins, outcomes, seed, batch_size)
@@ -166,7 +154,30 @@ def gate(
         test={"queries": len(data.test), "sha256": queries_hash(data.test)}, stages=stages.seconds,
     )  # fmt: skip
     write_json(folder / "manifest.json", facts)
+    write_json(
+        folder / OUTCOMES, {name: [asdict(o) for o in rows] for name, rows in outcomes.items()}
+    )  # last: a seed is there
     return pool(out, model_name(lvlm))
+
+
+def with_gate(
+    stages: Stages, lvlm: LVLM, border: VisualSafetyPrompt, vector: HarmfulnessVector, sets: Sequence[list[Query]],
+    refusal_text: str, saved: Path, batch_size: int,
+) -> VisualSafetyPrompt:  # fmt: skip
+    """The border in `saved` with its gate, calibrated on `sets` (as of `gate`) if it has none."""
+    fit, held = (sets[0], sets[1]), (sets[2], sets[3])
+
+    def make(resume: bool) -> None:
+        border.gate = calibrate(lvlm, border, vector, fit, held, refusal_text, batch_size=batch_size)
+        border.save_pretrained(saved)
+
+    def load() -> VisualSafetyPrompt:
+        if (read := VisualSafetyPrompt.from_pretrained(saved)).gate is None:  # gone with a border that was saved anew
+            raise DavspError(f"there is no gate.json in {saved}")
+        return read
+
+    inputs = [border.pixels_sha256(), fingerprint(lvlm), refusal_text, *map(queries_hash, sets)]
+    return stages.run("gate", inputs, make, load)
 
 
 def _look(
@@ -218,6 +229,11 @@ def pool(out: Path, model: str) -> list[dict[str, Any]]:
     """Rows, table and plot of all seeds in a model's folder."""
     seeds = sorted(out.glob(f"seed-*/{OUTCOMES}"))
     looks = [read_looks(path.parent / LOOKS) for path in seeds]
+    for path, one in zip(seeds, looks, strict=True):
+        if lacking := sorted({"id", *looks[-1], *looks[0]} - set(one)):
+            raise DavspError(
+                f"{path.parent / LOOKS} is of another version and has no {lacking[0]!r}; give reproduce gate with its seed again."
+            )
     twins = [path.parent / TWINS for path in seeds if (path.parent / TWINS).exists()]
     outcomes = _pooled(seeds)
     table = (
