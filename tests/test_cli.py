@@ -488,6 +488,9 @@ def test_a_runs_figures_get_on_the_card(lvlm, tmp_path: Path, capsys):
     assert "measured" not in loaded.with_texts("another").config
     assert run("card", tmp_path / "q", "--run", tmp_path / "run") == 2
     assert "names no defense with this prompt's pixels and text" in capsys.readouterr().err
+    (tmp_path / "run" / "manifest.json").write_text('{"undefended": "pad"}')
+    assert run("card", tmp_path / "p", "--run", tmp_path / "run") == 2
+    assert "holds no run of davsp eval or demo" in capsys.readouterr().err
     measured = json.loads((tmp_path / "p" / "vsp_config.json").read_text())["measured"]
     _config(tmp_path / "p", measured=measured | {"pixels": "0"})
     assert (
