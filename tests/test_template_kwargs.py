@@ -1,5 +1,6 @@
 """What a chat template is told (--template-kwargs): the prompt, where the state is read, who keeps it, and what a server gets."""
 
+import asyncio
 import json
 from copy import deepcopy
 from dataclasses import replace
@@ -15,12 +16,14 @@ from davsp.cli.inputs import compare_templates, load_lvlm, say_where
 from davsp.cli.options import ModelOptions
 from davsp.defenses import NoDefense, VisualPrompt
 from davsp.defenses.ecso import ECSO, PUBLISHED
+from davsp.defenses.effect import arms
 from davsp.defenses.gate.defense import Gate
 from davsp.lvlm import fingerprint, template_of
 from davsp.lvlm.remote import RemoteLVLM
-from davsp.lvlm.templates import named, names_read, read_kwargs
+from davsp.lvlm.templates import kwargs_of, named, names_read, read_kwargs
 from davsp.prompts.base import PromptConfig
 from davsp.prompts.gate import Served, Threshold
+from davsp.serve.canaries import _refused
 from davsp.serve.gate import _check_served
 from davsp.serve.model import model_app
 from davsp.serve.protocols import CHAT
@@ -94,6 +97,8 @@ def test_names():
     assert named({"b": "é\n", "a": {"y": 1, "x": None}}) == 'checkpoint a={"x": null, "y": 1} b="\\u00e9\\n"'
     with pytest.raises(DavspError, match="x: its value is not JSON"):
         named({"x": float("nan")})
+    for kwargs in ({}, OFF, {"b": 'é\n = "c"', "a": {"y": [1, None]}, "_": -1.5}):
+        assert kwargs_of(named(kwargs)) == kwargs and kwargs_of("llava_v1") == {}
     for good in ("checkpoint", "llava_v1", SAID, named({"b": "é\n", "a": {"y": 1}})):
         assert PromptConfig(canvas=56, template=good).template == good
     for bad in (
@@ -103,6 +108,8 @@ def test_names():
         "checkpoint a",
         "checkpoint a=1\n",
         "checkpoint a=é",
+        "checkpoint a=low",
+        "checkpoint a=1 b",
         "checkpoint a=" + "1" * 1000,
     ):
         with pytest.raises(ValueError, match="template"):
@@ -345,3 +352,20 @@ def test_ecso_shows_its_judge_the_answer_without_the_thought(thinker):
     (response,) = ECSO(templates=PUBLISHED).respond(model, queries("benign", 1), max_new_tokens=40)
     assert response.text == "A red cake." and response.calls == 2
     assert "A red cake." in shown[1] and "yes, yes" not in shown[1]
+
+
+def test_canaries_are_asked_as_they_were_chosen(made):
+    """By what the border's template was told."""
+    bodies = []
+
+    class Upstream:
+        async def ask(self, method, path, headers, body):
+            bodies.append(body)
+            return 200, {"choices": [{"message": {"content": "I am sorry."}, "finish_reason": "stop"}]}, {}
+
+    (query,) = queries("malicious", 1)
+    for border in (VisualSafetyPrompt.from_pretrained(made / "border"), VisualSafetyPrompt.create(56, 6)):
+        for arm in arms(border).values():
+            assert asyncio.run(_refused(Upstream(), "m", query, arm, 4)) is True
+    told = [body.get("chat_template_kwargs") for body in bodies]
+    assert told == [OFF] * (len(told) // 2) + [None] * (len(told) // 2)

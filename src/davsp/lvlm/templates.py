@@ -66,6 +66,17 @@ def named(kwargs: Mapping[str, Any]) -> str:
     return " ".join(parts)
 
 
+def kwargs_of(name: str) -> dict[str, Any]:
+    """What the template of that name is told, `named` read back; nothing for LLaVA's own."""
+    kwargs: dict[str, Any] = {}
+    rest = name.partition(" ")[2]
+    while rest:
+        key, _, rest = rest.partition("=")
+        kwargs[key], end = json.JSONDecoder().raw_decode(rest)
+        rest = rest[end:].lstrip()
+    return kwargs
+
+
 def read_kwargs(pairs: Sequence[str] | None) -> dict[str, Any]:
     """What --template-kwargs says: KEY=VALUE each, VALUE as JSON where it is that, else as text.
 

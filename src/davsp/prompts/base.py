@@ -3,23 +3,31 @@
 from collections.abc import Callable, Container, Mapping
 from copy import copy, deepcopy
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, model_serializer
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_serializer
 from torch import Tensor
 
 import davsp
 from davsp.errors import DavspError
-from davsp.lvlm.templates import CHECKPOINT, NAME
+from davsp.lvlm.templates import CHECKPOINT, NAME, kwargs_of
 from davsp.prompts.measured import Measurement
 from davsp.runtime.files import check_regular, read_bytes, read_tensors, sha256_bytes
 
 Start = Literal["grey", "random", "white"]
 P = TypeVar("P", bound="Prompt")
+
+
+def _readable(template: str) -> str:
+    try:
+        kwargs_of(template)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("names values that are not JSON") from error
+    return template
 
 
 class PromptConfig(BaseModel):
@@ -42,7 +50,7 @@ class PromptConfig(BaseModel):
     safety_text: str = ""
     separator: str = " "
     suffix: str = ""
-    template: str = Field(CHECKPOINT, pattern=NAME, max_length=1000)
+    template: Annotated[str, AfterValidator(_readable)] = Field(CHECKPOINT, pattern=NAME, max_length=1000)
     figures: dict[str, Any] = {}
     data: dict[str, Any] = {}
     davsp_version: str = davsp.__version__

@@ -13,6 +13,7 @@ from davsp.errors import DavspError
 from davsp.judges.keyword import keyword
 from davsp.judges.verdicts import judge_name
 from davsp.lvlm.remote import read_answer
+from davsp.lvlm.templates import kwargs_of
 from davsp.prompts import VisualSafetyPrompt
 from davsp.query import Query, Response
 from davsp.runtime.client import Failure
@@ -171,6 +172,8 @@ async def _refused(upstream: Upstream, model: str, query: Query, defense: Visual
     """
     body = await asyncio.to_thread(_body, query, defense)
     body |= {"model": model, "max_tokens": longest, "temperature": 0}
+    if told := kwargs_of(defense.prompt.template):
+        body["chat_template_kwargs"] = told  # as the canaries were chosen
     for wait in (*WAITS, None):
         status, reply, headers = await upstream.ask("POST", "/chat/completions", {}, body)
         if "x-davsp-prompt" in headers:
