@@ -67,9 +67,9 @@ def canvas(model):
     return model.preprocess([picture(i, (model.canvas, model.canvas)) for i in range(8)])
 
 
-def theirs(folder, images):
+def theirs(folder, images, **options):
     """What the family's own image processor gives."""
-    encoded = AutoImageProcessor.from_pretrained(folder, backend="pil")(images, return_tensors="pt")
+    encoded = AutoImageProcessor.from_pretrained(folder, backend="pil")(images, return_tensors="pt", **options)
     counts = ("num_crops", "num_patches")  # no argument of the model
     return {name: value for name, value in encoded.items() if isinstance(value, torch.Tensor) and name not in counts}
 
@@ -287,6 +287,44 @@ def test_a_canvas_is_taken_exactly_where_the_processor_would_leave_it_alone(mode
         except DavspError:
             taken = False
         assert taken == (model.seen(side, side) == (side, side)), side
+
+
+@pytest.mark.parametrize("size", [(100, 70), (41, 200), (310, 300), (56, 56), (112, 112), (168, 168), (600, 30)])
+def test_internvl_cuts_an_undefended_picture_as_its_processor_does(tmp_path, size):
+    """Tiles and the whole, to the bit, and as many placeholders; a canvas of k x k tiles gives the same from its own pixels."""
+    folder = save_family("internvl", tmp_path / "internvl")
+    model = LVLM.from_pretrained(folder, device_map="cpu")
+    assert model.undefended == "tile"
+    images = [picture(1, size), picture(2, (90, 60))]
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    expected = processor(images, crop_to_patches=True, return_tensors="pt")
+    made = model.preprocess(images)
+    assert torch.equal(model.pixel_inputs(made)["pixel_values"], expected["pixel_values"])
+    assert model.placeholders(made) == [4 * n for n in expected["num_patches"]]
+    assert [model.seen(*one.size) for one in images] == [tuple(one.shape[-2:]) for one in made]
+    together = model.states(made, QUESTIONS[:2], [2])
+    apart = torch.cat([model.states(one[None], [q], [2]) for one, q in zip(made, QUESTIONS[:2], strict=True)])
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
+
+
+def test_a_border_is_trained_on_four_tiles_and_the_whole(tmp_path):
+    folder = save_family("internvl", tmp_path / "internvl")
+    model = LVLM.from_pretrained(folder, device_map="cpu", canvas=112)
+    assert model.tokens_per_image == 5 * 4
+    bad, good = queries("malicious", 4), queries("benign", 4)
+    vector = HarmfulnessVector.fit(model, bad, good, progress=False)
+    assert vector.undefended == "tile"
+    prompt = VisualSafetyPrompt.create(112, 14, text="please be safe")
+    settings = TrainSettings(steps=6, batch_size=4, lr=4 / 255, refusal="sorry no")
+    trained = train(model, prompt, bad, good, vector, settings, tmp_path / "out", progress=False)
+    assert (trained.delta - prompt.delta).abs().max() > 3 * 4 / 255
+    finished = trained.apply(trained.resize([picture(3)]))
+    levels = (finished[0] * 255).round().byte().permute(1, 2, 0).numpy()
+    encoded = theirs(folder, [Image.fromarray(levels)], crop_to_patches=True)
+    exact = torch.from_numpy(levels).permute(2, 0, 1)[None].float() / 255
+    assert torch.equal(model.pixel_inputs(exact)["pixel_values"], encoded["pixel_values"])
+    with pytest.raises(DavspError, match=r"224x224 pixels, but .* takes squares of 1 to 3 tiles of 56 pixels a side"):
+        LVLM.from_pretrained(folder, device_map="cpu", canvas=224)
 
 
 def test_glm_says_what_is_too_thin(tmp_path):

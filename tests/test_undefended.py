@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from davsp import LVLM, DavspError, HarmfulnessVector, embedded, evaluate
+from davsp.attacks.surface import surfaces
 from davsp.benchmarks.custom import save_queries
 from davsp.defenses import NoDefense, SafetyText
 from davsp.experiments.stages import Stages, fitted_vector
@@ -137,9 +139,9 @@ def test_the_processor_that_pads_itself_makes_the_same(folders: dict[str, Path])
         assert np.array_equal(levels(ours, image), np.asarray(its).transpose(1, 2, 0))
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "llava"])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("llava", "gemma3", "internvl")])
 def test_the_other_families_have_one_way_which_is_their_authors(folders: dict[str, Path], name: str) -> None:
-    model, way = load(folders[name]), "resize" if "qwen" in name else "pad"
+    model, way = load(folders[name]), "pad" if "deepseek" in name else "resize"
     assert (model.ways, model.undefended) == ((way,), way)
     assert load(folders[name], way).undefended == way
     with pytest.raises(DavspError, match=rf"undefended 'crop' is not for .*\({name}\), whose undefended .*\({way}\)"):
@@ -148,8 +150,9 @@ def test_the_other_families_have_one_way_which_is_their_authors(folders: dict[st
         image, seen = picture(6, size), model.seen(*size)
         got = levels(model, image)
         assert got.shape[:2] == seen
-        if way == "resize":  # whole, in multiples of 28
-            assert (seen[0] > seen[1]) == (size[1] > size[0]) and not (seen[0] % 28 or seen[1] % 28)
+        if way == "resize":  # whole, in multiples of 28 or 32
+            unit = 32 if "qwen3" in name else 28
+            assert (seen[0] > seen[1]) == (size[1] > size[0]) and not (seen[0] % unit or seen[1] % unit)
             assert np.array_equal(got, np.array(image.resize(seen[::-1], Image.Resampling.BICUBIC)))
         else:  # resized, then padded
             short = round(min(size) * model.canvas / 90)
@@ -158,6 +161,31 @@ def test_the_other_families_have_one_way_which_is_their_authors(folders: dict[st
                 Image.Resampling.BICUBIC,
             )
             assert np.array_equal(got, padded(small, _mean(model), model.canvas))
+
+
+@pytest.mark.parametrize(
+    ("name", "ways", "kernel"), [("gemma3", ("stretch",), "BILINEAR"), ("internvl", ("tile", "stretch"), "BICUBIC")]
+)
+def test_what_is_stretched_is_pillows(folders: dict[str, Path], name: str, ways: tuple[str, ...], kernel: str) -> None:
+    model = load(folders[name], "stretch")
+    assert model.ways == ways and load(folders[name]).undefended == ways[0]
+    for size in TALL_AND_WIDE:
+        expected = picture(6, size).resize((56, 56), Image.Resampling[kernel])
+        assert np.array_equal(levels(model, picture(6, size)), np.array(expected))
+
+
+def test_tiles_make_a_difference_to_square_pictures_too(folders: dict[str, Path]) -> None:
+    """So records hold the way, tables say it, and what can't be searched is refused."""
+    asked = [Query("a", "what is this", "malicious", "test", image=picture(0, (112, 112)))]
+    tiled, whole = load(folders["internvl"]), load(folders["internvl"], "stretch")
+    assert in_records(tiled, asked) == {"undefended_picture": "tile"} and in_records(whole, asked) == {}
+    assert in_records(tiled, [replace(asked[0], image=None)]) == {}
+    assert "cut into tiles, with the whole beside them (--undefended tile)" in note(facts(tiled, asked))
+    assert note(facts(whole, asked)) == ""
+    strips = [replace(asked[0], image=picture(0, (112, 60)))]
+    with pytest.raises(DavspError, match=r"undefended pictures in tiles .*--undefended stretch"):
+        surfaces(tiled, NoDefense(), strips, "Sure")
+    assert len(surfaces(whole, NoDefense(), strips, "Sure")) == 1
 
 
 def _mean(model: LVLM) -> tuple[int, int, int]:

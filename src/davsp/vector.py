@@ -13,7 +13,7 @@ from torch import Tensor
 from davsp.errors import DavspError, words_of
 from davsp.lvlm import LVLM, short_name
 from davsp.lvlm.templates import CHECKPOINT
-from davsp.lvlm.undefended import WHITE, not_square, square
+from davsp.lvlm.undefended import WHITE, matters, square
 from davsp.query import Query
 from davsp.runtime.files import read_tensors_and_metadata, read_torch, save_tensors, to_json, write_json
 
@@ -95,7 +95,7 @@ class HarmfulnessVector:
         vector = cls(
             vectors, *projections, model_id=lvlm.model_id, text=text, revision=lvlm.revision, template=lvlm.template
         )  # fmt: skip
-        vector.undefended = lvlm.undefended if not_square([*malicious, *benign]) else ""
+        vector.undefended = lvlm.undefended if matters(lvlm, malicious, benign) else ""
         vector._choose(_compare(vector.malicious, vector.benign))
         return vector
 

@@ -83,13 +83,18 @@ def surfaces(lvlm: LVLM, defense: Defense, queries: Sequence[Query], target: str
         target: how the answer is to begin that the attacker wants.
 
     Raises:
-        DavspError: a query without a picture, two visual prompts in one defense, or one for another model.
+        DavspError: a query without a picture, two visual prompts in one defense, or one for another model; undefended pictures in tiles.
     """
     defense.check(lvlm)
     prompt = visual(defense)
     pictures = [picture_of(query) for query in queries]
     if prompt is None:
         prepared = lvlm.preprocess(pictures)
+        if lvlm.undefended == "tile" and any(one.shape[-1] != one.shape[-2] for one in prepared):
+            raise DavspError(
+                f"{lvlm.model_id} shows undefended pictures in tiles that overlap with the whole, which the attack does not search; "
+                "give --undefended stretch, or a prompt"
+            )
         sent = [one.cpu() for one in prepared]
         canvas: Road = lambda x: x  # noqa: E731
     else:

@@ -95,7 +95,10 @@ class ModelOptions:
     ] = None
     quantization: Annotated[str | None, typer.Option(help="4bit or 8bit, by bitsandbytes on a GPU.")] = None
     canvas: Annotated[
-        int | None, typer.Option(help="Side of the canvas in pixels, where the model takes many sizes (Qwen2-VL).")
+        int | None,
+        typer.Option(
+            help="Side of the canvas in pixels, where the model takes many sizes (Qwen-VL, GLM, InternVL's tiles)."
+        ),
     ] = None
     template: Annotated[
         str | None,

@@ -58,7 +58,7 @@ class LVLM(Asking):
         mean, std: per-channel normalisation of the vision tower, (1, 3, 1, 1).
         processors: image processors that this family's checkpoints come with.
         ways: how it can show a picture that is not square (`davsp.lvlm.undefended.WAYS`): first as its authors' code does, last as
-            its checkpoint's processor does.
+            its checkpoint's processor does (of InternVL: on one tile).
         undefended: the one of these in use.
         overridden: what the checkpoint's generation settings say against greedy answers; it does not count.
         server: None: it is loaded here (`AnsweringLVLM`).

@@ -13,8 +13,9 @@ WAYS = {
     "crop": "cut to the square in their middle",
     "stretch": "stretched to a square",
     "resize": "resized whole, each in its own shape",
+    "tile": "cut into tiles, with the whole beside them",
 }
-"""What is done to pictures that are not square."""
+"""What is done to pictures that are not square; `tile` and its rivals differ on large square ones, too."""
 
 SERVER = "server"
 MOST = 178_956_970
@@ -60,9 +61,16 @@ def check_made(width: int, height: int, canvas: int, way: str) -> None:
 
 
 def not_square(queries: Sequence[Query]) -> int:
-    """How many queries have a picture that is not square; of square ones all ways make the same but for their names."""
+    """How many queries have a picture that is not square; of square ones all ways but `tile` make the same."""
     sizes = [query.size() for query in queries]
     return sum(size is not None and size[0] != size[1] for size in sizes)
+
+
+def matters(lvlm: Any, *sets: Sequence[Query]) -> bool:
+    """Whether another way could make other pixels of these queries."""
+    if "tile" in lvlm.ways:
+        return any(query.image is not None for queries in sets for query in queries)
+    return any(map(not_square, sets))
 
 
 def in_records(lvlm: Any, *sets: Sequence[Query]) -> dict[str, str]:
@@ -70,7 +78,7 @@ def in_records(lvlm: Any, *sets: Sequence[Query]) -> dict[str, str]:
 
     Empty where it makes no difference, so that older work, which knew of no other way, goes on.
     """
-    if lvlm.server is not None or lvlm.undefended == lvlm.ways[-1] or not any(map(not_square, sets)):
+    if lvlm.server is not None or lvlm.undefended == lvlm.ways[-1] or not matters(lvlm, *sets):
         return {}
     return {"undefended_picture": lvlm.undefended}
 
@@ -89,6 +97,11 @@ def note(said: Mapping[str, Any] | None) -> str:
         return ""
     if said["way"] == SERVER:
         return "Pictures without a visual prompt went to the server as they are; how it shapes them, it decides."
+    if said["way"] == "tile":
+        return (
+            f"No Defense, and whatever has no visual prompt, saw pictures {WAYS['tile']} (--undefended tile); a visual prompt, its "
+            "canvas alone."
+        )
     if not said["not_square"]:
         return ""
     option = f" (--undefended {said['way']})" if len(said["ways"]) > 1 else ""
