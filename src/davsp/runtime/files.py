@@ -288,7 +288,7 @@ def manifest(**extra: Any) -> dict[str, Any]:
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         **_commit(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "argv": sys.argv,
+        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],  # not where it is installed
         **extra,
     }
 
