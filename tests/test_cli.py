@@ -110,7 +110,7 @@ def test_help_has_a_panel_for_each_group_of_options(monkeypatch, capsys):
     ]
     panel = help.split("╭─ Model ─")[1].split("╰")[0]
     assert re.findall(r"^│ (--[\w-]+)", panel, re.M) == [
-        "--model", "--revision", "--device", "--dtype", "--quantization", "--canvas", "--template", "--undefended",
+        "--model", "--revision", "--device", "--dtype", "--quantization", "--canvas", "--template", "--template-kwargs", "--undefended",
     ]  # fmt: skip
 
 

@@ -170,9 +170,9 @@ def test_what_a_grader_sees_is_in_the_key(server: Judge, tmp_path: Path) -> None
 def test_a_pair_before_a_cut_is_whole(server: Judge) -> None:
     """The scores come first; a comment that is cut does no harm, a line that may be cut does."""
     server.say = lambda n: "8 9\nBecause" if n == 0 else "8 9"
-    read = grader(server, LLAVA_BENCH)._read
+    chat = grader(server, LLAVA_BENCH)
     for text, readable in (("8 9\nBecause", True), ("8 9", False), ("\n8 9", False)):
-        reading = read({"choices": [{"message": {"content": text}, "finish_reason": "length"}]})
+        reading = chat._read(chat.prompt, {"choices": [{"message": {"content": text}, "finish_reason": "length"}]})
         assert (getattr(reading, "label", None) == "8 9") == readable
 
 

@@ -6,7 +6,7 @@ from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 import torch
 
@@ -274,8 +274,8 @@ def test_serve_model_tells_its_template_what_a_request_says(thinker, quick):
     sizes = [m.prompt_size(QUESTION, None)[0] for m in (thinker, quick)]
     with listening(model_app(thinker, "m", ServeSettings.of(upstream=""))) as url:
 
-        def ask(**more) -> httpx.Response:
-            return httpx.post(f"{url}/chat/completions", json=body | more, trust_env=False)
+        def ask(**more) -> httpx2.Response:
+            return httpx2.post(f"{url}/chat/completions", json=body | more, trust_env=False)
 
         assert ask().json()["usage"]["prompt_tokens"] == sizes[0]
         told = ask(chat_template_kwargs=OFF).json()
@@ -344,9 +344,9 @@ def test_ecso_shows_its_judge_the_answer_without_the_thought(thinker):
     shown: list[str] = []
     completions = model.completions
 
-    def watched(canvas, asked, *more):
+    def watched(canvas, asked, *more, **options):
         shown.extend(asked)
-        return completions(canvas, asked, *more)
+        return completions(canvas, asked, *more, **options)
 
     model.completions = watched
     (response,) = ECSO(templates=PUBLISHED).respond(model, queries("benign", 1), max_new_tokens=40)

@@ -93,7 +93,7 @@ def thinking(lvlm: LVLM, *texts: str) -> LVLM:
     """The model, which says these words in a row."""
     other, left = copy(lvlm), list(texts)
 
-    def completions(canvas: Any, questions: Sequence[str], *_: Any) -> list[tuple[str, str]]:
+    def completions(canvas: Any, questions: Sequence[str], *_: Any, **__: Any) -> list[tuple[str, str]]:
         return [(left.pop(0), "stop") for _ in questions]
 
     other.completions = completions  # type: ignore[method-assign]

@@ -380,7 +380,7 @@ class LVLM(Asking):
 
     def ask(self, canvas: Canvas | None, questions: Sequence[str], max_new_tokens: int | None = None) -> list[Answer]:
         """What `completions` gives, and what each answer took. Tokens are counted as the model sees them, without padding."""
-        return self._answers(canvas, questions, self.completions(canvas, questions, max_new_tokens))
+        return self._answers(canvas, questions, self.completions(canvas, questions, max_new_tokens=max_new_tokens))
 
     def likely(self, canvas: Canvas | None, questions: Sequence[str], max_new_tokens: int, top: int) -> list[Answer]:
         """As `ask`, in the same pass with the tokens of each answer but the one that ends it, and the `top` likeliest at each place."""
