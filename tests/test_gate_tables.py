@@ -175,12 +175,27 @@ def test_the_command_is_for_the_models_that_ship(capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(
-    "options", [("--judge-sees", "picture"), ("--dry-run",), ("--text", "be good"), ("--padding", 9)]
-)
-def test_options_of_the_papers_tables_are_not_passed_over(options: Any, tmp_path: Path, capsys: Any):
-    assert davsp("reproduce", "gate", *options, "--out", tmp_path / "out") == 2
+    "options",
+    [
+        ("--judge", "keyword"), ("--judge-sees", "picture"), ("--judge-url", "http://a"), ("--reasoning-tags", "none"), ("--dry-run",),
+        ("--per-call", 0), ("--grader-runs", 3), ("--borrow", "a=b"), ("--text", "be good"), ("--padding", 9), ("--corpus", "c"),
+        ("--recipe", "published"), ("--defender", "llm"), ("--defender-url", "http://a"), ("--concurrency", 2), ("--timeout", 9),
+        ("--trust-env",), ("--max-new-tokens", 9),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("table", ["gate", "gate-kinds"])
+def test_options_of_the_papers_tables_are_not_passed_over(table: str, options: Any, tmp_path: Path, capsys: Any):
+    assert davsp("reproduce", table, *options, "--out", tmp_path / "out") == 2
     assert f"{options[0]} goes with the paper's tables, not with gate" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_options_that_say_nothing_here(tmp_path: Path, capsys: Any):
+    for table in ("gate-kinds", "resistance"):
+        assert davsp("reproduce", table, "--no-ecso", "--out", tmp_path / "out") == 2
+        assert "--no-ecso goes with gate" in capsys.readouterr().err
+    assert davsp("reproduce", "gate", "--revision", "main", "--out", tmp_path / "out") == 2
+    assert "--revision, --dtype" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_looks_of_another_version_are_named(tmp_path: Path):

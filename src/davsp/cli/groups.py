@@ -80,6 +80,11 @@ def chosen(options: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def changed(options: Any) -> dict[str, Any]:
+    """Name -> value of the fields of a group that are not as they are when left out."""
+    return {f.name: value for f in fields(options) if (value := getattr(options, f.name)) != f.default}
+
+
 class Command(TyperCommand):
     """A command whose help has two columns, names and descriptions, under a heading for each group.
 

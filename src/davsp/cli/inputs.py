@@ -31,11 +31,11 @@ def load_lvlm(model: "ModelOptions") -> "LVLM":
     if model.dtype not in (None, "float32", "bfloat16", "float16"):
         raise DavspError(f"--dtype {model.dtype!r} is not known: choose float32, bfloat16 or float16.")
     if model.name is None or model.name in embedded.MODELS:
-        loading = model.dtype or model.quantization or model.canvas or model.template_kwargs
+        loading = model.revision or model.dtype or model.quantization or model.canvas or model.template_kwargs
         if loading or model.template not in (None, "checkpoint"):
             raise DavspError(
-                "--dtype, --quantization, --canvas, --template and --template-kwargs are for other models; those that ship have "
-                "their own."
+                "--revision, --dtype, --quantization, --canvas, --template and --template-kwargs are for other models; those that "
+                "ship have their own."
             )
         return embedded.load(model.name or "davsp-mini", device_map=device, undefended=model.undefended)
     dtype = getattr(torch, model.dtype) if model.dtype else None

@@ -8,6 +8,7 @@ import typer
 
 from davsp.cli import judges
 from davsp.cli.baseline import chat_defender
+from davsp.cli.groups import changed
 from davsp.cli.inputs import ask_as_published, embedded_protocol, is_shipped, load_lvlm, published
 from davsp.cli.options import (
     JUDGES,
@@ -105,12 +106,16 @@ def reproduce(
     from davsp.experiments.paper.plan import dry
     from davsp.lvlm import answer_length
 
+    if not ecso and "gate" not in names:
+        raise DavspError("--no-ecso goes with gate, which can do without ECSO's rows; leave it out.")
     if {"gate", "gate-kinds"} & set(names):
-        _only_of_tables({
-            "--judge": judge, "--judge-sees": access.judge_sees, "--grader-runs": grader_runs, "--dry-run": dry_run,
-            "--per-call": per_call, "--max-new-tokens": max_new_tokens, "--borrow": borrow, "--text": methods.text,
-            "--corpus": methods.corpus, "--padding": methods.padding, "--recipe": methods.recipe,
-        })  # fmt: skip
+        unused = {
+            "judge": judge, "grader_runs": grader_runs, "dry_run": dry_run, "per_call": per_call,
+            "max_new_tokens": max_new_tokens, "borrow": borrow,
+        }  # fmt: skip
+        for group in (methods, defender, access, requests):
+            unused |= changed(group)
+        _only_of_tables({name: value for name, value in unused.items() if name != "steps"})
         _gate(names, model, methods.steps, out, batch_size, seed, ecso, bool(benchmark or split))
         return
     tables, sweeps = _tables_and_sweeps(names)
@@ -211,8 +216,12 @@ def _run(tables: list[str], sweeps: list[str], kit: "Kit", out: Path, seed: int,
 
 def _only_of_tables(options: dict[str, Any]) -> None:
     """Raise DavspError if an option is given that the gate's tables do not know: it would be passed over for hours."""
-    if given := [name for name, value in options.items() if value]:
-        raise DavspError(f"{given[0]} goes with the paper's tables, not with gate and gate-kinds; leave it out.")
+    if given := [
+        name.replace("_", "-")
+        for name, value in options.items()
+        if not (value is None or value is False or value == [])
+    ]:
+        raise DavspError(f"--{given[0]} goes with the paper's tables, not with gate and gate-kinds; leave it out.")
 
 
 def _gate(
