@@ -144,6 +144,12 @@ def train(
     layer: Annotated[int | None, typer.Option(help="Layer of the projection; left out: the vector's.")] = None,
     mu_plus: Annotated[float | None, typer.Option(help="Margin of malicious queries; left out: the vector's.")] = None,
     mu_minus: Annotated[float | None, typer.Option(help="Margin of benign queries; left out: the vector's.")] = None,
+    augment: Annotated[
+        str | None,
+        typer.Option(
+            help="Changes on the way to the model that the prompt is to survive, with commas: shift, resize, jpeg, crop, gamma."
+        ),
+    ] = None,
     recipe: Recipe = None,
     canaries: Canaries = None,
     num_processes: Processes = 1,
@@ -180,7 +186,7 @@ def train(
     direction = direction_of(vector, protocol, lvlm, text, "this training puts")
     options: dict[str, Any] = {
         "lam": lam, "objective": objective, "layer": layer, "mu_plus": mu_plus, "mu_minus": mu_minus, "seed": seed,
-        "refusal": refusal,
+        "refusal": refusal, "augment": None if augment is None else [kind.strip() for kind in augment.split(",")],
     }  # fmt: skip
     usual = embedded.SETTINGS.model_dump() if shipped else {}
     options = chosen(loop) | {name: value for name, value in options.items() if value is not None}

@@ -12,6 +12,7 @@ from davsp.errors import DavspError
 from davsp.prompts.base import Prompt
 from davsp.query import Query
 from davsp.runtime.files import sha256_bytes
+from davsp.training.augment import Change
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,17 @@ class Examples:
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one step; an answer is None where a row carries none."""
+    """The rows of one step; an answer is None where a row carries none.
+
+    Attributes:
+        changes: of each row's canvas on its way to the model; none at all: of no row.
+    """
 
     interiors: UInt8[Tensor, "b 3 s s"]
     questions: list[str]
     malicious: Bool[Tensor, " b"]
     answers: Sequence[str | None]
+    changes: Sequence[Change | None] = ()
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -57,7 +63,8 @@ class Batch:
 
     def _of(self, rows: list[int]) -> "Batch":
         questions, answers = [self.questions[i] for i in rows], [self.answers[i] for i in rows]
-        return Batch(self.interiors[rows], questions, self.malicious[rows], answers)
+        changes = [self.changes[i] for i in rows] if self.changes else ()
+        return Batch(self.interiors[rows], questions, self.malicious[rows], answers, changes)
 
 
 def prepare(prompt: Prompt, queries: Sequence[Query], answer: Callable[[Query], str]) -> Examples:

@@ -13,6 +13,7 @@ from davsp.lvlm import LVLM
 from davsp.prompts.base import P, Prompt
 from davsp.query import Query
 from davsp.runtime.files import sha256_bytes
+from davsp.training.augment import Change, changed, draw
 from davsp.training.batches import Batch, pixels, prepare, reference
 from davsp.training.checkpoint import TrainState
 from davsp.training.loop import Loop, complete, rows_of_step
@@ -104,6 +105,7 @@ class Run(Loop):
     def _losses(self, delta: Tensor, part: Batch, whole: Batch) -> tuple[Float[Tensor, " b"], dict[str, Tensor]]:
         """Projections of a part of the batch, and what it adds to the losses, which are means over the whole batch."""
         canvas = self.prompt.with_delta(delta).apply(pixels(part.interiors, delta.device))
+        canvas = changed(canvas, part.changes) if part.changes else canvas
         answers = part.answers if part.answered else None
         output = self.lvlm.step(canvas, part.questions, self.layer, answers, self.settings.end_token)
         s = self.vector.project(output.state, self.layer)
@@ -130,6 +132,7 @@ class Run(Loop):
             [self.malicious.questions[i] for i in bad] + [self.benign.questions[i] for i in good],
             torch.tensor([True] * len(bad) + [False] * len(good)),
             self._answers(step, bad, good) if self.weight_answer > 0 else [None] * (len(bad) + len(good)),
+            self._changes(step, len(bad) + len(good)),
         )
 
     def _rows(self, label: str, turn: int) -> list[int]:
@@ -146,6 +149,11 @@ class Run(Loop):
         drawn = draws if settings.mixed else [draws[0]] * len(bad) if bad else []
         refusals = [settings.refusal if one else None for one in drawn]
         return [*refusals, *(self.benign.answers[i] for i in good)]
+
+    def _changes(self, step: int, count: int) -> list[Change | None]:
+        """What each row's canvas goes through on its way to the model."""
+        kinds = self.settings.augment
+        return [draw(kinds, f"{self.settings.seed} augment {step} {row}") for row in range(count)] if kinds else []
 
     @torch.no_grad()
     def _probe(self, state: TrainState) -> dict[str, Any]:

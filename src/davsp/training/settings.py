@@ -10,6 +10,10 @@ from davsp.lvlm import LVLM
 from davsp.vector import HarmfulnessVector
 
 
+Augmentation = Literal["shift", "resize", "jpeg", "crop", "gamma"]
+"""What a canvas may go through on its way to the model (`davsp.training.augment`)."""
+
+
 class TrainSettings(BaseModel):
     """How a prompt is trained.
 
@@ -29,6 +33,7 @@ class TrainSettings(BaseModel):
             every model and layer; False is the raw sum of the slides.
         layer, mu_plus, mu_minus: None: the vector's.
         refusal: the answer that malicious queries are to get.
+        augment: changes of the canvas that the border is to survive; three of four rows of a step get one of them, drawn by the seed.
         seed: of data order and choice of rows that carry an answer.
         micro_batch: rows in memory at a time; their gradients are summed to that of the whole batch. None: all.
         activation_checkpointing: keep only the input of each block and compute the block again on the way back. These
@@ -53,6 +58,7 @@ class TrainSettings(BaseModel):
     mu_plus: float | None = None
     mu_minus: float | None = None
     refusal: str = Field(min_length=1, default="I am sorry, I cannot help with that.")
+    augment: tuple[Augmentation, ...] = ()
     seed: int = 0
     micro_batch: int | None = Field(None, ge=1)
     activation_checkpointing: bool = False
@@ -65,7 +71,7 @@ class TrainSettings(BaseModel):
         return {
             name: value
             for name, value in dump(self).items()
-            if (name, value) not in (("mixed", True), ("end_token", True))
+            if (name, value) not in (("mixed", True), ("end_token", True), ("augment", ()))
         }
 
     @property
