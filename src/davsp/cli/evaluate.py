@@ -78,6 +78,12 @@ def evaluate(
     show_unsafe: Annotated[
         bool, typer.Option("--show-unsafe", help="Print compliant answers to malicious queries in the report.")
     ] = False,
+    prefill: Annotated[
+        str | None,
+        typer.Option(
+            help="Every answer is made to begin with this text, as if the model had said it itself: does its refusal hold?"
+        ),
+    ] = None,
     num_processes: Processes = 1,
     seed: Seed = 0,
 ) -> None:
@@ -86,7 +92,7 @@ def evaluate(
 
     from davsp.evaluation import evaluate
     from davsp.evaluation.judging import apart
-    from davsp.lvlm import answer_length
+    from davsp.lvlm import answer_length, loaded
     from davsp.runtime import keys, parallel
     from davsp.vector import HarmfulnessVector
 
@@ -113,6 +119,11 @@ def evaluate(
     lvlm = lvlm_of(model, server, engine, requests)
     lvlm.reasoning_tags = settings.reasoning_tags
     lvlm.longest = answer_length(shipped)
+    if prefill is not None:
+        lvlm = loaded(lvlm, "--prefill goes with a model loaded here: not every server goes on with an answer.").begun(
+            prefill
+        )
+        notes = [*notes, f"every answer was made to begin with {prefill!r}"]
     _check(lvlm, defenses, direction)
     queries, left_out = with_room(lvlm, defenses, queries, max_new_tokens, test.skip_broken)
     notes += left_out

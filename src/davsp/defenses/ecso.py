@@ -30,7 +30,7 @@ from typing import Any
 from davsp.defenses.base import Defense, together
 from davsp.defenses.none import NoDefense
 from davsp.errors import DavspError
-from davsp.lvlm import AnsweringLVLM
+from davsp.lvlm import LVLM, AnsweringLVLM
 from davsp.query import Query, Response
 from davsp.vector import HarmfulnessVector
 
@@ -100,6 +100,11 @@ class ECSO(Defense):
         self.name = name or "+".join(parts)
 
     def check(self, lvlm: AnsweringLVLM) -> None:
+        """Raises DavspError if an inner defense does, or if every answer is made to begin alike: those to ECSO's own questions, too."""
+        if isinstance(lvlm, LVLM) and lvlm.beginning:
+            raise DavspError(
+                f"{self.name} asks the model what it thinks of an answer, and that reply would begin so, too: leave out --prefill"
+            )
         self.inner.check(lvlm)
         if self.instead is not None:
             self.instead.check(lvlm)

@@ -154,6 +154,7 @@ def _answers(
         "published": published,
         "template": None if template_of(lvlm) == CHECKPOINT else template_of(lvlm),  # older runs know of none
         "reasoning_tags": None if lvlm.reasoning_tags == TAGS else lvlm.reasoning_tags,  # older runs know of none
+        "prefill": facts.get("prefill"),  # older runs know of none
         "undefended_picture": None,
     } | undefended.in_records(lvlm, queries)
     described = {name: defense.describe() for name, defense in defenses.items()}

@@ -63,6 +63,7 @@ class LVLM(Asking):
         overridden: what the checkpoint's generation settings say against greedy answers; it does not count.
         server: None: it is loaded here (`AnsweringLVLM`).
         steer: how `generate` steers where nothing else is said; None: not at all (`steered`).
+        beginning: with what every answer is made to begin; empty: with nothing (`begun`).
         reasoning_tags: what stands around its thoughts (`AnsweringLVLM`).
         longest: where an answer is cut (`AnsweringLVLM`); `davsp.embedded.load` sets it for the models that ship.
     """
@@ -70,6 +71,7 @@ class LVLM(Asking):
     processors: tuple[str, ...]
     server: str | None = None
     steer: Steer | None = None
+    beginning: str = ""
     reasoning_tags: Tags = TAGS
     longest: int = answer_length(shipped=False)
     canvas: int
@@ -336,7 +338,12 @@ class LVLM(Asking):
     ) -> tuple[Int[Tensor, "b t"], tuple[Float[Tensor, "b v"], ...]]:
         """The tokens of the answers, and the logits at the place of each if they are wanted."""
         steer = steer or self.steer
-        tokens = self.encode(questions, self.placeholders(canvas), padding_side="left")
+        begun = [self.beginning] * len(questions) if self.beginning else None
+        if begun and steer:
+            raise DavspError(
+                "an intervention acts at the prompt's last token, which a beginning hides: leave out --prefill"
+            )
+        tokens = self.encode(questions, self.placeholders(canvas), begun, padding_side="left", end_token=False)
         for question, length in zip(questions, tokens.mask.sum(1).tolist(), strict=True):
             self._check_length(question, length, max_new_tokens)
         settings = GenerationConfig(
@@ -356,8 +363,9 @@ class LVLM(Asking):
         return output.sequences[:, tokens.ids.shape[1] :], output.logits or ()
 
     def _texts(self, said: Int[Tensor, "b t"]) -> list[tuple[str, str]]:
-        """Texts of answers, each with its finish."""
-        texts = self.tokenizer.batch_decode(said, skip_special_tokens=True)
+        """Texts of answers, with how they were made to begin, each with its finish."""
+        begun = self._answer_ids(self.beginning, False) if self.beginning else []
+        texts = self.tokenizer.batch_decode([begun + row for row in said.tolist()], skip_special_tokens=True)
         ended = torch.isin(said, torch.tensor(self._ends(), device=said.device)).any(1).tolist()
         return [(text.strip(), "stop" if end else "length") for text, end in zip(texts, ended, strict=True)]
 
@@ -376,6 +384,24 @@ class LVLM(Asking):
             raise DavspError("the model is steered already: put no intervention into another")
         other = copy(self)
         other.steer = steer
+        return other
+
+    def begun(self, beginning: str) -> "LVLM":
+        """The same model, whose every answer begins with this text, as if it had said so itself (a prefilled answer); nothing is
+        copied but the reference to its weights.
+
+        Raises:
+            DavspError: the text is blank, or the chat template ends every prompt inside a thought.
+        """
+        if not beginning.strip():
+            raise DavspError("the beginning of an answer is blank: give a text (--prefill)")
+        if opened := self.opened():
+            raise DavspError(
+                f"the chat template of {self.model_id} ends every prompt with {opened}, so a beginning would be one of a thought; switch "
+                "thinking off (--template-kwargs enable_thinking=false)"
+            )
+        other = copy(self)
+        other.beginning = beginning
         return other
 
     def ask(self, canvas: Canvas | None, questions: Sequence[str], max_new_tokens: int | None = None) -> list[Answer]:

@@ -35,9 +35,16 @@ def model_facts(lvlm: AnsweringLVLM) -> dict[str, Any]:
     """What every manifest says of the model: name, revision, weights, template, and what of its generation settings does not count."""
     facts: dict[str, Any] = {"model": model_name(lvlm), "revision": lvlm.revision, "weights": fingerprint(lvlm)}
     facts["template"] = template_of(lvlm)
+    if beginning := beginning_of(lvlm):
+        facts["prefill"] = beginning
     if isinstance(lvlm, LVLM) and lvlm.overridden:
         facts["generation_config_overridden"] = lvlm.overridden
     return facts
+
+
+def beginning_of(lvlm: AnsweringLVLM) -> str | None:
+    """With what every answer is made to begin; None: with nothing."""
+    return (lvlm.beginning or None) if isinstance(lvlm, LVLM) else None
 
 
 def fingerprint(lvlm: AnsweringLVLM) -> str:

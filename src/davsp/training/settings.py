@@ -9,7 +9,6 @@ from davsp.errors import DavspError
 from davsp.lvlm import LVLM
 from davsp.vector import HarmfulnessVector
 
-
 Augmentation = Literal["shift", "resize", "jpeg", "crop", "gamma"]
 """What a canvas may go through on its way to the model (`davsp.training.augment`)."""
 

@@ -37,7 +37,7 @@ def changes(canvas: int, patch: int, padding: int) -> dict[str, Change]:
         "webp-lossless": recoded("WEBP", lossless=True),
         "webp-80": recoded("WEBP", quality=80),
     }
-    sides = {f"{canvas - 1}": canvas - 1, "224": 224, "twice": 2 * canvas}
+    sides = {f"{canvas - 1}": canvas - 1, "90%": round(0.9 * canvas), "224": 224, "twice": 2 * canvas}
     resized: Mapping[str, Change] = {
         f"resize-{name}-{kind}": there_and_back(side, kind) for name, side in sides.items() for kind in FILTERS
     }
