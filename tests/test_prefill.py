@@ -48,7 +48,7 @@ def test_a_run_says_so_and_does_not_go_on_without(mini, queries, tmp_path):
 
 
 def test_what_does_not_go_together_is_refused(mini):
-    with pytest.raises(DavspError, match="ecso.none asks the model"):
+    with pytest.raises(DavspError, match=r"ecso\+none asks the model"):
         ECSO(NoDefense()).check(mini.begun(BEGINNING))
     with pytest.raises(DavspError, match="blank"):
         mini.begun(" ")
