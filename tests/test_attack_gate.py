@@ -29,7 +29,9 @@ def border(lvlm: LVLM, vector: HarmfulnessVector) -> VisualSafetyPrompt:
     held = [replace(q, id=f"held-{q.id}") for q in queries("benign", 12)]
     fit = queries("malicious", 6), queries("benign", 6)
     rest = [replace(q, id=f"held-{q.id}") for q in queries("malicious", 4)]
-    prompt.gate = calibrate(lvlm, prompt, vector, fit, (rest, held), "i cannot", rate=0.2, confidence=None)
+    prompt.gate = calibrate(
+        lvlm, VisualPrompt(prompt), vector, fit, (rest, held), "i cannot", rate=0.2, confidence=None
+    )
     return prompt
 
 

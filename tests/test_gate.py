@@ -43,7 +43,7 @@ def border() -> VisualSafetyPrompt:
 
 @pytest.fixture
 def calibrated(lvlm: LVLM, border: VisualSafetyPrompt, vector: HarmfulnessVector) -> VisualSafetyPrompt:
-    border.gate = calibrate(lvlm, border, vector, *SETS, REFUSAL, rate=0.2, confidence=None)
+    border.gate = calibrate(lvlm, VisualPrompt(border), vector, *SETS, REFUSAL, rate=0.2, confidence=None)
     return border
 
 
@@ -285,9 +285,9 @@ def test_a_changed_file_is_refused(calibrated: VisualSafetyPrompt, tmp_path: Pat
 def test_calibration_needs_queries_of_its_own(lvlm: LVLM, border: VisualSafetyPrompt, vector: HarmfulnessVector):
     fit, held = SETS
     with pytest.raises(DavspError, match="in the fitting set and held out"):
-        calibrate(lvlm, border, vector, fit, (fit[0], held[1]), REFUSAL, rate=0.2, confidence=None)
+        calibrate(lvlm, VisualPrompt(border), vector, fit, (fit[0], held[1]), REFUSAL, rate=0.2, confidence=None)
     with pytest.raises(DavspError, match=r"there are 12 benign queries .* at least 598"):
-        calibrate(lvlm, border, vector, fit, held, REFUSAL)
+        calibrate(lvlm, VisualPrompt(border), vector, fit, held, REFUSAL)
 
 
 def test_embedded_calibration_is_disjoint_from_the_protocol():

@@ -234,7 +234,7 @@ def test_what_does_not_go_together(lvlm: LVLM):
         with pytest.raises(DavspError, match=why):
             one.check(model)
     with pytest.raises(DavspError, match=r"there are 14 benign queries .* at least 598"):
-        calibrate_served(remote, border().prompt, (BAD_ONES, GOOD_ONES), "sorry no")  # type: ignore[arg-type]
+        calibrate_served(remote, border(), (BAD_ONES, GOOD_ONES), "sorry no")
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from PIL import Image
 from davsp import DavspError
 from davsp.cli import serve
 from davsp.defenses import ECSO, Chain, Gate, NoDefense, SafetyText, load_defense
+from davsp.prompts.beside import texts
 from davsp.prompts.gate import Calibration
 from davsp.serve.canaries import border_of
 from davsp.serve.gate import HEAD, gate_of
@@ -341,7 +342,8 @@ def test_a_response_without_an_answer_goes_no_further(look):
 
 
 def test_gates_that_are_not_served_are_refused_at_the_start():
-    first = Calibration.model_construct()
+    prompt: Any = border().prompt
+    first = Calibration.model_construct(pixels=prompt.pixels_sha256(), texts=texts(prompt))
     for defense, why in (
         (Gate(border(), "first", first), "gate:first has no threshold for a server"), (Gate(border(), "states", first), "gate:states looks"),
         (Gate(ECSO()), "asks the model more than once"), (Gate(border(), else_=ECSO()), "asks the model more than once"),

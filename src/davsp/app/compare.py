@@ -17,8 +17,8 @@ from davsp.prompts.base import from_picture, to_bytes
 from davsp.query import Query
 from davsp.vector import HarmfulnessVector
 
-REFUSED = "The gate looked through the border and refused."
-PASSED = "The gate let it pass: this picture was answered, not the one in the border that was looked at."
+REFUSED = "The gate looked at this picture and question and refused."
+PASSED = "The gate let it pass: this picture and question were answered, not what was looked at."
 
 
 @dataclass(frozen=True)

@@ -73,12 +73,16 @@ def rows(
 
 def _read(spec: str, context: _Context) -> "Defense":
     """The defense that a spec means; its name is that of the row."""
-    from davsp.defenses import ECSO, Chain, Intervention
+    from davsp.defenses import ECSO, Chain, Intervention, load_defense
+    from davsp.defenses.load import holds_gate
 
     head, plus, rest = spec.partition("+")
     method, _, options = head.partition(":")
     if not plus or "=" in head or (method not in METHODS and Path(spec).is_dir()):
         head, plus, rest = spec, "", ""
+    inside, _, value = rest.partition("=")
+    if method == "gate" and "+" not in inside and holds_gate(value or inside):
+        return load_defense(spec)  # its folder says what is looked through
     inner = _read(rest, context) if plus else None
     name = f"{head}+{inner.name}" if inner else head
     if method == "ecso":
@@ -150,7 +154,7 @@ def _switches(spec: str, options: str, context: _Context) -> dict[str, Any]:
 
 
 def _gate(spec: str, options: str, inner: "Defense | None", name: str) -> "Defense":
-    """What it looks through stands behind the plus; its thresholds are in that prompt's folder."""
+    """What it looks through stands behind the plus; its thresholds are in that folder."""
     from davsp.defenses.load import gated
 
     if inner is None:

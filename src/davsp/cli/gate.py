@@ -1,15 +1,15 @@
-"""`davsp gate`: the scores and thresholds by which a border is looked through."""
+"""`davsp gate`: the scores and thresholds by which a border, a safety text or nothing is looked through."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from davsp.cli.evaluate import EngineOptions, lvlm_of, server_of
-from davsp.cli.inputs import compare_templates, is_shipped, load_lvlm, say_where
+from davsp.cli.inputs import compare_templates, is_shipped, load_lvlm, safety_text, say_where
 from davsp.cli.options import ModelOptions, RequestOptions, Seed
 from davsp.cli.testset import queries_at
 from davsp.cli.train import direction_of
@@ -18,15 +18,35 @@ from davsp.errors import DavspError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from davsp.prompts.gate import Threshold
+    from davsp.defenses import Defense
+    from davsp.prompts import VisualSafetyPrompt
+    from davsp.prompts.gate import Calibration, Served, Threshold
     from davsp.query import Query
 
 
 def gate(
-    prompt: Annotated[Path, typer.Argument(help="Folder of a border; gate.json goes into it.")],
+    prompt: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of a border, beside which gate.json is put; with --look one of its own, made if missing."
+        ),
+    ],
     model: ModelOptions,
     engine: EngineOptions,
     requests: RequestOptions,
+    look: Annotated[
+        str | None,
+        typer.Option(
+            help="What the gate looks through without a border: none, or text. Left out: the border in the folder."
+        ),
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="With --look text: the safety text; left out: of a model that ships.")
+    ] = None,
+    score: Annotated[
+        str,
+        typer.Option(help="Of first: both, projection and likelihood of a refusal weighed together, or refusal alone."),
+    ] = "both",
     vector: Annotated[
         Path | None, typer.Option(help="Folder that `davsp vector` wrote; left out: fitted, for a model that ships.")
     ] = None,
@@ -38,6 +58,10 @@ def gate(
     held_malicious: Annotated[Path | None, typer.Option(help="Held-out malicious queries: what is caught.")] = None,
     held_benign: Annotated[
         Path | None, typer.Option(help="Held-out benign queries, like those that are served: they set the thresholds.")
+    ] = None,
+    draw: Annotated[
+        int | None,
+        typer.Option(min=1, help="Held-out queries a class that are drawn for a model that ships; left out: 600."),
     ] = None,
     false_refusals: Annotated[
         float, typer.Option(min=0, max=1, help="Share of benign queries that may be refused.")
@@ -58,66 +82,140 @@ def gate(
     ] = False,
     seed: Seed = 0,
 ) -> None:
-    """Calibrate a border's gate: what it looks at, and above which score a query is refused."""
+    """Calibrate a gate: what it looks at, and above which score a query is refused."""
     from davsp import embedded
+    from davsp.defenses import VisualPrompt
     from davsp.defenses.gate import calibrate, calibrate_served
     from davsp.defenses.gate.served import TOP
-    from davsp.prompts import VisualSafetyPrompt
     from davsp.training import TrainSettings
 
     if not 0 < false_refusals < 1 or confidence == 1:
         raise DavspError("--false-refusals is above 0 and below 1, and --confidence below 1.")
-    if not prompt.is_dir():
-        raise DavspError(f"there is no folder {prompt}; give that of a border.")
+    if score not in ("both", "refusal"):
+        raise DavspError(f"--score {score!r} is not known: choose both or refusal.")
     server = server_of(engine, model)
-    border = VisualSafetyPrompt.from_pretrained(prompt)
-    name = server[0] if server else model.name or border.config.get("model_id")
+    border = _border(prompt, look, text)
+    made: dict[str, Any] = border.config if border else {}
+    name = server[0] if server else model.name or made.get("model_id")
     shipped = is_shipped(name)
-    fit = {"--malicious": malicious, "--benign": benign}
-    if server and (vector or malicious or benign):
+    if server and (vector or malicious or benign or score != "both"):
         raise DavspError(
-            "--vector, --malicious and --benign go with a model loaded here: a server's one score has no weights to fit."
+            "--vector, --score, --malicious and --benign go with a model loaded here: a server's one score has no weights to fit."
         )
+    if score == "refusal" and (malicious or benign):
+        raise DavspError("--malicious and --benign weigh the two scores, and --score refusal has one; leave them out.")
     if not server and top_logprobs is not None:
         raise DavspError("--top-logprobs goes with --engine openai.")
-    folders = ({} if server else fit) | {"--held-malicious": held_malicious, "--held-benign": held_benign}
-    fit_bad, fit_good, held_bad, held_good = _queries(folders, name, shipped, seed, allow_outside)
+    inner = VisualPrompt(border) if border else _bare(prompt, look, text, shipped)
+    fit = {} if server or score == "refusal" else {"--malicious": malicious, "--benign": benign}
+    folders = fit | {"--held-malicious": held_malicious, "--held-benign": held_benign}
+    fit_bad, fit_good, held_bad, held_good = _queries(folders, name, shipped, seed, allow_outside, draw)
     if not server and vector is None and not shipped:
         raise DavspError("--vector is needed for this model; make one with `davsp vector`.")
-    text = refusal or (embedded.REFUSAL if shipped else TrainSettings().refusal)
-    promise = false_refusals, confidence or None
+    says = refusal or (embedded.REFUSAL if shipped else TrainSettings().refusal)
+    promise, held = (false_refusals, confidence or None), (held_bad, held_good)
     lines: dict[str, Threshold]
+    file: Calibration | Served
     if server:
         remote = lvlm_of(model, server, engine, requests)
         compare_templates(remote, {"the prompt": border})
-        with _looking(held_bad, held_good) as progress:
-            border.served = calibrate_served(
-                remote, border, (held_bad, held_good), text, *promise, top_logprobs or TOP, progress=progress
-            )
-        file, lines = "gate_served.json", {"first": border.served.first}
+        with _looking(*held) as progress:
+            file = calibrate_served(remote, inner, held, says, *promise, top_logprobs or TOP, progress=progress)
+        lines = {"first": file.first}
     else:
-        lvlm = load_lvlm(replace(model, name=name, revision=model.revision or border.config.get("revision")))
+        lvlm = load_lvlm(replace(model, name=name, revision=model.revision or made.get("revision")))
         say_where(lvlm)
         compare_templates(lvlm, {"the prompt": border})
         protocol = embedded.protocol(seed) if shipped else None
-        direction = direction_of(vector, protocol, lvlm, border.text, "the prompt puts")
-        with _looking(fit_bad, fit_good, held_bad, held_good) as progress:
-            border.gate = calibrate(
-                lvlm, border, direction, (fit_bad, fit_good), (held_bad, held_good), text, *promise, progress=progress
-            )
-        file, lines = "gate.json", {"states": border.gate.states, "first": border.gate.first}
-    border.save_pretrained(prompt)
+        direction = direction_of(
+            vector, protocol, lvlm, border.text if border else getattr(inner, "text", ""), "the gate puts"
+        )
+        weigh = (fit_bad, fit_good) if fit else None
+        with _looking(*(weigh or ()), *held) as progress:
+            file = calibrate(lvlm, inner, direction, weigh, held, says, *promise, progress=progress)
+        lines = {"states": file.states, "first": file.first}
+    saved = _save(prompt, border, file)
     _print(lines, *promise)
     where = " with the same --engine" if server else ""
     print(
-        f"saved to {prompt / file}; `davsp eval --defense none --defense gate:first+davsp={prompt}`{where} measures it"
+        f"saved to {saved}; `davsp eval --defense none --defense gate:first+{inner.name}={prompt}`{where} measures it"
     )
 
 
+def _border(folder: Path, look: str | None, text: str | None) -> "VisualSafetyPrompt | None":
+    """The border that is looked through; None: there is none.
+
+    Raises:
+        DavspError: the folder holds one where none is looked through, or none where one is; an option that does not go with that.
+    """
+    from davsp.defenses.load import LOADERS
+    from davsp.prompts import VisualSafetyPrompt
+
+    if look not in (None, "none", "text"):
+        raise DavspError(
+            f"--look {look!r} is not known: choose none or text; left out, the gate looks through the border."
+        )
+    if text is not None and look != "text":
+        raise DavspError("--text goes with --look text: a border has its own.")
+    if look is None:
+        if not folder.is_dir():
+            raise DavspError(f"there is no folder {folder}; give that of a border, or --look none or text.")
+        return VisualSafetyPrompt.from_pretrained(folder)
+    if other := [name for name in LOADERS if (folder / name).exists()]:
+        raise DavspError(
+            f"{folder} holds another defense ({other[0]}); a gate without a border has a folder of its own."
+        )
+    return None
+
+
+def _bare(folder: Path, look: str | None, text: str | None, shipped: bool) -> "Defense":
+    """What is looked through without a border.
+
+    Raises:
+        DavspError: there is no text, or the folder has thresholds of another look.
+    """
+    from davsp.defenses import NoDefense, SafetyText
+    from davsp.defenses.gate import read_alone
+    from davsp.defenses.gate.through import seen_through
+    from davsp.defenses.load import holds_gate
+
+    words = safety_text(text, shipped) if look == "text" else ""
+    if look == "text" and not words.strip():
+        raise DavspError("--look text needs a text for this model: --text TEXT.")
+    inner: Defense = SafetyText(words) if words else NoDefense()
+    if holds_gate(folder) and seen_through(read_alone(folder).inner) != seen_through(inner):
+        raise DavspError(
+            f"{folder} holds a gate that looks through another text or none; give this one another folder."
+        )
+    return inner
+
+
+def _save(folder: Path, border: "VisualSafetyPrompt | None", file: "Calibration | Served") -> Path:
+    """Put the thresholds beside the border, or into their own folder; the path of the file."""
+    from davsp.prompts.gate import FILE, SERVED, Calibration
+    from davsp.runtime.files import write_all
+
+    name = FILE if isinstance(file, Calibration) else SERVED
+    if border is None:
+        write_all(folder, {name: file.contents()})
+        return folder / name
+    if isinstance(file, Calibration):
+        border.gate = file
+    else:
+        border.served = file
+    border.save_pretrained(folder)
+    return folder / name
+
+
 def _queries(
-    folders: "Mapping[str, Path | None]", name: str | None, shipped: bool, seed: int, allow_outside: bool
+    folders: "Mapping[str, Path | None]",
+    name: str | None,
+    shipped: bool,
+    seed: int,
+    allow_outside: bool,
+    draw: int | None,
 ) -> "Sequence[list[Query]]":
-    """Malicious and benign queries to fit on (none for a server), and held out: the user's own or those of a model that ships."""
+    """Malicious and benign queries to fit on (none where nothing is weighed), and held out: the user's own or those of a model that ships."""
     from davsp.embedded.data import calibration
 
     missing = [option for option, folder in folders.items() if folder is None]
@@ -126,7 +224,9 @@ def _queries(
     if missing and not shipped:
         raise DavspError(f"queries are drawn for the models that ship alone; give your own ({', '.join(missing)}).")
     own = [queries_at(folder, None, option, allow_outside) for option, folder in folders.items() if folder is not None]
-    return [[], [], *own][-4:] if own else calibration(seed)
+    if own and draw:
+        raise DavspError("--draw is for queries that are drawn; leave it out, or your own queries.")
+    return [[], [], *own][-4:] if own else calibration(seed, draw or 600)
 
 
 @contextmanager

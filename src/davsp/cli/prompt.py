@@ -39,7 +39,7 @@ def apply(
 
 def info(
     prompt: Annotated[
-        Path, typer.Argument(help="Folder or hub id of a prompt, or folder of a pool or of PAT's tokens.")
+        Path, typer.Argument(help="Folder or hub id of a prompt, or folder of a pool, of PAT's tokens or of a gate.")
     ],
 ) -> None:
     """What a prompt is: model, sizes, layer, margins, text, data hashes, figures. Checks the files' hashes and each against the others."""
@@ -48,6 +48,8 @@ def info(
 
     from davsp.defenses.adashield_a.pool import CONFIG as POOL
     from davsp.defenses.adashield_a.pool import Pool
+    from davsp.defenses.gate import read_alone
+    from davsp.defenses.load import holds_gate
     from davsp.defenses.pat.defense import CONFIG, PAT
     from davsp.prompts import VisualSafetyPrompt, load_prompt, saved_files
     from davsp.runtime.table import TextTable
@@ -59,6 +61,9 @@ def info(
         return
     if (prompt / CONFIG).exists():
         Console().print_json(data=PAT.load(prompt).config.model_dump())
+        return
+    if holds_gate(prompt):
+        print(read_alone(prompt).described())
         return
     loaded = load_prompt(prompt)
     table = TextTable("field", "value", right=False, frame=False)

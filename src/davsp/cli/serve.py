@@ -135,7 +135,7 @@ def serve(
     from davsp.runtime.thought import read_tags
     from davsp.serve.app import Proxy
     from davsp.serve.canaries import border_of, check_required
-    from davsp.serve.gate import NOTE, gate_of
+    from davsp.serve.gate import gate_of, note
     from davsp.serve.probe import probe as look
     from davsp.serve.settings import ServeSettings
 
@@ -167,7 +167,7 @@ def serve(
         check_required(report)
     proxy = Proxy(loaded, settings, report=report)
     if gate is not None:
-        say(NOTE)
+        say(note(gate))
     say(f"the upstream is reached {road(trust_env)}")
     say(f"{loaded.name}, {proxy.hash[:12]}: models are called NAME{proxy.suffix}")
     if settings.workers == 1:

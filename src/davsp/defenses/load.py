@@ -1,5 +1,6 @@
 """Reading a defense from a folder."""
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +9,15 @@ from typing import cast
 from davsp.defenses.adashield_a import pool
 from davsp.defenses.adashield_a.defense import AdaShieldA
 from davsp.defenses.base import Defense
-from davsp.defenses.gate import KINDS, Gate
+from davsp.defenses.gate import KINDS, Gate, read_alone
 from davsp.defenses.gate.defense import Kind
+from davsp.defenses.none import NoDefense
 from davsp.defenses.pat import defense as pat
+from davsp.defenses.text import SafetyText
 from davsp.defenses.visual import VisualPrompt
 from davsp.errors import DavspError
 from davsp.prompts import VisualSafetyPrompt, additive, border, load_prompt, published
+from davsp.prompts.gate import FILE, SERVED
 
 GATE = re.compile(r"(gate(?::(\w*))?)\+(?:([^=+:/]+)=)?(.+)", re.DOTALL)  # gate:KIND+NAME=FOLDER, as in davsp eval
 
@@ -38,16 +42,22 @@ def load_defense(source: str | Path, name: str | None = None) -> Defense:
 
     Args:
         source: folder or hub id; with `gate+`, `gate:first+` or `gate:states+` before it, alone or as NAME=FOLDER, a gate that looks
-            through it.
+            through it; `gate+safety-text=TEXT` looks through a text.
         name: of its row; None: the kind's own, davsp for a border.
 
     Raises:
         DavspError: the folder holds none of the known kinds, or two; else as the kind's own reader.
     """
     folder = Path(source)
-    if not folder.is_dir() and (spec := GATE.fullmatch(f"{source}")):
-        inner = load_defense(spec[4], spec[3])
-        return gated(inner, spec[2] if spec[2] is not None else "answer", name or f"{spec[1]}+{inner.name}")
+    if not os.path.isdir(source) and (spec := GATE.fullmatch(f"{source}")):
+        head, kind, inside, value = spec.groups()
+        kind = "answer" if kind is None else kind
+        if holds_gate(value):
+            return _gated_alone(value, inside, kind, name, head)
+        inner = SafetyText(value) if inside == "safety-text" else load_defense(value, inside)
+        return gated(inner, kind, name or f"{head}+{inner.name}")
+    if holds_gate(folder):
+        raise DavspError(f"{folder} holds a gate without a border, which is no defense by itself: gate:first+{folder}")
     kinds = {LOADERS[file]: file for file in LOADERS if (folder / file).exists()}
     if len(kinds) > 1:
         raise DavspError(f"{folder} holds {' and '.join(kinds.values())}; take the files of one away.")
@@ -56,15 +66,38 @@ def load_defense(source: str | Path, name: str | None = None) -> Defense:
     return next(iter(kinds), _visual)(source, name)
 
 
+def holds_gate(folder: str | Path) -> bool:
+    """Whether a folder holds a gate's thresholds and no border or other defense that they could belong to."""
+    there = set(os.listdir(folder)) if os.path.isdir(folder) else set()  # not Path's, which fails on a long text
+    return bool(there & {FILE, SERVED}) and not there & set(LOADERS)
+
+
+def _gated_alone(folder: str, inside: str | None, kind: str, name: str | None, head: str) -> Gate:
+    """A gate that looks through what its own files say."""
+    inner, calibration, served = read_alone(folder, inside)
+    return Gate(inner, _kind(kind), calibration, name=name or f"{head}+{inner.name}", served=served)
+
+
+def _kind(word: str) -> Kind:
+    if word not in KINDS:
+        raise DavspError(f"a gate has no kind {word!r}: behind gate: may stand {', '.join(KINDS)}.")
+    return cast(Kind, word)
+
+
 def gated(inner: Defense, kind: str, name: str | None = None) -> Gate:
     """A gate that looks through a defense; its thresholds are those in the folder of the prompt.
 
     Raises:
         DavspError: as `Gate`.
     """
-    if kind not in KINDS:
-        raise DavspError(f"a gate has no kind {kind!r}: behind gate: may stand {', '.join(KINDS)}.")
+    which = _kind(kind)
+    if which != "answer" and isinstance(inner, NoDefense | SafetyText):
+        look = "none" if isinstance(inner, NoDefense) else "text"
+        raise DavspError(
+            f"gate:{kind}+{inner.name} has no threshold; make one with davsp gate FOLDER --look {look} and give "
+            f"gate:{kind}+{inner.name}=FOLDER"
+        )
     prompt = inner.prompt if isinstance(inner, VisualPrompt) else None
-    border = prompt if isinstance(prompt, VisualSafetyPrompt) and kind != "answer" else None
-    served = border.served if border and kind == "first" else None
-    return Gate(inner, cast(Kind, kind), border.gate if border else None, name=name, served=served)
+    border = prompt if isinstance(prompt, VisualSafetyPrompt) and which != "answer" else None
+    served = border.served if border and which == "first" else None
+    return Gate(inner, which, border.gate if border else None, name=name, served=served)

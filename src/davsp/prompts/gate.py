@@ -1,7 +1,7 @@
-"""A border's gate: the scores and thresholds of `davsp.defenses.gate`, in files beside the prompt.
+"""The scores and thresholds of a gate (`davsp.defenses.gate`), in files beside the border that it looks through, or alone in a folder.
 
 `gate.json` is of a model that is loaded, `gate_served.json` of one behind a server, which shows less. Like the canaries they are no part
-of the prompt (`davsp.prompts.beside`).
+of the prompt (`davsp.prompts.beside`). Of a gate that looks through a safety text, or through nothing, they say all there is.
 """
 
 import base64
@@ -59,6 +59,8 @@ class Calibration(Beside):
         layer: of the projection.
         direction: the unit vector there, base64 of float32, little endian.
         refusal_text: whose likelihood is measured, and what is said in place of an answer.
+        undefended: how pictures came to the model's shape, of a look without a border; left out of the file with one, which makes its
+            own pictures.
         rate: false refusals that the threshold is made for.
         confidence: how sure that is; None: on average over calibration sets.
         states, first: the two kinds of gate that have a score.
@@ -70,6 +72,7 @@ class Calibration(Beside):
     layer: int = Field(ge=1)
     direction: str
     refusal_text: str = Field(min_length=1)
+    undefended: str | None = None
     rate: float = Field(gt=0, lt=1)
     confidence: float | None = Field(None, gt=0, lt=1)
     states: Line
@@ -85,6 +88,10 @@ class Calibration(Beside):
         if not abs(float(np.linalg.norm(vector.astype(float))) - 1) < 1e-3:
             raise ValueError("no unit vector")
         return value
+
+    @model_serializer(mode="wrap")
+    def _without_usual(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in dump(self).items() if name != "undefended" or value}
 
     def described(self) -> str:
         """In a line: what it is made for, and what it caught of the held-out queries."""

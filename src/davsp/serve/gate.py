@@ -1,4 +1,4 @@
-"""The gate in service: a request is looked at through the border, and what is no refusal goes on with its pictures undefended.
+"""The gate in service: a request is looked at through a defense, and what is no refusal goes on with its pictures undefended.
 
 The look is the request as the inner defense alone would send it, every turn of it, so that whatever the answer will see is looked at.
 It is greedy, short and whole. Of the client's fields only those pass that choose the model, bring messages and tools, or set how long it
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from starlette.responses import Response, StreamingResponse
 
-from davsp.defenses import Defense, Gate, NoDefense
+from davsp.defenses import Defense, Gate, NoDefense, VisualPrompt
 from davsp.defenses.gate.served import TOKENS, UNTOLD, log_odds
 from davsp.errors import DavspError
 from davsp.judges.keyword import has_words, refused
@@ -35,6 +35,10 @@ REFUSED, PASSED = "refused", "passed"
 NOTE = (
     "the gate asks first through the defense; what passes goes upstream a second time with its pictures undefended, by design: who can "
     "read the upstream's logs can read them."
+)
+BARE = (
+    "the gate looks without a border: every request goes upstream with its pictures undefended, by design, and what passes goes twice: "
+    "who can read the upstream's logs can read them."
 )
 WORDS = 12
 """That must follow a thought, which took some of the tokens, where the answer is cut: about what 16 tokens hold."""
@@ -90,9 +94,19 @@ def gate_of(defense: Defense) -> Gate | None:
             raise DavspError(
                 f"{one.name} asks the model more than once, which is not served inside a gate; take a border or a text."
             )
-    if isinstance(defense.inner, NoDefense):
+    if isinstance(defense.inner, NoDefense) and defense.kind == "answer":
         raise DavspError("gate+none looks through nothing; put a border or a text behind the plus.")
     return defense
+
+
+def note(gate: Gate) -> str:
+    """What whoever starts it has to know of the pictures that leave."""
+    return NOTE if paints(gate.inner) else BARE
+
+
+def paints(defense: Defense) -> bool:
+    """Whether a visual prompt changes the pictures."""
+    return isinstance(defense, VisualPrompt) or any(map(paints, _parts(defense)))
 
 
 def _parts(defense: Defense) -> Iterator[Defense]:

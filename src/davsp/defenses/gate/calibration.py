@@ -6,14 +6,13 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from davsp.defenses.base import batches
+from davsp.defenses.base import Defense, batches
 from davsp.defenses.gate.scores import combined, look
 from davsp.defenses.gate.threshold import CONFIDENCE, RATE, counts, threshold
-from davsp.defenses.visual import VisualPrompt
+from davsp.defenses.gate.through import seen_through
 from davsp.errors import DavspError
 from davsp.lvlm import LVLM, fingerprint, model_name
-from davsp.prompts import VisualSafetyPrompt
-from davsp.prompts.beside import texts
+from davsp.prompts.beside import UNTOUCHED
 from davsp.prompts.gate import Calibration, Line, packed
 from davsp.query import Query
 from davsp.vector import HarmfulnessVector, check_classes
@@ -23,9 +22,9 @@ Scores = Float[np.ndarray, "_ 2"]
 
 def calibrate(
     lvlm: LVLM,
-    prompt: VisualSafetyPrompt,
+    inner: Defense,
     vector: HarmfulnessVector,
-    fit: tuple[Sequence[Query], Sequence[Query]],
+    fit: tuple[Sequence[Query], Sequence[Query]] | None,
     held: tuple[Sequence[Query], Sequence[Query]],
     refusal_text: str,
     rate: float = RATE,
@@ -33,40 +32,43 @@ def calibrate(
     batch_size: int = 32,
     progress: Callable[[int], object] | None = None,
 ) -> Calibration:
-    """Thresholds of the gates `states` and `first` under a border.
+    """Thresholds of the gates `states` and `first`.
 
     Args:
-        prompt: looked through as it is saved, in 8 bit.
+        inner: what is looked through: a border, a safety text before the question, or nothing.
         vector: of the projection, at its layer.
-        fit: malicious and benign queries that the weights of `first` are fitted on. The border must not have been trained on
-            them: it moves what it was trained on further than anything else.
+        fit: malicious and benign queries that the weights of `first` are fitted on. A border must not have been trained on
+            them: it moves what it was trained on further than anything else. None: `first` is the likelihood of the refusal alone.
         held: malicious and benign queries that set the thresholds; drawn like those that are served, and in no other use.
         refusal_text: whose likelihood is a score, and what the gate says.
         rate, confidence: of false refusals (`davsp.defenses.gate.threshold`).
         progress: called with the number of queries looked at since the last call.
 
     Raises:
-        DavspError: a query is in two of the sets, too few benign ones are held, or vector and model do not go together.
+        DavspError: a query is in two of the sets, too few benign ones are held, or vector or `inner` and model do not go together.
     """
     vector.check(lvlm)
-    check_classes(*fit)
+    inner.check(lvlm)
+    pixels, texts = seen_through(inner)
+    if fit:
+        check_classes(*fit)
     check_classes(*held)
-    both = {q.id for part in fit for q in part} & {q.id for part in held for q in part}
+    both = {q.id for part in fit or () for q in part} & {q.id for part in held for q in part}
     if both:
         raise DavspError(
             f"query {min(both)!r} is in the fitting set and held out; a threshold needs queries of its own"
         )
     threshold([0.0] * len(held[1]), rate, confidence)  # says so if there are too few, before anything is computed
-    prompt = prompt.quantised()
-    defense = VisualPrompt(prompt)
-    seen = [scored(lvlm, defense, part, vector, refusal_text, batch_size, progress) for part in (*fit, *held)]
-    projection, refusal = combined(seen[0], seen[1])
+    *weighed, bad, good = [
+        scored(lvlm, inner, part, vector, refusal_text, batch_size, progress) for part in (*(fit or ()), *held)
+    ]
+    projection, refusal = combined(*weighed) if weighed else (0.0, 1.0)
     lines = {
-        name: _line(w, seen[2], seen[3], rate, confidence)
+        name: _line(w, bad, good, rate, confidence)
         for name, w in (("states", (1.0, 0.0)), ("first", (projection, refusal)))
     }
     return Calibration(
-        pixels=prompt.pixels_sha256(), texts=texts(prompt),
+        pixels=pixels, texts=texts, undefended=lvlm.undefended if pixels == UNTOUCHED else None,
         model=model_name(lvlm), revision=lvlm.revision, weights=fingerprint(lvlm),
         layer=vector.layer, direction=packed(vector.direction().tolist()), refusal_text=refusal_text,
         rate=rate, confidence=confidence, **lines,
@@ -75,7 +77,7 @@ def calibrate(
 
 def scored(
     lvlm: LVLM,
-    defense: VisualPrompt,
+    defense: Defense,
     queries: Sequence[Query],
     vector: HarmfulnessVector,
     refusal_text: str,

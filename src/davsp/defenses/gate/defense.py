@@ -1,12 +1,13 @@
-"""The gate: a query is looked at through a border, and answered without it.
+"""The gate: a query is looked at through a defense, and answered without it.
 
 A border makes a model show what it thinks of a query. Whoever only looks need not answer through it: what looks harmful is refused, and
-the rest is answered as if there were no defense, so the border costs no utility. Three ways to look, the cheapest first:
+the rest is answered as if there were no defense, so the border costs no utility. A safety text may be looked through as well, and a
+query may be looked at as it is. Three ways to look, the cheapest first:
 
-- `states`: the pass under the border ends at the layer; refused if s(x) is above a threshold. No generation.
+- `states`: the pass ends at the layer; refused if s(x) is above a threshold. No generation.
 - `first`: the pass goes to its end; refused if s(x) and the likelihood of a refusal, weighed together, are above a threshold.
   No generation. On a server the log-odds of a refusal's first token are the score (`davsp.defenses.gate.served`).
-- `answer`: the answer under the border is begun; refused if it is a refusal. Needs no states, so it works before any server.
+- `answer`: the answer under the defense is begun; refused if it is a refusal. Needs no states, so it works before any server.
 
 What passes is answered by `else_`, by default undefended.
 """
@@ -23,6 +24,7 @@ from torch import Tensor
 from davsp.defenses.base import Defense, batches, together
 from davsp.defenses.gate.scores import Look, look, look_at
 from davsp.defenses.gate.served import likely, refusal_odds
+from davsp.defenses.gate.through import check_bound
 from davsp.defenses.none import NoDefense
 from davsp.errors import DavspError
 from davsp.judges.keyword import withheld
@@ -36,7 +38,7 @@ Kind = Literal["states", "first", "answer"]
 KINDS: tuple[Kind, ...] = ("states", "first", "answer")
 
 TOKENS = 16
-"""Of an answer under the border that show whether it is a refusal."""
+"""Of an answer that is looked at that show whether it is a refusal."""
 
 NO_STATES = "gate:states looks inside the model, which a server does not show; take gate:answer."
 
@@ -61,7 +63,7 @@ class Gate(Defense):
         served: as `calibration`, of `first` on a server.
 
     Raises:
-        DavspError: an unknown kind, or one that needs a calibration without one.
+        DavspError: an unknown kind, one that needs a calibration without one, or a calibration through something else.
     """
 
     def __init__(
@@ -82,6 +84,10 @@ class Gate(Defense):
             )
         if kind != "answer" and type(inner).respond is not Defense.respond:
             raise DavspError(f"{inner.name} wraps the call, so only its answers can be looked at: take gate:answer")
+        if kind != "answer":
+            for file in (calibration, served):
+                if file is not None:
+                    check_bound(file, inner)
         self.inner, self.kind, self.calibration, self.tokens = inner, kind, calibration, tokens
         self.served = served if kind == "first" else None
         self.else_ = else_ or NoDefense()
@@ -110,6 +116,11 @@ class Gate(Defense):
             raise DavspError(
                 f"the gate was calibrated on {self.calibration.model}, whose weights are not those of {model.model_id}; "
                 "calibrate it on this model with davsp gate"
+            )
+        if self.calibration.undefended not in (None, model.undefended):
+            raise DavspError(
+                f"the gate was calibrated with --undefended {self.calibration.undefended}, and pictures are shown by "
+                f"{model.undefended} now; calibrate it again, or show them as then"
             )
 
     def _check_served(self, lvlm: AnsweringLVLM) -> None:

@@ -1,6 +1,6 @@
 """The gate `first` on a server: it tells the log-probabilities of tokens, and neither states nor what it would have said of a given text.
 
-score = log p - log (1 - p), with p the probability that the answer under the border begins as the refusal does. p is the sum over those
+score = log p - log (1 - p), with p the probability that the answer, as it is looked at, begins as the refusal does. p is the sum over those
 of the likeliest tokens at the answer's first place that the refusal begins with; blanks do not count. If none of them is listed, p is
 the most that it can be: no more than the last one listed, and no more than all that are not listed together. So a query is refused
 rather than passed where a server tells too little.
@@ -15,13 +15,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from davsp.defenses.base import batches
+from davsp.defenses.base import Defense, batches
 from davsp.defenses.gate.threshold import CONFIDENCE, RATE, counts, threshold
-from davsp.defenses.visual import VisualPrompt
+from davsp.defenses.gate.through import seen_through
 from davsp.errors import DavspError
 from davsp.lvlm import Answer, AnsweringLVLM, Token
-from davsp.prompts import VisualSafetyPrompt
-from davsp.prompts.beside import texts
 from davsp.prompts.gate import Served, Threshold
 from davsp.query import Query
 from davsp.runtime.thought import split_thought
@@ -79,7 +77,7 @@ def likely(lvlm: AnsweringLVLM, prepared: Sequence[Query], top: int) -> list[Ans
 
 def calibrate_served(
     lvlm: AnsweringLVLM,
-    prompt: VisualSafetyPrompt,
+    inner: Defense,
     held: tuple[Sequence[Query], Sequence[Query]],
     refusal_text: str,
     rate: float = RATE,
@@ -88,12 +86,12 @@ def calibrate_served(
     batch_size: int = 64,
     progress: Callable[[int], object] | None = None,
 ) -> Served:
-    """The threshold of `first` under a border, by the very log-probabilities that a server tells.
+    """The threshold of `first`, by the very log-probabilities that a server tells.
 
     Args:
-        prompt: looked through as it is saved, in 8 bit.
+        inner: as in `calibrate`.
         held: malicious and benign queries, drawn like those that are served, and in no other use.
-        refusal_text: what the border was trained to have said.
+        refusal_text: what the model says where it refuses.
         rate, confidence: of false refusals (`davsp.defenses.gate.threshold`).
         top: likeliest tokens that are asked for.
         progress: called with the number of queries looked at since the last call.
@@ -103,14 +101,13 @@ def calibrate_served(
     """
     check_classes(*held)
     threshold([0.0] * len(held[1]), rate, confidence)  # says so if there are too few, before anything is asked
-    prompt = prompt.quantised()
-    defense = VisualPrompt(prompt)
-    defense.check(lvlm)
+    inner.check(lvlm)
+    pixels, texts = seen_through(inner)
 
     def scored(queries: Sequence[Query]) -> Float[np.ndarray, " n"]:
         scores = np.zeros(len(queries))
         for batch in batches(queries, batch_size):
-            answers = likely(lvlm, defense.prepare([queries[i] for i in batch]), top)
+            answers = likely(lvlm, inner.prepare([queries[i] for i in batch]), top)
             scores[batch] = [refusal_odds(lvlm, answer, refusal_text) for answer in answers]
             if progress is not None:
                 progress(len(batch))
@@ -118,6 +115,6 @@ def calibrate_served(
 
     first = Threshold(**counts(scored(held[0]), scored(held[1]), rate, confidence))
     return Served(
-        pixels=prompt.pixels_sha256(), texts=texts(prompt), model=lvlm.model_id, refusal_text=refusal_text, top=top,
+        pixels=pixels, texts=texts, model=lvlm.model_id, refusal_text=refusal_text, top=top,
         template_kwargs=dict(getattr(lvlm, "template_kwargs", {})), rate=rate, confidence=confidence, first=first,
     )  # fmt: skip

@@ -168,7 +168,7 @@ def with_gate(
     fit, held = (sets[0], sets[1]), (sets[2], sets[3])
 
     def make(resume: bool) -> None:
-        border.gate = calibrate(lvlm, border, vector, fit, held, refusal_text, batch_size=batch_size)
+        border.gate = calibrate(lvlm, VisualPrompt(border), vector, fit, held, refusal_text, batch_size=batch_size)
         border.save_pretrained(saved)
 
     def load() -> VisualSafetyPrompt:
