@@ -1,66 +1,70 @@
-"""The processes of `--num-processes`, as forks of the tests' own: what a fresh one imports for seconds is there already."""
+"""The processes of `--num-processes` and of torchrun, as forks of the tests' own: what a fresh one imports for seconds is there already."""
 
+import logging
 import os
 import signal
-import subprocess
+import socket
 import sys
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from davsp import cli
-from davsp.runtime import parallel
+from davsp.runtime import launch, parallel
 from test_cli import run
 
 
-class Fork(subprocess.Popen):
-    """What `davsp.runtime.parallel.launch` needs of `subprocess.Popen`, which does no more than to give it its type."""
-
-    def __init__(self, command: list[str], env: dict[str, str], stdout: int | None, stderr: Any) -> None:
-        self.returncode: int | None = None
+def _work(*command: str) -> None:
+    """What `davsp COMMAND` does in a fork, whose output goes where the launcher has put it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a fork has the launcher's
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.argv = ["davsp", *command]
+    parallel._join.cache_clear()
+    try:
+        cli.main()
+    finally:
         sys.stdout.flush()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12 on, where there are threads
-            self.pid = os.fork()
-        if self.pid == 0:
-            code: object = 99
-            try:
-                os.environ.clear()
-                os.environ.update(env)
-                for number, to in ((1, stdout), (2, stderr)):
-                    if to is not None:
-                        os.dup2(os.open(os.devnull, os.O_WRONLY) if isinstance(to, int) else to.fileno(), number)
-                sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-                sys.argv = ["davsp", *command[command.index("davsp.cli") + 1 :]]
-                cli.main()
-            except SystemExit as stop:
-                code = stop.code or 0
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code if isinstance(code, int) else 1)
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
-
-    def wait(self) -> int:
-        if self.returncode is None:
-            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        return self.returncode
-
-    def terminate(self) -> None:
-        os.kill(self.pid, signal.SIGTERM)
+        sys.stderr.flush()
 
 
 def forked(*command: str | Path) -> int:
     """The exit code of `davsp COMMAND`, whose processes are forks."""
-    parallel._wait([])  # its signature is checked against the real Popen from its first call on
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "subprocess", SimpleNamespace(Popen=Fork, DEVNULL=-3))
+    sys.stdout.flush()
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks where there are threads, from Python 3.12 on
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(launch, "_entry", lambda words: (_work, tuple(words), "fork"))
         return run(*command)
+
+
+def forked_nodes(*command: str | Path) -> list[int]:
+    """`torchrun --nnodes 2 --nproc-per-node 1 … davsp COMMAND` on what stands for two machines; 0 for each that ended well."""
+    sys.stdout.flush()
+    port = free_port()
+    agents = [_node(port, i, command) for i in (0, 1)]
+    return [os.waitstatus_to_exitcode(os.waitpid(agent, 0)[1]) for agent in agents]
+
+
+def _node(port: int, number: int, command: tuple[str | Path, ...]) -> int:
+    """The process that stands for one machine."""
+    agent = os.fork()
+    if agent:
+        return agent
+    logging.disable(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=2, max_nodes=2, nproc_per_node=1, run_id="nodes", rdzv_backend="static", rdzv_endpoint=f"127.0.0.1:{port}",
+        rdzv_configs={"rank": number, "timeout": 60}, local_addr="127.0.0.1", max_restarts=0, start_method="fork",
+    )  # fmt: skip
+    try:
+        elastic_launch(config, _work)(*map(str, command))
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])

@@ -13,6 +13,10 @@ class Interrupted(DavspError):
     """The user stopped a run; the state is on disk and the message says how to go on."""
 
 
+class Lost(DavspError):
+    """Another of the processes that share the work has ended, so this one cannot go on."""
+
+
 @contextmanager
 def refused_as(sentence: Callable[[str, str, Any], str]) -> Iterator[None]:
     """Around the making of a pydantic model: its first complaint becomes a DavspError.

@@ -2,6 +2,7 @@
 
 import errno
 import sys
+import time
 from typing import Any
 
 import typer
@@ -25,8 +26,8 @@ from davsp.cli import (
     web,
 )
 from davsp.cli.groups import add
-from davsp.cli.inputs import say
-from davsp.errors import DavspError, Interrupted, words_of
+from davsp.cli.inputs import complain, say
+from davsp.errors import DavspError, Interrupted, Lost, words_of
 
 STOPPED = (
     "stopped; what was finished is kept (stages of demo, checkpoints of train, answers of eval): "
@@ -103,19 +104,31 @@ def main() -> None:
     except Interrupted as stop:
         say(f"{stop}")
         sys.exit(130)
+    except Lost as error:
+        _leave(error)
     except DavspError as error:
-        say(f"davsp: {_explained(error) or error}")
+        complain(f"davsp: {_explained(error) or error}")
         sys.exit(2)
     except OSError as error:  # a full disk, a folder without permission; some libraries raise it for what is no file
         why = (error.strerror or words_of(error)) + _MENDS.get(error.errno or 0, "")
-        say(f"davsp: {error.filename} cannot be used: {why}" if error.filename else f"davsp: {why}")
+        complain(f"davsp: {error.filename} cannot be used: {why}" if error.filename else f"davsp: {why}")
         sys.exit(2)
     except (ImportError, RuntimeError) as error:
         known = _explained(error)
         if known is None:
             raise
-        say(f"davsp: {known}")
+        complain(f"davsp: {known}")
         sys.exit(2)
+
+
+def _leave(error: Lost) -> None:
+    """End for another's sake: a second later than that one, so that launchers see first who failed."""
+    from davsp.runtime.launch import LOST, launched
+
+    if not launched():
+        complain(f"davsp: {error}")
+    time.sleep(1)
+    sys.exit(LOST)
 
 
 def _explained(error: Exception) -> str | None:

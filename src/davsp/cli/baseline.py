@@ -16,6 +16,7 @@ from davsp.cli.inputs import (
     say,
     settings_of,
     shipped_protocol,
+    terminal,
 )
 from davsp.cli.options import (
     DataOptions,
@@ -24,7 +25,7 @@ from davsp.cli.options import (
     MaliciousOptions,
     ModelOptions,
     Out,
-    Processes,
+    ProcessOptions,
     Resume,
     Seed,
     TrustEnv,
@@ -53,6 +54,7 @@ Sets = Annotated[list[str] | None, typer.Option("--set", help="Another setting, 
 def uniguard(
     model: ModelOptions,
     loop: LoopOptions,
+    processes: ProcessOptions,
     out: Out = Path("out/uniguard"),
     corpus: Annotated[
         Path | None,
@@ -72,7 +74,6 @@ def uniguard(
     sweeps: Annotated[
         int | None, typer.Option(help="Of the search: how often each position is tried; left out: 50.")
     ] = None,
-    num_processes: Processes = 1,
     resume: Resume = True,
     seed: Seed = 0,
 ) -> None:
@@ -88,7 +89,7 @@ def uniguard(
     _check_text_part(text_part, search, shipped)
     if corpus is None and not shipped:
         raise DavspError("--corpus is missing; give a text file of harmful sentences, one a line.")
-    in_processes(num_processes)
+    model = in_processes(processes, model)
     settings = _loop_settings(loop, shipped, seed, likely=False)
     search_settings = settings_of(SearchSettings, {"seed": seed} | search)
     pictures = [open_picture(picture)] if picture else []
@@ -122,6 +123,7 @@ def _check_text_part(text_part: str, search: dict[str, Any], shipped: bool) -> N
 def esiii(
     model: ModelOptions,
     loop: LoopOptions,
+    processes: ProcessOptions,
     out: Out = Path("out/esiii"),
     corpus: Annotated[
         Path | None, typer.Option(help="Text file of your own safety sentences, one a line; left out: the method's.")
@@ -129,7 +131,6 @@ def esiii(
     picture: Picture = None,
     eps: Eps = None,
     text: Text = None,
-    num_processes: Processes = 1,
     resume: Resume = True,
     seed: Seed = 0,
 ) -> None:
@@ -141,7 +142,7 @@ def esiii(
     from davsp.training.sentences import read_sentences
 
     shipped = is_shipped(model.name)
-    in_processes(num_processes)
+    model = in_processes(processes, model)
     settings = _loop_settings(loop, shipped, seed, likely=True)
     sentences = read_sentences(corpus) if corpus else list(embedded.SAFETY_SENTENCES if shipped else SENTENCES)
     pictures = [open_picture(picture)] if picture else []
@@ -166,8 +167,6 @@ def pat(
     seed: Seed = 0,
 ) -> None:
     """PAT: search tokens that stand before the question, with the picture present."""
-    from rich.console import Console
-
     from davsp.defenses.pat import PatSettings, train_pat
     from davsp.embedded.recipes import TOKENS
 
@@ -177,7 +176,7 @@ def pat(
     recipe = TOKENS if shipped else {}
     settings = settings_of(PatSettings, recipe | {"seed": seed} | options | _settings(sets, PatSettings))
     malicious, benign = _both_classes(data, model.name, seed)
-    console = Console(stderr=True)
+    console = terminal()
     tokens = train_pat(
         load_lvlm(model), malicious, benign, _before(text, shipped), settings, out / "training", resume, console
     )
@@ -213,8 +212,6 @@ def adashield_a(
     seed: Seed = 0,
 ) -> None:
     """AdaShield-A: refine a pool of defense prompts, of which each query fetches one."""
-    from rich.console import Console
-
     from davsp.defenses.adashield_a import RefineSettings, make_pool
     from davsp.defenses.adashield_a.features import CLIP, ClipEncoder, LVLMEncoder
     from davsp.embedded.phrases import PhraseDefender
@@ -240,7 +237,7 @@ def adashield_a(
     lvlm = load_lvlm(model)
     features = LVLMEncoder(lvlm) if shipped and not encoder else ClipEncoder(encoder or CLIP, device=lvlm.device)
     pool = make_pool(
-        lvlm, malicious, server or PhraseDefender(), features, settings, out / "training", resume, Console(stderr=True)
+        lvlm, malicious, server or PhraseDefender(), features, settings, out / "training", resume, terminal()
     )
     pool.save(out)
     say(pool.summary())

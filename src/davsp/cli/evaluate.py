@@ -8,7 +8,15 @@ import typer
 
 from davsp.cli import judges
 from davsp.cli.defenses import rows
-from davsp.cli.inputs import compare_pictures, compare_templates, compare_texts, in_processes, is_shipped, load_lvlm
+from davsp.cli.inputs import (
+    compare_pictures,
+    compare_templates,
+    compare_texts,
+    in_processes,
+    is_shipped,
+    load_lvlm,
+    terminal,
+)
 from davsp.cli.options import (
     JUDGES,
     GraderRuns,
@@ -16,7 +24,7 @@ from davsp.cli.options import (
     MaxNewTokens,
     ModelOptions,
     Out,
-    Processes,
+    ProcessOptions,
     RequestOptions,
     RowOptions,
     Seed,
@@ -55,6 +63,7 @@ def evaluate(
     test: TestSetOptions,
     model: ModelOptions,
     engine: EngineOptions,
+    processes: ProcessOptions,
     access: VerdictOptions,
     requests: RequestOptions,
     judge: Annotated[
@@ -84,25 +93,22 @@ def evaluate(
             help="Every answer is made to begin with this text, as if the model had said it itself: does its refusal hold?"
         ),
     ] = None,
-    num_processes: Processes = 1,
     seed: Seed = 0,
 ) -> None:
     """Answer a test set under each defense, judge the answers, and report rates with 95 % intervals, paired with No Defense."""
-    from rich.console import Console
-
     from davsp.evaluation import evaluate
     from davsp.evaluation.judging import apart
     from davsp.lvlm import answer_length, loaded
     from davsp.runtime import keys, parallel
     from davsp.vector import HarmfulnessVector
 
-    server = server_of(engine, model, num_processes)
+    server = server_of(engine, model, processes.num_processes)
+    model = in_processes(processes, model)
     keys.read(engine.api_key_env, "model")  # a key given in place of its variable would get into the manifest
     names = judge or []
     settings = judges.judge_settings(
         names, access, requests, access.cache or out / "cache.sqlite", model.device, grader_runs
     )
-    in_processes(num_processes)
     _check_graders(names, test.benchmark or [])
     queries, notes = load_test_set(test, model.name, limit, seed)
     scorers, graders = judges.judges_and_graders(
@@ -134,7 +140,7 @@ def evaluate(
         lvlm, defenses, queries, out, direction, scorers[0],
         graders=graders if test.benchmark else None,
         batch_size=batch_size or (SERVED if server else BATCH),
-        max_new_tokens=max_new_tokens, seed=seed, console=Console(stderr=True), manifest=facts,
+        max_new_tokens=max_new_tokens, seed=seed, console=terminal(), manifest=facts,
     )  # fmt: skip
     if parallel.rank() == 0:
         _finish(out, queries, evaluation, defenses, scorers[1:], show_unsafe, access.max_unscored, seed, caveat)

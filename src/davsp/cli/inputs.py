@@ -1,33 +1,49 @@
 """What the commands do with their options: models, data and texts, and what is used where one is left out."""
 
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from davsp.errors import DavspError, refused_as
+from davsp.runtime import parallel
 from davsp.runtime.terminal import plain
 
 if TYPE_CHECKING:
-    from davsp.cli.options import ModelOptions
+    from rich.console import Console
+
+    from davsp.cli.options import ModelOptions, ProcessOptions
     from davsp.embedded.data import Protocol
     from davsp.lvlm import LVLM, AnsweringLVLM
 
 
 def say(text: str) -> None:
-    """Print to stderr: what is no result."""
+    """Print to stderr: what is no result. Of several processes the first one says it."""
+    if parallel.rank() == 0:
+        complain(text)
+
+
+def complain(text: str) -> None:
+    """As `say`, by whichever process."""
     print(plain(text), file=sys.stderr)
 
 
+def terminal() -> "Console":
+    """Where bars and notes go: stderr, in the first process."""
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=parallel.rank() > 0)
+
+
 def load_lvlm(model: "ModelOptions") -> "LVLM":
-    """The model that --model names, one of those that ship by its bare name; left out: davsp-mini. One of several processes takes its own GPU."""
+    """The model that --model names, one of those that ship by its bare name; left out: davsp-mini."""
     import torch
 
     from davsp import embedded
     from davsp.lvlm import LVLM, answer_length
     from davsp.lvlm.templates import read_kwargs
-    from davsp.runtime import parallel
 
-    device = model.device or parallel.device()
     if model.dtype not in (None, "float32", "bfloat16", "float16"):
         raise DavspError(f"--dtype {model.dtype!r} is not known: choose float32, bfloat16 or float16.")
     if model.name is None or model.name in embedded.MODELS:
@@ -37,10 +53,10 @@ def load_lvlm(model: "ModelOptions") -> "LVLM":
                 "--revision, --dtype, --quantization, --canvas, --template and --template-kwargs are for other models; those that "
                 "ship have their own."
             )
-        return embedded.load(model.name or "davsp-mini", device_map=device, undefended=model.undefended)
+        return embedded.load(model.name or "davsp-mini", device_map=model.device, undefended=model.undefended)
     dtype = getattr(torch, model.dtype) if model.dtype else None
     lvlm = LVLM.from_pretrained(
-        model.name, revision=model.revision, device_map=device, dtype=dtype, quantization=model.quantization,
+        model.name, revision=model.revision, device_map=model.device, dtype=dtype, quantization=model.quantization,
         canvas=model.canvas, template=model.template or "checkpoint", template_kwargs=read_kwargs(model.template_kwargs),
         undefended=model.undefended,
     )  # fmt: skip
@@ -56,15 +72,42 @@ def needs_extra() -> None:
         raise DavspError(f"{missing[0]} is not installed: pip install 'davsp[serve]'.")
 
 
-def in_processes(count: int) -> None:
-    """Run this very command as `count` processes and leave with their exit code; go on if this is one of them."""
+def in_processes(options: "ProcessOptions", model: "ModelOptions") -> "ModelOptions":
+    """Run this very command as several processes and leave with their exit code; go on if this is one of them, or the only one.
+
+    To be called before anything asks CUDA.
+
+    Returns:
+        The model's options, its device among the GPUs of this process.
+
+    Raises:
+        DavspError: the options do not go together, or with torchrun; fewer GPUs than they ask for.
+    """
     import typer
 
-    from davsp.runtime import parallel
+    count, each, there = options.num_processes, options.gpus_per_process, parallel.processes()
+    if each is not None and model.device not in (None, "auto"):
+        raise DavspError(f"--gpus-per-process and --device {model.device} do not go together; leave one of them out.")
+    if max(count, there) > 1 and ":" in (model.device or ""):
+        raise DavspError(
+            f"--device {model.device} is one for all processes; leave it out, and each takes GPUs of its own."
+        )
+    if there > 1 and count not in (1, there):
+        raise DavspError(f"torchrun started {there} processes; leave --num-processes {count} out.")
+    if count > 1 and there == 1:
+        from davsp.runtime.launch import check_gpus, launch
 
-    if count == 1 or parallel.processes() > 1:
-        return
-    raise typer.Exit(parallel.launch(sys.argv[1:], count))
+        if model.device != "cpu":
+            check_gpus(count, each)
+        raise typer.Exit(launch(sys.argv[1:], count))
+    if parallel.rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # results are shown by the first process
+    if (each is None and there == 1) or model.device == "cpu":
+        return model
+    from davsp.runtime.launch import take_gpus
+
+    place = take_gpus(each)
+    return replace(model, device=model.device or place)
 
 
 def shipped_protocol(model: str | None, malicious: Path | None, benign: Path | None, seed: int) -> "Protocol | None":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from davsp.cli.inputs import say
+from davsp.cli.inputs import say, terminal
 from davsp.errors import DavspError
 
 if TYPE_CHECKING:
@@ -79,8 +79,6 @@ def judge_settings(
         DavspError: an option for a judge that is not named or asks no model, or twice for one; an empty variable; runs without
             the grader that has them; a judge named twice; a picture for a judge that sees none.
     """
-    from rich.console import Console
-
     from davsp.runtime import keys
     from davsp.runtime.thought import read_tags
 
@@ -94,7 +92,7 @@ def judge_settings(
     for variable in variable_of.values():  # a key given in place of its variable would get into the manifest
         keys.read(variable, "judge")
     return JudgeSettings(
-        url_of, model_of, variable_of, runs or 1, requests, cache, device, Console(stderr=True), options.judge_max_tokens,
+        url_of, model_of, variable_of, runs or 1, requests, cache, device, terminal(), options.judge_max_tokens,
         read_tags(options.reasoning_tags), _seeing(options.judge_sees or [], names),
     )  # fmt: skip
 

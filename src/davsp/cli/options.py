@@ -25,9 +25,6 @@ Recipe = Annotated[
 ]
 Out = Annotated[Path, typer.Option(help="Folder to write into.")]
 Seed = Annotated[int, typer.Option(help="Seed of all random choices.")]
-Processes = Annotated[
-    int, typer.Option("--num-processes", min=1, help="Processes on this machine, a GPU each; the work is shared.")
-]
 Resume = Annotated[bool, typer.Option(help="Go on from the checkpoint in --out.")]
 Limit = Annotated[
     int | None,
@@ -120,6 +117,23 @@ class ModelOptions:
             help="What is done to a picture that is not square and has no visual prompt: pad, or crop (LLaVA), …; left out: "
             "as the model's authors do. See docs/families.md."
         ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class ProcessOptions:
+    """How many processes share the work."""
+
+    panel: ClassVar[str] = "Processes"
+    num_processes: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Processes on this machine that share the work; on several machines start it by torchrun."
+        ),
+    ] = 1
+    gpus_per_process: Annotated[
+        int | None,
+        typer.Option(min=1, help="GPUs that hold the model of a process; left out: one."),
     ] = None
 
 

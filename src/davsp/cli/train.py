@@ -22,7 +22,7 @@ from davsp.cli.inputs import (
     settings_of,
     shipped_protocol,
 )
-from davsp.cli.options import DataOptions, LoopOptions, ModelOptions, Out, Processes, Recipe, Resume, Seed
+from davsp.cli.options import DataOptions, LoopOptions, ModelOptions, Out, ProcessOptions, Recipe, Resume, Seed
 from davsp.cli.testset import queries_at, split_queries
 from davsp.errors import DavspError
 
@@ -121,6 +121,7 @@ def train(
     model: ModelOptions,
     data: DataOptions,
     loop: LoopOptions,
+    processes: ProcessOptions,
     out: Out = Path("out/prompt"),
     vector: Annotated[
         Path | None, typer.Option(help="Folder that `davsp vector` or `davsp import-published` wrote.")
@@ -152,7 +153,6 @@ def train(
     ] = None,
     recipe: Recipe = None,
     canaries: Canaries = None,
-    num_processes: Processes = 1,
     resume: Resume = True,
     seed: Seed = 0,
 ) -> None:
@@ -171,7 +171,7 @@ def train(
     if kind == "additive" and canaries is not None:
         raise DavspError("--canaries are of a border; leave them out, or take --kind border.")
     as_published = published(recipe)
-    in_processes(num_processes)
+    model = in_processes(processes, model)
     shipped = is_shipped(model.name)
     queries, own = split_queries(data, "train"), own_queries(canaries, data.allow_outside)
     lvlm = load_lvlm(model)

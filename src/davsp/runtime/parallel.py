@@ -1,124 +1,127 @@
-"""Several processes on one machine, each with the whole model: `--num-processes N` of train and eval.
+"""Several processes that share one piece of work, each with the whole model: those of `--num-processes N`, or of torchrun.
 
-Only a gradient of the canvas' size (1.35 MB at 336 pixels) or finished answers go between them, so there is no wrapper around
-the model: every process computes the same state from the same sum. Process 0 alone writes and shows.
+Only a gradient of the canvas' size (1.35 MB at 336 pixels), states or finished answers go between them, so there is no wrapper
+around the model: every process computes the same state from the same sum. Process 0 alone writes and shows. Who starts them:
+`davsp.runtime.launch`.
 """
 
 import atexit
 import os
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from davsp.errors import Lost
 
-from davsp.errors import DavspError
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RANK, WORLD = "RANK", "WORLD_SIZE"
+LONGEST_WAIT = timedelta(days=2)  # for what process 0 does alone; a process that ends is noticed at once
+
+_alone = False
 
 
 def rank() -> int:
     """Number of this process, 0 where there is only one."""
-    return int(os.environ.get(RANK, 0))
+    return 0 if _alone else int(os.environ.get(RANK, 0))
 
 
 def processes() -> int:
     """How many there are."""
-    return int(os.environ.get(WORLD, 1))
+    return 1 if _alone else int(os.environ.get(WORLD, 1))
 
 
-def device() -> str | None:
-    """The GPU of this process; None: whatever is the default."""
-    import torch
+def total(tensor: "Tensor") -> "Tensor":
+    """The sum over all processes, the same bits in each; the tensor itself where there is one.
 
-    return f"cuda:{rank()}" if processes() > 1 and torch.cuda.is_available() else None
-
-
-def total(tensor: Tensor) -> Tensor:
-    """The sum over all processes, the same bits in each; the tensor itself where there is one."""
+    Raises:
+        Lost: another process has ended.
+    """
     if processes() == 1:
         return tensor
-    from accelerate.utils import reduce
+    import torch.distributed as dist
 
-    _join()
-    result: Tensor = reduce(tensor, "sum")
+    result = tensor.detach().clone()
+    with _lost():
+        _join()
+        dist.all_reduce(result)
     return result
 
 
 def gathered(item: Any) -> list[Any]:
-    """What every process gives, in their order."""
+    """What every process gives, in their order.
+
+    Raises:
+        Lost: another process has ended.
+    """
     if processes() == 1:
         return [item]
-    from accelerate.utils import gather_object
+    import torch.distributed as dist
 
-    _join()
-    items: list[Any] = gather_object([item])
+    items: list[Any] = [None] * processes()
+    with _lost():
+        _join()
+        dist.all_gather_object(items, item)
     return items
+
+
+def shared(item: Any) -> Any:
+    """What process 0 gives, in all of them; the others' own is passed over.
+
+    Raises:
+        Lost: another process has ended.
+    """
+    if processes() == 1:
+        return item
+    import torch.distributed as dist
+
+    items = [item if rank() == 0 else None]
+    with _lost():
+        _join()
+        dist.broadcast_object_list(items, src=0)
+    return items[0]
+
+
+def wait() -> None:
+    """Go on once all processes are here.
+
+    Raises:
+        Lost: another process has ended.
+    """
+    gathered(None)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process is the only one: what it calls shares no work. The others must not come here, and wait behind it."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+@contextmanager
+def _lost() -> Iterator[None]:
+    """The libraries say by RuntimeError that a connection was closed, with many words and none of the cause."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise Lost(
+            f"process {rank()} of {processes()} goes no further, for another has ended or is not reached ({str(error)[:200]}); "
+            "give the same command again to go on"
+        ) from error
 
 
 @cache
 def _join() -> None:
     import torch
-    from accelerate import PartialState
+    import torch.distributed as dist
 
-    state = PartialState(cpu=not torch.cuda.is_available())
-    atexit.register(state.destroy_process_group)  # its threads would otherwise abort a process that ends early
-
-
-def launch(command: Sequence[str], count: int) -> int:
-    """Run `davsp COMMAND` as `count` processes that find each other; returns the exit code of the first that failed.
-
-    Process 0 has the terminal; of another only the last line of its errors is shown, if it fails.
-
-    Raises:
-        DavspError: more processes than GPUs, on a machine that has some.
-    """
-    import torch
-
-    if torch.cuda.is_available() and count > torch.cuda.device_count():
-        raise DavspError(f"--num-processes {count} is more than the {torch.cuda.device_count()} GPUs here; give fewer.")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), WORLD: str(count), "LOCAL_WORLD_SIZE": str(count)}
-    if "OMP_NUM_THREADS" not in os.environ:
-        common["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
-    with tempfile.TemporaryFile("w+") as errors:
-        children = [
-            subprocess.Popen(
-                [sys.executable, "-m", "davsp.cli", *command],
-                env=os.environ | common | {RANK: str(i), "LOCAL_RANK": str(i)},
-                stdout=None if i == 0 else subprocess.DEVNULL,
-                stderr=None if i == 0 else errors,
-            )
-            for i in range(count)
-        ]
-        try:
-            code = _wait(children)
-        except KeyboardInterrupt:  # the terminal has told the children, too: process 0 saves and says so
-            codes = [child.wait() for child in children]
-            return codes[0]
-        if code and children[0].returncode in (None, 0, -15):
-            errors.seek(0)
-            print((errors.read().strip().splitlines() or ["a process failed without a word"])[-1], file=sys.stderr)
-        return code
-
-
-def _wait(children: list["subprocess.Popen[bytes]"]) -> int:
-    """0 once all are done; as soon as one fails the others are ended, for they would wait for it."""
-    while True:
-        codes = [child.poll() for child in children]
-        failed = [code for code in codes if code]
-        if failed or all(code == 0 for code in codes):
-            time.sleep(0.5 * bool(failed))  # who fails for the same reason may say so itself
-            for child in children:
-                if child.poll() is None:
-                    child.terminate()
-                child.wait()
-            return failed[0] if failed else 0
-        time.sleep(0.05)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=LONGEST_WAIT)
+    atexit.register(dist.destroy_process_group)  # its threads would otherwise abort a process that ends early

@@ -12,6 +12,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from davsp.runtime import parallel
+
 
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
@@ -19,7 +21,7 @@ class _Rate(ProgressColumn):
 
 
 def bar(console: Console) -> Progress:
-    """Name, bar, count, rate and time left of each task; gone when done, silent on a quiet console."""
+    """Name, bar, count, rate and time left of each task; gone when done, silent on a quiet console and in all processes but the first."""
     columns = (
         TextColumn("{task.description:>16}"),
         BarColumn(),
@@ -27,4 +29,4 @@ def bar(console: Console) -> Progress:
         _Rate(),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=console, transient=True, disable=console.quiet)
+    return Progress(*columns, console=console, transient=True, disable=console.quiet or parallel.rank() > 0)

@@ -51,7 +51,7 @@ def _complete(run: "Loop", resume: bool, progress: bool) -> Prompt:
     state = checkpoint.restore(device) if resume else None
     state = state or checkpoint.start(run.prompt.delta.detach().clone().to(device))
     with _bar(progress) as bar:
-        if progress and device.type == "cuda":
+        if progress and parallel.rank() == 0 and device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
             if note := run.memory_advice(free):
                 bar.console.print(note)
@@ -68,7 +68,7 @@ def _complete(run: "Loop", resume: bool, progress: bool) -> Prompt:
                 f"stopped at step {state.step} of {settings.steps}; the state is in {checkpoint.out}: "
                 "give the same command again to go on"
             ) from None
-    parallel.gathered(None)  # process 0 has written the last metrics
+    parallel.wait()  # process 0 has written the last metrics
     return run.finish(state)
 
 
@@ -243,7 +243,7 @@ def _together(projections: list[ClassProjections], terms: dict[str, float]) -> d
 
 def _bar(progress: bool) -> Progress:
     columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.fields[note]}"), disable=not progress)
+    return Progress(*columns, TextColumn("{task.fields[note]}"), disable=not progress or parallel.rank() > 0)
 
 
 def _note(metrics: dict[str, Any]) -> str:
