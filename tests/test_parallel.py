@@ -23,6 +23,8 @@ from forks import forked, forked_nodes, free_port
 from test_cli import run
 from tiny import queries
 
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # of torch's launcher
+
 STEPS = ["--batch-size", "6", "--padding", "9", "--text", "please be safe", "--lr", "0.002", "--seed", "3"]
 
 
