@@ -33,8 +33,11 @@ if TYPE_CHECKING:
 
 TABLES = (
     "utility (Table 1), resistance (2), transfer (3), ablation (4), intervention (5), ecso (6), or all; and one setting at a "
-    "time: sweep-padding, -layer, -lam, -margins, -data, -steps, -text, or sweeps; and gate and gate-kinds (docs/gate.md), one --seed a call"
+    "time: sweep-padding, -layer, -lam, -margins, -data, -steps, -text, or sweeps; and gate and gate-kinds (docs/gate.md) and deep-alignment (docs/deep-alignment.md), one --seed a call"
 )
+
+OWN = ("gate", "gate-kinds", "deep-alignment")
+"""Tables that are not the paper's."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def reproduce(
 
     if not ecso and "gate" not in names:
         raise DavspError("--no-ecso goes with gate, which can do without ECSO's rows; leave it out.")
-    if {"gate", "gate-kinds"} & set(names):
+    if set(OWN) & set(names):
         unused = {
             "judge": judge, "grader_runs": grader_runs, "dry_run": dry_run, "per_call": per_call,
             "max_new_tokens": max_new_tokens, "borrow": borrow,
@@ -116,7 +119,7 @@ def reproduce(
         for group in (methods, defender, access, requests):
             unused |= changed(group)
         _only_of_tables({name: value for name, value in unused.items() if name != "steps"})
-        _gate(names, model, methods.steps, out, batch_size, seed, ecso, bool(benchmark or split))
+        _own(names, model, methods.steps, out, batch_size, seed, ecso, bool(benchmark or split))
         return
     tables, sweeps = _tables_and_sweeps(names)
     embedded_data = not benchmark and split is None
@@ -215,35 +218,37 @@ def _run(tables: list[str], sweeps: list[str], kit: "Kit", out: Path, seed: int,
 
 
 def _only_of_tables(options: dict[str, Any]) -> None:
-    """Raise DavspError if an option is given that the gate's tables do not know: it would be passed over for hours."""
+    """Raise DavspError if an option is given that these tables do not know: it would be passed over for hours."""
     if given := [
         name.replace("_", "-")
         for name, value in options.items()
         if not (value is None or value is False or value == [])
     ]:
-        raise DavspError(f"--{given[0]} goes with the paper's tables, not with gate and gate-kinds; leave it out.")
+        raise DavspError(f"--{given[0]} goes with the paper's tables, not with {', '.join(OWN)}; leave it out.")
 
 
-def _gate(
+def _own(
     names: list[str], model: ModelOptions, steps: int | None, out: Path | None, batch_size: int, seed: int, ecso: bool,
     published: bool,
 ) -> None:  # fmt: skip
-    """The gate's tables: they need queries to calibrate on, which are drawn for the models that ship alone."""
+    """The tables of davsp's own: they need more queries than a split of the published sets has, drawn for the models that ship alone."""
     from davsp import embedded
     from davsp.embedded.data import calibration
     from davsp.embedded.ecso_templates import TEMPLATES
+    from davsp.embedded.recipes import TOKENS
     from davsp.embedded.twins import sounding, twins
+    from davsp.experiments.deep import deep
     from davsp.experiments.gate.kinds import kinds
     from davsp.experiments.gate.run import SIZES
     from davsp.experiments.gate.run import gate as run
     from davsp.experiments.gate.twins import Twins
 
     if len(names) > 1:
-        raise DavspError("gate and gate-kinds have folders of their own; make each apart from the tables.")
+        raise DavspError(f"{', '.join(OWN)} have folders of their own; make each apart from the tables.")
     (table,) = names
     if published or not is_shipped(model.name):
         raise DavspError(
-            f"reproduce {table} is for the models that ship; take davsp gate and davsp eval with your own queries."
+            f"reproduce {table} is for the models that ship; take davsp train, gate and eval with your own queries."
         )
     name = (model.name or "davsp-mini").rstrip("/").split("/")[-1]
     out = out or Path("out") / table / name
@@ -254,6 +259,13 @@ def _gate(
             batch_size=batch_size,
         )  # fmt: skip
         print((out / "kinds.md").read_text())
+        return
+    if table == "deep-alignment":
+        deep(
+            load_lvlm(model), embedded.protocol(seed), out, text=embedded.SAFETY_TEXT, beginning=TOKENS["target"],
+            settings=settings, seed=seed, batch_size=batch_size,
+        )  # fmt: skip
+        print((out / "deep-alignment.md").read_text())
         return
     run(
         load_lvlm(model), embedded.protocol(seed, **SIZES), calibration(seed), out, text=embedded.SAFETY_TEXT,

@@ -1,0 +1,163 @@
+"""`davsp reproduce deep-alignment`: is a border that was supervised in the activations deeper than one supervised by answers alone?
+
+The paper says so (its Table 4 and the words "shallow alignment"). Three borders differ in nothing but the objective: the hinge on the
+projection, the cross-entropy of answers, or both. All are asked the same queries, first as they are, then with answers that are made to
+begin with more and more words of compliance. One seed a call; all seeds that lie in the model's folder are pooled.
+
+out/seed-N/prompts/OBJECTIVE   the borders
+out/seed-N/begun-K/            a run as `davsp eval --prefill` leaves it, with the first K words of the beginning; a killed one goes on
+out/metrics.json               rows of all seeds: benchmark "begun 3" is the pool of malicious pictures under three words
+out/deep-alignment.md, manifest.json
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+
+from davsp import metrics
+from davsp.defenses import Defense, NoDefense, VisualPrompt
+from davsp.evaluation import evaluate
+from davsp.experiments.stages import Stages, fitted_vector, trained_prompt
+from davsp.lvlm import LVLM, fingerprint, model_name
+from davsp.metrics import Outcome
+from davsp.prompts import VisualSafetyPrompt
+from davsp.runtime.files import manifest, read_json, write_json, write_text
+from davsp.store import queries_hash
+from davsp.training import TrainSettings
+
+if TYPE_CHECKING:
+    from davsp.embedded.data import Protocol
+
+OBJECTIVES: tuple[Literal["projection", "answer", "both"], ...] = ("projection", "answer", "both")
+OUTCOMES = "outcomes.json"
+TITLES = {
+    "none": "*no defense*", "text": "*the text alone, white border*", "projection": "border, projection alone",
+    "answer": "border, answers alone", "both": "border, both (DAVSP)",
+}  # fmt: skip
+PLAIN = "as asked"
+
+
+def beginnings(text: str) -> dict[str, str]:
+    """Name of a benchmark -> how answers begin there: nothing, the first word, three words, all of the text."""
+    words = text.split()
+    counts = sorted({count for count in (1, 3, len(words)) if count <= len(words)})
+    return {PLAIN: ""} | {f"begun {count}": " ".join(words[:count]) for count in counts}
+
+
+def deep(
+    lvlm: LVLM, data: "Protocol", out: Path, *, text: str, beginning: str, settings: TrainSettings, seed: int = 0,
+    batch_size: int = 32, console: Console | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Train the three borders and ask the test's queries with pictures under each beginning.
+
+    Args:
+        data: who trains vector and borders, and the test. Benign queries are asked without a beginning only.
+        out: the model's folder.
+        text: before every question of all rows but none.
+        beginning: words of compliance.
+        settings: of the borders, whatever their objective.
+
+    Returns:
+        The rows of metrics.json: of all seeds in `out`.
+
+    Raises:
+        DavspError: what the steps raise.
+        Interrupted: Ctrl-C; the same call goes on.
+    """
+    console = console or Console()
+    folder = out / f"seed-{seed}"
+    stages = Stages(folder, console)
+    vector = fitted_vector(stages, lvlm, data, text)
+    padding = round(lvlm.canvas / 12)
+    start = VisualSafetyPrompt.create(lvlm.canvas, padding, text=text)
+    white = VisualSafetyPrompt.create(lvlm.canvas, padding, "white", text=text)
+    defenses: dict[str, Defense] = {"none": NoDefense(), "text": VisualPrompt(white, "text")}
+    for objective in OBJECTIVES:
+        chosen = settings.model_copy(update={"seed": seed, "objective": objective})
+        border = trained_prompt(stages, objective, start, lvlm, data, vector, chosen, folder / "prompts" / objective)
+        defenses[objective] = VisualPrompt(border, objective)
+    pictured = [q for q in data.test if q.image is not None]
+    outcomes: dict[str, list[Outcome]] = {name: [] for name in defenses}
+    for benchmark, words in beginnings(beginning).items():
+        asked = [q for q in pictured if not words or q.label == "malicious"]
+        made = evaluate(
+            lvlm.begun(words) if words else lvlm, defenses, asked, folder / benchmark.replace(" ", "-"),
+            batch_size=batch_size, redo=True, seed=seed, console=console,
+        )  # fmt: skip
+        for name, answers in made.responses.items():
+            found = metrics.outcomes(asked, answers, made.verdicts[name])
+            outcomes[name] += [_placed(o, benchmark, seed) for o in found if o.split == "total" and o.metric in METRICS]
+    facts = manifest(
+        model=model_name(lvlm), revision=lvlm.revision, weights=fingerprint(lvlm), seed=seed, text=text, beginning=beginning,
+        settings=settings.model_dump(exclude={"seed", "objective"}), layer=vector.layer, stages=stages.seconds,
+        test={"queries": len(pictured), "sha256": queries_hash(pictured)},
+    )  # fmt: skip
+    write_json(folder / "manifest.json", facts)
+    write_json(folder / OUTCOMES, {name: [asdict(o) for o in rows] for name, rows in outcomes.items()})  # last
+    return pool(out, model_name(lvlm))
+
+
+METRICS = ("rsr", "unscored", "over_refusal", "accuracy")
+
+
+def _placed(o: Outcome, benchmark: str, seed: int) -> Outcome:
+    """Malicious pictures of all forms are one pool under each beginning, benign ones one pool."""
+    pooled = benchmark if o.metric in ("rsr", "unscored") else "utility" if o.metric == "accuracy" else o.benchmark
+    return replace(o, query_id=f"{seed} {o.query_id}", benchmark=pooled)
+
+
+def pool(out: Path, model: str) -> list[dict[str, Any]]:
+    """Rows and table of all seeds in a model's folder."""
+    folders = sorted(path.parent for path in out.glob(f"seed-*/{OUTCOMES}"))
+    outcomes: dict[str, list[Outcome]] = {}
+    for folder in folders:
+        for name, rows in read_json(folder / OUTCOMES).items():
+            outcomes.setdefault(name, []).extend(Outcome(**row) for row in rows)
+    table: list[dict[str, Any]] = []
+    for name, rows in outcomes.items():
+        table += metrics.rows(model, name, rows, None if name == "none" else outcomes["none"])
+    for name in ("projection", "both"):
+        against = metrics.rows(model, f"{name} against answer", outcomes[name], outcomes["answer"])
+        table += [row for row in against if row["metric"].endswith("_difference")]
+    facts = [read_json(folder / "manifest.json") for folder in folders]
+    seeds = [one["seed"] for one in facts]
+    write_json(out / "metrics.json", metrics.metrics_file(table))
+    write_json(out / "manifest.json", {**facts[0], "seeds": seeds, "stages": [one["stages"] for one in facts]})
+    write_text(out / "deep-alignment.md", markdown(table, model, seeds, facts[0]["beginning"]))
+    return table
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], model: str, seeds: Sequence[int], beginning: str) -> str:
+    """RSR under each beginning, a line a defense, utility and over-refusal behind; then what the projection adds to answers alone."""
+    at = {(r["defense"], r["benchmark"], r["metric"]): r for r in rows if r["split"] == "total"}
+    columns = {name: f"`{words}`" if words else name for name, words in beginnings(beginning).items()}
+    lines = [
+        f"**How deep is a refusal? {model}**, seeds {', '.join(map(str, seeds))}. RSR on {at['none', PLAIN, 'rsr']['n']} malicious pictures "
+        "where every answer is made to begin so; percent, 95 % intervals by intent.", "",
+        "| | " + " | ".join(columns.values()) + " | utility | over-refusal |", "|---" * (len(columns) + 3) + "|",
+    ]  # fmt: skip
+    places = [*((name, "rsr") for name in columns), ("utility", "accuracy"), ("benign", "over_refusal")]
+    for name, title in TITLES.items():
+        lines.append("| " + " | ".join([title, *(_rate(at[name, *place]) for place in places)]) + " |")
+    for name in ("projection", "both"):
+        cells = [_points(at[f"{name} against answer", b, f"{m}_difference"]) for b, m in places]
+        lines.append("| " + " | ".join([f"{TITLES[name]}, less answers alone", *cells]) + " |")
+    return (
+        "\n".join(
+            [*lines, "", "- \\*: p < 0.05, paired, not corrected for the number of cells. The judge is `keyword`."]
+        )
+        + "\n"
+    )
+
+
+def _rate(figure: Mapping[str, Any]) -> str:
+    value, low, high = (f"{100 * figure[k]:.1f}" for k in ("value", "low", "high"))
+    return f"{value} <sub>{low}–{high}</sub>"
+
+
+def _points(figure: Mapping[str, Any]) -> str:
+    value, low, high = (f"{100 * figure[k]:+.1f}".replace("-", "−") for k in ("value", "low", "high"))
+    return f"{value} <sub>{low} to {high}</sub>" + "\\*" * (figure["p"] < 0.05)
