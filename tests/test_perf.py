@@ -24,10 +24,12 @@ from tiny import queries
 sys.path.append(str(Path(__file__).parents[1] / "perf"))  # behind the tests' own, which have a proxy, too
 
 import evaluation
+import gpu
 import hostile
 import inference
 import judge
 import random_llava
+import shapes
 import time_to_quality
 import training_step
 
@@ -378,3 +380,33 @@ def test_two_builds_ask_the_same_judge(tmp_path):
         assert row["most_under_way"] <= judge.MOST
     assert written["target"] == {"scenario": judge.JUDGED, "ratio": 3.0, "met": False}
     assert written["scenarios"][name]["now"]["wrong_or_unscored"] == 0
+
+
+# -- gpu
+
+
+@pytest.mark.parametrize("name", shapes.SHAPES)
+def test_published_shapes_have_their_number_of_parameters(name):
+    with torch.device("meta"):
+        model, _, _ = shapes.SHAPES[name][0](False)
+    billions = {"LLaVA-1.5-13B": 13.35, "Qwen2.5-VL-7B": 8.29, "InternVL3-8B": 7.95}[name]  # as their cards say
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+def test_the_gpu_script_runs_on_a_tiny_shape(monkeypatch):
+    monkeypatch.setattr(gpu, "TOKENS", 3)
+    found = gpu.measure(shapes.build("Qwen2.5-VL-7B", True, "cpu", torch.float32), 1, True)
+    assert set(found["ways"]) == {f"step, {way}" for way in gpu.WAYS} | {"generate, undefended", "generate, border"}
+    assert all(len(row["seconds"]) == 1 for row in found["ways"].values())
+
+
+def test_the_gpu_script_says_what_had_no_memory(monkeypatch):
+    lvlm = shapes.build("InternVL3-8B", True, "cpu", torch.float32)
+
+    def full(*arguments: Any, **options: Any) -> Any:
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(gpu, "TOKENS", 3)
+    monkeypatch.setattr(gpu, "published", full)
+    found = gpu.measure(lvlm, 1, True)["ways"]
+    assert found["step, published"] == {"error": "out of memory"} and found["step, ours"]["seconds"]
