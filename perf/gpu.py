@@ -18,9 +18,9 @@ from typing import Annotated, Any
 import torch
 import typer
 from random_llava import Size, queries
+from random_shapes import SHAPES, build
 from rich.console import Console
 from rich.table import Table
-from shapes import SHAPES, build
 from torch import Tensor
 from training_step import MARGIN, published
 

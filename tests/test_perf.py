@@ -29,7 +29,7 @@ import hostile
 import inference
 import judge
 import random_llava
-import shapes
+import random_shapes
 import time_to_quality
 import training_step
 
@@ -385,23 +385,23 @@ def test_two_builds_ask_the_same_judge(tmp_path):
 # -- gpu
 
 
-@pytest.mark.parametrize("name", shapes.SHAPES)
+@pytest.mark.parametrize("name", random_shapes.SHAPES)
 def test_published_shapes_have_their_number_of_parameters(name):
     with torch.device("meta"):
-        model, _, _ = shapes.SHAPES[name][0](False)
+        model, _, _ = random_shapes.SHAPES[name][0](False)
     billions = {"LLaVA-1.5-13B": 13.35, "Qwen2.5-VL-7B": 8.29, "InternVL3-8B": 7.95}[name]  # as their cards say
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
 
 
 def test_the_gpu_script_runs_on_a_tiny_shape(monkeypatch):
     monkeypatch.setattr(gpu, "TOKENS", 3)
-    found = gpu.measure(shapes.build("Qwen2.5-VL-7B", True, "cpu", torch.float32), 1, True)
+    found = gpu.measure(random_shapes.build("Qwen2.5-VL-7B", True, "cpu", torch.float32), 1, True)
     assert set(found["ways"]) == {f"step, {way}" for way in gpu.WAYS} | {"generate, undefended", "generate, border"}
     assert all(len(row["seconds"]) == 1 for row in found["ways"].values())
 
 
 def test_the_gpu_script_says_what_had_no_memory(monkeypatch):
-    lvlm = shapes.build("InternVL3-8B", True, "cpu", torch.float32)
+    lvlm = random_shapes.build("InternVL3-8B", True, "cpu", torch.float32)
 
     def full(*arguments: Any, **options: Any) -> Any:
         raise torch.cuda.OutOfMemoryError
