@@ -57,7 +57,10 @@ def load_defense(source: str | Path, name: str | None = None) -> Defense:
         inner = SafetyText(value) if inside == "safety-text" else load_defense(value, inside)
         return gated(inner, kind, name or f"{head}+{inner.name}")
     if holds_gate(folder):
-        raise DavspError(f"{folder} holds a gate without a border, which is no defense by itself: gate:first+{folder}")
+        raise DavspError(
+            f"{folder} holds a gate without a border, which is no defense by itself; give gate:first+{folder} or "
+            f"gate:states+{folder}."
+        )
     kinds = {LOADERS[file]: file for file in LOADERS if (folder / file).exists()}
     if len(kinds) > 1:
         raise DavspError(f"{folder} holds {' and '.join(kinds.values())}; take the files of one away.")
