@@ -9,6 +9,7 @@ import pytest
 from davsp import LVLM, DavspError, HarmfulnessVector, VisualSafetyPrompt
 from davsp.attacks.surface import surfaces
 from davsp.benchmarks.custom import save_queries
+from davsp.cli import serve
 from davsp.cli.defenses import rows
 from davsp.defended import DefendedModel
 from davsp.defenses import Chain, Defense, Gate, NoDefense, SafetyText, VisualPrompt, adashield_s, load_defense
@@ -187,6 +188,19 @@ def test_what_the_proxy_says_of_pictures(border: VisualSafetyPrompt):
     assert note(Gate(SafetyText("a"))) == BARE
     with pytest.raises(DavspError, match="looks through nothing"):
         gate_of(Gate(NoDefense()))
+
+
+def test_davsp_serve_without_a_border(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    apps: list[Any] = []
+    monkeypatch.setattr(serve, "_run", lambda *args: apps.append(args))
+    put(tmp_path / "look", served(pixels="", texts=(TEXT, " ", "")), "gate_served.json")
+    command = ["serve", "--upstream", "http://127.0.0.1:9/v1", "--no-probe", "--defense"]
+    assert run(*command, f"gate:first+text={tmp_path / 'look'}") == 0 and len(apps) == 1
+    said = capsys.readouterr().err
+    assert "every request goes upstream with its pictures undefended, by design" in " ".join(said.split())
+    assert "gate:first+text, " in said
+    assert run(*command, f"gate:states+text={tmp_path / 'look'}") == 2
+    assert "no threshold yet" in capsys.readouterr().err and len(apps) == 1
 
 
 def test_a_threshold_through_a_server(lvlm: LVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
