@@ -6,7 +6,9 @@ import signal
 import socket
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -14,6 +16,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from davsp import cli
 from davsp.runtime import launch, parallel
 from test_cli import run
+
+T = TypeVar("T")
 
 
 def _work(*command: str) -> None:
@@ -68,3 +72,25 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
+
+
+def together(do: Callable[[], T], count: int = 2) -> list[T]:
+    """What each of several processes returns, forks that share work."""
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=count, run_id="together", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+        local_addr="localhost", max_restarts=0, monitor_interval=0.05, start_method="fork",
+    )  # fmt: skip
+    handlers = {number: signal.getsignal(number) for number in launch.SIGNALS}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            done = elastic_launch(config, _fresh)(do)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return [done[rank] for rank in range(count)]
+
+
+def _fresh(do: Callable[[], T]) -> T:
+    parallel._join.cache_clear()
+    return do()

@@ -15,6 +15,7 @@ from davsp.lvlm import LVLM, short_name
 from davsp.lvlm.templates import CHECKPOINT
 from davsp.lvlm.undefended import WHITE, matters, square
 from davsp.query import Query
+from davsp.runtime import parallel
 from davsp.runtime.files import read_tensors_and_metadata, read_torch, save_tensors, to_json, write_json
 
 AS_GOOD = 0.01  # of AUROC: about the standard error of 0.99 from a hundred queries
@@ -371,6 +372,8 @@ def collect_states(
 ) -> Float[Tensor, "n l d"]:
     """States of the last input token of undefended queries, on the CPU; pictures and words-only in batches apart.
 
+    Several processes share the batches; all of them must come here.
+
     Where a picture is padded, it is in white, as DAVSP's code does for the vector and for its border.
     """
     states: list[Tensor] = [torch.empty(0)] * len(queries)
@@ -379,16 +382,21 @@ def collect_states(
             lvlm.check_query(f"{text} {query.question}" if text else query.question, query.size(), 0)
         except DavspError as error:
             raise DavspError(f"query {query.id!r} cannot be shown: {error}") from error
-    with Progress(transient=True, disable=not progress) as bar:
+    with Progress(transient=True, disable=not progress or parallel.rank() > 0) as bar:
         task = bar.add_task(name, total=len(queries))
-        for batch in _batches(queries, batch_size):
+        batches = list(_batches(queries, batch_size))
+        for batch in batches[parallel.rank() :: parallel.processes()]:
             pictures = [queries[i].picture() for i in batch]
             shown = [square(p, WHITE) if lvlm.undefended == "pad" else p for p in pictures if p]
             canvas = lvlm.preprocess(shown) if shown else None
             questions = [f"{text} {queries[i].question}" if text else queries[i].question for i in batch]
             for i, state in zip(batch, lvlm.states(canvas, questions, layers).cpu(), strict=True):
                 states[i] = state
-            bar.advance(task, len(batch))
+            bar.advance(task, parallel.processes() * len(batch))
+    for number, of_one in enumerate(parallel.gathered([s for s in states if s.numel()])):
+        rows = [i for batch in batches[number :: parallel.processes()] for i in batch]
+        for i, state in zip(sorted(rows), of_one, strict=True):
+            states[i] = state
     return torch.stack(states)
 
 

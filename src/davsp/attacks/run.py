@@ -9,6 +9,7 @@ out/metrics.json             tidy rows with the fields attack and eps besides (`
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from davsp.attacks.apgd import SearchResult
 from davsp.attacks.records import RECORDS, append, curve_points, picture_file, read_records, save_batch
 from davsp.attacks.redraw import REDRAWS
 from davsp.attacks.search import losses_of, search
@@ -31,7 +33,7 @@ from davsp.judges.base import PromptJudge
 from davsp.lvlm import LVLM, fingerprint
 from davsp.lvlm.undefended import in_records
 from davsp.query import Query
-from davsp.runtime import journal
+from davsp.runtime import journal, parallel
 from davsp.runtime.files import alone, sweep
 from davsp.runtime.progress import bar
 from davsp.store import queries_hash
@@ -99,8 +101,8 @@ def attack(
     fitting(lvlm, defenses, clean, max_new_tokens)
     if isinstance(judge, PromptJudge) and judge.prompt.picture:
         judge = judge.of(malicious)
-    with alone(out):
-        sweep(out)
+    with nullcontext() if parallel.rank() > 0 else alone(out):  # the first process writes for all
+        _sweep(out)
         identity = {"model": fingerprint(lvlm), "dtype": str(lvlm.dtype), "queries": queries_hash(malicious)}
         identity |= in_records(lvlm, malicious)
         journal.record(out / RECORD, identity)
@@ -152,8 +154,7 @@ class _Run:
     def all(self, name: str, defense: Defense, clean: list[Query]) -> Iterator[AttackResult]:
         """All attacks on one defense, the clean pictures first."""
         folder = self.out / slug(name)
-        if folder.exists():
-            sweep(folder)
+        _sweep(folder)
         journal.record(folder / DEFENSE, {"name": name, "defense": defense.describe()})
         yield self._answer(name, defense, CLEAN, None, clean)
         for attack in self.settings.attacks:
@@ -194,7 +195,7 @@ class _Run:
     def _open(self, name: str, attack: str, eps: int | None) -> tuple[Path, dict[str, dict[str, Any]]]:
         """The folder of an attack, and the records in it, which are of the same settings."""
         folder = self._folder(name, attack, eps)
-        sweep(folder / "pictures")
+        _sweep(folder / "pictures")
         identity = self.settings.of(attack, self.vector)
         journal.record(folder / RECORD, identity, expected=(folder / RECORDS).exists())
         return folder, read_records(folder, "words" if attack == "suffix" else "sha256")
@@ -206,16 +207,21 @@ class _Run:
         with bar(self.console) as bars:
             total, done = (settings.word_steps * n for n in (len(self.queries), len(records)))
             task = bars.add_task("suffix", total=total, completed=done)
-            for q in self.queries:
-                if q.id in records:
-                    continue
+            left = [q for q in self.queries if q.id not in records]
+
+            def found(number: int) -> dict[str, Any]:
+                q = left[number]
                 best = search_suffix(
                     self.lvlm, defense, q, settings.target, length=settings.words, steps=settings.word_steps,
                     candidates=settings.word_candidates, batch_size=settings.batch_size, seed=settings.seed,
                     progress=lambda n: bars.advance(task, n),
                 )  # fmt: skip
-                records[q.id] = {"query_id": q.id, "words": best.text, **curve_points(best.curve)}
-                append(folder, [records[q.id]])
+                return {"query_id": q.id, "words": best.text, **curve_points(best.curve)}
+
+            for _, record in parallel.work(len(left), found):
+                append(folder, [record])
+        parallel.wait()
+        records = read_records(folder, "words")
         return [with_words(q, records[q.id]["words"]) for q in self.queries]
 
     def _with_pictures(
@@ -227,16 +233,32 @@ class _Run:
         size, passes = self.settings.batch_size, self.settings.passes(attack)
         with bar(self.console) as bars:
             task = bars.add_task(f"{attack} {eps}", total=passes * len(queries), completed=passes * len(records))
-            for at in range(0, len(queries), size):
-                batch = queries[at : at + size]
-                if all(q.id in records for q in batch):
-                    continue
-                for places, surface in surfaces(self.lvlm, defense, batch, self.settings.target):
+            starts = range(0, len(queries), size)
+            left = [at for at in starts if not all(q.id in records for q in queries[at : at + size])]
+
+            def found(number: int) -> list[tuple[list[int], SearchResult]]:
+                at, results = left[number], []
+                for places, surface in surfaces(self.lvlm, defense, queries[at : at + size], self.settings.target):
                     losses = losses_of(attack, surface, self.vector, lambda n: bars.advance(task, n))
                     best = search(attack, losses, surface.pictures, eps / 255, self.settings, at)
-                    save_batch(folder, [batch[i] for i in places], [at + i for i in places], best, records)
+                    results.append(
+                        ([at + i for i in places], best._replace(pictures=best.pictures.cpu(), curve=best.curve.cpu()))
+                    )
+                return results
+
+            for _, results in parallel.work(len(left), found):
+                for numbers, best in results:
+                    save_batch(folder, [queries[i] for i in numbers], numbers, best, records)
+        parallel.wait()
+        records = read_records(folder, "sha256")
         sent = [replace(q, image=picture_file(folder, records[q.id])) for q in queries]
         return [records[q.id] for q in queries], sent
+
+
+def _sweep(folder: Path) -> None:
+    """As `sweep`, in the process that writes."""
+    if parallel.rank() == 0 and folder.exists():
+        sweep(folder)
 
 
 def slug(name: str) -> str:

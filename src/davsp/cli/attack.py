@@ -8,13 +8,14 @@ import typer
 
 from davsp.cli import judges
 from davsp.cli.defenses import rows
-from davsp.cli.inputs import compare_pictures, compare_templates, is_shipped, load_lvlm
+from davsp.cli.inputs import compare_pictures, compare_templates, in_processes, is_shipped, load_lvlm, terminal
 from davsp.cli.options import (
     JUDGES,
     Limit,
     MaxNewTokens,
     ModelOptions,
     Out,
+    ProcessOptions,
     RequestOptions,
     RowOptions,
     Seed,
@@ -72,6 +73,7 @@ def attack(
     attacks: AttackOptions,
     test: TestSetOptions,
     model: ModelOptions,
+    processes: ProcessOptions,
     access: VerdictOptions,
     requests: RequestOptions,
     limit: Limit = None,
@@ -84,14 +86,14 @@ def attack(
     seed: Seed = 0,
 ) -> None:
     """Attack defenses with pictures made against them: RSR by size of the change, its worst case, and whether to believe it."""
-    from rich.console import Console
-
     from davsp.attacks import attack as run
     from davsp.evaluation.judging import apart
     from davsp.judges.verdicts import judge_name
     from davsp.lvlm import undefended
+    from davsp.runtime import parallel
     from davsp.vector import HarmfulnessVector
 
+    model = in_processes(processes, model)
     direction = HarmfulnessVector.load(row.vector) if row.vector else None
     shipped = is_shipped(model.name)
     defenses = rows(row.defense or [], row.prompt, row.text, shipped, direction)
@@ -117,8 +119,10 @@ def attack(
     compare_templates(lvlm, {"the vector": direction, **{f"the prompt of {name}": d for name, d in defenses.items()}})
     results = run(
         lvlm, defenses, queries, out, settings, direction, scorers[0], max_new_tokens=max_new_tokens,
-        console=Console(stderr=True),
+        console=terminal(),
     )  # fmt: skip
+    if parallel.rank() > 0:
+        return
     facts: dict[str, Any] = {
         "settings": settings.model_dump(), "notes": notes, "benchmarks": test.benchmark or [], "split": test.split,
         "max_new_tokens": max_new_tokens or lvlm.longest, "judge": judge_name(scorers[0]),

@@ -98,6 +98,7 @@ def evaluate(
     """Answer a test set under each defense, judge the answers, and report rates with 95 % intervals, paired with No Defense."""
     from davsp.evaluation import evaluate
     from davsp.evaluation.judging import apart
+    from davsp.judges.guard import help_judge
     from davsp.lvlm import answer_length, loaded
     from davsp.runtime import keys, parallel
     from davsp.vector import HarmfulnessVector
@@ -142,8 +143,11 @@ def evaluate(
         batch_size=batch_size or (SERVED if server else BATCH),
         max_new_tokens=max_new_tokens, seed=seed, console=terminal(), manifest=facts,
     )  # fmt: skip
-    if parallel.rank() == 0:
-        _finish(out, queries, evaluation, defenses, scorers[1:], show_unsafe, access.max_unscored, seed, caveat)
+    if parallel.rank() > 0:
+        for other in scorers[1:]:
+            help_judge(other)
+        return
+    _finish(out, queries, evaluation, defenses, scorers[1:], show_unsafe, access.max_unscored, seed, caveat)
 
 
 def server_of(engine: EngineOptions, model: ModelOptions, processes: int = 1) -> tuple[str, str] | None:
@@ -235,6 +239,7 @@ def _finish(
 
     from davsp import metrics, report
     from davsp.evaluation.rescore import rescore, slug
+    from davsp.judges.guard import end_help
     from davsp.judges.verdicts import judge_name
     from davsp.lvlm import undefended
     from davsp.report.html import write_report
@@ -245,6 +250,7 @@ def _finish(
     groups: list[dict[str, list[Any]]] = [dict(evaluation.verdicts), dict(evaluation.grades)]
     for judge in others:
         rescored = rescore(out, queries, judge, seed=seed)
+        end_help(judge)
         groups.append(dict(rescored.verdicts))
         print(f"rates by {judge_name(judge)} are in {out / f'metrics-{slug(judge_name(judge))}.json'}")
     shown = [name for name in defenses if name != "none"] or list(defenses)

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from davsp.cli import judges
-from davsp.cli.inputs import is_shipped
+from davsp.cli.inputs import in_processes, is_shipped
 from davsp.cli.options import (
     JUDGES,
     GraderRuns,
     JudgeRequestOptions,
+    ModelOptions,
     OneJudgeOptions,
+    ProcessOptions,
     Seed,
     TestSetOptions,
 )
@@ -30,6 +32,7 @@ def judge(
     test: TestSetOptions,
     access: OneJudgeOptions,
     requests: JudgeRequestOptions,
+    processes: ProcessOptions,
     mode: Annotated[
         str,
         typer.Option(
@@ -46,13 +49,16 @@ def judge(
 
     from davsp.evaluation.judging import apart
     from davsp.evaluation.rescore import rescore, slug
+    from davsp.judges.guard import end_help, help_judge
     from davsp.judges.verdicts import judge_name
     from davsp.lvlm.undefended import note
     from davsp.report.terminal import print_caveat
+    from davsp.runtime import parallel
     from davsp.store import RESPONSES
 
     if not (run / RESPONSES).exists():  # before a cache makes the folder
         raise DavspError(f"{run} holds no answers ({RESPONSES}); give the folder that davsp eval --out wrote.")
+    device = in_processes(processes, ModelOptions(device=device)).device
     queries, _ = load_test_set(test, None, None, seed)
     if judge not in judges.GRADER_OF and not any(query.label == "malicious" for query in queries):
         raise DavspError(
@@ -65,6 +71,9 @@ def judge(
         [judge], access, requests, access.cache or run / "cache.sqlite", device, grader_runs
     )
     scorer = judges.judge_or_grader(judge, settings)
+    if parallel.rank() > 0:
+        help_judge(scorer)
+        return
     benchmark = judges.GRADER_OF.get(judge)
     if benchmark:
         scores = rescore(
@@ -78,6 +87,7 @@ def judge(
         )
     else:
         scores = rescore(run, queries, scorer, seed=seed, mode=mode, reasoning_tags=settings.reasoning_tags)
+    end_help(scorer)
     asked = {verdict.query_id for verdicts in scores.verdicts.values() for verdict in verdicts}
     _print(Console(), scores, judges.caveat_of([scorer], _shipped(run), [q for q in queries if q.id in asked]))
     print_caveat(Console(), note(_facts(run).get("undefended")))

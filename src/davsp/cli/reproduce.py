@@ -9,7 +9,7 @@ import typer
 from davsp.cli import judges
 from davsp.cli.baseline import chat_defender
 from davsp.cli.groups import changed
-from davsp.cli.inputs import ask_as_published, embedded_protocol, is_shipped, load_lvlm, published
+from davsp.cli.inputs import ask_as_published, embedded_protocol, in_processes, is_shipped, load_lvlm, published
 from davsp.cli.options import (
     JUDGES,
     Benchmark,
@@ -18,6 +18,7 @@ from davsp.cli.options import (
     JudgeOptions,
     MaxNewTokens,
     ModelOptions,
+    ProcessOptions,
     Recipe,
     RequestOptions,
     Seed,
@@ -73,6 +74,7 @@ def reproduce(
     defender: DefenderOptions,
     access: JudgeOptions,
     requests: RequestOptions,
+    processes: ProcessOptions,
     out: Annotated[Path | None, typer.Option(help="Folder of this model's run; left out: out/reproduce/MODEL.")] = None,
     borrow: Annotated[
         list[str] | None,
@@ -116,12 +118,14 @@ def reproduce(
             "judge": judge, "grader_runs": grader_runs, "dry_run": dry_run, "per_call": per_call,
             "max_new_tokens": max_new_tokens, "borrow": borrow,
         }  # fmt: skip
-        for group in (methods, defender, access, requests):
+        for group in (methods, defender, access, requests, processes):
             unused |= changed(group)
         _only_of_tables({name: value for name, value in unused.items() if name != "steps"})
         _own(names, model, methods.steps, out, batch_size, seed, ecso, bool(benchmark or split))
         return
     tables, sweeps = _tables_and_sweeps(names)
+    if not dry_run:
+        model = in_processes(processes, model)
     embedded_data = not benchmark and split is None
     name = (model.name or "davsp-mini").rstrip("/").split("/")[-1]
     out = out or Path("out/reproduce") / name
@@ -204,13 +208,17 @@ def _run(tables: list[str], sweeps: list[str], kit: "Kit", out: Path, seed: int,
     """Make sweeps and tables, and print them."""
     from davsp.experiments.paper.run import reproduce
     from davsp.experiments.paper.sweeps import sweep
+    from davsp.runtime import parallel
 
     if sweeps:
         sweep(sweeps, kit, out / "sweeps", seed=seed, **evaluation)
-        print((out / "sweeps" / "sweeps.md").read_text())
+        if parallel.rank() == 0:
+            print((out / "sweeps" / "sweeps.md").read_text())
     if not tables:
         return
     reproduction = reproduce(tables, kit, **evaluation)
+    if parallel.rank() > 0:
+        return
     for name in reproduction.tables:
         print((out / f"{name}.md").read_text())
     print((out / "claims.md").read_text())

@@ -53,6 +53,7 @@ def demo(
 def vector(
     model: ModelOptions,
     data: DataOptions,
+    processes: ProcessOptions,
     out: Out = Path("out/vector"),
     held_malicious: Annotated[
         Path | None, typer.Option(help="Held-out malicious queries, to choose the layer by.")
@@ -69,7 +70,10 @@ def vector(
     seed: Seed = 0,
 ) -> None:
     """Fit the harmfulness vector at every layer, sweep the layers on held-out queries, choose one and its margins."""
+    from contextlib import nullcontext
+
     from davsp.report.layerplot import layer_plot
+    from davsp.runtime import parallel
     from davsp.runtime.files import alone, write_bytes
     from davsp.training.recipe import LAYER, is_theirs
     from davsp.vector import HarmfulnessVector
@@ -77,6 +81,7 @@ def vector(
     if (held_malicious is None) != (held_benign is None):
         raise DavspError("--held-malicious and --held-benign go together; give both or neither.")
     as_published = published(recipe)
+    model = in_processes(processes, model)
     fitting = split_queries(data, "vector")
     lvlm = load_lvlm(model)
     if as_published:
@@ -99,7 +104,7 @@ def vector(
         )
     elif protocol:
         held = protocol.sweep_malicious, protocol.sweep_benign
-    with alone(out):
+    with nullcontext() if parallel.rank() > 0 else alone(out):  # the first process writes for all
         fitted = HarmfulnessVector.fit(lvlm, *fitting, text=text)
         if held:
             fitted.sweep(lvlm, *held, text=text)
@@ -107,6 +112,8 @@ def vector(
             say("no held-out queries: the layer is chosen on the fitting set, which flatters it.")
         if layer is not None:
             fitted.use_layer(layer)
+        if parallel.rank() > 0:
+            return
         fitted.save(out)
         plot = layer_plot(fitted.by_layer(), fitted.layer, "held-out queries" if held else "fitting set")
         write_bytes(out / "layers.png", plot)

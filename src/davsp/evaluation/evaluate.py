@@ -22,6 +22,7 @@ from davsp.evaluation.fitting import fitting
 from davsp.evaluation.judging import Judgement, judge_custom, judge_published
 from davsp.judges import Judge, keyword
 from davsp.judges.graders import Grader
+from davsp.judges.guard import end_help, help_judge
 from davsp.lvlm import AnsweringLVLM, model_facts, model_name, template_of, undefended
 from davsp.lvlm.templates import CHECKPOINT
 from davsp.query import Grade, Query, Response, Verdict, write_jsonl
@@ -86,7 +87,7 @@ def evaluate(
             run and `redo` is False, or another process writes there.
         Interrupted: Ctrl-C; what was answered is kept.
 
-    Of several processes only the first judges; the others return the responses alone.
+    Of several processes only the first judges, but for a guard that runs here, which all do; the others return the responses alone.
     """
     _check(queries, defenses)
     max_new_tokens = max_new_tokens or lvlm.longest
@@ -107,12 +108,14 @@ def evaluate(
             manifest,
         )
         if parallel.rank() > 0:
+            help_judge(judge)
             return Evaluation(responses, {}, [])
         name = model_name(lvlm)
         if graders is None:
             judgement = judge_custom(queries, responses, judge, name, baseline, seed)
         else:
             judgement = judge_published(queries, responses, judge, graders, name, baseline, seed)
+        end_help(judge)
         costs = metrics.cost_rows(name, responses, baseline) + metrics.length_rows(name, responses, max_new_tokens)
         judgement = replace(judgement, rows=judgement.rows + costs)
         if out is not None:
@@ -164,8 +167,8 @@ def _answers(
     store = None if out is None else Store(out, settings, described, plan, queries, batch_size, manifest)
     responses = {name: [] for name in defenses} if store is None else store.open(redo, console)
     try:
-        for name, defense in defenses.items():
-            _answer(lvlm, name, defense, plan, responses[name], store, vector, batch_size, max_new_tokens, console)
+        _answer(lvlm, defenses, plan, responses, store, vector, batch_size, max_new_tokens, console)
+        responses = parallel.shared(responses)
     except KeyboardInterrupt:
         so_far = (
             f"the answers so far are in {out / RESPONSES}: give the same command again to go on"
@@ -189,28 +192,40 @@ def planned(queries: Sequence[Query]) -> list[Query]:
 
 def _answer(
     lvlm: AnsweringLVLM,
-    name: str,
-    defense: Defense,
+    defenses: Mapping[str, Defense],
     plan: Sequence[Query],
-    done: list[Response],
+    done: Answers,
     store: Store | None,
     vector: HarmfulnessVector | None,
     batch_size: int,
     max_new_tokens: int,
     console: Console,
 ) -> None:
-    """Answer what is not done yet, a batch a process at a time, and add it to `done` and to the store."""
+    """Answer what is not done yet and add it to `done` and to the store, batch by batch in the order of the plan.
+
+    Of several processes each takes the next batch that nobody has, under whatever defense, so a long answer holds nobody else.
+    """
+    batches = [(name, at) for name in defenses for at in range(len(done[name]), len(plan), batch_size)]
     with progress_bar(console) as bar:
-        task = bar.add_task(name, total=len(plan), completed=len(done))
-        for at in range(len(done), len(plan), batch_size * parallel.processes()):
-            start = at + batch_size * parallel.rank()
-            batch = plan[start : start + batch_size]
-            responses = defense.respond(lvlm, batch, vector, batch_size, partial(bar.advance, task), max_new_tokens)
-            for share in parallel.gathered([replace(r, defense=name) for r in responses]):
-                if store is not None:
-                    store.append(share)
-                done += share
-            bar.update(task, completed=len(done))
+        tasks = {
+            name: bar.add_task(name, total=len(plan), completed=len(done[name]), visible=False) for name in defenses
+        }
+
+        def answers(number: int) -> list[Response]:
+            name, at = batches[number]
+            bar.update(tasks[name], visible=True)
+            advance = partial(bar.advance, tasks[name])
+            responses = defenses[name].respond(
+                lvlm, plan[at : at + batch_size], vector, batch_size, advance, max_new_tokens
+            )
+            return [replace(response, defense=name) for response in responses]
+
+        for number, responses in parallel.work(len(batches), answers):
+            name, _ = batches[number]
+            if store is not None:
+                store.append(responses)
+            done[name] += responses
+            bar.update(tasks[name], completed=len(done[name]), visible=len(done[name]) < len(plan))
 
 
 def _ordered(queries: Sequence[Query], responses: Mapping[str, Sequence[Response]]) -> dict[str, list[Response]]:

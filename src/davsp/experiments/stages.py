@@ -4,10 +4,11 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,6 +17,7 @@ from davsp.errors import DavspError
 from davsp.lvlm import LVLM, fingerprint
 from davsp.lvlm.undefended import not_square
 from davsp.prompts.base import P, Prompt
+from davsp.runtime import parallel
 from davsp.runtime.files import alone, read_bytes, read_json, write_json
 from davsp.runtime.files import sha256 as file_hash
 from davsp.store import queries_hash
@@ -42,49 +44,73 @@ class Stages:
 
     def __post_init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        if parallel.rank() > 0:
+            self.console = Console(quiet=True)
 
-    def run(self, name: str, inputs: Any, make: Callable[[bool], object], load: Callable[[], T]) -> T:
+    def run(
+        self, name: str, inputs: Any, make: Callable[[bool], object], load: Callable[[], T], together: bool = False
+    ) -> T:
         """What `load` reads, after `make(resume)` if it is not there or not whole.
 
         resume is False where the inputs have changed; the folder of the stage's training is deleted then. Meanwhile no other
         process runs a stage of the same folder.
 
+        Args:
+            together: several processes share the work of `make`, and all call it; else the first one alone does.
+
         Raises:
             DavspError: another process runs one, or what `make` and `load` raise.
         """
-        with alone(self.out / "stages"):
-            return self._run(name, inputs, make, load)
+        with nullcontext() if parallel.rank() > 0 else alone(self.out / "stages"):
+            return self._run(name, inputs, make, load, together)
 
-    def _run(self, name: str, inputs: Any, make: Callable[[bool], object], load: Callable[[], T]) -> T:
+    def _run(self, name: str, inputs: Any, make: Callable[[bool], object], load: Callable[[], T], together: bool) -> T:
+        first = parallel.rank() == 0
         path = self.out / "stages" / f"{name}.json"
         digest = sha256(json.dumps(inputs, default=str).encode()).hexdigest()
         record: dict[str, Any] = read_json(path) if path.exists() else {}
         same = bool(record) and record["inputs"] == digest
-        if same and record["done"]:
+        whole, result = False, None
+        if first and same and record["done"]:
             try:
-                result = load()
+                whole, result = True, load()
             except DavspError as error:
+                whole = False
                 self.console.print(
                     f"[yellow]{name}: made anew, as what was kept is not whole ({escape(str(error))})[/]"
                 )
-            else:
-                self.line(name, f"kept; it took {record['seconds']:.1f} s", 0.0)
-                self.seconds[name] = round(record["seconds"], 2)
-                return result
-        if not same:
-            if record:
-                self.console.print(f"[yellow]{name}: made anew, as what it rests on has changed[/]")
-            # before the new inputs are noted: a kill in between must not leave a checkpoint of the old ones to go on from
-            if (old := self.out / "train" / name).exists():
-                shutil.rmtree(old)
-        write_json(path, {"inputs": digest, "done": False})
+        same, whole = parallel.shared((same, whole))
+        if whole:
+            self.line(name, f"kept; it took {record['seconds']:.1f} s", 0.0)
+            self.seconds[name] = round(record["seconds"], 2)
+            return cast(T, result) if first else load()
+        if first:
+            self._begin(name, same, bool(record))
+            write_json(path, {"inputs": digest, "done": False})
         start = time.perf_counter()
-        make(same)
-        result = load()
+        parallel.wait()
+        if together:
+            make(same)
+        elif first:
+            with parallel.alone():
+                make(same)
+        parallel.wait()
+        made = load()
         seconds = time.perf_counter() - start
-        write_json(path, {"inputs": digest, "done": True, "seconds": seconds})
+        if first:
+            write_json(path, {"inputs": digest, "done": True, "seconds": seconds})
         self.line(name, "made" if not same else "finished", seconds)
-        return result
+        return made
+
+    def _begin(self, name: str, same: bool, before: bool) -> None:
+        """Remove what rests on other inputs; before the new ones are noted: a kill in between must not leave a checkpoint of the
+        old ones to go on from."""
+        if same:
+            return
+        if before:
+            self.console.print(f"[yellow]{name}: made anew, as what it rests on has changed[/]")
+        if (old := self.out / "train" / name).exists():
+            shutil.rmtree(old)
 
     def line(self, name: str, note: str, seconds: float) -> None:
         self.seconds[name] = round(seconds, 2)
@@ -102,12 +128,13 @@ def fitted_vector(stages: Stages, lvlm: LVLM, data: "Protocol", text: str) -> Ha
         )
         if data.sweep_malicious and data.sweep_benign:
             vector.sweep(lvlm, data.sweep_malicious, data.sweep_benign, text, progress=not stages.console.quiet)
-        vector.save(folder)
+        if parallel.rank() == 0:
+            vector.save(folder)
 
     inputs = [fingerprint(lvlm), text, *(queries_hash(queries) for queries in sets)]
     if lvlm.undefended == "pad" and any(map(not_square, sets)):
         inputs.append("pad")  # in white; older vectors are of other pictures
-    return stages.run("vector", inputs, make, lambda: HarmfulnessVector.load(folder))
+    return stages.run("vector", inputs, make, lambda: HarmfulnessVector.load(folder), together=True)
 
 
 def trained_prompt(
@@ -130,8 +157,9 @@ def trained_prompt(
 
     def make(resume: bool) -> None:
         probe = [*data.sweep_malicious, *data.sweep_benign]
-        if resume and folder.exists() and not (folder / METRICS).exists():
+        if parallel.rank() == 0 and resume and folder.exists() and not (folder / METRICS).exists():
             shutil.rmtree(folder)  # a checkpoint without its metrics can't be gone on from
+        parallel.wait()
         progress = not stages.console.quiet
         prompt: Prompt = train(
             lvlm,
@@ -145,7 +173,8 @@ def trained_prompt(
             progress,
             _pictured(probe),
         )
-        prompt.save_pretrained(saved)
+        if parallel.rank() == 0:
+            prompt.save_pretrained(saved)
 
     kind = {
         "kind": start.kind,
@@ -173,7 +202,7 @@ def trained_prompt(
             raise DavspError(f"there is no folder {saved}")
         return type(start).from_pretrained(saved)
 
-    return stages.run(name, inputs, make, load)
+    return stages.run(name, inputs, make, load, together=True)
 
 
 def _pictured(queries: list[Any]) -> list[Any]:

@@ -6,7 +6,7 @@ HarmBench's is plain text.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from typing import Any
 
@@ -18,6 +18,7 @@ from davsp.judges.base import Keep, PromptJudge, read_reply
 from davsp.judges.cache import Ruling, VerdictCache
 from davsp.judges.prompts import JudgePrompt, Message, Reading, bare, unreadable
 from davsp.query import Query
+from davsp.runtime import parallel
 from davsp.runtime.thought import TAGS, Tags
 
 CATEGORIES = {
@@ -154,10 +155,23 @@ class LocalGuard(PromptJudge):
         for key in [key for key, ids in tokens.items() if room and len(ids) + self.max_tokens > room]:
             keep(key, Ruling("unscored", f"too long for the judge ({len(tokens.pop(key))} of {room} tokens)"))
         order = sorted(tokens, key=lambda key: len(tokens[key]))
-        for at in range(0, len(order), self.batch_size):
-            keys = order[at : at + self.batch_size]
-            for key, ruling in zip(keys, self._generate([tokens[key] for key in keys]), strict=True):
+        batches = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
+        for number, rulings in self._ruled(parallel.shared([[tokens[key] for key in batch] for batch in batches])):
+            for key, ruling in zip(batches[number], rulings, strict=True):
                 keep(key, ruling)
+
+    def help(self) -> None:
+        """Rule on a share of what the first process is asked, until it calls `end_help`."""
+        while (batches := parallel.shared(None)) is not None:
+            list(self._ruled(batches))
+
+    def end_help(self) -> None:
+        """In the first process: the others need not help any longer."""
+        parallel.shared(None)
+
+    def _ruled(self, batches: list[list[list[int]]]) -> Iterator[tuple[int, list[Ruling]]]:
+        """Number of a batch and the rulings on it; several processes share the batches, and the first one has them all."""
+        return parallel.work(len(batches), lambda number: self._generate(batches[number]))
 
     def _generate(self, prompts: list[list[int]]) -> list[Ruling]:
         """The rulings of a batch; a reply that does not end within `max_tokens` is unscored."""
@@ -204,6 +218,18 @@ class LocalGuard(PromptJudge):
         raise DavspError(
             f"the judge {self.model} has no chat template that shows question and answer ({why}); give a guard."
         )
+
+
+def help_judge(judge: Any) -> None:
+    """In every process but the first: do a share of what `judge` does there, until it calls `end_help`."""
+    if isinstance(judge, LocalGuard):
+        judge.help()
+
+
+def end_help(judge: Any) -> None:
+    """In the first process: the others go on."""
+    if isinstance(judge, LocalGuard):
+        judge.end_help()
 
 
 def _weights(lm: Any) -> str:

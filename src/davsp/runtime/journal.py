@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from davsp.errors import DavspError
+from davsp.runtime import parallel
 from davsp.runtime.files import read_bytes, read_json, write_json
 
 ANEW = "choose another folder, give those settings again, or start anew with --no-resume (resume=False in Python)"
@@ -55,7 +56,7 @@ def restore(path: Path, identity: Mapping[str, Any], **fields: type) -> dict[str
 
 
 def record(path: Path, identity: Mapping[str, Any], expected: bool = False) -> None:
-    """Write an identity as a file of its own, or compare it with the one that is there.
+    """Write an identity as a file of its own, or compare it with the one that is there; of several processes the first does.
 
     Args:
         expected: something was made under a record already, so that one must be there.
@@ -63,6 +64,8 @@ def record(path: Path, identity: Mapping[str, Any], expected: bool = False) -> N
     Raises:
         DavspError: the one that is there is another, or an expected one is missing.
     """
+    if parallel.rank() > 0:
+        return
     if not path.exists() and not expected:
         write_json(path, identity)
         return

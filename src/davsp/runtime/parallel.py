@@ -7,21 +7,28 @@ around the model: every process computes the same state from the same sum. Proce
 
 import atexit
 import os
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from itertools import count as numbers
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from davsp.errors import Lost
+from davsp.errors import DavspError, Lost
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.distributed import TCPStore
 
 RANK, WORLD = "RANK", "WORLD_SIZE"
 LONGEST_WAIT = timedelta(days=2)  # for what process 0 does alone; a process that ends is noticed at once
 
+PART = 2**22  # bytes; a store takes no value of more than 8 MiB
+
+T = TypeVar("T")
 _alone = False
+_jobs = numbers()
 
 
 def rank() -> int:
@@ -94,6 +101,73 @@ def wait() -> None:
     gathered(None)
 
 
+def same(value: Any, what: str) -> None:
+    """Raises DavspError unless all processes have the same value: they read it from files that all of them must see."""
+    if len({repr(one) for one in gathered(value)}) > 1:
+        raise DavspError(f"the processes see other {what}; give a folder that all machines share (--out).")
+
+
+def work(count: int, do: Callable[[int], T]) -> Iterator[tuple[int, T]]:
+    """Do `count` pieces of work, each in the process that is free for it first.
+
+    Args:
+        count: the same in all processes.
+        do: number of a piece -> what comes of it, which can be pickled.
+
+    Yields:
+        In process 0 every number and what came of it, in their order, as soon as it is known there; in the others nothing.
+
+    Raises:
+        DavspError: another process counts other pieces.
+        Lost: another process has ended.
+    """
+    if processes() == 1:
+        for number in range(count):
+            yield number, do(number)
+        return
+    same(count, "pieces of work left")  # nobody has begun before all have counted
+    with _lost():
+        store, job, at = _store(), next(_jobs), 0
+    while (number := _taken(store, job)) < count:
+        result = do(number)
+        with _lost():
+            _put(store, f"{job}/{number}", pickle.dumps(result))
+        while rank() == 0 and at < count and _there(store, f"{job}/{at}"):
+            yield at, _got(store, f"{job}/{at}")
+            at += 1
+    wait()  # now all is there
+    while rank() == 0 and at < count:
+        yield at, _got(store, f"{job}/{at}")
+        at += 1
+
+
+def _taken(store: "TCPStore", job: int) -> int:
+    """The next number that nobody has."""
+    with _lost():
+        return int(store.add(f"{job}/next", 1)) - 1
+
+
+def _put(store: "TCPStore", key: str, data: bytes) -> None:
+    parts = [data[at : at + PART] for at in range(0, len(data), PART)]
+    for i, part in enumerate(parts):
+        store.set(f"{key}/{i}", part)  # type: ignore[arg-type]  # it takes bytes, too
+    store.set(key, str(len(parts)))
+
+
+def _there(store: "TCPStore", key: str) -> bool:
+    with _lost():
+        return bool(store.check([key]))
+
+
+def _got(store: "TCPStore", key: str) -> Any:
+    with _lost():
+        names = [f"{key}/{i}" for i in range(int(store.get(key)))]
+        data = b"".join(store.get(name) for name in names)
+        for name in (*names, key):
+            store.delete_key(name)
+    return pickle.loads(data)
+
+
 @contextmanager
 def alone() -> Iterator[None]:
     """Inside, this process is the only one: what it calls shares no work. The others must not come here, and wait behind it."""
@@ -115,6 +189,17 @@ def _lost() -> Iterator[None]:
             f"process {rank()} of {processes()} goes no further, for another has ended or is not reached ({str(error)[:200]}); "
             "give the same command again to go on"
         ) from error
+
+
+@cache
+def _store() -> "TCPStore":
+    """What all processes can write to and read, in process 0."""
+    from torch.distributed import TCPStore
+
+    host, first = os.environ["MASTER_ADDR"], rank() == 0
+    store = TCPStore(host, 0, is_master=True, wait_for_workers=False) if first else None
+    port = shared(store.port if store else None)
+    return store or TCPStore(host, port, is_master=False)
 
 
 @cache

@@ -50,6 +50,7 @@ def _complete(run: "Loop", resume: bool, progress: bool) -> Prompt:
     checkpoint, settings, device = run.checkpoint, run.settings, run.lvlm.device
     state = checkpoint.restore(device) if resume else None
     state = state or checkpoint.start(run.prompt.delta.detach().clone().to(device))
+    parallel.same(state.step, f"checkpoints in {checkpoint.out}")
     with _bar(progress) as bar:
         if progress and parallel.rank() == 0 and device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)

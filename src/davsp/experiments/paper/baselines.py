@@ -14,6 +14,7 @@ from davsp.experiments.paper.kit import Kit
 from davsp.lvlm import fingerprint
 from davsp.lvlm.undefended import in_records
 from davsp.prompts import AdditiveNoise
+from davsp.runtime import parallel
 from davsp.runtime.files import sha256_bytes
 from davsp.store import queries_hash
 
@@ -31,11 +32,13 @@ def uniguard(kit: Kit) -> Defense:
             kit.lvlm, sentences, out, pictures=pictures, text=kit.text, eps=kit.eps, settings=settings, resume=resume,
             progress=not kit.stages.console.quiet,
         )  # fmt: skip
-        noise.save_pretrained(saved)
+        if parallel.rank() == 0:
+            noise.save_pretrained(saved)
 
     saved = kit.stages.out / "prompts" / "uniguard"
     inputs = [settings.model_dump(), kit.eps, sha256_bytes("\n".join(sentences).encode())]
-    return VisualPrompt(_once(kit, "uniguard", inputs, make, lambda: AdditiveNoise.from_pretrained(saved)), "uniguard")
+    noise = _once(kit, "uniguard", inputs, make, lambda: AdditiveNoise.from_pretrained(saved), together=True)
+    return VisualPrompt(noise, "uniguard")
 
 
 def esiii(kit: Kit) -> Defense:
@@ -52,11 +55,13 @@ def esiii(kit: Kit) -> Defense:
             kit.lvlm, out, sentences=sentences, question=question, text=kit.text, eps=kit.eps, settings=settings,
             resume=resume, progress=not kit.stages.console.quiet,
         )  # fmt: skip
-        noise.save_pretrained(saved)
+        if parallel.rank() == 0:
+            noise.save_pretrained(saved)
 
     saved = kit.stages.out / "prompts" / "esiii"
     inputs = [settings.model_dump(), kit.eps, question, sentences]
-    return VisualPrompt(_once(kit, "esiii", inputs, make, lambda: AdditiveNoise.from_pretrained(saved)), "esiii")
+    noise = _once(kit, "esiii", inputs, make, lambda: AdditiveNoise.from_pretrained(saved), together=True)
+    return VisualPrompt(noise, "esiii")
 
 
 def pat(kit: Kit) -> Defense:
@@ -95,10 +100,17 @@ def adashield_a(kit: Kit) -> Defense:
     return _once(kit, "adashield-a", inputs, make, lambda: AdaShieldA.load(saved))
 
 
-def _once(kit: Kit, name: str, inputs: list[Any], make: Callable[[Path, bool], None], load: Callable[[], Any]) -> Any:
-    """What `load` reads, made once from the kit's model and text and from `inputs`; a stopped search goes on."""
+def _once(
+    kit: Kit,
+    name: str,
+    inputs: list[Any],
+    make: Callable[[Path, bool], None],
+    load: Callable[[], Any],
+    together: bool = False,
+) -> Any:
+    """What `load` reads, made once from the kit's model and text and from `inputs`; a stopped search goes on (`Stages.run`)."""
     folder = kit.stages.out / "train" / name
     whole = [fingerprint(kit.lvlm), kit.text, *inputs]
     if shaped := in_records(kit.lvlm, kit.data.train_malicious, kit.data.train_benign):
         whole.append(shaped)
-    return kit.stages.run(name, whole, lambda resume: make(folder, resume), load)
+    return kit.stages.run(name, whole, lambda resume: make(folder, resume), load, together)

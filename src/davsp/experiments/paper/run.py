@@ -35,6 +35,7 @@ from davsp.lvlm.templates import CHECKPOINT, TEMPLATES
 from davsp.query import Query
 from davsp.report import panels, plots, projections_by_label
 from davsp.report.cells import DEFENSES, cut_note, find
+from davsp.runtime import parallel
 from davsp.runtime.files import manifest, read_json, write_json, write_text
 from davsp.store import RESPONSES, pillow_notes
 from davsp.training import recipe
@@ -121,6 +122,8 @@ def reproduce(
     Raises:
         DavspError: an unknown table, or what the steps raise.
         Interrupted: Ctrl-C; the same call goes on.
+
+    Of several processes the first writes and returns the tables.
     """
     if unknown := [name for name in names if name not in TABLES]:
         raise DavspError(f"table {unknown[0]!r} is not known: choose {', '.join(TABLES)} or all")
@@ -139,6 +142,8 @@ def reproduce(
         lvlm, defenses, data.test, out, kit.vector, judge, graders=graders, batch_size=batch_size,
         max_new_tokens=max_new_tokens, redo=True, seed=seed, console=stages.console,
     )  # fmt: skip
+    if parallel.rank() > 0:
+        return Reproduction([], {}, [])
     stages.line("evaluate", f"{len(defenses)} defenses, {len(data.test)} queries", time.perf_counter() - start)
     rows = [*evaluation.rows, *pooled(data.test, evaluation, model_name(lvlm), seed)]
     facts = manifest(
@@ -161,7 +166,8 @@ def _with_earlier(kit: Kit, names: Sequence[str]) -> tuple[Kit, list[str]]:
     there = {name: Path(folder) for name, folder in before["borrowed"].items() if Path(folder).is_dir()}
     borrowed = there | dict(kit.borrowed)
     every = [name for name in TABLES if name in {*before["tables"], *names}]
-    write_json(path, {"tables": every, "borrowed": {name: str(folder) for name, folder in borrowed.items()}})
+    if parallel.rank() == 0:
+        write_json(path, {"tables": every, "borrowed": {name: str(folder) for name, folder in borrowed.items()}})
     return replace(kit, borrowed=borrowed), every
 
 

@@ -24,6 +24,7 @@ from davsp.judges.keyword import caveat
 from davsp.lvlm import model_name
 from davsp.report import plots
 from davsp.report.cells import cut_note
+from davsp.runtime import parallel
 from davsp.runtime.files import read_json, write_json, write_text
 
 PADDINGS = (7, 14, 21, 28, 42, 56)  # pixels of 336, scaled to the canvas
@@ -119,6 +120,8 @@ def sweep(
         kit.lvlm, defenses, kit.data.test, out, kit.vector, judge, graders=graders, batch_size=batch_size,
         max_new_tokens=max_new_tokens, redo=True, seed=seed, console=console,
     )  # fmt: skip
+    if parallel.rank() > 0:
+        return []
     rows = [*evaluation.rows, *pooled(kit.data.test, evaluation, model_name(kit.lvlm), seed)]
     records = [_record(rows, row) for row in defenses]
     write_json(written, {"schema": metrics.SCHEMA, "records": records})

@@ -1,0 +1,172 @@
+"""Several processes share the work of every command; what is in the files is what one process writes."""
+
+import json
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from davsp import HarmfulnessVector, VisualSafetyPrompt, embedded
+from davsp.benchmarks.custom import save_queries
+from davsp.embedded.ecso_templates import TEMPLATES
+from davsp.errors import DavspError
+from davsp.experiments.paper import baselines, run
+from davsp.experiments.paper.methods import METHODS
+from davsp.runtime import parallel
+from forks import forked, together
+from test_guard import AS_TEXT, save_guard
+from tiny import queries
+
+BIG = 9 * 2**20  # bytes; more than a store takes at once
+
+
+def pieces(seconds: dict[int, float]) -> tuple[list[int], list[int]]:
+    """Which pieces of work this process did, and in which order it had them all."""
+    done: list[int] = []
+
+    def do(number: int) -> bytes:
+        time.sleep(seconds.get(number, 0.0))
+        done.append(number)
+        return bytes([number]) * (BIG if number == 1 else 1)
+
+    known = [(number, data) for number, data in parallel.work(6, do)]
+    assert all(data == bytes([number]) * len(data) for number, data in known)
+    return done, [number for number, _ in known]
+
+
+def test_the_slowest_piece_holds_nobody_and_the_order_stays():
+    (first, known), (second, none) = together(partial(pieces, {0: 1.5, 1: 0.3, 2: 0.3}))
+    assert known == list(range(6)) and none == []
+    assert sorted(first + second) == known and min(len(first), len(second)) == 1
+    assert pieces({}) == (list(range(6)), list(range(6)))
+
+
+def counted() -> str:
+    try:
+        list(parallel.work(3 + parallel.rank(), str))
+    except DavspError as error:
+        return str(error)
+    return ""
+
+
+def test_processes_that_see_other_files_are_told():
+    assert all(
+        "the processes see other pieces of work left; give a folder that all machines share" in s
+        for s in together(counted)
+    )
+
+
+def first_alone() -> tuple[int, int, list[int]]:
+    seen = (7, 7)
+    if parallel.rank() == 0:
+        with parallel.alone():
+            seen = parallel.rank(), parallel.processes()
+            assert parallel.gathered(5) == [5]
+    parallel.wait()
+    return *seen, parallel.gathered(parallel.rank())
+
+
+def test_the_first_may_work_alone():
+    assert together(first_alone) == [(0, 1, [0, 1]), (7, 7, [0, 1])]
+
+
+@pytest.fixture(scope="module")
+def data(lvlm, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    save_queries(folder / "malicious", queries("malicious", 35))
+    save_queries(folder / "benign", queries("benign", 3))
+    save_queries(folder / "few", [*queries("malicious", 5), *queries("benign", 2)])
+    VisualSafetyPrompt.create(56, 9, "random", text="please be safe").save_pretrained(folder / "prompt")
+    return folder
+
+
+def test_vector(tiny_folder: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for count in ("1", "2"):
+        command = [
+            "vector", "--model", tiny_folder, "--device", "cpu", "--malicious", data / "malicious", "--benign", data / "benign",
+            "--held-malicious", data / "malicious", "--held-benign", data / "benign", "--out", tmp_path / count,
+        ]  # fmt: skip
+        assert forked(*command, "--num-processes", count) == 0
+        assert capfd.readouterr().out.count("written to") == 1
+    for name in ("vector.safetensors", "vector.json", "layers.png"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+    assert len(HarmfulnessVector.load(tmp_path / "2").malicious) == 35
+
+
+def test_attack(tiny_folder: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for count in ("1", "2"):
+        command = [
+            "attack", "--model", tiny_folder, "--device", "cpu", "--queries", data / "few", "--prompt", data / "prompt",
+            "--attack", "comply,suffix,redraw", "--eps", "8", "--steps", "2", "--batch-size", "2", "--words", "2", "--word-steps", "1",
+            "--word-candidates", "3", "--target", "a car", "--max-new-tokens", "4", "--max-unscored", "1", "--out", tmp_path / count,
+        ]  # fmt: skip
+        assert forked(*command, "--num-processes", count) == 0
+        assert capfd.readouterr().out.count("attack.html are in") == 1
+    found = sorted(path.relative_to(tmp_path / "1") for path in (tmp_path / "1").rglob("*") if path.is_file())
+    assert found == sorted(path.relative_to(tmp_path / "2") for path in (tmp_path / "2").rglob("*") if path.is_file())
+    assert sum(path.suffix == ".png" for path in found) == 10
+    for path in found:
+        if path.suffix in (".png", ".md") or path.name in ("found.jsonl", "attack.json", "verdicts.jsonl"):
+            assert (tmp_path / "1" / path).read_bytes() == (tmp_path / "2" / path).read_bytes(), path
+
+
+def test_guards_that_run_here(tiny_folder: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """In davsp eval the first of two judges and the second, and in davsp judge."""
+    guard = save_guard(tmp_path / "guard", AS_TEXT, {})
+    judged = ["--judge-model", guard, "--max-unscored", "1"]
+    for count in ("1", "2"):
+        out, processes = tmp_path / count, ["--num-processes", count]
+        command = [
+            "eval",
+            "--model",
+            tiny_folder,
+            "--device",
+            "cpu",
+            "--queries",
+            data / "malicious",
+            "--defense",
+            "none",
+        ]
+        both = ["--judge", "llama-guard-3", "--judge", "llama-guard-4", *judged]
+        assert forked(*command, *both, "--max-new-tokens", "4", "--out", out, *processes) == 0, capfd.readouterr().err
+        again = ["judge", out, "--judge", "harmbench", "--queries", data / "malicious", "--device", "cpu"]
+        assert forked(*again, *judged, *processes) == 0, capfd.readouterr().err
+    names = sorted(path.name for path in (tmp_path / "1").glob("verdicts*.jsonl"))
+    assert len(names) == 3
+    for name in names:
+        lines = [(tmp_path / count / name).read_text() for count in ("1", "2")]
+        assert lines[0] == lines[1] and lines[0].count("\n") == 35 and "judge" in json.loads(lines[0].splitlines()[0])
+
+
+def reproduced(out: Path) -> list[str]:
+    """A searched text, which one process makes, a border, which both do, and a table; the names of what was made."""
+    torch.set_num_threads(1)
+    sizes = {"vector": 6, "sweep": 4, "train": 8, "harm": 1, "utility": 1, "mme": 1, "llava_bench": 1}
+    console = Console(quiet=True)
+    kit = run.make_kit(
+        embedded.load(device_map="cpu"), embedded.protocol(0, **sizes), out, text=embedded.SAFETY_TEXT,
+        settings=embedded.SETTINGS.model_copy(update={"steps": 2, "batch_size": 4}), templates=TEMPLATES, console=console,
+    )  # fmt: skip
+    baselines.TOKENS |= {"steps": 1, "candidates": 2, "behaviours": 2}
+    METHODS["pat"](kit)
+    METHODS["davsp"](kit)
+    return list(run.reproduce(["intervention"], kit).tables)
+
+
+def test_reproduce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines, "TOKENS", dict(baselines.TOKENS))
+    assert reproduced(tmp_path / "1") == ["intervention"]
+    assert together(partial(reproduced, tmp_path / "2")) == [["intervention"], []]
+    assert together(partial(reproduced, tmp_path / "2")) == [["intervention"], []]  # all of it is kept
+    for name in ("intervention.md", "claims.md", "prompts/pat/pat.json", "queries.json", "vector/vector.safetensors"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
+    deltas = [VisualSafetyPrompt.from_pretrained(tmp_path / count / "prompts" / "davsp").delta for count in ("1", "2")]
+    assert (deltas[0] - deltas[1]).abs().max() <= 1 / 255 + 1e-6
+    lines = [
+        [{**json.loads(line), "seconds": 0} for line in (tmp_path / count / "responses.jsonl").read_text().splitlines()]
+        for count in ("1", "2")
+    ]
+    assert lines[0] == lines[1]
