@@ -158,7 +158,9 @@ def reproduced(out: Path) -> list[str]:
 
 def test_reproduce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baselines, "TOKENS", dict(baselines.TOKENS))
-    assert reproduced(tmp_path / "1") == ["intervention"]
+    assert together(partial(reproduced, tmp_path / "1"), 1) == [
+        ["intervention"]
+    ]  # what has run torch at length forks badly
     assert together(partial(reproduced, tmp_path / "2")) == [["intervention"], []]
     assert together(partial(reproduced, tmp_path / "2")) == [["intervention"], []]  # all of it is kept
     for name in ("intervention.md", "claims.md", "prompts/pat/pat.json", "queries.json", "vector/vector.safetensors"):
