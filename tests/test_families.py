@@ -300,7 +300,7 @@ def test_internvl_cuts_an_undefended_picture_as_its_processor_does(tmp_path, siz
     expected = processor(images, crop_to_patches=True, return_tensors="pt")
     made = model.preprocess(images)
     assert torch.equal(model.pixel_inputs(made)["pixel_values"], expected["pixel_values"])
-    assert model.placeholders(made) == [4 * n for n in expected["num_patches"]]
+    assert [model.image_tokens(*size) for size in model.sizes(made)] == [4 * n for n in expected["num_patches"]]
     assert [model.seen(*one.size) for one in images] == [tuple(one.shape[-2:]) for one in made]
     together = model.states(made, QUESTIONS[:2], [2])
     apart = torch.cat([model.states(one[None], [q], [2]) for one, q in zip(made, QUESTIONS[:2], strict=True)])

@@ -38,7 +38,7 @@ def test_they_are_those_of_a_plain_forward_pass(lvlm: LVLM):
     answers = lvlm.likely(canvas, QUESTIONS, 6, 4)
     assert [answer._replace(tokens=()) for answer in answers] == lvlm.ask(canvas, QUESTIONS, 6)
     for i, answer in enumerate(answers):
-        tokens = lvlm.encode([QUESTIONS[i]], lvlm.placeholders(canvas[i : i + 1]))
+        tokens = lvlm.encode([QUESTIONS[i]], lvlm.sizes(canvas[i : i + 1]))
         said = lvlm.tokenizer.convert_tokens_to_ids([token.top[0][0].strip() for token in answer.tokens])
         assert len(said) == 6 and lvlm.tokenizer.decode(said, skip_special_tokens=True) == answer.text
         inputs = lvlm.inputs(tokens, canvas[i : i + 1])

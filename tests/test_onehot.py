@@ -25,18 +25,18 @@ def rows(lvlm: LVLM) -> tuple[list[torch.Tensor], list[str], list[str], list[tup
     """Two rows of different length with pictures of their own; where PART stands in each."""
     canvas = [one.double() for i in range(2) for one in lvlm.preprocess([picture(i, (lvlm.canvas, lvlm.canvas))])]
     questions = [BEFORE + PART + AFTER, BEFORE + PART + AFTER + " in the image please"]
-    counts = [lvlm.image_tokens(*one.shape[-2:]) for one in canvas]
     ends = len(BEFORE), len(BEFORE + PART)
-    spans = [token_span(lvlm, q, n, *ends) for q, n in zip(questions, counts, strict=True)]
+    sizes = lvlm.sizes(canvas) or []
+    spans = [token_span(lvlm, q, size, *ends) for q, size in zip(questions, sizes, strict=True)]
     return canvas, questions, ["sorry no", "sorry no car"], spans
 
 
 def test_span_is_of_the_part(model: LVLM) -> None:
     canvas, questions, answers, spans = rows(model)
-    tokens = model.encode(questions, [model.image_tokens(*one.shape[-2:]) for one in canvas], answers)
+    tokens = model.encode(questions, model.sizes(canvas), answers)
     for row, (start, end) in enumerate(spans):
         assert model.tokenizer.decode(tokens.ids[row, start:end]) == PART
-    alone = token_span(model, PART, 0, 0, len(PART))
+    alone = token_span(model, PART, None, 0, len(PART))
     assert model.tokenizer.decode(model.encode([PART], False).ids[0, slice(*alone)]) == PART
 
 
@@ -72,8 +72,7 @@ def test_losses_are_of_the_answer_without_its_end(model: LVLM) -> None:
     with torch.no_grad():
         losses = answer_losses(model, canvas, questions, answers)
         alone = [answer_losses(model, [c], [q], [a]) for c, q, a in zip(canvas, questions, answers, strict=True)]
-        counts = [model.image_tokens(*one.shape[-2:]) for one in canvas]
-        tokens = model.encode(questions, counts, answers)
+        tokens = model.encode(questions, model.sizes(canvas), answers)
         logits = model.model(**model.inputs(tokens, canvas), use_cache=False).logits.log_softmax(-1)
     assert torch.allclose(losses, torch.cat(alone), atol=1e-9)
     for row, size in ((0, 2), (1, 3)):

@@ -262,7 +262,7 @@ def test_a_vector_of_their_code_for_another_model_is_trained_with(tmp_path: Path
     vector = HarmfulnessVector.from_published(tmp_path / "v.pt", 2, 3.0, -1.0, "m", "be safe")
     assert vector.vectors.shape == (3, 32) and (vector.model_id, vector.text) == ("m", "be safe")
     canvas = lvlm.preprocess([picture(0)])
-    inputs = lvlm.inputs(lvlm.encode(["what is this"], lvlm.placeholders(canvas)), canvas)
+    inputs = lvlm.inputs(lvlm.encode(["what is this"], lvlm.sizes(canvas)), canvas)
     hidden = lvlm.model(**inputs, output_hidden_states=True).hidden_states
     theirs = hidden[2][0, -1] @ (given["layer_2"] / given["layer_2"].norm())
     ours = vector.project(lvlm.states(canvas, ["what is this"], [2])[0, 0])

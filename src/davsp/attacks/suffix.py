@@ -86,7 +86,8 @@ class _Search:
         ((_, surface),) = surfaces(lvlm, defense, [query], target)
         self.lvlm, self.defense, self.query, self.target, self.batch_size = lvlm, defense, query, target, batch_size
         self.canvas = _canvas(surface)
-        self.images = lvlm.image_tokens(*self.canvas.shape[-2:])
+        height, width = self.canvas.shape[-2:]
+        self.size = height, width
         self.allowed = allowed_tokens(lvlm)
 
     def text(self, ids: Sequence[int]) -> str:
@@ -117,7 +118,7 @@ class _Search:
         """Up to so many changes of one token."""
         text = self.text(ids)
         question, start = self.question(text)
-        span = token_span(self.lvlm, question, self.images, start, start + len(text))
+        span = token_span(self.lvlm, question, self.size, start, start + len(text))
         steepest = token_gradient(self.lvlm, self.canvas, [question], [self.target], [span]).cpu()
         top = min(TOP, int(self.allowed.sum()))
         best = (-steepest.masked_fill(~self.allowed, torch.inf)).topk(top).indices.tolist()

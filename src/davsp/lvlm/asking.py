@@ -17,6 +17,9 @@ from davsp.runtime.thought import Tags
 
 A = TypeVar("A", bound="Asking")
 
+Size = tuple[int, int]
+"""Height and width of a canvas in pixels: what a family says of it in tokens may depend on its shape."""
+
 PROBE = "a \"b\"\nc 'd'"
 """A question that looks otherwise in a list or a JSON text: some templates print what they cannot read."""
 
@@ -54,7 +57,7 @@ class Asking:
     reasoning_tags: Tags
     device: torch.device
     positions: int | None
-    tokens_per_image: int
+    canvas: int
     image_token_id: int
     eos_token_id: int
     pad_token_id: int
@@ -62,6 +65,10 @@ class Asking:
     def image_tokens(self, height: int, width: int) -> int:
         """How many placeholders stand for a canvas of this size."""
         raise NotImplementedError
+
+    def picture_ids(self, height: int, width: int) -> list[int]:
+        """The tokens that the one placeholder of `prompt` becomes for a canvas of this size."""
+        return [self.image_token_id] * self.image_tokens(height, width)
 
     def seen(self, width: int, height: int) -> tuple[int, int]:
         """Height and width that a picture of this size comes to undefended."""
@@ -75,7 +82,7 @@ class Asking:
     def encode(
         self,
         questions: Sequence[str],
-        images: bool | Sequence[int],
+        images: bool | Sequence[Size | None],
         answers: Sequence[str | None] | None = None,
         padding_side: Literal["right", "left"] = "right",
         end_token: bool = True,
@@ -84,7 +91,7 @@ class Asking:
 
         Args:
             questions: as the user types them.
-            images: whether a picture on the native canvas stands before each, or how many placeholders it takes.
+            images: whether a picture on the native canvas stands before each, or height and width of that picture; None: none.
             answers: what follows; None for a row without.
             padding_side: right for training and states, left for generation.
             end_token: False leaves it out after an answer.
@@ -97,8 +104,8 @@ class Asking:
         if answers is not None and len(answers) != len(questions):
             raise ValueError(f"{len(answers)} answers for {len(questions)} questions")
         if isinstance(images, bool):
-            images = [self.tokens_per_image * images] * len(questions)
-        prompts = [list(self._prompt_ids(question, n)) for question, n in zip(questions, images, strict=True)]
+            images = [(self.canvas, self.canvas) if images else None] * len(questions)
+        prompts = [list(self._prompt_ids(question, size)) for question, size in zip(questions, images, strict=True)]
         endings = [self._answer_ids(answer, end_token) for answer in answers or [None] * len(prompts)]
         for question, prompt, ending in zip(questions, prompts, endings, strict=True):
             self._check_length(question, len(prompt), len(ending))
@@ -219,8 +226,8 @@ class Asking:
             "processor into chat_template.jinja in its folder"
         )
 
-    def _tokenise(self, question: str, image_tokens: int) -> tuple[int, ...]:
-        has_image = image_tokens > 0
+    def _tokenise(self, question: str, size: Size | None) -> tuple[int, ...]:
+        has_image = size is not None
         ids = self._text_ids(self.prompt(question, has_image))
         token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
         marker = self.picture_text[0] if self.picture_text else token
@@ -232,10 +239,10 @@ class Asking:
             raise self._no_template(
                 f"{int(has_image)} pictures are {ids.count(self.image_token_id)} times {token} there"
             )
-        if not has_image:
+        if size is None:
             return tuple(ids)
         at = ids.index(self.image_token_id)
-        return (*ids[:at], *[self.image_token_id] * image_tokens, *ids[at + 1 :])
+        return (*ids[:at], *self.picture_ids(*size), *ids[at + 1 :])
 
     def _text_ids(self, text: str) -> list[int]:
         """The whole text at once, as the checkpoint's processor does it. Under a template of LLaVA's own code what stands before
@@ -261,8 +268,8 @@ class Asking:
         Raises:
             DavspError: the family takes no such picture.
         """
-        image_tokens = 0 if size is None else self.image_tokens(*self.seen(*size))
-        return len(self._prompt_ids(question, image_tokens)), image_tokens
+        seen = None if size is None else self.seen(*size)
+        return len(self._prompt_ids(question, seen)), self.image_tokens(*seen) if seen else 0
 
     def _check_length(self, question: str, prompt_tokens: int, answer_tokens: int) -> None:
         if self.positions is not None and prompt_tokens + answer_tokens > self.positions:

@@ -1,40 +1,32 @@
-"""What every family shares: tokens, hidden states, answer loss, generation.
+"""What every family shares: loading, pictures, hidden states, answer loss; `asking` and `generating` hold the rest.
 
 Layers are numbered as in `hidden_states`: layer l is the output of decoder block l, that is `layers[l - 1]`;
 0 is the embedding. The last one is left out, because `hidden_states[num_layers]` comes after the final norm.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from copy import copy
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoTokenizer,
-    GenerationConfig,
-)
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
 from davsp.errors import DavspError, words_of
-from davsp.lvlm.answering import NO_STATES, Answer, AnsweringLVLM, answer_length, check_square
-from davsp.lvlm.asking import Asking, Tokens
+from davsp.lvlm.answering import NO_STATES, AnsweringLVLM, check_square
+from davsp.lvlm.asking import Size, Tokens
 from davsp.lvlm.device import SPREAD, check_device_map
-from davsp.lvlm.hooks import Steer, catching, steering, wide
-from davsp.lvlm.likelihood import spoken
+from davsp.lvlm.generating import Canvas, Generating
+from davsp.lvlm.hooks import catching, wide
 from davsp.lvlm.loading import chat_template, check_format, load_weights, make_greedy, processor_file
 from davsp.lvlm.templates import CHECKPOINT
 from davsp.lvlm.undefended import chosen
+from davsp.query import flatten
 from davsp.runtime.thought import TAGS, Tags
-
-# Finished pictures in [0, 1]: a batch of one size, or one by one where they keep sizes of their own.
-Canvas = Float[Tensor, "b 3 h w"] | list[Float[Tensor, "3 _ _"]]
 
 
 @dataclass(frozen=True)
@@ -45,7 +37,7 @@ class StepOutput:
     answer_loss: Float[Tensor, " b"] | None
 
 
-class LVLM(Asking):
+class LVLM(Generating):
     """One loaded, frozen vision-language model.
 
     Attributes:
@@ -70,10 +62,7 @@ class LVLM(Asking):
 
     processors: tuple[str, ...]
     server: str | None = None
-    steer: Steer | None = None
-    beginning: str = ""
     reasoning_tags: Tags = TAGS
-    longest: int = answer_length(shipped=False)
     canvas: int
     tokens_per_image: int
     image_token_id: int
@@ -206,16 +195,27 @@ class LVLM(Asking):
         their own (Qwen2-VL).
 
         Raises:
-            DavspError: there is no picture.
+            DavspError: there is no picture, or one that the family does not take (`seen`).
         """
-        raise NotImplementedError
+        if not images:
+            raise DavspError("there is no image to prepare: the list is empty")
+        canvases = []
+        for image in images:
+            self.seen(*image.size)
+            canvases.append(torch.from_numpy(self.shown(flatten(image)).astype(np.float32)) / 255)
+        same = all(one.shape == canvases[0].shape for one in canvases)
+        return torch.stack(canvases) if same else canvases
+
+    def shown(self, picture: Image.Image) -> Any:
+        """A plain picture as this family resizes it undefended: an array (3, h, w) of bytes, from the checkpoint's own processor."""
+        return self.image_processor(picture, do_rescale=False, do_normalize=False)["pixel_values"][0]
 
     def pixel_inputs(self, canvas: Any) -> dict[str, Tensor]:
         """The model's own image arguments for finished canvases in [0, 1]; carries the gradient.
 
-        Canvases of one size come as a tensor (b, 3, h, w), others as a list.
+        Canvases of one size come as a tensor (b, 3, h, w), others as a list. Here: normalised in the canvas' own precision, cast last.
         """
-        raise NotImplementedError
+        return {"pixel_values": ((canvas - self.mean) / self.std).to(self.dtype)}
 
     def image_tokens(self, height: int, width: int) -> int:
         """How many placeholders stand for a canvas of this size."""
@@ -253,7 +253,7 @@ class LVLM(Asking):
         """
         for layer in layers:
             self.check_layer(layer)
-        tokens = self.encode(questions, self.placeholders(canvas))
+        tokens = self.encode(questions, self.sizes(canvas))
         wants = isinstance(canvas, Tensor) and canvas.requires_grad and torch.is_grad_enabled()
         with torch.set_grad_enabled(wants), catching(self.layers, layers, tokens.last, stop=True) as caught:
             self.model(**self.inputs(tokens, canvas), use_cache=False)
@@ -276,7 +276,7 @@ class LVLM(Asking):
             DavspError: a layer outside 1 .. num_layers - 1, or a canvas of another size.
         """
         self.check_layer(layer)
-        tokens = self.encode(questions, self.placeholders(canvas), answers, end_token=end_token)
+        tokens = self.encode(questions, self.sizes(canvas), answers, end_token=end_token)
         inputs = self.inputs(tokens, canvas) | {"use_cache": False}
         with catching(self.layers, [layer], tokens.last, stop=answers is None) as caught:
             if answers is not None:
@@ -292,151 +292,13 @@ class LVLM(Asking):
         parts = losses.split(tokens.answer_mask.sum(1).tolist())
         return StepOutput(state, torch.stack([part.sum() / max(len(part), 1) for part in parts]))
 
-    def generate(
-        self,
-        canvas: Canvas | None,
-        questions: Sequence[str],
-        max_new_tokens: int | None = None,
-        steer: tuple[int, Tensor] | Steer | None = None,
-    ) -> list[str]:
-        """Greedy answers.
-
-        Args:
-            canvas: finished canvases in [0, 1], or None for questions in words only.
-            questions: as the user types them, any safety text included.
-            max_new_tokens: an answer is cut there; None: at `longest`.
-            steer: (layer, vector (D,)): the vector is added to that layer's output at the last prompt token and at
-                every answer token (test-time intervention, the paper's Table 5); a `Steer` can do more.
-
-        Raises:
-            DavspError: prompt and answer would not fit the model's positions, or as `encode`.
-        """
-        return [text for text, _ in self.completions(canvas, questions, max_new_tokens, steer)]
-
-    def completions(
-        self,
-        canvas: Canvas | None,
-        questions: Sequence[str],
-        max_new_tokens: int | None = None,
-        steer: tuple[int, Tensor] | Steer | None = None,
-    ) -> list[tuple[str, str]]:
-        """As `generate`, each answer with its finish: "stop" if the model ended it, "length" if it was cut.
-
-        A batch goes on until its last answer has ended.
-        """
-        said, _ = self._generated(canvas, questions, max_new_tokens or self.longest, steer)
-        return self._texts(said)
-
-    @torch.no_grad()
-    def _generated(
-        self,
-        canvas: Canvas | None,
-        questions: Sequence[str],
-        max_new_tokens: int,
-        steer: tuple[int, Tensor] | Steer | None = None,
-        logits: bool = False,
-    ) -> tuple[Int[Tensor, "b t"], tuple[Float[Tensor, "b v"], ...]]:
-        """The tokens of the answers, and the logits at the place of each if they are wanted."""
-        steer = steer or self.steer
-        begun = [self.beginning] * len(questions) if self.beginning else None
-        if begun and steer:
-            raise DavspError(
-                "an intervention acts at the prompt's last token, which a beginning hides: leave out --prefill"
-            )
-        tokens = self.encode(questions, self.placeholders(canvas), begun, padding_side="left", end_token=False)
-        for question, length in zip(questions, tokens.mask.sum(1).tolist(), strict=True):
-            self._check_length(question, length, max_new_tokens)
-        settings = GenerationConfig(
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=self.pad_token_id,
-            eos_token_id=self._ends(),
-            return_dict_in_generate=True,
-            output_logits=logits,
-        )
-        if steer:
-            self.check_layer(steer[0])
-        with steering(self.layers, *steer) if steer else nullcontext():
-            output = self.model.generate(**self.inputs(tokens, canvas, masked=True), generation_config=settings)
-        return output.sequences[:, tokens.ids.shape[1] :], output.logits or ()
-
-    def _texts(self, said: Int[Tensor, "b t"]) -> list[tuple[str, str]]:
-        """Texts of answers, with how they were made to begin, each with its finish."""
-        begun = self._answer_ids(self.beginning, False) if self.beginning else []
-        texts = self.tokenizer.batch_decode([begun + row for row in said.tolist()], skip_special_tokens=True)
-        ended = torch.isin(said, torch.tensor(self._ends(), device=said.device)).any(1).tolist()
-        return [(text.strip(), "stop" if end else "length") for text, end in zip(texts, ended, strict=True)]
-
-    def _ends(self) -> Any:
-        """The token, or the tokens, that end an answer."""
-        return self.model.generation_config.eos_token_id or self.eos_token_id
-
-    def steered(self, steer: Steer) -> "LVLM":
-        """The same model, whose every answer is steered; nothing is copied but the reference to its weights.
-
-        Raises:
-            DavspError: a layer outside 1 .. num_layers - 1, or a model that is steered already.
-        """
-        self.check_layer(steer.layer)
-        if self.steer is not None:
-            raise DavspError("the model is steered already: put no intervention into another")
-        other = copy(self)
-        other.steer = steer
-        return other
-
-    def begun(self, beginning: str) -> "LVLM":
-        """The same model, whose every answer begins with this text, as if it had said so itself (a prefilled answer); nothing is
-        copied but the reference to its weights.
-
-        Raises:
-            DavspError: the text is blank, or the chat template ends every prompt inside a thought.
-        """
-        if not beginning.strip():
-            raise DavspError("the beginning of an answer is blank: give a text (--prefill)")
-        if opened := self.opened():
-            raise DavspError(
-                f"the chat template of {self.model_id} ends every prompt with {opened}, so a beginning would be one of a thought; switch "
-                "thinking off (--template-kwargs enable_thinking=false)"
-            )
-        other = copy(self)
-        other.beginning = beginning
-        return other
-
-    def ask(self, canvas: Canvas | None, questions: Sequence[str], max_new_tokens: int | None = None) -> list[Answer]:
-        """What `completions` gives, and what each answer took. Tokens are counted as the model sees them, without padding."""
-        return self._answers(canvas, questions, self.completions(canvas, questions, max_new_tokens=max_new_tokens))
-
-    def likely(self, canvas: Canvas | None, questions: Sequence[str], max_new_tokens: int, top: int) -> list[Answer]:
-        """As `ask`, in the same pass with the tokens of each answer but the one that ends it, and the `top` likeliest at each place."""
-        said, logits = self._generated(canvas, questions, max_new_tokens, logits=True)
-        answers = self._answers(canvas, questions, self._texts(said))
-        ends = torch.tensor(self._ends()).reshape(-1).tolist()
-        tokens = [
-            spoken(self.tokenizer, row, [one[i] for one in logits], ends, top) for i, row in enumerate(said.tolist())
-        ]
-        return [answer._replace(tokens=some) for answer, some in zip(answers, tokens, strict=True)]
-
-    def _answers(
-        self, canvas: Canvas | None, questions: Sequence[str], said: Sequence[tuple[str, str]]
-    ) -> list[Answer]:
-        """Texts and finishes with what they took."""
-        pictures = self.placeholders(canvas) or [0] * len(said)
-        sizes = [len(self._prompt_ids(question, n)) for question, n in zip(questions, pictures, strict=True)]
-        opened = self.opened()
-        return [
-            Answer(text, size, n, opened=opened, finish=finish)
-            for (text, finish), size, n in zip(said, sizes, pictures, strict=True)
-        ]
-
     def check_layer(self, layer: int) -> None:
         """Raises DavspError if the model has no such layer to look at."""
         if not 1 <= layer <= self.num_layers - 1:
             raise DavspError(f"layer {layer} is out of range: {self.model_id} has layers 1 to {self.num_layers - 1}")
 
-    def placeholders(self, canvas: Canvas | None) -> Literal[False] | list[int]:
-        """How many image tokens each row takes, as `encode` wants it; False without a picture.
+    def sizes(self, canvas: Canvas | None) -> bool | list[Size]:
+        """Height and width of each canvas, as `encode` wants them; False without a picture.
 
         Raises:
             DavspError: a canvas of another size; it is found here, before anything is computed.
@@ -445,7 +307,7 @@ class LVLM(Asking):
             return False
         for one in canvas[:1] if isinstance(canvas, Tensor) else canvas:
             self.check_pixels(*one.shape[-2:])
-        return [self.image_tokens(*one.shape[-2:]) for one in canvas]
+        return [(int(one.shape[-2]), int(one.shape[-1])) for one in canvas]
 
     def inputs(self, tokens: Tokens, canvas: Canvas | None, masked: bool = False) -> dict[str, Any]:
         """All arguments of the transformers model for one batch; carries the gradient to the canvas.

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
@@ -11,7 +10,6 @@ from torch import Tensor
 from davsp.errors import DavspError
 from davsp.lvlm.base import LVLM
 from davsp.lvlm.resample import resample
-from davsp.query import flatten
 
 
 class DeepseekVLLVLM(LVLM):
@@ -40,20 +38,9 @@ class DeepseekVLLVLM(LVLM):
         """DeepSeek's own code pads in the mean colour, as its processor does."""
         return ("pad",)
 
-    def preprocess(self, images: list[Image.Image]) -> Float[Tensor, "b 3 h w"]:
-        """The checkpoint's own processor up to its 8-bit picture: longest side to the canvas, bicubic, padded.
-
-        A picture of the canvas' size passes unchanged.
-        """
-        if not images:
-            raise DavspError("there is no image to prepare: the list is empty")
-        rgb = [flatten(image) for image in images]
-        pixels = self.image_processor(rgb, do_rescale=False, do_normalize=False)[self.pixels]
-        return torch.from_numpy(np.stack(pixels).astype(np.float32)) / 255
-
-    def pixel_inputs(self, canvas: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Normalise in the canvas' own precision, cast last."""
-        return {"pixel_values": ((canvas - self.mean) / self.std).to(self.dtype)}
+    def shown(self, picture: Image.Image) -> Any:
+        """By the checkpoint's own processor: longest side to the canvas, bicubic, padded."""
+        return self.image_processor(picture, do_rescale=False, do_normalize=False)[self.pixels][0]
 
 
 class DeepseekVLHybridLVLM(DeepseekVLLVLM):

@@ -2,15 +2,11 @@
 
 from typing import Any
 
-import numpy as np
-import torch
-from jaxtyping import Float, Int
-from PIL import Image
+from jaxtyping import Int
 from torch import Tensor
 
 from davsp.errors import DavspError
 from davsp.lvlm.base import LVLM
-from davsp.query import flatten
 
 
 class Gemma3LVLM(LVLM):
@@ -45,18 +41,6 @@ class Gemma3LVLM(LVLM):
     def ways_of(cls, processor: Any) -> tuple[str, ...]:
         """Gemma's own code stretches a picture, too; of one longer than 2:3 it shows crops besides, which its processor leaves out."""
         return ("stretch",)
-
-    def preprocess(self, images: list[Image.Image]) -> Float[Tensor, "b 3 h w"]:
-        """The checkpoint's own processor up to its 8-bit picture, bilinear. A picture of the canvas' size passes unchanged."""
-        if not images:
-            raise DavspError("there is no image to prepare: the list is empty")
-        rgb = [flatten(image) for image in images]
-        pixels = self.image_processor(rgb, do_rescale=False, do_normalize=False)["pixel_values"]
-        return torch.from_numpy(np.stack(pixels).astype(np.float32)) / 255
-
-    def pixel_inputs(self, canvas: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Normalise in the canvas' own precision, cast last."""
-        return {"pixel_values": ((canvas - self.mean) / self.std).to(self.dtype)}
 
     def token_inputs(self, ids: Int[Tensor, "b t"]) -> dict[str, Tensor]:
         """Which tokens are a picture's (1) and which are words (0): the attention mask is made of it."""

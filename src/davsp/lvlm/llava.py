@@ -2,16 +2,10 @@
 
 from typing import Any
 
-import numpy as np
-import torch
-from jaxtyping import Float
 from PIL import Image
-from torch import Tensor
 
-from davsp.errors import DavspError
 from davsp.lvlm.base import LVLM
 from davsp.lvlm.undefended import check_made, square
-from davsp.query import flatten
 
 
 class LlavaLVLM(LVLM):
@@ -40,22 +34,9 @@ class LlavaLVLM(LVLM):
         check_made(width, height, self.canvas, self.undefended)
         return super().seen(width, height)
 
-    def preprocess(self, images: list[Image.Image]) -> Float[Tensor, "b 3 h w"]:
-        """The checkpoint's own processor up to its 8-bit picture, bicubic; to "pad", each is a square in the mean colour before.
-
-        A picture of the canvas' size passes unchanged.
-        """
-        if not images:
-            raise DavspError("there is no image to prepare: the list is empty")
-        for image in images:
-            self.seen(*image.size)
-        rgb = [flatten(image) for image in images]
+    def shown(self, picture: Image.Image) -> Any:
+        """By the checkpoint's own processor, bicubic; to "pad", it is a square in the mean colour before."""
         if self.undefended == "pad":
             red, green, blue = (int(level * 255) for level in self.image_processor.image_mean)  # cut, as LLaVA does
-            rgb = [square(picture, (red, green, blue)) for picture in rgb]
-        pixels = self.image_processor(rgb, do_rescale=False, do_normalize=False)["pixel_values"]
-        return torch.from_numpy(np.stack(pixels).astype(np.float32)) / 255
-
-    def pixel_inputs(self, canvas: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Normalise in the canvas' own precision, cast last."""
-        return {"pixel_values": ((canvas - self.mean) / self.std).to(self.dtype)}
+            picture = square(picture, (red, green, blue))
+        return super().shown(picture)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from davsp.errors import DavspError
+from davsp.lvlm.asking import Size
 from davsp.lvlm.base import LVLM, Canvas
 from davsp.lvlm.hooks import wide
 
@@ -29,7 +30,7 @@ def answer_losses(
     Raises:
         DavspError: an answer without a token, or a canvas of another size.
     """
-    tokens = lvlm.encode(questions, lvlm.placeholders(canvas), answers)
+    tokens = lvlm.encode(questions, lvlm.sizes(canvas), answers)
     answer_tokens = tokens.answer_mask.clone()
     answer_tokens[torch.arange(len(questions)), _ends(tokens.answer_mask)] = False
     counts = answer_tokens.sum(1)
@@ -72,14 +73,18 @@ def token_gradient(
     return wide(parts).sum(0) @ wide(embedding.weight.detach()).T * scale
 
 
-def token_span(lvlm: LVLM, question: str, image_tokens: int, start: int, end: int) -> tuple[int, int]:
+def token_span(lvlm: LVLM, question: str, size: Size | None, start: int, end: int) -> tuple[int, int]:
     """Where the characters [start, end) of a question are among the tokens of its prompt, as `LVLM.encode` makes it.
+
+    Args:
+        size: height and width of the canvas before it; None: there is none.
 
     Raises:
         DavspError: the chat template changes the question, or no token stands for the characters.
     """
-    ids, inside = _part(lvlm, question, image_tokens > 0, start, end)
-    shift = ids[: inside[0]].count(lvlm.image_token_id) * (image_tokens - 1)  # one placeholder becomes many
+    ids, inside = _part(lvlm, question, size is not None, start, end)
+    more = len(lvlm.picture_ids(*size)) - 1 if size else 0  # one placeholder becomes many tokens
+    shift = ids[: inside[0]].count(lvlm.image_token_id) * more
     return inside[0] + shift, inside[-1] + 1 + shift
 
 

@@ -12,7 +12,6 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from davsp.errors import DavspError
 from davsp.lvlm.base import LVLM, Canvas
-from davsp.query import flatten
 
 THINNEST = 200  # of `smart_resize`
 CANVAS = 448  # 256 image tokens; a multiple of 28, and of 32 and 14 besides, so that other families take it too
@@ -83,25 +82,14 @@ class Qwen2VLLVLM(LVLM):
         """Height and width that the checkpoint's processor gives a picture."""
         return smart_resize(height, width, self.patch * self.merge, self.least, self.most)
 
+    def shown(self, picture: Image.Image) -> Any:
+        """The checkpoint's own resize: to the nearest multiples of 28 within its bounds of pixels, bicubic."""
+        return self._resize(np.asarray(picture).transpose(2, 0, 1))
+
     def _resize(self, pixels: np.ndarray) -> Any:
         """A picture (3, h, w) of bytes as the checkpoint's processor resizes it."""
         p = self.image_processor
         return p.resize(pixels, p.size, p.resample, self.patch * self.merge)
-
-    def preprocess(self, images: list[Image.Image]) -> Canvas:
-        """The checkpoint's own resize: to the nearest multiples of 28 within its bounds of pixels, bicubic.
-
-        A picture that `check_canvas` accepts passes unchanged. A tensor where all come out of one size.
-        """
-        if not images:
-            raise DavspError("there is no image to prepare: the list is empty")
-        canvases = []
-        for image in images:
-            self.seen(*image.size)
-            pixels = self._resize(np.asarray(flatten(image)).transpose(2, 0, 1))
-            canvases.append(torch.from_numpy(pixels.astype(np.float32)) / 255)
-        same = all(one.shape == canvases[0].shape for one in canvases)
-        return torch.stack(canvases) if same else canvases
 
     def pixel_inputs(self, canvas: Canvas) -> dict[str, Tensor]:
         """Normalised patches in the order that the tower merges them, and each picture's grid."""

@@ -169,7 +169,7 @@ class Loop:
         """
         longest, answered = 0, False
         for questions, answers in self._questions():
-            images = [self.lvlm.image_tokens(self.prompt.canvas, self.prompt.canvas)] * len(questions)
+            images = [(self.prompt.canvas, self.prompt.canvas)] * len(questions)
             longest = max(longest, self.lvlm.encode(questions, images, answers).ids.shape[1])
             answered |= answers is not None
         return longest, answered

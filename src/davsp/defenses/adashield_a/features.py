@@ -109,7 +109,7 @@ class LVLMEncoder:
     def _patches(self, canvas: Any, question: str) -> Float[Tensor, " d"]:
         """The mean of what stands for the picture where the first decoder block reads it."""
         states: list[Tensor] = []
-        tokens = self.lvlm.encode([question], self.lvlm.placeholders(canvas))
+        tokens = self.lvlm.encode([question], self.lvlm.sizes(canvas))
 
         def look(module: Any, inputs: Any, options: Any) -> None:
             states.append(wide(inputs[0] if inputs else options["hidden_states"]))

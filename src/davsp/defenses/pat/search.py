@@ -176,8 +176,8 @@ class Search:
     def _span(self, tokens: TokenPair, part: str, row: int) -> tuple[int, int]:
         """Where a part's tokens are in the prompt of a malicious row."""
         question = self._question(tokens, row)
-        pictures = self.lvlm.image_tokens(*self.bad.canvases[row].shape[-2:])
-        return token_span(self.lvlm, question, pictures, *self._where(tokens, part, question))
+        height, width = self.bad.canvases[row].shape[-2:]
+        return token_span(self.lvlm, question, (height, width), *self._where(tokens, part, question))
 
     def _ids(self, tokens: TokenPair, part: str, row: int) -> list[int]:
         question = self._question(tokens, row)

@@ -98,7 +98,7 @@ def _search(search: "_Search", path: Path, resume: bool, progress: bool) -> str:
 class _Search:
     def __init__(self, run: SentenceRun, delta: Tensor, settings: SearchSettings):
         self.run, self.lvlm, self.delta, self.settings = run, run.lvlm, delta, settings
-        self.images = self.lvlm.image_tokens(run.prompt.canvas, run.prompt.canvas)
+        self.size = run.prompt.canvas, run.prompt.canvas
         tokenizer = self.lvlm.tokenizer
         words = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
         special = {*tokenizer.all_special_ids, self.lvlm.image_token_id}
@@ -118,7 +118,7 @@ class _Search:
     def span(self, ids: Sequence[int]) -> tuple[int, int]:
         """Where the text is among the tokens of the prompt."""
         question = self.question(ids)
-        return token_span(self.lvlm, question, self.images, len(self.run.question), len(question) - 1)
+        return token_span(self.lvlm, question, self.size, len(self.run.question), len(question) - 1)
 
     def start(self) -> list[int]:
         """Random tokens, one after the other such that each is read as itself.

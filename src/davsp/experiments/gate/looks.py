@@ -64,9 +64,7 @@ def see(
         pictures = [picture for query in prepared if (picture := query.picture()) is not None]
         canvas = lvlm.preprocess(pictures) if pictures else None
         questions = [query.question for query in prepared]
-        last = lvlm.encode(
-            questions, lvlm.placeholders(canvas)
-        ).last  # padded on the right, so the same with an answer behind
+        last = lvlm.encode(questions, lvlm.sizes(canvas)).last  # padded on the right, so the same with an answer behind
         with catching(lvlm.layers, layers, last, stop=False) as caught:
             loss = lvlm.step(canvas, questions, layers[0], [refusal_text] * len(questions)).answer_loss
         assert loss is not None
