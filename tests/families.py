@@ -46,6 +46,10 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from newer_families import BUILD, STYLES
+from newer_families import MARKS as NEWER_MARKS
+from newer_families import TEMPLATES as NEWER_TEMPLATES
+
 WORDS = "what is this how do you make steal a car cake in the image please be safe sorry no yes red helpful assistant".split()
 WORDS += "USER: ASSISTANT: User: Assistant: You are a language and vision assistant. system user assistant".split()
 PLACEHOLDER = {"llava": "<image>", "qwen": "<|image_pad|>", "deepseek": "<image_placeholder>"}
@@ -75,7 +79,7 @@ MARKS = {  # of the newer families: tokens of their own, by the names that their
         "end_image_token": "</img>",
         "sot_token": "<|im_start|>",
     },
-}
+} | NEWER_MARKS
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
 SPECIAL += [*PLACEHOLDER.values(), "<|video_pad|>"]
 
@@ -117,7 +121,7 @@ TEMPLATES = {
         "{% else %}{{ content['text'] | trim }}{% endif %}{% endfor %}<end_of_turn>\n{% endfor %}"
         "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
     ),
-}
+} | NEWER_TEMPLATES
 COMMON = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
 
 
@@ -147,7 +151,7 @@ def tokenizer(style: str, by_bytes: bool = False) -> PreTrainedTokenizerFast:
 
 def save_family(name: str, folder: Path) -> Path:
     """Save a folder such as the hub has: 4 layers of width 32, weights wide enough that answers differ."""
-    style = name.split("_")[0].rstrip("23")
+    style = STYLES.get(name, name.split("_")[0].rstrip("23"))
     words = tokenizer(style, by_bytes=True) if name == "qwen3_5" else tokenizer(style)
     image = words.convert_tokens_to_ids(next(iter(MARKS.get(style, {}).values()), PLACEHOLDER.get(style)))
     llama = LlamaConfig(
@@ -155,7 +159,9 @@ def save_family(name: str, folder: Path) -> Path:
     )
     siglip = SiglipVisionConfig(**COMMON, num_hidden_layers=2, image_size=56, patch_size=14)
     torch.manual_seed(0)
-    if name == "llava":
+    if name in BUILD:
+        model, processor = BUILD[name](llama, image, words)
+    elif name == "llava":
         vision = CLIPVisionConfig(**COMMON, num_hidden_layers=3, image_size=56, patch_size=14)
         config = LlavaConfig(vision_config=vision, text_config=llama, image_token_index=image, vision_feature_layer=-2)
         model = LlavaForConditionalGeneration(config)

@@ -10,6 +10,7 @@ from davsp.lvlm.hooks import Steer
 from davsp.lvlm.identity import fingerprint, model_facts, model_name, short_name, template_of, template_record
 from davsp.lvlm.internvl import InternVLLVLM
 from davsp.lvlm.llava import LlavaLVLM
+from davsp.lvlm.mistral3 import Mistral3LVLM
 from davsp.lvlm.qwen2_5_vl import Qwen25VLLVLM
 from davsp.lvlm.qwen2_vl import Qwen2VLLVLM
 from davsp.lvlm.qwen3_5 import Qwen35LVLM
@@ -26,6 +27,7 @@ FAMILIES: dict[
     "gemma3": Gemma3LVLM,
     "internvl": InternVLLVLM,
     "glm4v": Glm4vLVLM,
+    "mistral3": Mistral3LVLM,
     "deepseek_vl": DeepseekVLLVLM,
     "deepseek_vl_hybrid": DeepseekVLHybridLVLM,
 }
@@ -42,6 +44,7 @@ __all__ = [
     "Glm4vLVLM",
     "InternVLLVLM",
     "LlavaLVLM",
+    "Mistral3LVLM",
     "Qwen2VLLVLM",
     "Qwen3VLLVLM",
     "Qwen25VLLVLM",
