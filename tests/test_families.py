@@ -3,9 +3,7 @@
 import json
 import shutil
 import sys
-from copy import copy
 from importlib import import_module
-from types import SimpleNamespace
 from unittest.mock import MagicMock, patch
 
 import numpy as np
@@ -13,21 +11,25 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     DeepseekVLHybridProcessor,
     DeepseekVLProcessor,
     Gemma3Processor,
     Glm4vProcessor,
     InternVLProcessor,
+    LlavaNextProcessor,
     LlavaProcessor,
     Qwen2_5_VLProcessor,
     Qwen2VLProcessor,
     Qwen3VLProcessor,
 )
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from davsp import LVLM, DavspError, HarmfulnessVector, Query, TrainSettings, VisualSafetyPrompt, evaluate, train
 from davsp.defenses import NoDefense, VisualPrompt
 from davsp.lvlm import FAMILIES
+from davsp.lvlm.loading import beside_decoder
 from davsp.lvlm.resample import resample
 from davsp.prompts import AdditiveNoise
 from davsp.query import flatten
@@ -40,22 +42,37 @@ ANSWERS = ["a cake", "sorry no", "yes", "this is a red car in the image", "no", 
 SIDE = 112  # of Qwen2-VL's canvas here
 EXPANDS = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor,
            "qwen3_5": Qwen3VLProcessor, "internvl": InternVLProcessor, "glm4v": Glm4vProcessor,
-           "mistral3": "pixtral.PixtralProcessor"}  # fmt: skip
+           "mistral3": "pixtral.PixtralProcessor", "llava_onevision": "llava_onevision.LlavaOnevisionProcessor",
+           "idefics3": "idefics3.Idefics3Processor", "smolvlm": "smolvlm.SmolVLMProcessor", "qwen3_vl_moe": Qwen3VLProcessor,
+           "glm4v_moe": Glm4vProcessor, "glm46v": Glm4vProcessor, "gemma4": "gemma4.Gemma4Processor",
+           "aya_vision": "aya_vision.AyaVisionProcessor"}  # fmt: skip
 PROCESSORS = {
     "llava": LlavaProcessor,
     "deepseek_vl": DeepseekVLProcessor,
     "deepseek_vl_hybrid": DeepseekVLHybridProcessor,
     "gemma3": Gemma3Processor,
+    "llava_next": LlavaNextProcessor,
 }
 SIDES = {
     "qwen2_vl": SIDE,
     "qwen2_5_vl": SIDE,
     "qwen3_vl": 128,
     "qwen3_5": 128,
+    "qwen3_vl_moe": 128,
+    "glm4v_moe": SIDE,
+    "glm46v": SIDE,
     "glm4v": SIDE,
     "mistral3": SIDE,
 }  # where there are many to choose from
-OPTIONS = {"mistral3": {"patch_size": 28}}  # what the whole processor tells its image processor
+READ = {"image_seq_length": 4, "image_seq_len": 4, "patch_size": 14, "spatial_merge_size": 2, "num_image_tokens": 16,
+        "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_4", "global_image_tag": "<global-img>", "img_size": 28,
+        "tile_token": "TILE", "tile_global_token": "TILE_GLOBAL"}  # fmt: skip
+"""Of their processors' own settings."""
+OPTIONS = {
+    "mistral3": {"patch_size": 28},
+    "internvl": {"crop_to_patches": True},
+    "aya_vision": {"crop_to_patches": True},
+}  # what the whole processor tells its image processor
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -76,8 +93,10 @@ def canvas(model):
 def theirs(folder, images, **options):
     """What the family's own image processor gives."""
     options = OPTIONS.get(folder.name, {}) | options
+    if folder.name in ("idefics3", "smolvlm"):
+        images = [[image] for image in images]  # a list is of one question else
     encoded = AutoImageProcessor.from_pretrained(folder, backend="pil")(images, return_tensors="pt", **options)
-    counts = ("num_crops", "num_patches")  # no argument of the model
+    counts = ("num_crops", "num_patches", "batch_num_images", "num_soft_tokens_per_image")  # no argument of the model
     return {name: value for name, value in encoded.items() if isinstance(value, torch.Tensor) and name not in counts}
 
 
@@ -108,8 +127,10 @@ def test_a_finished_canvas_is_seen_exactly_as_the_processor_shows_it(folder, mod
 
 @pytest.mark.parametrize("size", [(100, 70), (41, 200), (300, 310)])
 def test_an_undefended_picture_is_what_the_processor_makes_of_it(folder, model, size):
-    images, model = [picture(1, size), picture(2, (90, 60))], copy(model)
-    model.undefended = model.ways[-1]
+    images, model = (
+        [picture(1, size), picture(2, (90, 60))],
+        model.showing("tile" if "tile" in model.ways else model.ways[-1]),
+    )
     expected, got = theirs(folder, images), model.pixel_inputs(model.preprocess(images))
     for name in expected:
         tolerance = (
@@ -118,35 +139,39 @@ def test_an_undefended_picture_is_what_the_processor_makes_of_it(folder, model, 
         assert (got[name] - expected[name]).abs().max() <= tolerance, name
 
 
-def test_prompt_ids_are_the_processors_own(folder, model, canvas):
-    """Chat template and placeholder rule, token for token."""
+@pytest.mark.parametrize("size", [None, (41, 200)])
+def test_prompt_ids_are_the_processors_own(folder, model, size):
+    """Chat template and placeholder rule, token for token: of the canvas, and of an undefended picture."""
     content = [{"type": "image"}, {"type": "text", "text": QUESTIONS[1]}]
     text = model.tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
-    image = picture(0, (model.canvas, model.canvas))
+    image = picture(0, size or (model.canvas, model.canvas))
+    tokens = model.encode([QUESTIONS[1]], model.sizes(model.preprocess([image])) if size else True)
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     if (
         folder.name in EXPANDS
     ):  # it cannot be made without torchvision; this is its own rule, on what it reads of itself
         rule, marks = its_rule(EXPANDS[folder.name]), model.tokenizer.init_kwargs | model.tokenizer.special_tokens_map
         marker = marks.get("context_image_token") or marks["image_token"]
-        more = {"image_seq_length": 4, "patch_size": 14, "spatial_merge_size": 2}
-        itself = SimpleNamespace(image_processor=processor, **more, **marks | {"image_token": marker})
-        put = rule.replace_image_token(itself, processor([image], **OPTIONS.get(folder.name, {})), 0)
+        itself = object.__new__(rule)
+        vars(itself).update(READ | marks | {"image_processor": processor, "image_token": marker})
+        told = OPTIONS.get(folder.name, {}) | dict.fromkeys(["return_row_col_info"] * ("row_1_col_1" in marks), True)
+        put = itself.replace_image_token(processor([image], **told), 0)
         expected = model.tokenizer(text.replace(marker, put))["input_ids"]
     else:
         extra = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-        extra = {"llava": extra, "gemma3": {"image_seq_length": 4}}.get(folder.name, {"num_image_tokens": 16})
+        extra = {"llava": extra, "gemma3": {"image_seq_length": 4}, "llava_next": extra | {"patch_size": 7}}.get(
+            folder.name, {"num_image_tokens": 16}
+        )
         whole = PROCESSORS[folder.name](processor, model.tokenizer, **extra)
         twice = {"add_special_tokens": not text.startswith("<s>")}  # as `apply_chat_template` of a processor asks it
         encoded = whole(images=[image], text=[text], return_tensors="pt", **twice)
         expected = encoded["input_ids"][0].tolist()
         if "token_type_ids" in encoded:
-            tokens = model.encode([QUESTIONS[1]], True)
             assert torch.equal(model.token_inputs(tokens.ids)["token_type_ids"], encoded["token_type_ids"].int())
-    assert model.encode([QUESTIONS[1]], True).ids[0].tolist() == expected
-    assert len(expected) > model.tokens_per_image + 8
+    assert tokens.ids[0].tolist() == expected
+    assert size or len(expected) > model.tokens_per_image + 8
 
 
 def test_states_are_the_hidden_states_of_each_row_alone(model, canvas):
@@ -188,8 +213,11 @@ def test_generation_batched_is_one_by_one_and_leaves_nothing_behind(model, canva
 
 
 def test_the_gradient_is_that_of_the_whole_path(folder, canvas):
-    """Against a finite difference along a random direction, in float64; the hybrid's rounding is passed straight through."""
+    """Against a finite difference along a random direction, in float64; where the whole is resampled, rounding is passed straight through."""
+    rounds = folder.name in ("deepseek_vl_hybrid", "smolvlm")
     model = LVLM.from_pretrained(folder, device_map="cpu", dtype="float64", canvas=SIDES.get(folder.name))
+    if folder.name.endswith("_moe"):
+        model.model.set_experts_implementation("eager")  # the grouped product knows no float64
     point, direction = canvas[:2].double(), torch.randn(2, 3, model.canvas, model.canvas, dtype=torch.float64)
 
     def value(x):
@@ -199,8 +227,8 @@ def test_the_gradient_is_that_of_the_whole_path(folder, canvas):
     leaf = point.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(value(leaf), leaf)
     assert gradient.abs().sum() > 0 and gradient.isfinite().all()
-    if "hybrid" not in folder.name:
-        step = 1e-3  # the decoders' norms compute in float32
+    if not rounds:
+        step = 2e-4 if folder.name == "gemma4" else 1e-3  # the decoders' norms compute in float32
         with torch.no_grad():
             change = (value(point + step * direction) - value(point - step * direction)) / (2 * step)
         torch.testing.assert_close((gradient * direction).sum(), change, rtol=2e-2, atol=1e-3)
@@ -242,8 +270,9 @@ def test_one_transparent_colour_is_white_with_and_without_a_prompt(model):
 
 def test_a_canvas_that_would_be_resampled_is_refused(model, canvas):
     wrong = model.canvas + 14
-    with pytest.raises(DavspError, match=f"{wrong}x{wrong} pixels, but .* takes"):
-        model.states(torch.zeros(1, 3, wrong, wrong), ["yes"], [1])
+    if "tile" not in model.ways:  # of these, every picture is taken that wants no gradient
+        with pytest.raises(DavspError, match=f"{wrong}x{wrong} pixels, but .* takes"):
+            model.states(torch.zeros(1, 3, wrong, wrong), ["yes"], [1])
     with pytest.raises(DavspError, match="use a prompt made for this model"):
         VisualPrompt(VisualSafetyPrompt.create(wrong, 4)).respond(model, [Query("a", "yes", "benign", "test")])
 
@@ -298,6 +327,7 @@ def test_an_undefended_picture_is_held_to_the_familys_rule_not_to_the_prompts(tm
 
 @pytest.mark.parametrize("size", [(100, 70), (41, 200), (300, 310), (3, 600), (5, 5), (2000, 30)])
 def test_the_size_of_an_undefended_picture_is_known_before_it_is_made(model, size):
+    """Or that it is too thin."""
     assert model.preprocess([picture(0, size)]).shape[-2:] == model.seen(*size)
 
 
@@ -312,42 +342,65 @@ def test_a_canvas_is_taken_exactly_where_the_processor_would_leave_it_alone(mode
         assert taken == (model.seen(side, side) == (side, side)), side
 
 
-@pytest.mark.parametrize("size", [(100, 70), (41, 200), (310, 300), (56, 56), (112, 112), (168, 168), (600, 30)])
-def test_internvl_cuts_an_undefended_picture_as_its_processor_does(tmp_path, size):
-    """Tiles and the whole, to the bit, and as many placeholders; a canvas of k x k tiles gives the same from its own pixels."""
-    folder = save_family("internvl", tmp_path / "internvl")
-    model = LVLM.from_pretrained(folder, device_map="cpu")
+@pytest.mark.parametrize("size", [(100, 70), (310, 300), (56, 56), (112, 112), (168, 168), (600, 30)])
+def test_tiles_of_an_undefended_picture_are_its_processors(folder, model, size):
+    """Tiles and the whole, to the bit, and as many features as placeholders; a canvas of k x k tiles gives the same from its own pixels."""
+    if "tile" not in model.ways:
+        return
     assert model.undefended == "tile"
     images = [picture(1, size), picture(2, (90, 60))]
-    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    expected = processor(images, crop_to_patches=True, return_tensors="pt")
-    made = model.preprocess(images)
-    assert torch.equal(model.pixel_inputs(made)["pixel_values"], expected["pixel_values"])
-    assert [model.image_tokens(*size) for size in model.sizes(made)] == [4 * n for n in expected["num_patches"]]
+    made, expected = model.preprocess(images), theirs(folder, images)
+    got = model.pixel_inputs(made)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
     assert [model.seen(*one.size) for one in images] == [tuple(one.shape[-2:]) for one in made]
     together = model.states(made, QUESTIONS[:2], [2])
     apart = torch.cat([model.states(one[None], [q], [2]) for one, q in zip(made, QUESTIONS[:2], strict=True)])
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
 
 
-def test_a_border_is_trained_on_four_tiles_and_the_whole(tmp_path):
-    folder = save_family("internvl", tmp_path / "internvl")
-    model = LVLM.from_pretrained(folder, device_map="cpu", canvas=112)
-    assert model.tokens_per_image == 5 * 4
+@pytest.mark.parametrize("name", ["internvl", "llava_next", "llava_onevision"])
+def test_a_border_is_trained_on_four_tiles_and_the_whole(tmp_path, name):
+    folder = save_family(name, tmp_path / name)
+    model = LVLM.from_pretrained(folder, device_map="cpu", canvas=2 * LVLM.from_pretrained(folder).canvas)
     bad, good = queries("malicious", 4), queries("benign", 4)
     vector = HarmfulnessVector.fit(model, bad, good, progress=False)
     assert vector.undefended == "tile"
-    prompt = VisualSafetyPrompt.create(112, 14, text="please be safe")
+    prompt = VisualSafetyPrompt.create(model.canvas, model.canvas // 8, text="please be safe")
     settings = TrainSettings(steps=6, batch_size=4, lr=4 / 255, refusal="sorry no")
     trained = train(model, prompt, bad, good, vector, settings, tmp_path / "out", progress=False)
     assert (trained.delta - prompt.delta).abs().max() > 3 * 4 / 255
     finished = trained.apply(trained.resize([picture(3)]))
     levels = (finished[0] * 255).round().byte().permute(1, 2, 0).numpy()
-    encoded = theirs(folder, [Image.fromarray(levels)], crop_to_patches=True)
+    encoded = theirs(folder, [Image.fromarray(levels)])
     exact = torch.from_numpy(levels).permute(2, 0, 1)[None].float() / 255
-    assert torch.equal(model.pixel_inputs(exact)["pixel_values"], encoded["pixel_values"])
-    with pytest.raises(DavspError, match=r"224x224 pixels, but .* takes squares of 1 to 3 tiles of 56 pixels a side"):
-        LVLM.from_pretrained(folder, device_map="cpu", canvas=224)
+    got = model.pixel_inputs(exact)["pixel_values"]
+    assert torch.equal(got, encoded["pixel_values"]) and got.numel() // (3 * model.tile**2) == 5
+    with pytest.raises(DavspError, match=f"350x350 pixels, but .* takes squares of {model.tile} or {2 * model.tile}"):
+        LVLM.from_pretrained(folder, device_map="cpu", canvas=350)
+
+
+def test_a_picture_in_tiles_has_no_gradient_unless_it_is_a_canvas(model):
+    if "tile" not in model.ways:
+        return
+    wrong = torch.rand(1, 3, model.canvas + 14, model.canvas + 14, requires_grad=True)
+    with pytest.raises(DavspError, match="use a prompt made for this model"):
+        model.states(wrong, ["yes"], [1])
+    other = model.showing(model.ways[-1])  # on one tile: a gradient reaches what is shown so
+    made = other.preprocess([picture(0, (100, 70))])
+    assert made.shape[-2:] == other.seen(100, 70) and other.differentiable(*made.shape[-2:])
+    (gradient,) = torch.autograd.grad(other.states(made.requires_grad_(), ["yes"], [1]).sum(), made)
+    assert gradient.abs().sum() > 0
+
+
+def test_smolvlm_says_what_its_canvas_is(tmp_path):
+    folder = save_family("smolvlm", tmp_path / "smolvlm")
+    with pytest.raises(DavspError, match=r"its canvas is 56 and not 28; .* size\.longest_edge"):
+        LVLM.from_pretrained(folder, device_map="cpu", canvas=28)
+    config = json.loads((folder / "preprocessor_config.json").read_text())
+    for change in ({"size": {"longest_edge": 60}}, {"do_image_splitting": False}):
+        (folder / "preprocessor_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(DavspError, match=r"it sees none as it is; set size\.longest_edge .* to 28"):
+            LVLM.from_pretrained(folder, device_map="cpu")
 
 
 def test_glm_says_what_is_too_thin(tmp_path):
@@ -376,6 +429,16 @@ def test_gemma_asks_and_ends_as_its_processor_and_template_do(tmp_path):
     (folder / "preprocessor_config.json").write_text(json.dumps(config | {"size": {"height": 70, "width": 70}}))
     with pytest.raises(DavspError, match="makes 70x70 pixels, its tower takes 56x56: restore its files"):
         LVLM.from_pretrained(folder, device_map="cpu")
+
+
+def test_what_is_not_the_decoder_stays_unquantised(folder, model):
+    """Every linear layer is in the decoder or in what is named; the decoder is not."""
+    keep = beside_decoder(AutoConfig.from_pretrained(folder))
+    decoder = {id(module) for module in model.model.get_decoder().modules()}
+    for name, module in model.model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            assert should_convert_module(name, keep) == (id(module) in decoder), name
+    assert "lm_head" in keep and len(keep) >= 2
 
 
 def test_quantization_says_what_it_needs(tmp_path, monkeypatch):

@@ -84,7 +84,8 @@ def with_words(query: Query, words: str) -> Query:
 class _Search:
     def __init__(self, lvlm: LVLM, defense: Defense, query: Query, target: str, batch_size: int) -> None:
         ((_, surface),) = surfaces(lvlm, defense, [query], target)
-        self.lvlm, self.defense, self.query, self.target, self.batch_size = lvlm, defense, query, target, batch_size
+        self.lvlm, self.defense, self.query, self.target = surface.lvlm, defense, query, target
+        self.batch_size = batch_size
         self.canvas = _canvas(surface)
         height, width = self.canvas.shape[-2:]
         self.size = height, width

@@ -16,7 +16,7 @@ from PIL.Image import Resampling
 from torch import Tensor
 from torch.nn.functional import pad
 
-from davsp.defenses import ECSO, AdaShieldA, Chain, Defense, Gate, Intervention, VisualPrompt
+from davsp.defenses import ECSO, AdaShieldA, Chain, Defense, Gate, Intervention, NoDefense, VisualPrompt
 from davsp.defenses.ecso import CUT
 from davsp.errors import DavspError
 from davsp.lvlm import LVLM
@@ -86,14 +86,15 @@ def surfaces(lvlm: LVLM, defense: Defense, queries: Sequence[Query], target: str
         DavspError: a query without a picture, two visual prompts in one defense, or one for another model; undefended pictures in tiles.
     """
     defense.check(lvlm)
+    lvlm = defense.asked(lvlm) if isinstance(defense, NoDefense) else lvlm
     prompt = visual(defense)
     pictures = [picture_of(query) for query in queries]
     if prompt is None:
         prepared = lvlm.preprocess(pictures)
-        if lvlm.undefended == "tile" and any(one.shape[-1] != one.shape[-2] for one in prepared):
+        if not all(lvlm.differentiable(*one.shape[-2:]) for one in prepared):
             raise DavspError(
-                f"{lvlm.model_id} shows undefended pictures in tiles that overlap with the whole, which the attack does not search; "
-                "give --undefended stretch, or a prompt"
+                f"{lvlm.model_id} shows undefended pictures in tiles, resampled in a way whose gradient the attack does not know; give "
+                f"--undefended {lvlm.ways[-1]}, or a prompt"
             )
         sent = [one.cpu() for one in prepared]
         canvas: Road = lambda x: x  # noqa: E731
@@ -136,9 +137,8 @@ def plain_road(lvlm: LVLM, sent: Float[Tensor, "b 3 h w"]) -> Road:
     seen, pictures = lvlm.preprocess(files(sent)), sent.to(lvlm.device)
     side = seen[0].shape[-1]
     road: Road = (lambda x: x) if seen[0].shape == sent[0].shape else lambda x: resample(x, side, Resampling.BICUBIC)
-    if sent.shape[-1] != sent.shape[-2] or not all(
-        torch.equal(a.cpu(), b.cpu()) for a, b in zip(road(pictures), seen, strict=True)
-    ):
+    passes = sent.shape[-1] == sent.shape[-2] and lvlm.differentiable(*seen[0].shape[-2:])
+    if not passes or not all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(road(pictures), seen, strict=True)):
         raise DavspError(
             f"{lvlm.model_id} resizes undefended pictures in a way whose gradient the attack does not know, so it can't attack a gate"
         )

@@ -5,8 +5,9 @@ Layers are numbered as in `hidden_states`: layer l is the output of decoder bloc
 """
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -181,6 +182,17 @@ class LVLM(Generating):
             )
         return processor
 
+    def showing(self, way: str) -> "LVLM":
+        """The same model, which shows undefended pictures in another of its `ways`; no weight is copied.
+
+        Raises:
+            DavspError: the model has no such way.
+        """
+        other = copy(self)
+        other.undefended = chosen(self.ways, way, self.model_id)
+        other.keep_prompts()  # what stands for a picture may depend on it
+        return other
+
     # -- what a family writes --------------------------------------------------------------------------------------
 
     @classmethod
@@ -228,6 +240,10 @@ class LVLM(Generating):
     def check_pixels(self, height: int, width: int) -> None:
         """Raises DavspError unless the tower takes pixels of this size: those of `preprocess`, and every canvas."""
         check_square(self, height, width)
+
+    def differentiable(self, height: int, width: int) -> bool:
+        """Whether a gradient reaches a canvas of this size."""
+        return True
 
     def seen(self, width: int, height: int) -> tuple[int, int]:
         """Height and width that `preprocess` gives a picture of this size.
@@ -297,7 +313,7 @@ class LVLM(Generating):
         if not 1 <= layer <= self.num_layers - 1:
             raise DavspError(f"layer {layer} is out of range: {self.model_id} has layers 1 to {self.num_layers - 1}")
 
-    def sizes(self, canvas: Canvas | None) -> bool | list[Size]:
+    def sizes(self, canvas: Canvas | None) -> Literal[False] | list[Size]:
         """Height and width of each canvas, as `encode` wants them; False without a picture.
 
         Raises:

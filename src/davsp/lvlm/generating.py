@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from copy import copy
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -42,7 +42,7 @@ class Generating(Asking):
         """All arguments of the transformers model for one batch."""
         raise NotImplementedError
 
-    def sizes(self, canvas: Canvas | None) -> bool | list[Size]:
+    def sizes(self, canvas: Canvas | None) -> Literal[False] | list[Size]:
         """Height and width of each canvas, as `encode` wants them; False without a picture."""
         raise NotImplementedError
 
@@ -180,7 +180,7 @@ class Generating(Asking):
         self, canvas: Canvas | None, questions: Sequence[str], said: Sequence[tuple[str, str]]
     ) -> list[Answer]:
         """Texts and finishes with what they took."""
-        sizes = self.sizes(canvas) or [None] * len(said)
+        sizes: Sequence[Size | None] = self.sizes(canvas) or [None] * len(said)
         opened = self.opened()
         answers = []
         for question, size, (text, finish) in zip(questions, sizes, said, strict=True):

@@ -1,4 +1,4 @@
-"""GLM-4.1V: Qwen2-VL's patches behind bounds and a resize of its own."""
+"""GLM-4.1V, 4.5V and 4.6V: Qwen2-VL's patches behind bounds and a resize of its own."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from davsp.lvlm.qwen2_vl import Qwen2VLLVLM
 class Glm4vLVLM(Qwen2VLLVLM):
     """Its processor counts a picture's pixels once for each of its two frames, and first enlarges what is thinner than a patch."""
 
-    processors = ("Glm4vImageProcessor",)
+    processors = ("Glm4vImageProcessor", "Glm46VImageProcessor")
 
     def _bounds(self) -> tuple[int, int]:
         size = self.image_processor.size

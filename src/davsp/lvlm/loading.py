@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, GenerationConfig
 from transformers.utils import cached_file
 
 from davsp.errors import DavspError
@@ -23,7 +23,7 @@ def load_weights(
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     single = str(device_map).split(":")[0] in ("cpu", "cuda", "mps")  # a single device needs no accelerate
     if quantization:
-        options["quantization_config"] = quantized(quantization, dtype)
+        options["quantization_config"] = quantized(quantization, dtype, model_id, revision)
         options["device_map"] = {"": device_map} if single else device_map
     elif not single:
         options["device_map"] = device_map
@@ -52,7 +52,7 @@ def make_greedy(model: Any) -> dict[str, Any]:
     return {name: value for name, value in said.items() if name not in ours and value not in (None, False)}
 
 
-def quantized(kind: str, dtype: torch.dtype) -> Any:
+def quantized(kind: str, dtype: torch.dtype, model_id: str, revision: str | None) -> Any:
     """The settings of a quantized decoder; tower, projector and head keep `dtype`, as the picture's gradient needs them.
 
     Raises:
@@ -62,13 +62,25 @@ def quantized(kind: str, dtype: torch.dtype) -> Any:
         raise DavspError(f"quantization '{kind}' is not known: choose 4bit or 8bit")
     if find_spec("bitsandbytes") is None:
         raise DavspError("quantization needs bitsandbytes and a GPU: pip install 'davsp[quantization]'")
-    keep = ["lm_head", "vision_tower", "multi_modal_projector", "visual", "vision_model", "aligner"]
-    keep += ["high_res_vision_model", "high_res_vision_neck", "high_res_vision_proj"]
+    keep = beside_decoder(AutoConfig.from_pretrained(model_id, revision=revision))
     if kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=keep
     )
+
+
+def beside_decoder(config: Any) -> list[str]:
+    """Names of all modules of a model that are not its decoder: towers, connectors, the head. Read from the model itself, without its
+    weights, as every family has names of its own.
+    """
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    decoder = model.get_decoder()
+    path = next(name for name, module in model.named_modules() if module is decoder)
+    names = [name for name, _ in model.named_modules() if name and not f"{path}.".startswith(f"{name}.")]
+    names = [name for name in names if not name.startswith(f"{path}.")]
+    return [name for name in names if not any(name.startswith(f"{above}.") for above in names)]
 
 
 def check_format(model_id: str, revision: str | None) -> None:

@@ -23,7 +23,7 @@ class Qwen2VLLVLM(LVLM):
     The paper's canvas for Qwen2-VL was not published; see docs/decisions.md.
     """
 
-    processors = ("Qwen2VLImageProcessor",)
+    processors: tuple[str, ...] = ("Qwen2VLImageProcessor",)
 
     def __init__(
         self, model: Any, tokenizer: Any, processor: Any, model_id: str, revision: str | None, canvas: int | None
