@@ -24,8 +24,9 @@ from davsp import LVLM, DavspError, HarmfulnessVector, embedded, evaluate
 from davsp.attacks.surface import surfaces
 from davsp.benchmarks.custom import save_queries
 from davsp.defenses import NoDefense, SafetyText
+from davsp.defenses.none import baselines
+from davsp.experiments.paper.tables import TABLES, cells, title
 from davsp.experiments.stages import Stages, fitted_vector
-from davsp.lvlm import FAMILIES
 from davsp.lvlm.remote import RemoteLVLM
 from davsp.lvlm.undefended import facts, in_records, note
 from davsp.query import Query
@@ -37,6 +38,7 @@ from tiny import picture, queries
 CLIP_MEAN = (122, 116, 104)  # of 255, cut and not rounded, as LLaVA's code has it
 GREY = (127, 127, 127)
 SIZES = [(100, 70), (41, 200), (57, 56), (56, 57), (300, 11), (56, 56)]
+ONE_WAY = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v", "mistral3", "deepseek_vl", "deepseek_vl_hybrid")
 TALL_AND_WIDE = [(30, 90), (90, 30), (90, 31), (31, 90)]
 
 
@@ -54,7 +56,7 @@ def crop(tiny_folder: Path) -> LVLM:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every family, and LLaVA with the other processors and the other tower that it comes with."""
     at = tmp_path_factory.mktemp("families")
-    made = {name: save_family(name, at / name) for name in FAMILIES}
+    made = {name: save_family(name, at / name) for name in ("llava", "gemma3", "internvl", *ONE_WAY)}
     for name, pads in (("llava-pads", True), ("llava-cuts", False)):
         made[name] = shutil.copytree(made["llava"], at / name)
         size = {"height": 56, "width": 56}
@@ -139,7 +141,7 @@ def test_the_processor_that_pads_itself_makes_the_same(folders: dict[str, Path])
         assert np.array_equal(levels(ours, image), np.asarray(its).transpose(1, 2, 0))
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("llava", "gemma3", "internvl")])
+@pytest.mark.parametrize("name", ONE_WAY)
 def test_the_other_families_have_one_way_which_is_their_authors(folders: dict[str, Path], name: str) -> None:
     model, way = load(folders[name]), "pad" if "deepseek" in name else "resize"
     assert (model.ways, model.undefended) == ((way,), way)
@@ -183,9 +185,62 @@ def test_tiles_make_a_difference_to_square_pictures_too(folders: dict[str, Path]
     assert "cut into tiles, with the whole beside them (--undefended tile)" in note(facts(tiled, asked))
     assert note(facts(whole, asked)) == ""
     strips = [replace(asked[0], image=picture(0, (112, 60)))]
-    with pytest.raises(DavspError, match=r"undefended pictures in tiles .*--undefended stretch"):
+    with pytest.raises(DavspError, match=r"undefended pictures in tiles, .*--undefended stretch"):
         surfaces(tiled, NoDefense(), strips, "Sure")
-    assert len(surfaces(whole, NoDefense(), strips, "Sure")) == 1
+    assert (
+        len(surfaces(whole, NoDefense(), strips, "Sure"))
+        == len(surfaces(tiled, NoDefense("stretch"), strips, "Sure"))
+        == 1
+    )
+
+
+def test_a_table_of_a_model_with_tiles_has_both_baselines(
+    folders: dict[str, Path], tmp_path: Path, capsys: Any
+) -> None:
+    data = [replace(query, image=picture(i, (112, 60 + i))) for i, query in enumerate(queries("malicious", 4))]
+    save_queries(tmp_path / "data", data)
+    tiled, whole = load(folders["internvl"]), load(folders["internvl"], "stretch")
+    assert [*baselines(tiled)] == ["none", "none:stretch"] and [*baselines(whole)] == ["none", "none:tile"]
+    assert [*baselines(load(folders["llava"]))] == ["none"]
+    common = (
+        "eval",
+        "--model",
+        folders["internvl"],
+        "--queries",
+        tmp_path / "data",
+        "--max-new-tokens",
+        4,
+        "--max-unscored",
+        1,
+    )
+    assert davsp(*common, "--out", tmp_path / "out") == 0
+    capsys.readouterr()
+    said: dict[str, list[str]] = {}
+    for line in (tmp_path / "out" / "responses.jsonl").read_text().splitlines():
+        answer = json.loads(line)
+        said.setdefault(answer["defense"], []).append(answer["text"])
+    once = {name: [r.text for r in evaluate(lvlm, {"none": NoDefense()}, data, max_new_tokens=4).responses["none"]]
+            for name, lvlm in (("none", tiled), ("none:stretch", whole))}  # fmt: skip
+    assert {name: sorted(texts) for name, texts in said.items()} == {
+        name: sorted(texts) for name, texts in once.items()
+    }
+    assert said["none"] != said["none:stretch"] and "none:stretch" in (tmp_path / "out" / "report.html").read_text()
+    for wrong, why in (
+        ("none:crop", "undefended 'crop' is not for"),
+        ("none:stretch+safety-text=no", "is a row of its own"),
+    ):
+        assert davsp(*common, "--out", tmp_path / "no", "--defense", wrong) == 2
+        assert why in capsys.readouterr().err and not (tmp_path / "no").exists()
+    with pytest.raises(DavspError, match="none:stretch goes with a model loaded here"):
+        NoDefense("stretch").check(RemoteLVLM("m", "http://127.0.0.1:1/v1"))
+
+
+def test_the_papers_tables_have_both_baselines() -> None:
+    place = {"benchmark": "figstep", "split": "total", "metric": "rsr", "value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
+    rows = [{"defense": name, **place} for name in ("davsp", "none:stretch", "none")]
+    table = TABLES["resistance"]
+    assert [*cells(table, rows, "LLaVA-1.5-13B")] == ["none", "none:stretch", "davsp"]
+    assert title(table, "none:stretch") == "No Defense, stretched to a square"
 
 
 def _mean(model: LVLM) -> tuple[int, int, int]:

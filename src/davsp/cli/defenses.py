@@ -83,6 +83,10 @@ def _read(spec: str, context: _Context) -> "Defense":
     inside, _, value = rest.partition("=")
     if method == "gate" and "+" not in inside and holds_gate(value or inside):
         return load_defense(spec)  # its folder says what is looked through
+    if plus and head.startswith("none:"):
+        raise DavspError(
+            f"--defense {spec}: {head} is a row of its own; to show all undefended pictures so, give --undefended"
+        )
     inner = _read(rest, context) if plus else None
     name = f"{head}+{inner.name}" if inner else head
     if method == "ecso":
@@ -109,6 +113,8 @@ def _single(spec: str, context: _Context) -> "Defense":
     name, _, value = spec.partition("=")
     if spec == "none":
         return NoDefense()
+    if spec.startswith("none:"):
+        return NoDefense(spec.removeprefix("none:"))
     if name == "safety-text":
         if not (value or context.text):
             raise DavspError("--defense safety-text needs a text: safety-text=TEXT, or --text.")

@@ -96,6 +96,7 @@ def evaluate(
     seed: Seed = 0,
 ) -> None:
     """Answer a test set under each defense, judge the answers, and report rates with 95 % intervals, paired with No Defense."""
+    from davsp.defenses.none import baselines
     from davsp.evaluation import evaluate
     from davsp.evaluation.judging import apart
     from davsp.judges.guard import help_judge
@@ -131,6 +132,8 @@ def evaluate(
             prefill
         )
         notes = [*notes, f"every answer was made to begin with {prefill!r}"]
+    if not row.defense:  # of a model that looks at tiles, No Defense on one tile as well
+        defenses = baselines(lvlm) | defenses
     _check(lvlm, defenses, direction)
     queries, left_out = with_room(lvlm, defenses, queries, max_new_tokens, test.skip_broken)
     notes += left_out

@@ -9,7 +9,7 @@ import typer
 TEST_SET, JUDGES = "Test set", "Judges"  # headings in --help
 
 GRAMMAR = (
-    "none; safety-text; safety-text=TEXT; NAME=FOLDER of a prompt; adashield-s; adashield-s:prefix; "
+    "none; none:WAY (pictures shown in another way than --undefended says); safety-text; safety-text=TEXT; NAME=FOLDER of a prompt; adashield-s; adashield-s:prefix; "
     "pat:vicuna, pat:llama-2 or pat:transfer, the published strings behind AdaShield's text (pat:vicuna:alone without); ecso; ecso+INNER; "
     "ecso-adaptive+INNER; gate+INNER (looks through INNER and answers without: gate:answer, or with the thresholds of davsp gate gate:states, gate:first; then NAME=FOLDER may be a gate without a border); intervention:TIMES, :plus, :minus or :to:NUMBER (with --vector), alone or +INNER. A text joins "
     "what follows it, too: adashield-s:prefix+INNER. INNER is any of these, or a bare FOLDER."
@@ -94,7 +94,7 @@ class ModelOptions:
     canvas: Annotated[
         int | None,
         typer.Option(
-            help="Side of the canvas in pixels, where the model takes many sizes (Qwen-VL, GLM, InternVL's tiles)."
+            help="Side of the canvas in pixels, where the model takes many sizes (Qwen-VL, GLM, Mistral 3, tiles)."
         ),
     ] = None
     template: Annotated[

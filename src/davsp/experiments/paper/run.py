@@ -16,6 +16,7 @@ from rich.markup import escape
 from davsp import metrics
 from davsp.defenses import Defense, NoDefense, SafetyText, VisualPrompt
 from davsp.defenses.ecso import Templates
+from davsp.defenses.none import baselines
 from davsp.errors import DavspError
 from davsp.evaluation import Evaluation, evaluate
 from davsp.evaluation.fitting import fitting
@@ -23,7 +24,19 @@ from davsp.experiments.paper import write
 from davsp.experiments.paper.claims import PICTURES, Claim, claims
 from davsp.experiments.paper.kit import Kit
 from davsp.experiments.paper.methods import METHODS, lacking, transferred
-from davsp.experiments.paper.tables import FROM, MM_VET, POOLED, RSR, TABLES, Cell, base, cells, paper_model, title
+from davsp.experiments.paper.tables import (
+    FROM,
+    MM_VET,
+    OTHER_WAY,
+    POOLED,
+    RSR,
+    TABLES,
+    Cell,
+    base,
+    cells,
+    paper_model,
+    title,
+)
 from davsp.experiments.paper.tables import METHODS as table_methods
 from davsp.experiments.stages import Stages, fitted_vector
 from davsp.judges import Judge, keyword, seeing
@@ -133,7 +146,8 @@ def reproduce(
     out = stages.out
     kit, names = _with_earlier(kit, names)  # answers of defenses that are not asked for again would be dropped
     reasons = lacking(kit)
-    defenses: dict[str, Defense] = {name: METHODS[name](kit) for name in needed(names) if name not in reasons}
+    defenses: dict[str, Defense] = baselines(lvlm)
+    defenses |= {name: METHODS[name](kit) for name in needed(names) if name not in reasons}
     if "transfer" in names:
         defenses |= transferred(kit)
     start = time.perf_counter()
@@ -241,6 +255,7 @@ def _plots(rows: list[dict[str, Any]], kit: Kit, evaluation: Evaluation) -> dict
         plot = plots.scatter(compared, {PICTURES: "all pictures"}, used)
         drawings["rsr-utility"] = "RSR on all malicious pictures against utility, with 95 % intervals", plot
     titles = {name: title(table, name) for table in TABLES.values() for name in table.rows}
+    titles |= {name: title(TABLES["utility"], name) for name in evaluation.responses if name.startswith(OTHER_WAY)}
     titles |= {name: f"from {name.removeprefix(FROM)}" for name in evaluation.responses if name.startswith(FROM)}
     titles = {name: text for name, text in titles.items() if name not in DEFENSES}  # those have names of their own
     _, _, *margins = resolve(kit.settings, kit.lvlm, kit.vector)

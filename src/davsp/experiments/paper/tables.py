@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from davsp.errors import DavspError
+from davsp.lvlm.undefended import WAYS
 from davsp.runtime.files import read_json
 
 Row = Mapping[str, Any]
@@ -86,6 +87,7 @@ METHODS = {
     "none": "No Defense", "adashield-s": "AdaShield-S", "adashield-a": "AdaShield-A", "pat": "PAT", "uniguard": "UniGuard",
     "esiii": "ESIII", "davsp": "DAVSP",
 }  # fmt: skip
+OTHER_WAY = "none:"  # before how undefended pictures are shown in that row
 FROM = "davsp-from-"  # before the name of the model that a transferred prompt was trained on
 
 TABLES = {
@@ -154,6 +156,8 @@ def cells(table: Table, rows: Sequence[Row], model: str) -> dict[str, list[Cell]
     """
     known = {row["defense"] for row in rows}
     names = [name for name in table.rows if name in known]
+    if "none" in names:  # behind it, the same with pictures in another way
+        names[1:1] = sorted(name for name in known if name.startswith(OTHER_WAY))
     if table.name == "transfer":
         names += sorted(name for name in known if name.startswith(FROM))
     if not names:
@@ -195,6 +199,8 @@ def _cell(column: Column, at: Mapping[Any, Row], defense: str, theirs: Mapping[s
 
 def title(table: Table, defense: str) -> str:
     """A row's heading."""
+    if defense.startswith(OTHER_WAY):
+        return f"No Defense, {WAYS[defense.removeprefix(OTHER_WAY)]}"
     if defense.startswith(FROM):
         return f"DAVSP, from {defense.removeprefix(FROM)}"
     return table.rows[defense]
