@@ -277,6 +277,11 @@ def test_a_canvas_that_would_be_resampled_is_refused(model, canvas):
         VisualPrompt(VisualSafetyPrompt.create(wrong, 4)).respond(model, [Query("a", "yes", "benign", "test")])
 
 
+def test_a_canvas_that_the_model_does_not_take_is_not_passed_over(folder):
+    with pytest.raises(DavspError, match=r"canvas.*61"):
+        LVLM.from_pretrained(folder, device_map="cpu", canvas=61)
+
+
 def test_a_processor_of_another_family_is_named(folder, tmp_path):
     other = "qwen2_vl" if folder.name == "llava" else "llava"
     mixed = shutil.copytree(folder, tmp_path / "mixed")

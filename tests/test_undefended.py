@@ -224,7 +224,9 @@ def test_a_table_of_a_model_with_tiles_has_both_baselines(
     assert {name: sorted(texts) for name, texts in said.items()} == {
         name: sorted(texts) for name, texts in once.items()
     }
-    assert said["none"] != said["none:stretch"] and "none:stretch" in (tmp_path / "out" / "report.html").read_text()
+    assert (
+        said["none"] != said["none:stretch"] and "No Defense, stretch" in (tmp_path / "out" / "report.html").read_text()
+    )
     for wrong, why in (
         ("none:crop", "undefended 'crop' is not for"),
         ("none:stretch+safety-text=no", "is a row of its own"),

@@ -156,6 +156,11 @@ class LVLM(Generating):
             revision = getattr(config, "_commit_hash", None) or revision
             model = load_weights(model_id, revision, device_map, dtype, quantization)
             lvlm = family(model, tokenizer, processor, model_id, revision, canvas)
+            if canvas not in (None, lvlm.canvas):
+                raise DavspError(
+                    f"{model_id} looks at pictures of {lvlm.canvas}x{lvlm.canvas} and at no other canvas, so not at {canvas}: leave out "
+                    "--canvas"
+                )
             if template != CHECKPOINT:
                 lvlm.use_template(template)
             lvlm.undefended = way

@@ -11,6 +11,9 @@ from davsp.query import COST
 
 Rows = Sequence[Mapping[str, Any]]
 
+OTHER_WAY = "none:"
+"""Before how undefended pictures are shown in a row of their own."""
+
 DEFENSES = {
     "none": "No Defense",
     "safety-text": "Safety text only",
@@ -69,6 +72,8 @@ class RateCell:
 
 
 def label(defense: str) -> str:
+    if defense.startswith(OTHER_WAY):
+        return f"{DEFENSES['none']}, {defense.removeprefix(OTHER_WAY)}"
     return DEFENSES.get(defense, defense)
 
 
@@ -80,8 +85,9 @@ def find(rows: Rows, defense: str, benchmark: str, split: str, metric: str) -> M
 
 def defenses(rows: Rows) -> list[str]:
     """The defenses in the rows, the known ones first and in the order of the paper's tables."""
-    present = list(dict.fromkeys(r["defense"] for r in rows))
-    return [d for d in DEFENSES if d in present] + [d for d in present if d not in DEFENSES]
+    order = {name: i for i, name in enumerate(DEFENSES)}
+    present = dict.fromkeys(r["defense"] for r in rows)
+    return sorted(present, key=lambda d: order.get("none" if d.startswith(OTHER_WAY) else d, len(order)))
 
 
 def main_columns(rows: Rows) -> list[RateColumn]:

@@ -27,7 +27,6 @@ from davsp.experiments.paper.methods import METHODS, lacking, transferred
 from davsp.experiments.paper.tables import (
     FROM,
     MM_VET,
-    OTHER_WAY,
     POOLED,
     RSR,
     TABLES,
@@ -47,7 +46,7 @@ from davsp.lvlm import LVLM, model_facts, model_name, undefended
 from davsp.lvlm.templates import CHECKPOINT, TEMPLATES
 from davsp.query import Query
 from davsp.report import panels, plots, projections_by_label
-from davsp.report.cells import DEFENSES, cut_note, find
+from davsp.report.cells import DEFENSES, OTHER_WAY, cut_note, find
 from davsp.runtime import parallel
 from davsp.runtime.files import manifest, read_json, write_json, write_text
 from davsp.store import RESPONSES, pillow_notes

@@ -14,6 +14,7 @@ from typing import Any
 
 from davsp.errors import DavspError
 from davsp.lvlm.undefended import WAYS
+from davsp.report.cells import OTHER_WAY
 from davsp.runtime.files import read_json
 
 Row = Mapping[str, Any]
@@ -87,7 +88,6 @@ METHODS = {
     "none": "No Defense", "adashield-s": "AdaShield-S", "adashield-a": "AdaShield-A", "pat": "PAT", "uniguard": "UniGuard",
     "esiii": "ESIII", "davsp": "DAVSP",
 }  # fmt: skip
-OTHER_WAY = "none:"  # before how undefended pictures are shown in that row
 FROM = "davsp-from-"  # before the name of the model that a transferred prompt was trained on
 
 TABLES = {
