@@ -1,5 +1,6 @@
 """The engine on a server: the same answers as here, the very pixels, and no answer that was not given."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,15 @@ from typing import Any
 import pytest
 
 from davsp import LVLM, DavspError, HarmfulnessVector, Query, VisualSafetyPrompt, embedded
+from davsp.benchmarks.custom import save_queries
 from davsp.defenses import Defense, NoDefense, SafetyText, VisualPrompt
 from davsp.embedded.data import Protocol
 from davsp.evaluation import evaluate
-from davsp.lvlm import AnsweringLVLM, fingerprint, loaded
+from davsp.lvlm import AnsweringLVLM, fingerprint, loaded, model_facts
 from davsp.lvlm.remote import RemoteLVLM
+from davsp.lvlm.templates import read_extra
 from model_server import ModelServer, model_server
+from test_cli import run
 from tiny import queries
 
 
@@ -148,3 +152,77 @@ def test_key_and_fingerprint(server: ModelServer, monkeypatch: pytest.MonkeyPatc
     assert fingerprint(remote(server)) == fingerprint(remote(server)) != fingerprint(remote(server, canvas=56))
     other = RemoteLVLM("org/m", "http://127.0.0.1:9/v1")
     assert fingerprint(other) != fingerprint(remote(server))
+
+
+def test_questions_are_spread_over_servers_and_none_is_dropped(
+    lvlm: LVLM, server: ModelServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = queries("benign", 7)
+    here = [r.text for r in NoDefense().respond(lvlm, asked, max_new_tokens=4)]
+    with model_server(lvlm) as second:
+        both = RemoteLVLM("org/m", [server.url, second.url], attempts=2, backoff=0.01, concurrency=2)
+        assert [r.text for r in NoDefense().respond(both, asked, max_new_tokens=4)] == here
+        assert (len(server.bodies), len(second.bodies)) == (4, 3)
+        turned = RemoteLVLM("org/m", [second.url, server.url])
+        assert fingerprint(turned) == fingerprint(both) != fingerprint(remote(server))
+        assert both.server == ", ".join(sorted([server.url, second.url]))
+        second.change = lambda number, choice: 500
+        with pytest.raises(DavspError, match=r"gave no answer to .*failed \(500\): made to fail"):
+            both.generate(None, ["what is this"] * 4, 4)
+        assert RemoteLVLM("org/m", [second.url, server.url]).generate(None, [], 4) == []
+    with pytest.raises(DavspError, match="cannot be reached"):
+        both.generate(None, ["what is this"] * 4, 4)
+    with pytest.raises(DavspError, match="is named twice"):
+        RemoteLVLM("org/m", [server.url, server.url])
+
+
+def test_fields_of_ones_own_go_with_every_request_and_make_another_model(server: ModelServer) -> None:
+    plain, more = remote(server), remote(server, extra_body={"top_k": 1, "vllm_xargs": {"a": [2]}})
+    assert more.generate(None, ["what is this"], 4) == plain.generate(None, ["what is this"], 4)
+    extra = {name: server.bodies[0][name] for name in server.bodies[0] if name not in server.bodies[1]}
+    assert extra == {"top_k": 1, "vllm_xargs": {"a": [2]}}
+    assert fingerprint(more) != fingerprint(plain) and model_facts(more)["extra_body"] == extra
+    assert "extra_body" not in model_facts(plain)
+    for name in ("temperature", "messages", "chat_template_kwargs", "max_completion_tokens"):
+        with pytest.raises(DavspError, match=f"--extra-body {name} is a field that davsp sets itself"):
+            remote(server, extra_body={name: 1})
+
+
+def test_what_extra_body_says() -> None:
+    given = ["top_k=1", "mode=fast", 'a={"b": [true]}', '{"c": null, "d": "e"}']
+    assert read_extra(given) == {"top_k": 1, "mode": "fast", "a": {"b": [True]}, "c": None, "d": "e"}
+    for wrong in (["top_k"], ["=1"], ["[1]"], ["{x}"]):
+        with pytest.raises(DavspError, match="is not KEY=VALUE"):
+            read_extra(wrong)
+    with pytest.raises(DavspError, match="gives top_k twice"):
+        read_extra(["top_k=1", '{"top_k": 2}'])
+
+
+def test_eval_by_the_command_line(
+    lvlm: LVLM, server: ModelServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_queries(tmp_path / "data", queries("malicious", 4))
+    command = [
+        "eval",
+        "--engine",
+        "openai",
+        "--api-model",
+        "org/m",
+        "--queries",
+        tmp_path / "data",
+        "--defense",
+        "none",
+    ]
+    command += ["--max-unscored", "1", "--max-new-tokens", "4", "--out", tmp_path / "run"]
+    with model_server(lvlm) as second:
+        urls = ["--base-url", server.url, "--base-url", second.url]
+        assert run(*command, *urls, "--extra-body", "top_k=1") == 0
+        assert {body["top_k"] for body in [*server.bodies, *second.bodies]} == {1} and second.bodies
+        assert json.loads((tmp_path / "run" / "manifest.json").read_text())["extra_body"] == {"top_k": 1}
+        capsys.readouterr()
+        assert run(*command, *urls) == 2
+        assert "holds answers of another run (another model" in capsys.readouterr().err
+        gate = ["gate", tmp_path / "none", "--engine", "openai", "--api-model", "org/m", "--canvas", "56", *urls]
+        assert run(*gate) == 2 and "a gate is calibrated on one server" in capsys.readouterr().err
+    assert run("eval", "--extra-body", "a=1") == 2
+    assert "--extra-body goes with --engine openai" in capsys.readouterr().err

@@ -51,10 +51,21 @@ class EngineOptions:
     engine: Annotated[
         str, typer.Option(help="transformers: the model is loaded here; openai: a server runs it (vLLM, SGLang).")
     ] = "transformers"
-    base_url: Annotated[str | None, typer.Option(help="The model's server, http://HOST:PORT/v1.")] = None
+    base_url: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The model's server, http://HOST:PORT/v1; repeatable, and each gets as many of the questions."
+        ),
+    ] = None
     api_model: Annotated[str | None, typer.Option(help="The model as its server calls it; left out: --model.")] = None
     api_key_env: Annotated[
         str | None, typer.Option(help="Environment variable with the key of the model's server; left out: no key.")
+    ] = None
+    extra_body: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="KEY=VALUE, VALUE as JSON or text, or a JSON object, that every request to the model's server has besides. Repeatable."
+        ),
     ] = None
 
 
@@ -153,13 +164,13 @@ def evaluate(
     _finish(out, queries, evaluation, defenses, scorers[1:], show_unsafe, access.max_unscored, seed, caveat)
 
 
-def server_of(engine: EngineOptions, model: ModelOptions, processes: int = 1) -> tuple[str, str] | None:
-    """Model and address of the server that answers; None if the model is loaded here."""
+def server_of(engine: EngineOptions, model: ModelOptions, processes: int = 1) -> tuple[str, list[str]] | None:
+    """Model and addresses of the server that answers; None if the model is loaded here."""
     if engine.engine not in ("transformers", "openai"):
         raise DavspError(f"--engine {engine.engine!r} is not known: choose transformers or openai.")
     if engine.engine == "transformers":
-        if engine.base_url:
-            raise DavspError("--base-url goes with --engine openai.")
+        if engine.base_url or engine.extra_body:
+            raise DavspError(f"--{'base-url' if engine.base_url else 'extra-body'} goes with --engine openai.")
         return None
     name = engine.api_model or model.name
     if not engine.base_url or not name:
@@ -184,19 +195,20 @@ def _check_graders(names: list[str], sets: list[str]) -> None:
 
 
 def lvlm_of(
-    model: ModelOptions, server: tuple[str, str] | None, engine: EngineOptions, requests: RequestOptions
+    model: ModelOptions, server: tuple[str, list[str]] | None, engine: EngineOptions, requests: RequestOptions
 ) -> "AnsweringLVLM":
     """The model that answers, loaded here or behind its server."""
     if server is None:
         return load_lvlm(model)
     from davsp.lvlm.remote import RemoteLVLM
-    from davsp.lvlm.templates import read_kwargs
+    from davsp.lvlm.templates import read_extra, read_kwargs
 
     return RemoteLVLM(
         *server,
         engine.api_key_env,
         canvas=model.canvas,
         template_kwargs=read_kwargs(model.template_kwargs),
+        extra_body=read_extra(engine.extra_body),
         concurrency=requests.concurrency,
         timeout=requests.timeout,
         trust_env=requests.trust_env,

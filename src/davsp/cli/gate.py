@@ -94,6 +94,10 @@ def gate(
     if score not in ("both", "refusal"):
         raise DavspError(f"--score {score!r} is not known: choose both or refusal.")
     server = server_of(engine, model)
+    if server and (len(server[1]) > 1 or engine.extra_body):
+        raise DavspError(
+            "a gate is calibrated on one server, asked as davsp serve asks it: give one --base-url, no --extra-body."
+        )
     border = _border(prompt, look, text)
     made: dict[str, Any] = border.config if border else {}
     name = server[0] if server else model.name or made.get("model_id")

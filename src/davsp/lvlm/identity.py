@@ -1,5 +1,6 @@
 """What a model is called, and how to tell it from another."""
 
+import json
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ def model_facts(lvlm: AnsweringLVLM) -> dict[str, Any]:
     """What every manifest says of the model: name, revision, weights, template, and what of its generation settings does not count."""
     facts: dict[str, Any] = {"model": model_name(lvlm), "revision": lvlm.revision, "weights": fingerprint(lvlm)}
     facts["template"] = template_of(lvlm)
+    if extra := getattr(lvlm, "extra_body", None):
+        facts["extra_body"] = extra
     if beginning := beginning_of(lvlm):
         facts["prefill"] = beginning
     if isinstance(lvlm, LVLM) and lvlm.overridden:
@@ -48,7 +51,7 @@ def beginning_of(lvlm: AnsweringLVLM) -> str | None:
 
 
 def fingerprint(lvlm: AnsweringLVLM) -> str:
-    """A hash of the model, the first numbers of each of its tensors, and their number format; of a served one its address.
+    """A hash of the model, the first numbers of each of its tensors, and their number format; of a served one its address and what requests hold besides.
 
     Under another conversation template than the checkpoint's it is another model.
     """
@@ -58,6 +61,8 @@ def fingerprint(lvlm: AnsweringLVLM) -> str:
         digest.update(template.encode())
     if not isinstance(lvlm, LVLM):
         digest.update(str(lvlm.server).encode())
+        if extra := getattr(lvlm, "extra_body", None):
+            digest.update(json.dumps(extra, sort_keys=True).encode())
         return digest.hexdigest()
     for name, tensor in lvlm.model.state_dict().items():
         digest.update(name.encode() + tensor.detach().flatten()[:64].float().cpu().numpy().tobytes())

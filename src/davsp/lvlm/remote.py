@@ -21,50 +21,71 @@ from davsp.runtime.pictures import part, png
 from davsp.runtime.replies import one_line, told, writable
 from davsp.runtime.thought import TAGS, Tags
 
+OWN = frozenset(
+    "model messages max_tokens max_completion_tokens temperature top_p repetition_penalty chat_template_kwargs logprobs top_logprobs n "
+    "stream stream_options".split()
+)
+"""Fields of a request that decide what is asked and how an answer is read."""
+
 
 class RemoteLVLM:
     """A served model, an `AnsweringLVLM`. What only a loaded one has (weights, tokenizer, layers, gradients) is not there.
 
     Args:
         model: as the server calls it.
-        base_url: up to and with `/v1`.
+        base_url: up to and with `/v1`; of several servers of the same model each gets as many of the questions.
         api_key_env: the environment variable with the key; None sends none.
         canvas: side in pixels at which the model sees a picture without resampling (336 for LLaVA-1.5); only visual
             prompts need it, and without it they are refused.
         template_kwargs: what the server's template is told, as `chat_template_kwargs` (vLLM, SGLang); nobody sees here whether it reads them.
-        concurrency: requests under way at most; fewer where the server is crowded (`davsp.runtime.limit`).
+        extra_body: fields that every request has besides, as the server takes them; another model in all records.
+        concurrency: requests under way at most, at each server; fewer where the server is crowded (`davsp.runtime.limit`).
         attempts: requests for one answer at most.
         timeout: of a request as a whole, in seconds.
         backoff: the first wait before asking again, in seconds; it doubles.
         trust_env: through the proxies that the environment names; otherwise directly.
 
     Raises:
-        DavspError: an address that is none or holds a password, or an empty variable.
+        DavspError: an address that is none, holds a password or is there twice; an empty variable; a field of `extra_body` that is
+            davsp's own.
     """
 
     def __init__(
         self,
         model: str,
-        base_url: str,
+        base_url: str | Sequence[str],
         api_key_env: str | None = None,
         *,
         canvas: int | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
+        extra_body: Mapping[str, Any] | None = None,
         concurrency: int = 16,
         attempts: int = 6,
         timeout: float = 600.0,
         backoff: float = 1.0,
         trust_env: bool = False,
     ) -> None:
-        self.client = Client(
-            "model", base_url, api_key_env, model,
-            concurrency=concurrency, attempts=attempts, timeout=timeout, backoff=backoff, trust_env=trust_env,
-        )  # fmt: skip
+        addresses = [base_url] if isinstance(base_url, str) else list(base_url)
+        self.clients = [
+            Client(
+                "model", address, api_key_env, model,
+                concurrency=concurrency, attempts=attempts, timeout=timeout, backoff=backoff, trust_env=trust_env,
+            )
+            for address in addresses
+        ]  # fmt: skip
+        where = sorted(client.where for client in self.clients)
+        if twice := next((one for one in where if where.count(one) > 1), None):
+            raise DavspError(f"the model's server {twice} is named twice (--base-url); name each once.")
+        self.extra_body = dict(extra_body or {})
+        if own := sorted(OWN & set(self.extra_body)):
+            raise DavspError(
+                f"--extra-body {own[0]} is a field that davsp sets itself; leave it out, or see whether an option is meant for it."
+            )
         self.model_id, self.canvas = model, canvas or 0
         self.revision: str | None = None
         self.template_kwargs = dict(template_kwargs or {})
         self.template = named(self.template_kwargs)
-        self.server: str | None = self.client.where
+        self.server: str | None = ", ".join(where)
         self.reasoning_tags: Tags = TAGS
         self.longest = answer_length(shipped=False)  # if one of ours runs there, the caller may say so
 
@@ -131,7 +152,8 @@ class RemoteLVLM:
         def body(key: str, unread: int) -> dict[str, Any]:
             return bodies[key]
 
-        self.client.ask("chat/completions", {key: partial(body, key) for key in bodies}, read_answer, keep)
+        requests = {key: partial(body, key) for key in bodies}
+        Client.ask_several(self.clients, "chat/completions", requests, read_answer, keep)
         return [answers[key] for key in bodies]
 
     def states(self, *_: Any, **__: Any) -> NoReturn:
@@ -150,14 +172,18 @@ class RemoteLVLM:
         if picture is not None:
             content = [part(picture), {"type": "text", "text": question}]
         told = {"chat_template_kwargs": self.template_kwargs} if self.template_kwargs else {}
-        return {
-            "model": self.model_id,
-            "messages": [{"role": "user", "content": content}],
-            "max_tokens": max_new_tokens,
-            "temperature": 0.0,
-            "top_p": 1.0,
-            "repetition_penalty": 1.0,
-        } | told
+        return (
+            {
+                "model": self.model_id,
+                "messages": [{"role": "user", "content": content}],
+                "max_tokens": max_new_tokens,
+                "temperature": 0.0,
+                "top_p": 1.0,
+                "repetition_penalty": 1.0,
+            }
+            | told
+            | self.extra_body
+        )
 
 
 def read_answer(body: Any) -> Answer | Failure:

@@ -98,6 +98,25 @@ def read_kwargs(pairs: Sequence[str] | None) -> dict[str, Any]:
     return kwargs
 
 
+def read_extra(pairs: Sequence[str] | None) -> dict[str, Any]:
+    """What --extra-body says: KEY=VALUE each, VALUE as JSON where it is that, else as text; or a whole JSON object.
+
+    Raises:
+        DavspError: neither, or a key twice.
+    """
+    body: dict[str, Any] = {}
+    for pair in pairs or ():
+        key, equals, text = pair.partition("=")
+        whole = _value(pair) if pair.lstrip().startswith("{") else None
+        if whole is None and not (key and equals):
+            raise DavspError(f"--extra-body {pair!r} is not KEY=VALUE, such as top_k=1, nor a JSON object")
+        given = whole if isinstance(whole, dict) else {key: _value(text)}
+        if twice := sorted(set(given) & set(body)):
+            raise DavspError(f"--extra-body gives {twice[0]} twice; leave one out")
+        body |= given
+    return body
+
+
 def _value(text: str) -> Any:
     def no_number(name: str) -> Any:
         raise ValueError(name)

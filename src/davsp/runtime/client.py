@@ -7,7 +7,7 @@ named, goes into one header, and nowhere else.
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -114,6 +114,32 @@ class Client:
             DavspError: what every other request would get too: no such address, nothing that listens there, a key that is refused.
         """
         _run(self._ask_all(path, requests, read, keep))
+
+    @staticmethod
+    def ask_several(
+        clients: "Sequence[Client]",
+        path: str,
+        requests: Mapping[str, Request],
+        read: Callable[[Any], T | Failure],
+        keep: Callable[[str, T | Failure], None],
+    ) -> None:
+        """As `ask`, of several servers at once: each gets as many of the requests. Where one of them fails, all stop."""
+        keys_of = [list(requests)[i :: len(clients)] for i in range(len(clients))]
+
+        async def ask_all() -> None:
+            tasks = [
+                asyncio.create_task(client._ask_all(path, {key: requests[key] for key in mine}, read, keep))
+                for client, mine in zip(clients, keys_of, strict=True)
+                if mine
+            ]
+            try:
+                await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+        _run(ask_all())
 
     async def _ask_all(
         self,
