@@ -1,9 +1,12 @@
 """Several processes share the work of every command; what is in the files is what one process writes."""
 
 import json
+import os
+import signal
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from rich.console import Console
 
 from davsp import HarmfulnessVector, VisualSafetyPrompt, embedded
 from davsp.benchmarks.custom import save_queries
+from davsp.defenses import NoDefense
 from davsp.embedded.ecso_templates import TEMPLATES
 from davsp.errors import DavspError
 from davsp.experiments.paper import baselines, run
@@ -111,6 +115,52 @@ def test_attack(tiny_folder: Path, data: Path, tmp_path: Path, capfd: pytest.Cap
     for path in found:
         if path.suffix in (".png", ".md") or path.name in ("found.jsonl", "attack.json", "verdicts.jsonl"):
             assert (tmp_path / "1" / path).read_bytes() == (tmp_path / "2" / path).read_bytes(), path
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_eval_goes_on_after_a_process_was_killed(
+    tiny_folder: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    rank: int,
+) -> None:
+    command = [
+        "eval",
+        "--model",
+        tiny_folder,
+        "--device",
+        "cpu",
+        "--queries",
+        data / "malicious",
+        "--max-new-tokens",
+        "4",
+    ]
+    command += ["--batch-size", "4", "--max-unscored", "1", "--num-processes", "2"]
+    respond, done = NoDefense.respond, list[int]()
+
+    def killed(self, *args, **options):
+        done.append(1)
+        if len(done) == 3 and parallel.rank() == rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.2)  # so that both get some
+        return respond(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NoDefense, "respond", killed)
+        assert forked(*command, "--out", tmp_path / "killed") == 2
+    assert f"process {rank} of 2 (numbered from 0) was ended by SIGKILL" in capfd.readouterr().err
+    kept = (tmp_path / "killed" / "responses.jsonl").read_text().count("\n")
+    assert kept % 4 == 0 and kept < 70
+    assert forked(*command, "--out", tmp_path / "killed") == 0
+    assert forked(*command, "--out", tmp_path / "whole") == 0
+    texts = [[(r["defense"], r["query_id"], r["text"]) for r in lines(tmp_path / name)] for name in ("killed", "whole")]
+    assert texts[0] == texts[1] and len(texts[0]) == 70
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "responses.jsonl").read_text().splitlines()]
 
 
 def test_guards_that_run_here(tiny_folder: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -175,9 +175,17 @@ def server_of(engine: EngineOptions, model: ModelOptions, processes: int = 1) ->
     name = engine.api_model or model.name
     if not engine.base_url or not name:
         raise DavspError("--engine openai needs --base-url and --api-model (or --model), as the server calls it.")
-    if model.revision or model.device or model.dtype or model.quantization or model.template or processes > 1:
+    if (
+        model.revision
+        or model.device
+        or model.dtype
+        or model.quantization
+        or model.template
+        or model.attn_implementation
+        or processes > 1
+    ):
         raise DavspError(
-            "--revision, --device, --dtype, --quantization, --template and --num-processes go with a model loaded here."
+            "--revision, --device, --dtype, --quantization, --attn-implementation, --template and --num-processes go with a model loaded here."
         )
     if model.undefended:
         raise DavspError(

@@ -47,16 +47,24 @@ def load_lvlm(model: "ModelOptions") -> "LVLM":
     if model.dtype not in (None, "float32", "bfloat16", "float16"):
         raise DavspError(f"--dtype {model.dtype!r} is not known: choose float32, bfloat16 or float16.")
     if model.name is None or model.name in embedded.MODELS:
-        loading = model.revision or model.dtype or model.quantization or model.canvas or model.template_kwargs
+        loading = (
+            model.revision
+            or model.dtype
+            or model.quantization
+            or model.canvas
+            or model.template_kwargs
+            or model.attn_implementation
+        )
         if loading or model.template not in (None, "checkpoint"):
             raise DavspError(
-                "--revision, --dtype, --quantization, --canvas, --template and --template-kwargs are for other models; those that "
+                "--revision, --dtype, --quantization, --attn-implementation, --canvas, --template and --template-kwargs are for other models; those that "
                 "ship have their own."
             )
         return embedded.load(model.name or "davsp-mini", device_map=model.device, undefended=model.undefended)
     dtype = getattr(torch, model.dtype) if model.dtype else None
     lvlm = LVLM.from_pretrained(
         model.name, revision=model.revision, device_map=model.device, dtype=dtype, quantization=model.quantization,
+        attn_implementation=model.attn_implementation,
         canvas=model.canvas, template=model.template or "checkpoint", template_kwargs=read_kwargs(model.template_kwargs),
         undefended=model.undefended,
     )  # fmt: skip

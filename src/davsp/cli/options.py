@@ -91,6 +91,10 @@ class ModelOptions:
         str | None, typer.Option(help="float32, bfloat16 or float16; left out: float32 on CPU, bfloat16 on a GPU.")
     ] = None
     quantization: Annotated[str | None, typer.Option(help="4bit or 8bit, by bitsandbytes on a GPU.")] = None
+    attn_implementation: Annotated[
+        str | None,
+        typer.Option(help="eager, sdpa, flash_attention_2, …, as transformers names them; left out: its choice."),
+    ] = None
     canvas: Annotated[
         int | None,
         typer.Option(

@@ -58,12 +58,14 @@ class LVLM(Generating):
         steer: how `generate` steers where nothing else is said; None: not at all (`steered`).
         beginning: with what every answer is made to begin; empty: with nothing (`begun`).
         reasoning_tags: what stands around its thoughts (`AnsweringLVLM`).
+        attention: the `attn_implementation` that was asked for; None: transformers' choice.
         longest: where an answer is cut (`AnsweringLVLM`); `davsp.embedded.load` sets it for the models that ship.
     """
 
     processors: tuple[str, ...]
     server: str | None = None
     reasoning_tags: Tags = TAGS
+    attention: str | None = None
     canvas: int
     tokens_per_image: int
     image_token_id: int
@@ -109,6 +111,7 @@ class LVLM(Generating):
         device_map: Any = None,
         dtype: torch.dtype | str | None = None,
         quantization: str | None = None,
+        attn_implementation: str | None = None,
         canvas: int | None = None,
         template: str = CHECKPOINT,
         template_kwargs: Mapping[str, Any] | None = None,
@@ -122,7 +125,8 @@ class LVLM(Generating):
             device_map: a device ("cpu", "cuda:1"), or a map as accelerate knows them; None: the GPU if there is one.
             dtype: of the weights; None: float32 on CPU, bfloat16 on a GPU.
             quantization: "4bit" or "8bit", by bitsandbytes on a GPU: the decoder's linear layers alone, so that the
-                gradient to the picture stays good. None: none.
+                gradient to the picture stays good. None: none. A checkpoint that is quantized as it comes needs nothing here.
+            attn_implementation: "eager", "sdpa", "flash_attention_2", …, as transformers names them; None: its choice.
             canvas: side in pixels of the pictures that prompts make, for families that take many sizes (Qwen2-VL);
                 None: the family's own.
             template: "checkpoint", or a conversation template of LLaVA's own code (`use_template`).
@@ -154,13 +158,16 @@ class LVLM(Generating):
             processor = family.load_processor(model_id, revision)
             way = chosen(family.ways_of(processor), undefended, f"{model_id} ({config.model_type})")
             revision = getattr(config, "_commit_hash", None) or revision
-            model = load_weights(model_id, revision, device_map, dtype, quantization)
+            model = load_weights(
+                model_id, revision, device_map, dtype, quantization, attn_implementation, _quantized(config)
+            )
             lvlm = family(model, tokenizer, processor, model_id, revision, canvas)
             if canvas not in (None, lvlm.canvas):
                 raise DavspError(
                     f"{model_id} looks at pictures of {lvlm.canvas}x{lvlm.canvas} and at no other canvas, so not at {canvas}: leave out "
                     "--canvas"
                 )
+            lvlm.attention = attn_implementation
             if template != CHECKPOINT:
                 lvlm.use_template(template)
             lvlm.undefended = way
@@ -365,3 +372,9 @@ def loaded(lvlm: AnsweringLVLM, refusal: str = NO_STATES) -> LVLM:
     if not isinstance(lvlm, LVLM):
         raise DavspError(refusal)
     return lvlm
+
+
+def _quantized(config: Any) -> dict[str, Any] | None:
+    """The checkpoint's own quantization_config as a dictionary; None without one."""
+    found = getattr(config, "quantization_config", None)
+    return dict(found) if isinstance(found, dict) else None if found is None else dict(found.to_dict())

@@ -38,6 +38,8 @@ def model_facts(lvlm: AnsweringLVLM) -> dict[str, Any]:
     facts["template"] = template_of(lvlm)
     if extra := getattr(lvlm, "extra_body", None):
         facts["extra_body"] = extra
+    if attention := getattr(lvlm, "attention", None):
+        facts["attn_implementation"] = attention
     if beginning := beginning_of(lvlm):
         facts["prefill"] = beginning
     if isinstance(lvlm, LVLM) and lvlm.overridden:
@@ -64,6 +66,8 @@ def fingerprint(lvlm: AnsweringLVLM) -> str:
         if extra := getattr(lvlm, "extra_body", None):
             digest.update(json.dumps(extra, sort_keys=True).encode())
         return digest.hexdigest()
+    if lvlm.attention:
+        digest.update(lvlm.attention.encode())
     for name, tensor in lvlm.model.state_dict().items():
         digest.update(name.encode() + tensor.detach().flatten()[:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -5,22 +5,58 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    FineGrainedFP8Config,
+    GenerationConfig,
+)
 from transformers.utils import cached_file
 
 from davsp.errors import DavspError
 from davsp.runtime.files import read_json
 
+ALREADY = {
+    "fp8": (),
+    "compressed-tensors": ("compressed_tensors",),
+    "bitsandbytes": ("bitsandbytes",),
+    "awq": ("gptqmodel",),
+    "gptq": ("gptqmodel", "optimum"),
+}
+"""How a checkpoint may be quantized as it comes -> the packages that transformers needs for it."""
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+
 
 def load_weights(
-    model_id: str, revision: str | None, device_map: Any, dtype: torch.dtype, quantization: str | None = None
+    model_id: str,
+    revision: str | None,
+    device_map: Any,
+    dtype: torch.dtype,
+    quantization: str | None = None,
+    attn_implementation: str | None = None,
+    already: dict[str, Any] | None = None,
 ) -> Any:
     """The transformers model on its device.
+
+    Args:
+        already: the checkpoint's own `quantization_config`, if it is quantized as it comes. FP8 is taken apart to `dtype`: its
+            kernels have no backward pass, and the border needs the picture's gradient.
 
     Raises:
         DavspError: weights are missing, or the quantization is not possible here.
     """
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    if attn_implementation:
+        if attn_implementation not in ATTENTION:
+            raise DavspError(
+                f"--attn-implementation {attn_implementation!r} is not known: choose {', '.join(ATTENTION)}"
+            )
+        options["attn_implementation"] = attn_implementation
+    if already:
+        taken_apart = check_quantized(model_id, already, quantization)
+        if taken_apart is not None:
+            options["quantization_config"] = taken_apart
     single = str(device_map).split(":")[0] in ("cpu", "cuda", "mps")  # a single device needs no accelerate
     if quantization:
         options["quantization_config"] = quantized(quantization, dtype, model_id, revision)
@@ -33,7 +69,38 @@ def load_weights(
     model, report = weights_and_report
     if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers
         raise DavspError(f"cannot load model {model_id}: it lacks the weights of {missing[0]}; restore its files")
+    if already and already.get("quant_method") in APART:
+        model = model.to(dtype)  # transformers takes them apart to bfloat16 where the scales are such
     return model.to(device_map) if single and not quantization else model
+
+
+APART = ("fp8",)  # quantized as they come, and loaded as plain numbers
+
+
+def check_quantized(model_id: str, config: dict[str, Any], quantization: str | None) -> Any:
+    """How a checkpoint that is quantized as it comes is loaded; None: as transformers does by itself.
+
+    Raises:
+        DavspError: --quantization beside it, a method that davsp does not know, or packages that it needs and that are not here.
+    """
+    method = str(config.get("quant_method"))
+    if quantization:
+        raise DavspError(f"{model_id} is quantized already ({method}); leave --quantization out")
+    if method not in ALREADY:
+        known = ", ".join(ALREADY)
+        raise DavspError(
+            f"{model_id} is quantized by {method}, through which nobody has seen that the picture's gradient passes; take a "
+            f"checkpoint that is not quantized, or by one of {known}"
+        )
+    if lacking := [name for name in ALREADY[method] if find_spec(name) is None]:
+        raise DavspError(
+            f"{model_id} is quantized by {method}, for which transformers needs {' and '.join(lacking)}: pip install "
+            f"{' '.join(lacking)}, or take the checkpoint that is not quantized"
+        )
+    if method not in APART:
+        return None
+    settings = {name: value for name, value in config.items() if name not in ("quant_method", "dequantize")}
+    return FineGrainedFP8Config(**settings, dequantize=True)
 
 
 def make_greedy(model: Any) -> dict[str, Any]:
