@@ -107,8 +107,8 @@ def read_extra(pairs: Sequence[str] | None) -> dict[str, Any]:
     body: dict[str, Any] = {}
     for pair in pairs or ():
         key, equals, text = pair.partition("=")
-        whole = _value(pair) if pair.lstrip().startswith("{") else None
-        if whole is None and not (key and equals):
+        whole = _value(pair)
+        if not isinstance(whole, dict) and not (key and equals):
             raise DavspError(f"--extra-body {pair!r} is not KEY=VALUE, such as top_k=1, nor a JSON object")
         given = whole if isinstance(whole, dict) else {key: _value(text)}
         if twice := sorted(set(given) & set(body)):
