@@ -75,7 +75,7 @@ def test_the_embedded_models_are_asked_in_their_own_words() -> None:
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ("frame", "'frame' is not known: give none; safety-text"),
+        ("frame", "'frame' is not known: give none; none:WAY"),
         ("none=out/prompt", "is not known"),
         ("ecso=out/prompt", "is not known"),
         ("ecso+", "is not known"),

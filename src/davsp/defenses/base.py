@@ -4,7 +4,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -13,6 +13,8 @@ from davsp.query import COST, Query, Response
 from davsp.runtime.files import sha256_bytes, to_json
 from davsp.runtime.thought import split_thought
 from davsp.vector import HarmfulnessVector
+
+M = TypeVar("M", bound=AnsweringLVLM)
 
 
 class Defense(ABC):
@@ -26,6 +28,10 @@ class Defense(ABC):
 
     def check(self, lvlm: AnsweringLVLM) -> None:  # noqa: B027  # most go with any model
         """Raises DavspError if the defense does not go with the model; asked before anything is answered."""
+
+    def asked(self, lvlm: M) -> M:
+        """The model as this defense asks it: itself, but where the defense has a way of its own to show pictures."""
+        return lvlm
 
     @abstractmethod
     def prepare(self, queries: Sequence[Query]) -> list[Query]:
@@ -71,7 +77,7 @@ class Defense(ABC):
             DavspError: a picture can't be read, or the defense does not go with the model.
         """
         self.check(lvlm)
-        prepared = self.prepare(queries)
+        lvlm, prepared = self.asked(lvlm), self.prepare(queries)
         responses: dict[int, Response] = {}
         for batch in batches(prepared, batch_size):
             start = time.perf_counter()

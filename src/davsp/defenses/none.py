@@ -1,15 +1,12 @@
 """No defense: the row all others are compared with."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
-from davsp.defenses.base import Defense
+from davsp.defenses.base import Defense, M
 from davsp.errors import DavspError
 from davsp.lvlm import LVLM, AnsweringLVLM
-from davsp.query import Query, Response
-from davsp.vector import HarmfulnessVector
-
-M = TypeVar("M", bound=AnsweringLVLM)
+from davsp.query import Query
 
 
 class NoDefense(Defense):
@@ -46,17 +43,6 @@ class NoDefense(Defense):
 
     def check(self, lvlm: AnsweringLVLM) -> None:
         self.asked(lvlm)
-
-    def respond(
-        self,
-        lvlm: AnsweringLVLM,
-        queries: Sequence[Query],
-        vector: HarmfulnessVector | None = None,
-        batch_size: int = 32,
-        progress: Callable[[int], object] | None = None,
-        max_new_tokens: int | None = None,
-    ) -> list[Response]:
-        return super().respond(self.asked(lvlm), queries, vector, batch_size, progress, max_new_tokens)
 
 
 def baselines(lvlm: AnsweringLVLM) -> dict[str, Defense]:

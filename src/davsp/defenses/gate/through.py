@@ -26,7 +26,7 @@ def seen_through(inner: Defense) -> Seen:
     """
     if isinstance(inner, VisualPrompt) and isinstance(inner.prompt, VisualSafetyPrompt):
         return inner.prompt.pixels_sha256(), texts(inner.prompt)
-    if isinstance(inner, NoDefense):
+    if isinstance(inner, NoDefense) and inner.way is None:
         return UNTOUCHED, ("", " ", "")
     if isinstance(inner, SafetyText) and inner.placement == "prefix":
         return UNTOUCHED, (inner.text, inner.separator, "")
