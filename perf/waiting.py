@@ -34,6 +34,7 @@ class Timed(NoDefense):
     """No Defense; batches with a long answer go on to `NEW_TOKENS`. Notes when each batch began and ended."""
 
     def __init__(self, long: set[str]) -> None:
+        super().__init__()
         self.long, self.spans = long, list[tuple[float, float]]()
 
     def respond(self, lvlm: LVLM, queries: Sequence[Query], *args: Any, **options: Any) -> list[Response]:
