@@ -14,7 +14,7 @@ import families
 from davsp import LVLM, DavspError, HarmfulnessVector, Query, VisualSafetyPrompt, evaluate
 from davsp.cli.inputs import compare_templates, load_lvlm, say_where
 from davsp.cli.options import ModelOptions
-from davsp.defenses import NoDefense, VisualPrompt
+from davsp.defenses import NoDefense
 from davsp.defenses.ecso import ECSO, PUBLISHED
 from davsp.defenses.effect import arms
 from davsp.defenses.gate.defense import Gate
@@ -296,7 +296,7 @@ def test_a_served_gate_is_of_what_its_template_was_told():
     usual, told = served_gate(), served_gate(template_kwargs=OFF)
     assert "template_kwargs" not in usual.model_dump() and usual.digest() != told.digest()
     assert Served.model_validate_json(told.contents()).template_kwargs == OFF
-    gate = Gate(VisualPrompt(VisualSafetyPrompt.create(56, 6)), "first", served=told)
+    gate = Gate(NoDefense(), "first", served=told)
     gate.check(RemoteLVLM("m", "http://127.0.0.1:9/v1", canvas=56, template_kwargs=OFF))
     with pytest.raises(
         DavspError, match=f"calibrated under the template {SAID}, and the server is asked by checkpoint"
