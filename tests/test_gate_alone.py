@@ -94,6 +94,9 @@ def test_what_is_no_gate_is_named(lvlm: LVLM, vector: HarmfulnessVector, border:
         f"a={folder}": "holds a gate without a border, which is no defense by itself",
         f"gate:first+safety-text+a={folder}": "which is no defense by itself",
         f"gate:both+a={folder}": "states, first, answer",
+        f"gate:first+none={folder}": "looks through safety-text, not through none; call it safety-text",
+        f"gate:first+none:crop={folder}": "the name 'none:crop' may not hold : or /",
+        f"gate:first+gate:first+a={folder}": "looks through a border, .* or nothing, not through gate:first\\+a; take gate:answer",
         "gate:first+none": "gate:first\\+none has no threshold; make one with davsp gate FOLDER --look none",
         "gate:states+safety-text=be safe": "davsp gate FOLDER --look text and give gate:states\\+safety-text=FOLDER",
     }.items():
@@ -101,6 +104,8 @@ def test_what_is_no_gate_is_named(lvlm: LVLM, vector: HarmfulnessVector, border:
             rows([spec], None, None, False)
     with pytest.raises(DavspError, match="holds a gate without a border"):
         load_defense(folder)
+    with pytest.raises(DavspError, match="holds a gate without a border; give the folder of a border"):
+        VisualSafetyPrompt.from_pretrained(folder)
     for inner in (NoDefense(), SafetyText("another"), VisualPrompt(border)):
         with pytest.raises(DavspError, match="made through another border or text"):
             Gate(inner, "first", file)
@@ -268,6 +273,8 @@ def test_davsp_gate_without_a_border(
         ([*command, *sets, "--look", "text"], "--look text needs a text for this model"),
         ([*command, *sets, "--look", "none", "--score", "projection"], "choose both or refusal"),
         ([*command, *sets, "--look", "none", "--score", "refusal"], "--malicious and --benign weigh the two scores"),
+        ([*command, *sets, "--look", "none", "--refusal", "  "], "--refusal is blank"),
+        (["gate", tmp_path / "malicious" / "queries.jsonl", *model, *loose, *sets, "--look", "none"], "is no folder"),
         ([*command, *sets, "--look", "none", "--draw", "900"], "--draw is for queries that are drawn"),
         (
             ["gate", tmp_path / "border", *model, *loose, *sets, "--look", "none"],

@@ -9,6 +9,7 @@ from davsp import embedded
 from davsp.defenses import ECSO, NoDefense
 from davsp.errors import DavspError
 from davsp.evaluation import evaluate
+from davsp.evaluation.fitting import fitting
 
 BEGINNING = "sure , here are the steps :"
 
@@ -62,3 +63,20 @@ def test_a_template_that_opens_a_thought_is_refused(mini):
     thinking.opened = lambda: "<think>"
     with pytest.raises(DavspError, match="ends every prompt with <think>"):
         thinking.begun(BEGINNING)
+
+
+@pytest.mark.parametrize("held", ["</s>", "<s>", "<unk>", "<image>"])
+def test_a_special_token_in_the_beginning_is_refused(mini, held):
+    with pytest.raises(DavspError, match=f"holds {held}, which is no text to davsp-mini"):
+        mini.begun(f"sure {held} here")
+
+
+def test_a_word_that_the_tokenizer_does_not_know_is_refused(mini):
+    with pytest.raises(DavspError, match="a word that the tokenizer of davsp-mini does not know"):
+        mini.begun("sure , xylophonist")
+
+
+def test_a_beginning_that_leaves_no_room_is_known_before_a_run_starts(mini, queries):
+    with pytest.raises(DavspError, match=r"cannot be asked under none.*1024 positions"):
+        fitting(mini.begun("sure " * 3000), {"none": NoDefense()}, queries, 8)
+    assert fitting(mini.begun(BEGINNING), {"none": NoDefense()}, queries, 8) == (queries, "")

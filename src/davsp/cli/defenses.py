@@ -82,6 +82,10 @@ def _read(spec: str, context: _Context) -> "Defense":
         head, plus, rest = spec, "", ""
     inside, _, value = rest.partition("=")
     if method == "gate" and "+" not in inside and holds_gate(value or inside):
+        if value and set(inside) & set(":/"):
+            raise DavspError(
+                f"--defense {spec}: the name {inside!r} may not hold : or /; the gate's folder says what it looks through"
+            )
         return load_defense(spec)  # its folder says what is looked through
     if plus and head.startswith("none:"):
         raise DavspError(

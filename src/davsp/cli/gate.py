@@ -93,6 +93,8 @@ def gate(
         raise DavspError("--false-refusals is above 0 and below 1, and --confidence below 1.")
     if score not in ("both", "refusal"):
         raise DavspError(f"--score {score!r} is not known: choose both or refusal.")
+    if refusal is not None and not refusal.strip():
+        raise DavspError("--refusal is blank: give the words of a refusal, or leave it out.")
     server = server_of(engine, model)
     if server and (len(server[1]) > 1 or engine.extra_body):
         raise DavspError(
@@ -165,6 +167,8 @@ def _border(folder: Path, look: str | None, text: str | None) -> "VisualSafetyPr
         if not folder.is_dir():
             raise DavspError(f"there is no folder {folder}; give that of a border, or --look none or text.")
         return VisualSafetyPrompt.from_pretrained(folder)
+    if folder.exists() and not folder.is_dir():
+        raise DavspError(f"{folder} is no folder; give one of the gate's own.")
     if other := [name for name in LOADERS if (folder / name).exists()]:
         raise DavspError(
             f"{folder} holds another defense ({other[0]}); a gate without a border has a folder of its own."

@@ -11,6 +11,7 @@ from davsp.defenses.adashield_a.defense import AdaShieldA
 from davsp.defenses.base import Defense
 from davsp.defenses.gate import KINDS, Gate, read_alone
 from davsp.defenses.gate.defense import Kind
+from davsp.defenses.gate.through import seen_through
 from davsp.defenses.none import NoDefense
 from davsp.defenses.pat import defense as pat
 from davsp.defenses.text import SafetyText
@@ -91,7 +92,7 @@ def gated(inner: Defense, kind: str, name: str | None = None) -> Gate:
     """A gate that looks through a defense; its thresholds are those in the folder of the prompt.
 
     Raises:
-        DavspError: as `Gate`.
+        DavspError: a threshold of what has none, or as `Gate`.
     """
     which = _kind(kind)
     if which != "answer" and isinstance(inner, NoDefense | SafetyText):
@@ -100,6 +101,8 @@ def gated(inner: Defense, kind: str, name: str | None = None) -> Gate:
             f"gate:{kind}+{inner.name} has no threshold; make one with davsp gate FOLDER --look {look} and give "
             f"gate:{kind}+{inner.name}=FOLDER"
         )
+    if which != "answer":
+        seen_through(inner)
     prompt = inner.prompt if isinstance(inner, VisualPrompt) else None
     border = prompt if isinstance(prompt, VisualSafetyPrompt) and which != "answer" else None
     served = border.served if border and which == "first" else None

@@ -46,6 +46,11 @@ class Generating(Asking):
         """Height and width of each canvas, as `encode` wants them; False without a picture."""
         raise NotImplementedError
 
+    def check_query(self, question: str, size: tuple[int, int] | None, answer_tokens: int) -> None:
+        """As `Asking` has it; how the answer is made to begin takes room, too."""
+        begun = len(self._answer_ids(self.beginning, False)) if self.beginning else 0
+        super().check_query(question, size, begun + answer_tokens)
+
     def check_layer(self, layer: int) -> None:
         """Raises DavspError if the model has no such layer to look at."""
         raise NotImplementedError
@@ -149,10 +154,24 @@ class Generating(Asking):
         copied but the reference to its weights.
 
         Raises:
-            DavspError: the text is blank, or the chat template ends every prompt inside a thought.
+            DavspError: the text is blank, or holds a special token or a word that the tokenizer does not know; or the chat template
+                ends every prompt inside a thought.
         """
         if not beginning.strip():
             raise DavspError("the beginning of an answer is blank: give a text (--prefill)")
+        marker = (
+            self.picture_text[0] if self.picture_text else self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        )
+        if held := [token for token in (marker, *self.tokenizer.all_special_tokens) if token in beginning]:
+            raise DavspError(
+                f"the beginning of an answer holds {held[0]}, which is no text to {self.model_id}: take it out (--prefill)"
+            )
+        unknown = self.tokenizer.unk_token_id
+        if unknown is not None and unknown in self._answer_ids(beginning, False):
+            raise DavspError(
+                f"the beginning of an answer holds a word that the tokenizer of {self.model_id} does not know, and the answer would "
+                "not show it: take other words (--prefill)"
+            )
         if opened := self.opened():
             raise DavspError(
                 f"the chat template of {self.model_id} ends every prompt with {opened}, so a beginning would be one of a thought; switch "

@@ -259,6 +259,8 @@ class VisualSafetyPrompt(Prompt):
                 [0, 1]; a picture that is not the tensor's; a file that is not the one that was saved; canaries or a gate of another border.
         """
         folder = fetch(source, revision, [CONFIG, TENSORS, PICTURE, CARD, *sorted(BESIDE)])
+        if not (folder / CONFIG).exists() and ((folder / GATE).exists() or (folder / SERVED).exists()):
+            raise DavspError(f"{folder} holds a gate without a border; give the folder of a border")
         config = read_config(folder / CONFIG, BorderConfig)
         delta = read_delta(folder / TENSORS, config.canvas)
         check_range(delta, 0, 1, str(folder / TENSORS))

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer
 
 from davsp.errors import DavspError
 from davsp.lvlm import LVLM
@@ -63,6 +63,13 @@ class TrainSettings(BaseModel):
     activation_checkpointing: bool = False
     checkpoint_every: int = Field(25, ge=1)
     probe_every: int = Field(25, ge=1)
+
+    @field_validator("augment")
+    @classmethod
+    def _are_different(cls, value: tuple[Augmentation, ...]) -> tuple[Augmentation, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("name each kind once")
+        return value
 
     @model_serializer(mode="wrap")
     def _without_usual(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:

@@ -65,7 +65,8 @@ def read_alone(folder: str | Path, name: str | None = None) -> Alone:
         name: of what is looked through; None: none or safety-text.
 
     Raises:
-        DavspError: a file is broken or was changed, is a border's, or the two look through different texts.
+        DavspError: a file is broken or was changed, is a border's, the two look through different texts, or the name is that of the
+            other look.
     """
     folder = Path(folder)
     calibration = Calibration.read(folder / FILE, None) if (folder / FILE).exists() else None
@@ -78,5 +79,7 @@ def read_alone(folder: str | Path, name: str | None = None) -> Alone:
             else f"{folder} looks through a text behind the question, which no safety text here has; make it anew with davsp gate"
         )
     inner: Defense = SafetyText(text, separator=separator) if text else NoDefense()
+    if name in ("none", "safety-text") and name != inner.name:
+        raise DavspError(f"the gate in {folder} looks through {inner.name}, not through {name}; call it {inner.name}")
     inner.name = name or inner.name
     return Alone(inner, calibration, served)
