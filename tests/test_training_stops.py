@@ -7,6 +7,7 @@ import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from davsp import LVLM, AdditiveNoise, DavspError, TrainSettings, VisualSafetyPr
 from davsp.errors import Interrupted
 from davsp.runtime.files import alone, save_tensors
 from davsp.training.borders import Run
+from davsp.training.settings import Augmentation
 from test_training import BENIGN, FAST, MALICIOUS, go, lines
 
 
@@ -23,10 +25,12 @@ def prompt():
     return VisualSafetyPrompt.create(56, 9, text="please be safe")
 
 
-@pytest.mark.parametrize("optimizer", ["sign", "adam"])
+@pytest.mark.parametrize(
+    "change", [{"optimizer": "sign"}, {"optimizer": "adam"}, {"augment": get_args(Augmentation)}], ids=repr
+)
 @pytest.mark.parametrize("stop", [1, 4, 5])
-def test_interrupt_and_resume_is_uninterrupted(lvlm, prompt, vector, tmp_path, monkeypatch, optimizer, stop):
-    settings = FAST.model_copy(update={"optimizer": optimizer})
+def test_interrupt_and_resume_is_uninterrupted(lvlm, prompt, vector, tmp_path, monkeypatch, change, stop):
+    settings = FAST.model_copy(update=change)
     whole = go(lvlm, prompt, vector, tmp_path / "whole", settings)
     advance = Run.advance
 
