@@ -132,6 +132,11 @@ def test_a_chain_is_one_after_the_other(lvlm: LVLM, vector: HarmfulnessVector) -
             Chain(wrong)
     with pytest.raises(DavspError, match="canvas"):
         Chain([NoDefense(), VisualPrompt(VisualSafetyPrompt.create(28, 4))]).respond(lvlm, mixed())
+    with pytest.raises(
+        DavspError, match="none:crop shows pictures in a way of its own, so it must be the last of a chain"
+    ):
+        Chain([NoDefense("crop"), SafetyText("be safe")])
+    assert Chain([SafetyText("be safe"), NoDefense("crop")]).name == "safety-text+none:crop"
 
 
 @pytest.mark.parametrize("kind", MAKERS)

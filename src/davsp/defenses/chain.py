@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from davsp.defenses.base import Defense
+from davsp.defenses.none import NoDefense
 from davsp.errors import DavspError
 from davsp.lvlm import AnsweringLVLM
 from davsp.query import Query, Response
@@ -21,7 +22,8 @@ class Chain(Defense):
         name: of its row; None joins their names by "+".
 
     Raises:
-        DavspError: there is none, or one that wraps the call is not the last: its own steps would be left out.
+        DavspError: there is none, or one that wraps the call, or shows pictures in a way of its own, is not the last: its own
+            steps would be left out.
     """
 
     def __init__(self, defenses: Sequence[Defense], name: str | None = None) -> None:
@@ -31,6 +33,10 @@ class Chain(Defense):
             if type(defense).respond is not Defense.respond:
                 raise DavspError(
                     f"{defense.name} wraps the call, so it must be the last of a chain, or be put around it"
+                )
+            if isinstance(defense, NoDefense) and defense.way:
+                raise DavspError(
+                    f"{defense.name} shows pictures in a way of its own, so it must be the last of a chain"
                 )
         self.defenses = list(defenses)
         self.name = "+".join(d.name for d in defenses) if name is None else name
