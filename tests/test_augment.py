@@ -5,6 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
+from davsp.cli.inputs import settings_of
+from davsp.errors import DavspError
 from davsp.experiments.corruptions import changes as measured
 from davsp.prompts.base import from_picture, to_bytes
 from davsp.training import TrainSettings, augment
@@ -74,3 +76,8 @@ def test_settings_name_what_is_not_known():
         TrainSettings(augment=("shift", "jpeg", "shift"))
     assert "augment" not in TrainSettings().model_dump()  # runs from before go on
     assert TrainSettings(augment=("jpeg",)).model_dump()["augment"] == ("jpeg",)
+
+
+def test_a_kind_named_twice_is_said_by_its_option():
+    with pytest.raises(DavspError, match=r"is not possible: name each kind once\.$"):
+        settings_of(TrainSettings, {"augment": ["shift", "shift"]})

@@ -247,4 +247,4 @@ def settings_of(cls: type, values: dict[str, Any]) -> Any:
 
 def _impossible(field: str, why: str, value: Any) -> str:
     option = field.split(".")[0].replace("_", "-")
-    return f"--{option} {value!r} is not possible: {why.lower()}."
+    return f"--{option} {value!r} is not possible: {why.removeprefix('Value error, ').lower()}."
