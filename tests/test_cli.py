@@ -105,12 +105,14 @@ def test_help_has_a_panel_for_each_group_of_options(monkeypatch, capsys):
         "Test set",
         "Model",
         "Where the model runs",
+        "Processes",
         "Judges",
         "Requests to servers",
     ]
     panel = help.split("╭─ Model ─")[1].split("╰")[0]
     assert re.findall(r"^│ (--[\w-]+)", panel, re.M) == [
-        "--model", "--revision", "--device", "--dtype", "--quantization", "--canvas", "--template", "--template-kwargs", "--undefended",
+        "--model", "--revision", "--device", "--dtype", "--quantization", "--attn-implementation", "--canvas", "--template", "--template-kwargs",
+        "--undefended",
     ]  # fmt: skip
 
 
@@ -247,7 +249,7 @@ QUERIES = ["--queries", "DATA/test"]  # the embedded test takes seconds to draw
         (["eval", "--benchmark", "figstep=NOWHERE"], "there is no folder"),
         (["eval", "--benchmark", "figstep=DATA"], "holds no figstep in a known layout"),
         (["eval", "--benchmark", "figstep=DATA", "--queries", "DATA/test"], "do not go together"),
-        (["eval", "--defense", "davsp", *QUERIES], "is not known: give none; safety-text"),
+        (["eval", "--defense", "davsp", *QUERIES], "is not known: give none; none:WAY"),
         (["eval", "--defense", "none", "--defense", "none", *QUERIES], "names 'none' twice"),
         (["eval", "--defense", "safety-text", "--queries", "DATA/test", "--model", "MODEL"], "needs a text"),
         (["eval", "--judge", "oracle", *QUERIES], "there is no judge 'oracle'"),

@@ -50,6 +50,7 @@ class Fragile(NoDefense):
     """Fails at the third batch."""
 
     def __init__(self, error: type[BaseException], after: int = 2) -> None:
+        super().__init__()
         self.error, self.left = error, after
 
     def respond(self, *args, **options):  # type: ignore[no-untyped-def]

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 
 from davsp.defenses.base import Defense
-from davsp.defenses.none import NoDefense
 from davsp.errors import DavspError
 from davsp.lvlm import LVLM, AnsweringLVLM
 from davsp.query import Query
@@ -54,8 +53,7 @@ def _unfit(lvlm: LVLM, defenses: Mapping[str, Defense], query: Query, max_new_to
         size = query.size()
         for name, defense in defenses.items():
             where = f"under {name}"
-            asked = defense.asked(lvlm) if isinstance(defense, NoDefense) else lvlm
-            asked.check_query(*defense.sketch(query.question, size), max_new_tokens)
+            defense.asked(lvlm).check_query(*defense.sketch(query.question, size), max_new_tokens)
     except DavspError as error:
         return f"{where}: {error}"
     return ""
