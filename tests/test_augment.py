@@ -72,6 +72,8 @@ def test_rows_without_a_change_stay_to_the_bit(picture):
 def test_settings_name_what_is_not_known():
     with pytest.raises(ValueError, match="rotate"):
         TrainSettings(augment=("shift", "rotate"))
+    with pytest.raises(ValueError, match="it is blank"):
+        TrainSettings(refusal=" ")
     with pytest.raises(ValueError, match="name each kind once"):
         TrainSettings(augment=("shift", "jpeg", "shift"))
     assert "augment" not in TrainSettings().model_dump()  # runs from before go on

@@ -64,6 +64,13 @@ class TrainSettings(BaseModel):
     checkpoint_every: int = Field(25, ge=1)
     probe_every: int = Field(25, ge=1)
 
+    @field_validator("refusal")
+    @classmethod
+    def _has_words(cls, value: str) -> str:
+        if value and not value.strip():
+            raise ValueError("it is blank")
+        return value
+
     @field_validator("augment")
     @classmethod
     def _are_different(cls, value: tuple[Augmentation, ...]) -> tuple[Augmentation, ...]:
