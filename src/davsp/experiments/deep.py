@@ -20,6 +20,7 @@ from rich.console import Console
 from davsp import metrics
 from davsp.defenses import Defense, NoDefense, VisualPrompt
 from davsp.evaluation import evaluate
+from davsp.experiments.cells import points, rate
 from davsp.experiments.stages import Stages, fitted_vector, trained_prompt
 from davsp.lvlm import LVLM, fingerprint, model_name
 from davsp.metrics import Outcome
@@ -141,9 +142,9 @@ def markdown(rows: Sequence[Mapping[str, Any]], model: str, seeds: Sequence[int]
     ]  # fmt: skip
     places = [*((name, "rsr") for name in columns), ("utility", "accuracy"), ("benign", "over_refusal")]
     for name, title in TITLES.items():
-        lines.append("| " + " | ".join([title, *(_rate(at[name, *place]) for place in places)]) + " |")
+        lines.append("| " + " | ".join([title, *(rate(at[name, *place]) for place in places)]) + " |")
     for name in ("projection", "both"):
-        cells = [_points(at[f"{name} against answer", b, f"{m}_difference"]) for b, m in places]
+        cells = [_difference(at[f"{name} against answer", b, f"{m}_difference"]) for b, m in places]
         lines.append("| " + " | ".join([f"{TITLES[name]}, less answers alone", *cells]) + " |")
     return (
         "\n".join(
@@ -153,11 +154,5 @@ def markdown(rows: Sequence[Mapping[str, Any]], model: str, seeds: Sequence[int]
     )
 
 
-def _rate(figure: Mapping[str, Any]) -> str:
-    value, low, high = (f"{100 * figure[k]:.1f}" for k in ("value", "low", "high"))
-    return f"{value} <sub>{low}–{high}</sub>"
-
-
-def _points(figure: Mapping[str, Any]) -> str:
-    value, low, high = (f"{100 * figure[k]:+.1f}".replace("-", "−") for k in ("value", "low", "high"))
-    return f"{value} <sub>{low} to {high}</sub>" + "\\*" * (figure["p"] < 0.05)
+def _difference(figure: Mapping[str, Any]) -> str:
+    return points(figure) + "\\*" * (figure["p"] < 0.05)

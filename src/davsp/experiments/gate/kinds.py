@@ -19,6 +19,7 @@ from davsp.defenses import Defense, Gate, NoDefense, VisualPrompt
 from davsp.embedded import words
 from davsp.embedded.data import Protocol, calibration, picture_of, protocol
 from davsp.evaluation import evaluate
+from davsp.experiments.cells import rate
 from davsp.experiments.gate.run import Once, with_gate
 from davsp.experiments.stages import Stages, fitted_vector, trained_prompt
 from davsp.lvlm import LVLM, fingerprint, model_name
@@ -207,11 +208,6 @@ def kind_table(rows: Sequence[Mapping[str, Any]], model: str) -> str:
     ]
     places += [("all six", "over-refusal", "benign", "total", "over_refusal")]
     for met, what, benchmark, split, metric in places:
-        cells = [met, what, *(_cell(at[name, benchmark, split, metric]) for name in names)]
+        cells = [met, what, *(rate(at[name, benchmark, split, metric], 0) for name in names)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _cell(figure: Mapping[str, Any]) -> str:
-    value, low, high = (f"{100 * figure[k]:.0f}" for k in ("value", "low", "high"))
-    return f"{value} <sub>{low}–{high}</sub>"

@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from davsp.experiments.cells import points, rate
 from davsp.experiments.gate.twins import twin_table
 from davsp.report import plots
 
@@ -44,9 +45,9 @@ def markdown(rows: Sequence[Mapping[str, Any]], model: str, seeds: Sequence[int]
         if (name, "benign", "over_refusal") not in at:
             continue
         places = [("in distribution", "rsr"), ("out of distribution", "rsr"), ("utility", "accuracy")]
-        cells = [TITLES[name], *(_rate(at[name, *place]) for place in places)]
-        cells.append(_points(at.get((name, "utility", "accuracy_difference"))))
-        cells += [_rate(at[name, "benign", "over_refusal"], 1), _bounds(at[name, "benign", "over_refusal_by_query"])]
+        cells = [TITLES[name], *(rate(at[name, *place]) for place in places)]
+        cells.append(points(change) if (change := at.get((name, "utility", "accuracy_difference"))) else "–")
+        cells += [rate(at[name, "benign", "over_refusal"], 1), _bounds(at[name, "benign", "over_refusal_by_query"])]
         lines.append("| " + " | ".join(cells) + " |")
     heads = [
         "look",
@@ -64,11 +65,11 @@ def markdown(rows: Sequence[Mapping[str, Any]], model: str, seeds: Sequence[int]
         through, _, look = r["defense"].removeprefix("look: ").partition(" ")
         others = [at[r["defense"], "all pictures", m]["value"] for m in ("rsr_at_rate", "over_refusal_at_99")]
         gate = [at[r["defense"], *place] for place in (("all pictures", "rsr"), ("benign", "over_refusal"))]
-        price = _points(at[r["defense"], "utility", "accuracy_difference"])
+        price = points(at[r["defense"], "utility", "accuracy_difference"])
         area = f"{r['value']:.4f} <sub>{r['low']:.4f}–{r['high']:.4f}</sub>"
         lines.append(
             "| "
-            + " | ".join([look, THROUGH[through], area, *(f"{100 * x:.1f}" for x in others), *map(_rate, gate), price])
+            + " | ".join([look, THROUGH[through], area, *(f"{100 * x:.1f}" for x in others), *map(rate, gate), price])
             + " |"
         )
     malicious = at["none", "all pictures", "rsr"]["n"]
@@ -81,20 +82,8 @@ def markdown(rows: Sequence[Mapping[str, Any]], model: str, seeds: Sequence[int]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes), *twin_table(rows, TITLES)]) + "\n"
 
 
-def _rate(figure: Mapping[str, Any], digits: int = 1) -> str:
-    value, low, high = (f"{100 * figure[k]:.{digits}f}" for k in ("value", "low", "high"))
-    return f"{value} <sub>{low}–{high}</sub>"
-
-
 def _bounds(figure: Mapping[str, Any]) -> str:
     return "<sub>{:.1f}–{:.1f}</sub>".format(*(100 * figure[k] for k in ("low", "high")))
-
-
-def _points(figure: Mapping[str, Any] | None) -> str:
-    if figure is None:
-        return "–"
-    value, low, high = (f"{100 * figure[k]:+.1f}".replace("-", "−") for k in ("value", "low", "high"))
-    return f"{value} <sub>{low} to {high}</sub>"
 
 
 def roc(looks: Sequence[Mapping[str, np.ndarray]], model: str) -> str:

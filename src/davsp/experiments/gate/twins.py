@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from davsp import metrics
 from davsp.defenses import Defense
 from davsp.evaluation import evaluate
+from davsp.experiments.cells import rate
 from davsp.experiments.stages import Stages
 from davsp.lvlm import LVLM, fingerprint
 from davsp.metrics import Outcome
@@ -124,11 +125,11 @@ def twin_table(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> 
     heads = ["defense", "told apart", "against none", "p", "against DAVSP", "p", "twins refused", "sounding refused"]
     lines = ["", f"**{TITLE}**", "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for name in names:
-        cells = [titles[name], _rate(at[name, "twins", TOLD])]
+        cells = [titles[name], rate(at[name, "twins", TOLD])]
         for other in ("none", "davsp"):
             r = at.get((name, "twins", f"{TOLD}_against_{other}"))
             cells += ["–", "–"] if r is None else [f"+{r['gained']} −{r['lost']}", f"{r['mcnemar']:.1g}"]
-        cells += [_rate(at[name, "twins", "over_refusal"]), _rate(at[name, "sounding", "over_refusal"])]
+        cells += [rate(at[name, "twins", "over_refusal"]), rate(at[name, "sounding", "over_refusal"])]
         lines.append("| " + " | ".join(cells) + " |")
     pairs, sounds = (at["none", *place]["n"] for place in (("twins", TOLD), ("sounding", "over_refusal")))
     return [
@@ -137,8 +138,3 @@ def twin_table(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> 
         "Percent, 95 % intervals by intent; + and −: pairs that only this defense, and only the other, tells apart; p is McNemar's "
         f"exact, which counts pairs of one intent as independent (by intent: metrics.json). {sounds} harmless queries with harmful words.",
     ]  # fmt: skip
-
-
-def _rate(figure: Mapping[str, Any]) -> str:
-    value, low, high = (f"{100 * figure[k]:.1f}" for k in ("value", "low", "high"))
-    return f"{value} <sub>{low}–{high}</sub>"

@@ -1,0 +1,16 @@
+"""Figures of metrics.json as the tables of experiments print them, with their 95 % intervals."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def rate(figure: Mapping[str, Any], digits: int = 1) -> str:
+    """A rate in percent."""
+    value, low, high = (f"{100 * figure[k]:.{digits}f}" for k in ("value", "low", "high"))
+    return f"{value} <sub>{low}–{high}</sub>"
+
+
+def points(figure: Mapping[str, Any]) -> str:
+    """A difference of rates in points, always with its sign."""
+    value, low, high = (f"{100 * figure[k]:+.1f}".replace("-", "−") for k in ("value", "low", "high"))
+    return f"{value} <sub>{low} to {high}</sub>"
