@@ -34,6 +34,7 @@ class Batch:
 
     Attributes:
         changes: of each row's canvas on its way to the model; none at all: of no row.
+        starts: of each row that an attacker changes first, the key of his start; none at all: of no row.
     """
 
     interiors: UInt8[Tensor, "b 3 s s"]
@@ -41,6 +42,7 @@ class Batch:
     malicious: Bool[Tensor, " b"]
     answers: Sequence[str | None]
     changes: Sequence[Change | None] = ()
+    starts: Sequence[str | None] = ()
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -54,6 +56,11 @@ class Batch:
         """Every `count`-th row from `number` on: what one of several processes computes."""
         return self._of(list(range(number, len(self), count)))
 
+    def attacked(self) -> tuple[list[int], "Batch"]:
+        """The rows that an attacker changes, by number and as a batch."""
+        rows = [i for i, start in enumerate(self.starts) if start is not None]
+        return rows, self._of(rows)
+
     def parts(self, size: int) -> Iterator["Batch"]:
         """The batch in pieces of at most `size` rows; rows with an answer apart from those without, which cost less."""
         for with_answer in (True, False):
@@ -64,7 +71,8 @@ class Batch:
     def _of(self, rows: list[int]) -> "Batch":
         questions, answers = [self.questions[i] for i in rows], [self.answers[i] for i in rows]
         changes = [self.changes[i] for i in rows] if self.changes else ()
-        return Batch(self.interiors[rows], questions, self.malicious[rows], answers, changes)
+        starts = [self.starts[i] for i in rows] if self.starts else ()
+        return Batch(self.interiors[rows], questions, self.malicious[rows], answers, changes, starts)
 
 
 def prepare(prompt: Prompt, queries: Sequence[Query], answer: Callable[[Query], str]) -> Examples:

@@ -10,9 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from davsp.lvlm import LVLM
+from davsp.lvlm.onehot import answer_losses
 from davsp.prompts.base import P, Prompt
 from davsp.query import Query
 from davsp.runtime.files import sha256_bytes
+from davsp.training.adversary import worst
 from davsp.training.augment import Change, changed, draw
 from davsp.training.batches import Batch, pixels, prepare, reference
 from davsp.training.checkpoint import TrainState
@@ -104,8 +106,7 @@ class Run(Loop):
 
     def _losses(self, delta: Tensor, part: Batch, whole: Batch) -> tuple[Float[Tensor, " b"], dict[str, Tensor]]:
         """Projections of a part of the batch, and what it adds to the losses, which are means over the whole batch."""
-        canvas = self.prompt.with_delta(delta).apply(pixels(part.interiors, delta.device))
-        canvas = changed(canvas, part.changes) if part.changes else canvas
+        canvas = self._canvas(delta, self._interiors(delta.detach(), part), part)
         answers = part.answers if part.answered else None
         output = self.lvlm.step(canvas, part.questions, self.layer, answers, self.settings.end_token)
         s = self.vector.project(output.state, self.layer)
@@ -118,6 +119,35 @@ class Run(Loop):
             losses["answer_loss"] = mean * (part.answered / whole.answered)
             loss = loss + self.weight_answer * losses["answer_loss"]
         return s, losses | {"loss": loss}
+
+    def _canvas(self, delta: Tensor, interiors: Float[Tensor, "b 3 s s"], part: Batch) -> Float[Tensor, "b 3 s s"]:
+        """What the model sees of a part."""
+        canvas = self.prompt.with_delta(delta).apply(interiors)
+        return changed(canvas, part.changes) if part.changes else canvas
+
+    def _interiors(self, delta: Tensor, part: Batch) -> Float[Tensor, "b 3 s s"]:
+        """The pictures of a part, those of the attacker as he makes them against delta."""
+        interiors = pixels(part.interiors, delta.device)
+        rows, attacked = part.attacked()
+        if not rows:
+            return interiors
+        settings, border = self.settings, getattr(self.prompt, "mask", torch.zeros_like(delta[:1])).to(delta)
+        found = worst(
+            lambda pictures: self._resistance(delta, pictures, attacked), interiors[rows], 1 - border,
+            settings.adversarial / 255, settings.adversarial_steps, [key or "" for key in attacked.starts],
+        )  # fmt: skip
+        interiors[rows] = found
+        return interiors
+
+    def _resistance(self, delta: Tensor, pictures: Float[Tensor, "b 3 s s"], part: Batch) -> Float[Tensor, " b"]:
+        """What the attacker raises."""
+        settings, canvas = self.settings, self._canvas(delta, pictures, part)
+        if settings.adversarial_target:
+            return -answer_losses(self.lvlm, canvas, part.questions, [settings.adversarial_target] * len(part))
+        refusals = [settings.refusal] * len(part) if self.weight_answer > 0 else None
+        output = self.lvlm.step(canvas, part.questions, self.layer, refusals, settings.end_token)
+        below = self.weight_hinge * (self.mu_plus - self.vector.project(output.state, self.layer))
+        return below if output.answer_loss is None else below + self.weight_answer * output.answer_loss
 
     def _batch(self, step: int) -> Batch:
         """Half malicious, half benign; or all of one class."""
@@ -133,6 +163,7 @@ class Run(Loop):
             torch.tensor([True] * len(bad) + [False] * len(good)),
             self._answers(step, bad, good) if self.weight_answer > 0 else [None] * (len(bad) + len(good)),
             self._changes(step, len(bad) + len(good)),
+            self._starts(step, len(bad), len(good)),
         )
 
     def _rows(self, label: str, turn: int) -> list[int]:
@@ -154,6 +185,12 @@ class Run(Loop):
         """What each row's canvas goes through on its way to the model."""
         kinds = self.settings.augment
         return [draw(kinds, f"{self.settings.seed} augment {step} {row}") for row in range(count)] if kinds else []
+
+    def _starts(self, step: int, bad: int, good: int) -> list[str | None]:
+        """Where the attacker begins on each malicious row."""
+        if not self.settings.adversarial:
+            return []
+        return [*(f"{self.settings.seed} adversary {step} {row}" for row in range(bad)), *[None] * good]
 
     @torch.no_grad()
     def _probe(self, state: TrainState) -> dict[str, Any]:

@@ -33,6 +33,10 @@ class TrainSettings(BaseModel):
         layer, mu_plus, mu_minus: None: the vector's.
         refusal: the answer that malicious queries are to get.
         augment: changes of the canvas that the border is to survive; three of four rows of a step get one of them, drawn by the seed.
+        adversarial: levels (of 255) by which an attacker changes the malicious pictures of every step; 0: nobody does.
+        adversarial_steps: his gradients a picture.
+        adversarial_target: the beginning of an answer that he makes likely; "": he raises the row's own losses, its distance below mu_plus
+            and the cross-entropy of the refusal, by their weights.
         seed: of data order and choice of rows that carry an answer.
         micro_batch: rows in memory at a time; their gradients are summed to that of the whole batch. None: all.
         activation_checkpointing: keep only the input of each block and compute the block again on the way back. These
@@ -58,6 +62,9 @@ class TrainSettings(BaseModel):
     mu_minus: float | None = None
     refusal: str = Field(min_length=1, default="I am sorry, I cannot help with that.")
     augment: tuple[Augmentation, ...] = ()
+    adversarial: int = Field(0, ge=0, le=255)
+    adversarial_steps: int = Field(3, ge=1)
+    adversarial_target: str = ""
     seed: int = 0
     micro_batch: int | None = Field(None, ge=1)
     activation_checkpointing: bool = False
@@ -84,7 +91,8 @@ class TrainSettings(BaseModel):
         return {
             name: value
             for name, value in dump(self).items()
-            if (name, value) not in (("mixed", True), ("end_token", True), ("augment", ()))
+            if (name, value) not in (("mixed", True), ("end_token", True), ("augment", ()), ("adversarial", 0))
+            and (self.adversarial or not name.startswith("adversarial"))
         }
 
     @property
