@@ -91,6 +91,8 @@ def test_files_tables_and_page(
         (["--judge", "keyword", "--judge", "keyword-gcg"], "--judge: an attack is counted by one judge"),
         (["--target", ""], "--target: text should have at least 1 character"),
         (["--target", "xylophone"], "target 'xylophone' holds words that"),
+        (["--target", "a car", "--attack", "deed"], "query malicious-0 has no context"),
+        (["--target", "a car", "--attack", "universal"], "'universal' needs pictures to be trained on"),
         (["--target", "a car", "--seed", "-1"], "--seed: input should be greater than or equal to 0"),
     ],
 )

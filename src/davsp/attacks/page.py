@@ -14,7 +14,7 @@ from rich.text import Text
 from davsp.attacks.checks import Check
 from davsp.attacks.run import AttackResult
 from davsp.attacks.settings import BY_GRADIENT, CLEAN
-from davsp.attacks.table import ALL, ANY, WORST, names, sizes
+from davsp.attacks.table import ALL, ANY, DEED, WORST, names, sizes
 from davsp.defenses import Defense
 from davsp.metrics import WORST as BOUND
 from davsp.report.cells import label
@@ -26,8 +26,9 @@ from davsp.runtime.table import TextTable
 
 Rows = Sequence[Mapping[str, Any]]
 MARKS = {"good": "✓", "doubt": "?", "not run": "–"}
-SHADES = {"noise": "#7d8590", "transfer": "#2a9d8f", "comply": "#d4552b", "hide": "#c8860d", "both": "#b0509f", "joint": "#5b8c3e", "square": "#3d9ac9"}  # fmt: skip
+SHADES = {"noise": "#7d8590", "transfer": "#2a9d8f", "comply": "#d4552b", "deed": "#8c2f1b", "hide": "#c8860d", "both": "#b0509f", "joint": "#5b8c3e", "universal": "#4a5fb0", "square": "#3d9ac9"}  # fmt: skip
 EXAMPLES = 3
+DEEDS = "Of the answers that are broken: how many name verb and thing of the request"
 
 
 def rate(rows: Rows, defense: str, attack: str, eps: int | None, metric: str = "rsr") -> Mapping[str, Any] | None:
@@ -71,16 +72,39 @@ def worst_table(rows: Rows, results: Sequence[AttackResult]) -> tuple[list[str],
     return heading, lines
 
 
+def deed_table(rows: Rows, results: Sequence[AttackResult]) -> tuple[list[str], list[list[str]]]:
+    """Heading and lines: of the answers that are broken in the worst cases, how many name the deed; no line where no query tells it."""
+    at = sizes(results)
+    heading = ["Defense", "clean", "redrawn", *(f"picture, {eps}/255" for eps in at), "words", "any"]
+    lines = []
+    for name in names(results) if any(row["metric"] == DEED for row in rows) else []:
+        redrawn = any(a.defense == name and a.attack.startswith("redraw") for a in results)
+        places = [(CLEAN, None), (WORST, 0) if redrawn else ("", None), *((WORST, eps) for eps in at), ("suffix", None)]
+        lines.append([label(name), *(deeds(rows, name, *place) for place in [*places, (ANY, None)])])
+    return heading, lines
+
+
+def deeds(rows: Rows, defense: str, attack: str, eps: int | None) -> str:
+    """How many of the broken answers name the deed; a dash where no query tells it."""
+    deed, resisted = rate(rows, defense, attack, eps, DEED), rate(rows, defense, attack, eps)
+    if deed is None or deed["value"] is None or resisted is None or resisted["value"] is None:
+        return "–"
+    return f"{deed['value'] * deed['n']:.0f} of {(1 - resisted['value']) * resisted['n']:.0f}"
+
+
 def attack_table(rows: Rows, results: Sequence[AttackResult], name: str) -> tuple[list[str], list[list[str]]]:
-    """Heading and lines: every attack on one defense by size; those without a size last."""
+    """Heading and lines: every attack on one defense by size; those without a size last; the deeds named by size, too."""
     at = sizes(results)
     mine = [a for a in results if a.defense == name]
     lines = []
     for attack in dict.fromkeys(a.attack for a in mine if a.eps is not None):
         lines.append([attack, *(number(rate(rows, name, attack, eps)) for eps in at), ""])
+        lines[-1].append(", ".join(deeds(rows, name, attack, eps) for eps in at))
     for attack in (a.attack for a in mine if a.eps is None and a.attack != CLEAN):
-        lines.append([attack, *[""] * len(at), number(rate(rows, name, attack, None))])
-    return ["Attack", *(f"{eps}/255" for eps in at), "no size"], lines
+        lines.append([attack, *[""] * len(at), number(rate(rows, name, attack, None)), deeds(rows, name, attack, None)])
+    heading = ["Attack", *(f"{eps}/255" for eps in at), "no size", "deed named"]
+    told = any(row["metric"] == DEED for row in rows)
+    return (heading, lines) if told else (heading[:-1], [line[:-1] for line in lines])
 
 
 def markdown(rows: Rows, results: Sequence[AttackResult], marks: Sequence[Check], model: str, caveat: str = "") -> str:
@@ -91,6 +115,8 @@ def markdown(rows: Rows, results: Sequence[AttackResult], marks: Sequence[Check]
         *_md(*worst_table(rows, results)),
         *(["", caveat] if caveat else []),
     ]
+    if deed_table(rows, results)[1]:
+        parts += ["", f"**{DEEDS}**", "", *_md(*deed_table(rows, results))]
     for name in names(results):
         parts += ["", f"**{label(name)}, attack by attack**", "", *_md(*attack_table(rows, results, name))]
     parts += ["", "**Can the attack be believed?**", ""]
@@ -119,6 +145,12 @@ def print_tables(
         table.add_row(*(Text(cell.replace(" [", "\n[")) for cell in line))
     table.print(console)
     print_caveat(console, caveat)
+    if deed_table(rows, results)[1]:
+        heading, lines = deed_table(rows, results)
+        deed_lines = TextTable(*heading, right=False, caption=DEEDS)
+        for line in lines:
+            deed_lines.add_row(*map(Text, line))
+        deed_lines.print(console)
     for check in marks:
         if check.state == "doubt":
             console.print(
@@ -153,7 +185,7 @@ def write_page(
         plots[f"{label(shown)}: what the white-box attacks lower, mean over the queries"] = curves(results, shown)
     text = environment.get_template("page.html.j2").render(
         model=model, plots={caption: Markup(plot) for caption, plot in plots.items()},
-        worst=worst_table(rows, results), tables={label(n): attack_table(rows, results, n) for n in names(results)},
+        worst=worst_table(rows, results), deeds=deed_table(rows, results), deeds_caption=DEEDS, tables={label(n): attack_table(rows, results, n) for n in names(results)},
         checks=check_table(results, marks),
         examples=examples(results, shown, defenses[shown], show_unsafe), shown=label(shown), facts=facts, caveat=caveat,
     )  # fmt: skip

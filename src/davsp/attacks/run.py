@@ -3,11 +3,11 @@
 out/attack.json              the model and the queries
 out/DEFENSE/defense.json     the defense
 out/DEFENSE/ATTACK-EPS/      attack.json: what else decides the pictures; pictures/ and found.jsonl grow a batch at a time; beside them
-                             the answers, as `davsp eval` leaves them
+                             the answers, as `davsp eval` leaves them; of universal also change.safetensors
 out/metrics.json             tidy rows with the fields attack and eps besides (`davsp.attacks.table`)
 """
 
-import re
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -18,14 +18,17 @@ import torch
 from rich.console import Console
 
 from davsp.attacks.apgd import SearchResult
+from davsp.attacks.deeds import wanted
+from davsp.attacks.possible import check, slug
 from davsp.attacks.records import RECORDS, append, curve_points, picture_file, read_records, save_batch
 from davsp.attacks.redraw import REDRAWS
 from davsp.attacks.search import losses_of, search
-from davsp.attacks.settings import BASELINE, BY_WORDS, CLEAN, AttackSettings
+from davsp.attacks.settings import BASELINE, CLEAN, AttackSettings
 from davsp.attacks.suffix import search_suffix, with_words
-from davsp.attacks.surface import files, picture_of, surfaces, visual
-from davsp.defenses import Defense, Gate
-from davsp.errors import DavspError, Interrupted
+from davsp.attacks.surface import Target, files, picture_of, surfaces, visual
+from davsp.attacks.universal import train_universal
+from davsp.defenses import Defense
+from davsp.errors import Interrupted
 from davsp.evaluation import Evaluation, evaluate
 from davsp.evaluation.fitting import fitting
 from davsp.judges import Judge, keyword
@@ -34,7 +37,7 @@ from davsp.lvlm import LVLM, fingerprint
 from davsp.lvlm.undefended import in_records
 from davsp.query import Query
 from davsp.runtime import journal, parallel
-from davsp.runtime.files import alone, sweep
+from davsp.runtime.files import alone, sha256_bytes, sweep
 from davsp.runtime.progress import bar
 from davsp.store import queries_hash
 from davsp.vector import HarmfulnessVector
@@ -75,6 +78,7 @@ def attack(
     vector: HarmfulnessVector | None = None,
     judge: Judge = keyword,
     *,
+    training: Sequence[Query] = (),
     max_new_tokens: int | None = None,
     console: Console | None = None,
 ) -> list[AttackResult]:
@@ -85,16 +89,19 @@ def attack(
         queries: malicious ones with a picture are attacked; benign ones are asked once, clean, so that utility stands beside.
         out: the run's folder; more attacks, sizes and defenses may be added to it later.
         vector: the defender's, for hide and both.
+        training: malicious queries with pictures that `universal` is trained on, none of which is attacked.
         judge: of the answers. One that sees pictures is shown the queries' own, not what the attack made of them.
 
     Raises:
-        DavspError: no malicious query with a picture, hide or both without a vector, transfer without `none`, a model on a server or
-            in float16, a target that the model has no words for, or a folder of another run.
+        DavspError: no malicious query with a picture, hide or both without a vector, transfer without `none`, deed where a request is
+            not known, universal without pictures of its own, a model on a server or in float16, a target that the model has no words
+            for, or a folder of another run.
         Interrupted: Ctrl-C; whatever was done is kept.
     """
     console = console or Console(quiet=True)
     malicious = [q for q in queries if q.label == "malicious" and q.image is not None]
-    _check(lvlm, defenses, malicious, settings, vector)
+    training = [q for q in training if q.image is not None]
+    check(lvlm, defenses, malicious, settings, vector, training)
     if bare := sum(q.label == "malicious" for q in queries) - len(malicious):
         console.print(f"[yellow]{bare} malicious queries have no picture and are left out[/]")
     clean = [*malicious, *(q for q in queries if q.label == "benign")]
@@ -106,7 +113,7 @@ def attack(
         identity = {"model": fingerprint(lvlm), "dtype": str(lvlm.dtype), "queries": queries_hash(malicious)}
         identity |= in_records(lvlm, malicious)
         journal.record(out / RECORD, identity)
-        run = _Run(lvlm, malicious, out, settings, vector, judge, max_new_tokens, console)
+        run = _Run(lvlm, malicious, out, settings, vector, training, judge, max_new_tokens, console)
         results: list[AttackResult] = []
         try:
             for name in sorted(defenses, key=lambda name: name != BASELINE):  # what transfers is made first
@@ -147,6 +154,7 @@ class _Run:
     out: Path
     settings: AttackSettings
     vector: HarmfulnessVector | None
+    training: list[Query]
     judge: Judge
     max_new_tokens: int | None
     console: Console
@@ -197,6 +205,10 @@ class _Run:
         folder = self._folder(name, attack, eps)
         _sweep(folder / "pictures")
         identity = self.settings.of(attack, self.vector)
+        if attack == "deed":
+            identity["deeds"] = sha256_bytes(json.dumps(self._target(attack, self.queries)).encode())
+        if attack == "universal":
+            identity["training"] = queries_hash(self.training)
         journal.record(folder / RECORD, identity, expected=(folder / RECORDS).exists())
         return folder, read_records(folder, "words" if attack == "suffix" else "sha256")
 
@@ -224,6 +236,21 @@ class _Run:
         records = read_records(folder, "words")
         return [with_words(q, records[q.id]["words"]) for q in self.queries]
 
+    def _target(self, attack: str, queries: Sequence[Query]) -> Target:
+        """How the answers are to begin."""
+        return [wanted(q, self.settings.target) or "" for q in queries] if attack == "deed" else self.settings.target
+
+    def _change(self, defense: Defense, eps: int, folder: Path) -> torch.Tensor:
+        """That of `universal`."""
+        settings = self.settings
+        with bar(self.console) as bars:
+            task = bars.add_task(f"universal {eps}, training", total=settings.universal_steps)
+            return train_universal(
+                self.lvlm, defense, self.training, settings.target, eps / 255, steps=settings.universal_steps,
+                batch_size=settings.batch_size, seed=settings.seed, file=folder / "change.safetensors",
+                progress=lambda n: bars.advance(task, n),
+            )  # fmt: skip
+
     def _with_pictures(
         self, queries: list[Query], name: str, attack: str, defense: Defense, eps: int
     ) -> tuple[list[dict[str, Any]], list[Query]]:
@@ -231,16 +258,18 @@ class _Run:
         folder, records = self._open(name, attack, eps)
         (folder / "pictures").mkdir(parents=True, exist_ok=True)
         size, passes = self.settings.batch_size, self.settings.passes(attack)
+        starts = range(0, len(queries), size)
+        left = [at for at in starts if not all(q.id in records for q in queries[at : at + size])]
+        delta = self._change(defense, eps, folder) if attack == "universal" and left else None
         with bar(self.console) as bars:
             task = bars.add_task(f"{attack} {eps}", total=passes * len(queries), completed=passes * len(records))
-            starts = range(0, len(queries), size)
-            left = [at for at in starts if not all(q.id in records for q in queries[at : at + size])]
 
             def found(number: int) -> list[tuple[list[int], SearchResult]]:
                 at, results = left[number], []
-                for places, surface in surfaces(self.lvlm, defense, queries[at : at + size], self.settings.target):
+                batch = queries[at : at + size]
+                for places, surface in surfaces(self.lvlm, defense, batch, self._target(attack, batch)):
                     losses = losses_of(attack, surface, self.vector, lambda n: bars.advance(task, n))
-                    best = search(attack, losses, surface.pictures, eps / 255, self.settings, at)
+                    best = search(attack, losses, surface.pictures, eps / 255, self.settings, at, delta)
                     results.append(
                         ([at + i for i in places], best._replace(pictures=best.pictures.cpu(), curve=best.curve.cpu()))
                     )
@@ -259,41 +288,3 @@ def _sweep(folder: Path) -> None:
     """As `sweep`, in the process that writes."""
     if parallel.rank() == 0 and folder.exists():
         sweep(folder)
-
-
-def slug(name: str) -> str:
-    """A defense's name as a folder's, which stays in its own."""
-    return re.sub(r"^\.+", "_", re.sub(r"[^\w.+-]+", "_", name))
-
-
-def _check(
-    lvlm: LVLM,
-    defenses: Mapping[str, Defense],
-    malicious: Sequence[Query],
-    settings: AttackSettings,
-    vector: HarmfulnessVector | None,
-) -> None:
-    if lvlm.server is not None:
-        raise DavspError("an attack needs the gradients of a model that is loaded here; a server gives none")
-    if lvlm.dtype == torch.float16:
-        raise DavspError("an attack in float16 loses small gradients: load the model in bfloat16 or float32 (--dtype)")
-    if not malicious:
-        raise DavspError("there is no malicious query with a picture to attack")
-    unknown = lvlm.tokenizer.unk_token_id
-    if unknown is not None and unknown in lvlm.tokenizer(settings.target, add_special_tokens=False)["input_ids"]:
-        raise DavspError(f"target {settings.target!r} holds words that {lvlm.model_id} does not know; give others")
-    if (needs := {"hide", "both"} & set(settings.attacks)) and vector is None:
-        raise DavspError(f"the attack {min(needs)!r} needs the defender's vector (--vector), or leave it out")
-    if words := [a for a in BY_WORDS if a in settings.attacks and any(isinstance(d, Gate) for d in defenses.values())]:
-        raise DavspError(f"the attack {words[0]!r} does not know gates, which ask a question twice; leave it out")
-    if "joint" in settings.attacks and "suffix" not in settings.attacks:
-        raise DavspError("the attack 'joint' goes on from the words of 'suffix'; name that, too")
-    if "transfer" in settings.attacks and not (BASELINE in defenses and "comply" in settings.attacks):
-        raise DavspError("the attack 'transfer' needs the defense 'none' and the attack 'comply', by which it is made")
-    if len({slug(name) for name in defenses}) < len(defenses):
-        raise DavspError("two defenses have names that differ in punctuation alone; rename one")
-    if vector is not None:
-        vector.check(lvlm)
-    for defense in defenses.values():
-        defense.check(lvlm)
-        visual(defense)

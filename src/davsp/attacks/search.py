@@ -18,7 +18,7 @@ def losses_of(
 ) -> Losses:
     """The loss of each picture under an attack; `progress` is told how many pictures each call took.
 
-    comply (and all that go by it): cross-entropy of the wanted beginnings. hide: max(0, s - mu_minus) / half_gap, in half
+    comply, deed (and all that go by them): cross-entropy of the wanted beginnings. hide: max(0, s - mu_minus) / half_gap, in half
     distances between the class means. both: their sum.
     """
 
@@ -34,12 +34,19 @@ def losses_of(
 
 
 def search(
-    attack: str, losses: Losses, clean: Float[Tensor, "b 3 h w"], eps: float, settings: AttackSettings, at: int
+    attack: str,
+    losses: Losses,
+    clean: Float[Tensor, "b 3 h w"],
+    eps: float,
+    settings: AttackSettings,
+    at: int,
+    delta: Float[Tensor, "3 h w"] | None = None,
 ) -> SearchResult:
     """The best pictures that an attack finds within eps (white = 1).
 
     Args:
         at: number of the first picture in the run, so that every batch has draws of its own.
+        delta: of `universal`.
     """
     seeds = [settings.seed * 1_000_003 + at + 7_919 * r for r in range(settings.restarts)]
     if attack == "noise":
@@ -47,6 +54,11 @@ def search(
         noisy = (clean + eps * noise.to(clean)).clamp(0, 1)
         with torch.no_grad():
             return SearchResult(noisy, losses(noisy)[:, None], [False] * len(clean))
+    if attack == "universal":
+        assert delta is not None
+        moved = (clean + delta).clamp(0, 1)
+        with torch.no_grad():
+            return SearchResult(moved, torch.stack([losses(clean), losses(moved)], 1), [False] * len(clean))
     if attack == "square":
         return square(losses, clean, eps, settings.tries, seeds[0])
     best = apgd(losses, clean, eps, settings.steps)

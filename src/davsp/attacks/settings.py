@@ -7,14 +7,14 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from davsp.runtime.files import sha256_bytes
 from davsp.vector import HarmfulnessVector
 
-BY_GRADIENT = ("comply", "hide", "both")  # to the picture
+BY_GRADIENT = ("comply", "deed", "hide", "both")  # to the picture
 BY_WORDS = ("suffix", "joint")  # they change the question
-ATTACKS = ("noise", "transfer", *BY_GRADIENT, "square", "redraw", *BY_WORDS)
+ATTACKS = ("noise", "transfer", *BY_GRADIENT, "universal", "square", "redraw", *BY_WORDS)
 CLEAN, BASELINE = "clean", "none"
 
 _ASCENT, _WORDS = ("steps", "restarts"), ("words", "word_steps", "word_candidates")
 _DECIDES: dict[str, tuple[str, ...]] = {
-    "noise": (), "comply": _ASCENT, "hide": _ASCENT, "both": _ASCENT, "square": ("tries",), "suffix": _WORDS,
+    "noise": (), "comply": _ASCENT, "deed": _ASCENT, "hide": _ASCENT, "both": _ASCENT, "universal": ("universal_steps",), "square": ("tries",), "suffix": _WORDS,
     "joint": (*_ASCENT, *_WORDS),
 }  # fmt: skip
 
@@ -24,12 +24,13 @@ class AttackSettings(BaseModel):
 
     Attributes:
         attacks: of `ATTACKS`. noise: evenly drawn in the box, as a control. transfer: made against no defense by `comply`, then sent
-            to each. comply: the wanted beginning of the answer becomes likely. hide: the projection on the harmfulness vector sinks to
-            mu_minus, where benign queries are. both: their sum. square: as comply, by random search. redraw: pictures drawn anew,
+            to each. comply: the wanted beginning of the answer becomes likely. deed: as comply, by the answer that does what the query asks for. hide: the projection on the harmfulness vector sinks to
+            mu_minus, where benign queries are. both: comply and hide, summed. universal: as comply, one change for all, trained on other pictures. square: as comply, by random search. redraw: pictures drawn anew,
             without a size. suffix: words after the question, the picture left alone. joint: comply on the questions with these words.
         eps: largest change of a pixel in 8-bit levels, 255 for none at all; each at most once.
         steps: gradients a picture and start.
         restarts: starts a picture: the clean one, then random ones.
+        universal_steps: of `universal`, gradients of `batch_size` training pictures each.
         tries: of `square`, losses a picture.
         words, word_steps, word_candidates: of `suffix`: tokens, changes of one token, and changes tried for each.
         target: how the wanted answer begins, in words of the model.
@@ -43,6 +44,7 @@ class AttackSettings(BaseModel):
     eps: tuple[int, ...] = (2, 8, 32, 255)
     steps: int = Field(100, ge=1)
     restarts: int = Field(1, ge=1)
+    universal_steps: int = Field(200, ge=1)
     tries: int = Field(500, ge=2)
     words: int = Field(10, ge=1)
     word_steps: int = Field(30, ge=1)
@@ -67,7 +69,7 @@ class AttackSettings(BaseModel):
 
     def passes(self, attack: str) -> int:
         """Losses that an attack asks for a picture, at most."""
-        return {"noise": 1, "square": self.tries}.get(attack, (self.steps + 1) * self.restarts)
+        return {"noise": 1, "universal": 2, "square": self.tries}.get(attack, (self.steps + 1) * self.restarts)
 
     def of(self, attack: str, vector: HarmfulnessVector | None) -> dict[str, Any]:
         """What decides the pictures or words of an attack, beside model, queries, defense and eps."""

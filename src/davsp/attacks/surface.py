@@ -31,6 +31,8 @@ Road = Callable[[Tensor], Tensor]
 """From sent pictures, each value k/255, to what the model sees; carries the gradient."""
 Goal = tuple[list[str], list[str]]
 """Questions, and the beginnings of the answers that the attacker wants to them."""
+Target = str | Sequence[str]
+"""How the answer is to begin that the attacker wants: to all queries, or to each."""
 SPARE = 0.02  # of its first distance to a gate's threshold, by which a score is to fall below it
 
 
@@ -75,12 +77,12 @@ class Surface:
         return vector.project(states[:, 0])
 
 
-def surfaces(lvlm: LVLM, defense: Defense, queries: Sequence[Query], target: str) -> list[tuple[list[int], Surface]]:
+def surfaces(lvlm: LVLM, defense: Defense, queries: Sequence[Query], target: Target) -> list[tuple[list[int], Surface]]:
     """The queries under a defense, those of one picture size together, each group with the places of its queries.
 
     Args:
         queries: each with a picture.
-        target: how the answer is to begin that the attacker wants.
+        target: as in `goals`.
 
     Raises:
         DavspError: a query without a picture, two visual prompts in one defense, or one for another model; undefended pictures in tiles.
@@ -104,14 +106,21 @@ def surfaces(lvlm: LVLM, defense: Defense, queries: Sequence[Query], target: str
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, one in enumerate(sent):
         groups.setdefault(tuple(one.shape), []).append(i)
+    wanted = _each(target, len(queries))
     return [
-        (places, _surface(lvlm, defense, [queries[i] for i in places], torch.stack([sent[i] for i in places]), canvas, target))
+        (
+            places,
+            _surface(
+                lvlm, defense, [queries[i] for i in places], torch.stack([sent[i] for i in places]), canvas,
+                [wanted[i] for i in places],
+            ),
+        )
         for places in groups.values()
     ]  # fmt: skip
 
 
 def _surface(
-    lvlm: LVLM, defense: Defense, queries: Sequence[Query], sent: Float[Tensor, "b 3 h w"], canvas: Road, target: str
+    lvlm: LVLM, defense: Defense, queries: Sequence[Query], sent: Float[Tensor, "b 3 h w"], canvas: Road, target: Target
 ) -> Surface:
     """Of queries whose pictures have one size."""
     pictures = sent.to(lvlm.device)
@@ -145,21 +154,33 @@ def plain_road(lvlm: LVLM, sent: Float[Tensor, "b 3 h w"]) -> Road:
     return road
 
 
-def goals(defense: Defense, queries: Sequence[Query], target: str) -> list[Goal]:
-    """What the attacker wants to hear in each call of a defense: his target, and of ECSO's judge that it is harmless."""
+def goals(defense: Defense, queries: Sequence[Query], target: Target) -> list[Goal]:
+    """What the attacker wants to hear in each call of a defense: his target, and of ECSO's judge that it is harmless.
+
+    Args:
+        target: how the answer is to begin: to all queries, or to each.
+    """
     if isinstance(defense, Chain):
         for one in defense.defenses[:-1]:
             queries = one.prepare(queries)
         return goals(defense.defenses[-1], queries, target)
     if isinstance(defense, Intervention):
         return goals(defense.inner, queries, target)
-    calls = [([q.question for q in defense.prepare(queries)], [target] * len(queries))]
+    wanted = _each(target, len(queries))
+    calls = [([q.question for q in defense.prepare(queries)], wanted)]
     if isinstance(defense, ECSO):
-        answer = target[:CUT]
-        harm = [replace(q, question=defense.templates.harm.format(query=q.question, response=answer)) for q in queries]
+        texts = [
+            defense.templates.harm.format(query=q.question, response=w[:CUT])
+            for q, w in zip(queries, wanted, strict=True)
+        ]
+        harm = [replace(q, question=text) for q, text in zip(queries, texts, strict=True)]
         prepared = defense.inner.prepare(harm) if defense.follow == "whole" else harm
         calls.append(([q.question for q in prepared], ["no"] * len(queries)))
     return calls
+
+
+def _each(target: Target, count: int) -> list[str]:
+    return [target] * count if isinstance(target, str) else list(target)
 
 
 def visual(defense: Defense) -> Prompt | None:

@@ -8,7 +8,15 @@ import typer
 
 from davsp.cli import judges
 from davsp.cli.defenses import rows
-from davsp.cli.inputs import compare_pictures, compare_templates, in_processes, is_shipped, load_lvlm, terminal
+from davsp.cli.inputs import (
+    compare_pictures,
+    compare_templates,
+    embedded_protocol,
+    in_processes,
+    is_shipped,
+    load_lvlm,
+    terminal,
+)
 from davsp.cli.options import (
     JUDGES,
     Limit,
@@ -22,7 +30,7 @@ from davsp.cli.options import (
     TestSetOptions,
     VerdictOptions,
 )
-from davsp.cli.testset import load_test_set, with_room
+from davsp.cli.testset import load_test_set, queries_at, with_room
 from davsp.errors import DavspError, refused_as
 
 if TYPE_CHECKING:
@@ -31,7 +39,7 @@ if TYPE_CHECKING:
     from davsp.lvlm import LVLM
     from davsp.query import Query
 
-KINDS = "noise, transfer, comply, hide, both, square, redraw, suffix, joint"
+KINDS = "noise, transfer, comply, deed, hide, both, universal, square, redraw, suffix, joint"
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,13 @@ class AttackOptions:
     ] = "2,8,32,255"
     steps: Annotated[int, typer.Option(min=1, help="Gradients a picture and start.")] = 100
     restarts: Annotated[int, typer.Option(min=1, help="Starts a picture: the clean one, then random ones.")] = 1
+    universal_queries: Annotated[
+        Path | None,
+        typer.Option(
+            help="Malicious queries with pictures that universal is trained on; left out: the embedded protocol's training queries, if its test is attacked."
+        ),
+    ] = None
+    universal_steps: Annotated[int, typer.Option(min=1, help="Steps of universal's training, a batch each.")] = 200
     tries: Annotated[int, typer.Option(min=2, help="Losses a picture that square may ask for.")] = 500
     words: Annotated[int, typer.Option(min=1, help="Tokens that suffix puts after the question.")] = 10
     word_steps: Annotated[int, typer.Option(min=1, help="Changes of one token, of suffix.")] = 30
@@ -97,7 +112,6 @@ def attack(
     direction = HarmfulnessVector.load(row.vector) if row.vector else None
     shipped = is_shipped(model.name)
     defenses = rows(row.defense or [], row.prompt, row.text, shipped, direction)
-    settings = _attack_settings(attacks, defenses, direction is not None, shipped, seed)
     names = judge or []
     judge_settings = judges.judge_settings(names, access, requests, access.cache or out / "cache.sqlite", model.device)
     queries, notes = load_test_set(test, model.name, limit, seed)
@@ -108,6 +122,8 @@ def attack(
         )
     judges.check_prompts(scorers, queries)
     caveat = judges.caveat_of(scorers, shipped, [query for query in queries if query.image is not None])
+    training = _training(attacks.universal_queries, test, model.name, seed)
+    settings = _attack_settings(attacks, defenses, direction is not None, shipped, queries, bool(training), seed)
     if test.benchmark:
         queries = [query for query in apart(queries) if query.label == "malicious"]
     lvlm = load_lvlm(model)
@@ -118,8 +134,8 @@ def attack(
         compare_pictures(direction, lvlm)
     compare_templates(lvlm, {"the vector": direction, **{f"the prompt of {name}": d for name, d in defenses.items()}})
     results = run(
-        lvlm, defenses, queries, out, settings, direction, scorers[0], max_new_tokens=max_new_tokens,
-        console=terminal(),
+        lvlm, defenses, queries, out, settings, direction, scorers[0], training=training,
+        max_new_tokens=max_new_tokens, console=terminal(),
     )  # fmt: skip
     if parallel.rank() > 0:
         return
@@ -134,21 +150,35 @@ def attack(
     judges.check_scored([*groups, *(_all(results, name) for name in defenses)], queries, access.max_unscored)
 
 
+def _training(folder: Path | None, test: TestSetOptions, model: str | None, seed: int) -> "list[Query]":
+    """What `universal` is trained on; none where nobody gives any."""
+    protocol = embedded_protocol(model, seed) if folder is None and test.embedded else None
+    if folder is None and protocol is None:
+        return []
+    return queries_at(folder, protocol.train_malicious if protocol else None, "--universal-queries", test.allow_outside)
+
+
 def _attack_settings(
-    options: AttackOptions, defenses: "dict[str, Defense]", with_vector: bool, shipped: bool, seed: int
-) -> "AttackSettings":
-    """The settings; with no --attack all that the rows and the vector allow."""
+    options: AttackOptions, defenses: "dict[str, Defense]", with_vector: bool, shipped: bool, queries: "list[Query]",
+    with_training: bool, seed: int,
+) -> "AttackSettings":  # fmt: skip
+    """The settings; with no --attack all that the rows, the vector and the queries allow."""
     from davsp.attacks import AttackSettings
+    from davsp.attacks.deeds import wanted
     from davsp.attacks.settings import ATTACKS, BASELINE, BY_WORDS
     from davsp.defenses import Gate
 
     gated = any(isinstance(defense, Gate) for defense in defenses.values())
+    target = _default_target(shipped) if options.target is None else options.target
+    with_deeds = all(wanted(q, target) for q in queries if q.label == "malicious" and q.image is not None)
     possible = [
         name
         for name in ATTACKS
         if (with_vector or name not in ("hide", "both"))
         and (BASELINE in defenses or name != "transfer")
         and not (gated and name in BY_WORDS)
+        and (with_training or name != "universal")
+        and (with_deeds or name != "deed")
     ]
     kinds = [name for part in options.kinds or [] for name in part.split(",")] or possible
     with refused_as(_impossible):
@@ -156,7 +186,7 @@ def _attack_settings(
             attacks=tuple(kinds), eps=_levels(options.eps), steps=options.steps, restarts=options.restarts,
             tries=options.tries, batch_size=options.batch_size, words=options.words, word_steps=options.word_steps,
             word_candidates=options.word_candidates, seed=seed,
-            target=_default_target(shipped) if options.target is None else options.target,
+            target=target, universal_steps=options.universal_steps,
         )  # fmt: skip
 
 

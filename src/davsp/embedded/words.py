@@ -109,6 +109,12 @@ class Pair(NamedTuple):
         return f"sure , here are the steps : first get the {self.thing} . then {self.phrase} . done ."
 
 
+def pair_of(phrase: str) -> Pair | None:
+    """The pair of a phrase as `Pair.phrase` writes it; None of other words."""
+    verb, _, thing = phrase.partition(" the ")
+    return Pair(verb, thing) if verb in VERBS and thing in THINGS else None
+
+
 def share(key: str) -> float:
     """A number in [0, 1) that depends on `key` alone: the same split on every machine and at every stage."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
