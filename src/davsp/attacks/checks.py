@@ -80,7 +80,9 @@ def _order(name: str, mine: Sequence[AttackResult]) -> Check:
                 count = sum(v == "unsafe" and broken[i] == "safe" for i, v in other.labels.items())
                 missed[other.attack] = missed.get(other.attack, 0) + count
     if not compared:
-        return Check(name, text, "not run", "needs a white-box attack, and noise, transfer, universal or square beside it")
+        return Check(
+            name, text, "not run", "needs a white-box attack, and noise, transfer, universal or square beside it"
+        )
     evidence = ", ".join(f"{attack}: {count}" for attack, count in missed.items())
     return _mark(name, text, not any(missed.values()), f"queries that only it breaks, over all sizes: {evidence}")
 
