@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -12,11 +12,18 @@ from torch import Tensor
 
 from davsp.errors import DavspError, words_of
 from davsp.lvlm import LVLM, short_name
+from davsp.lvlm.answering import NO_STATES
 from davsp.lvlm.templates import CHECKPOINT
 from davsp.lvlm.undefended import WHITE, matters, square
 from davsp.query import Query
 from davsp.runtime import parallel
 from davsp.runtime.files import read_tensors_and_metadata, read_torch, save_tensors, to_json, write_json
+
+if TYPE_CHECKING:
+    from davsp.lvlm.remote import RemoteLVLM
+
+Readable: TypeAlias = "LVLM | RemoteLVLM"
+"""A model whose states can be read: loaded here, or on a server that writes them (`davsp.lvlm.states_served`)."""
 
 AS_GOOD = 0.01  # of AUROC: about the standard error of 0.99 from a hundred queries
 QUANTILES = (0.5, 0.75)  # of malicious projections for mu_plus, of benign ones for mu_minus
@@ -42,7 +49,8 @@ class HarmfulnessVector:
         table: the rows of the last `sweep`.
         model_id, revision, text: the model, and the text that stood before every question; None: not known.
         template: the conversation template by which it was asked; files of older versions name none.
-        undefended: how pictures that are not square came to the model's shape (`LVLM.undefended`); "": all were square, or it is not known.
+        undefended: how pictures that are not square came to the model's shape (`LVLM.undefended`); "": all were square, or it is not known
+            (a server's own way).
     """
 
     vectors: Float[Tensor, "l d"]
@@ -62,7 +70,7 @@ class HarmfulnessVector:
     @classmethod
     def fit(
         cls,
-        lvlm: LVLM,
+        lvlm: Readable,
         malicious: Sequence[Query],
         benign: Sequence[Query],
         text: str = "",
@@ -71,18 +79,21 @@ class HarmfulnessVector:
     ) -> "HarmfulnessVector":
         """v_l = (mean malicious - mean benign) / norm, for all layers in one batched pass.
 
-        A layer at which the two means are the same but for rounding is left out (`left_out`).
+        A layer at which the two means are the same but for rounding is left out (`left_out`), and so is one that a server does not write.
 
         Args:
+            lvlm: the frozen model; on a server that writes hidden states L is the deepest layer that it writes.
             malicious: queries the model recognises (refuses): they show what recognised harm looks like inside.
             benign: ordinary queries.
             text: safety text before every question.
 
         Raises:
-            DavspError: a class is missing, or the two differ at no layer, or a state is not finite.
+            DavspError: a class is missing, or the two differ at no layer, or a state is not finite, or a server gives none.
         """
-        layers = range(1, lvlm.num_layers)
-        bad, good = _both(lvlm, malicious, benign, layers, text, batch_size, progress, "vector")
+        if not lvlm.readable:
+            raise DavspError(NO_STATES)
+        layers = lvlm.readable
+        bad, good = _both(lvlm, malicious, benign, layers, layers[-1], text, batch_size, progress, "vector")
         difference = bad.mean(0) - good.mean(0)  # (L, D)
         norm = difference.norm(dim=-1, keepdim=True)
         scale = torch.cat([bad, good]).norm(dim=-1).mean(0)[:, None]  # (L, 1)
@@ -96,13 +107,14 @@ class HarmfulnessVector:
         vector = cls(
             vectors, *projections, model_id=lvlm.model_id, text=text, revision=lvlm.revision, template=lvlm.template
         )  # fmt: skip
-        vector.undefended = lvlm.undefended if matters(lvlm, malicious, benign) else ""
+        if isinstance(lvlm, LVLM) and matters(lvlm, malicious, benign):
+            vector.undefended = lvlm.undefended
         vector._choose(_compare(vector.malicious, vector.benign))
         return vector
 
     def sweep(
         self,
-        lvlm: LVLM,
+        lvlm: Readable,
         malicious: Sequence[Query],
         benign: Sequence[Query],
         text: str = "",
@@ -115,15 +127,23 @@ class HarmfulnessVector:
         and the middle is where the paper's layers are (14 of 32, 20 of 40).
 
         Returns:
-            A row a layer that is not left out: layer, auroc, mean_malicious, mean_benign, gap (d').
+            A row a layer that is not left out, and that a server writes: layer, auroc, mean_malicious, mean_benign, gap (d').
+
+        Raises:
+            DavspError: a class is missing, or a server gives no state at any of its layers.
         """
-        bad, good = _both(lvlm, malicious, benign, range(1, lvlm.num_layers), text, batch_size, progress, "layers")
-        self.table = self._choose(_compare(_project(bad, self.vectors), _project(good, self.vectors)))
+        layers = [layer for layer in lvlm.readable if layer <= len(self.vectors)]
+        if not set(layers) - set(self.left_out):
+            raise DavspError(NO_STATES)
+        bad, good = _both(lvlm, malicious, benign, layers, len(self.vectors), text, batch_size, progress, "layers")
+        rows = _compare(_project(bad, self.vectors), _project(good, self.vectors))
+        self.table = self._choose([row for row in rows if row["layer"] in layers])
         return self.table
 
     @property
     def left_out(self) -> list[int]:
-        """Layers at which malicious and benign queries of the fitting set do not differ; there is no direction.
+        """Layers at which malicious and benign queries of the fitting set do not differ, or whose states a server did not write; there is
+        no direction.
 
         Blocks of linear attention (Qwen3.5) may forget a picture or a question before the last token is read.
         """
@@ -138,8 +158,8 @@ class HarmfulnessVector:
         row = self._row(layer)
         if row + 1 in self.left_out:
             raise DavspError(
-                f"the vector has no direction at layer {row + 1}, where malicious and benign queries do not differ; take a layer "
-                f"other than {', '.join(map(str, self.left_out))}"
+                f"the vector has no direction at layer {row + 1}, which the server did not write or where malicious and benign queries do not "
+                f"differ; take a layer other than {', '.join(map(str, self.left_out))}"
             )
         return self.vectors[row]
 
@@ -150,14 +170,19 @@ class HarmfulnessVector:
             raise DavspError(f"layer {layer} is out of range: the vector has layers 1 to {len(self.vectors)}")
         return layer - 1
 
-    def check(self, lvlm: LVLM) -> None:
-        """Raises DavspError unless the vector is of this model: layers, width, name and revision where both have one."""
-        width = lvlm.model.config.get_text_config().hidden_size
-        ours, its = tuple(self.vectors.shape), (lvlm.num_layers - 1, width)
-        if ours != its:
+    def check(self, lvlm: Readable) -> None:
+        """Raises DavspError unless the vector is of this model: layers, width, name and revision where both have one.
+
+        Of a model on a server: the name, and that it writes the layer in use; the width shows with the first state (`project`).
+        """
+        if isinstance(lvlm, LVLM):
+            self._check_shape(lvlm)
+        elif self.layer not in lvlm.readable:
             raise DavspError(
-                f"the vector is of another model: it has {ours[0]} layers of {ours[1]} numbers, "
-                f"but {lvlm.model_id} has {its[0]} of {its[1]}; fit one with `davsp vector`"
+                f"the vector is of layer {self.layer}, and the server writes {', '.join(map(str, lvlm.readable))} (--states-layers); start it "
+                "with that layer, or fit a vector there (davsp vector --engine openai)"
+                if lvlm.readable
+                else NO_STATES
             )
         names = [Path(short_name(name)).name for name in (self.model_id, lvlm.model_id) if name]
         if len(set(names)) > 1:  # a folder may have been moved: its last part is the name
@@ -170,6 +195,15 @@ class HarmfulnessVector:
                 "`davsp vector`"
             )
 
+    def _check_shape(self, lvlm: LVLM) -> None:
+        width = lvlm.model.config.get_text_config().hidden_size
+        ours, its = tuple(self.vectors.shape), (lvlm.num_layers - 1, width)
+        if ours != its:
+            raise DavspError(
+                f"the vector is of another model: it has {ours[0]} layers of {ours[1]} numbers, "
+                f"but {lvlm.model_id} has {its[0]} of {its[1]}; fit one with `davsp vector`"
+            )
+
     def by_layer(self) -> list[dict[str, Any]]:
         """The rows of the last `sweep`; before one, the same figures of the fitting set; none if that is not known."""
         return self.table or (self._left(_compare(self.malicious, self.benign)) if self.fitted else [])
@@ -179,8 +213,17 @@ class HarmfulnessVector:
         return [row for row in rows if row["layer"] not in self.left_out]
 
     def project(self, states: Float[Tensor, "*b d"], layer: int | None = None) -> Float[Tensor, "*b"]:
-        """s = v_l . h_l, in the precision of the states (at least float32); 0 at a layer that is left out."""
+        """s = v_l . h_l, in the precision of the states (at least float32); 0 at a layer that is left out.
+
+        Raises:
+            DavspError: there is no such layer, or the states are of another width, so of another model.
+        """
         direction = self.vectors[self._row(layer)]
+        if states.shape[-1] != len(direction):
+            raise DavspError(
+                f"the vector is of another model: it has {len(direction)} numbers a layer, and the states have {states.shape[-1]}; fit one "
+                "with `davsp vector`"
+            )
         states = states if states.dtype == torch.float64 else states.float()
         return states @ direction.to(states)
 
@@ -362,7 +405,7 @@ def _directions(path: Path) -> Float[Tensor, "l d"]:
 
 
 def collect_states(
-    lvlm: LVLM,
+    lvlm: Readable,
     queries: Sequence[Query],
     layers: Sequence[int],
     text: str = "",
@@ -374,21 +417,19 @@ def collect_states(
 
     Several processes share the batches; all of them must come here.
 
-    Where a picture is padded, it is in white, as DAVSP's code does for the vector and for its border.
+    Where a picture is padded, it is in white, as DAVSP's code does for the vector and for its border. A server gets it as it is.
     """
     states: list[Tensor] = [torch.empty(0)] * len(queries)
-    for query in queries:
-        try:
-            lvlm.check_query(f"{text} {query.question}" if text else query.question, query.size(), 0)
-        except DavspError as error:
-            raise DavspError(f"query {query.id!r} cannot be shown: {error}") from error
+    pad = isinstance(lvlm, LVLM) and lvlm.undefended == "pad"
+    if isinstance(lvlm, LVLM):
+        _check_shown(lvlm, queries, text)
     with Progress(transient=True, disable=not progress or parallel.rank() > 0) as bar:
         task = bar.add_task(name, total=len(queries))
         batches = list(_batches(queries, batch_size))
         for batch in batches[parallel.rank() :: parallel.processes()]:
             pictures = [queries[i].picture() for i in batch]
-            shown = [square(p, WHITE) if lvlm.undefended == "pad" else p for p in pictures if p]
-            canvas = lvlm.preprocess(shown) if shown else None
+            shown = [square(p, WHITE) if pad else p for p in pictures if p]
+            canvas: Any = lvlm.preprocess(shown) if shown else None
             questions = [f"{text} {queries[i].question}" if text else queries[i].question for i in batch]
             for i, state in zip(batch, lvlm.states(canvas, questions, layers).cpu(), strict=True):
                 states[i] = state
@@ -400,6 +441,15 @@ def collect_states(
     return torch.stack(states)
 
 
+def _check_shown(lvlm: LVLM, queries: Sequence[Query], text: str) -> None:
+    """Raises DavspError if the model has no room for a query, or cannot take its picture; nothing is computed yet."""
+    for query in queries:
+        try:
+            lvlm.check_query(f"{text} {query.question}" if text else query.question, query.size(), 0)
+        except DavspError as error:
+            raise DavspError(f"query {query.id!r} cannot be shown: {error}") from error
+
+
 def auroc(malicious: Float[Tensor, " n"], benign: Float[Tensor, " m"]) -> float:
     """Probability that a malicious projection is above a benign one; ties count half."""
     difference = malicious[:, None] - benign[None]
@@ -407,18 +457,27 @@ def auroc(malicious: Float[Tensor, " n"], benign: Float[Tensor, " m"]) -> float:
 
 
 def _both(
-    lvlm: LVLM,
+    lvlm: Readable,
     malicious: Sequence[Query],
     benign: Sequence[Query],
     layers: Sequence[int],
+    deepest: int,
     text: str,
     batch_size: int,
     progress: bool,
     name: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Float[Tensor, "n l d"], Float[Tensor, "m l d"]]:
+    """The states of both classes at layers 1 to `deepest`, zeros at those that are not among `layers`."""
     check_classes(malicious, benign)
     bad = collect_states(lvlm, malicious, layers, text, batch_size, progress, f"{name}: malicious")
-    return bad, collect_states(lvlm, benign, layers, text, batch_size, progress, f"{name}: benign")
+    good = collect_states(lvlm, benign, layers, text, batch_size, progress, f"{name}: benign")
+    if len(layers) == deepest:
+        return bad, good
+    rows = [layer - 1 for layer in layers]
+    whole = [states.new_zeros(len(states), deepest, states.shape[-1]) for states in (bad, good)]
+    for states, some in zip(whole, (bad, good), strict=True):
+        states[:, rows] = some
+    return whole[0], whole[1]
 
 
 def check_classes(malicious: Sequence[Query], benign: Sequence[Query]) -> None:

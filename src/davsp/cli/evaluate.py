@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from davsp.defenses import Defense
     from davsp.evaluation import Evaluation
     from davsp.lvlm import AnsweringLVLM
+    from davsp.lvlm.states_served import ServedStates
     from davsp.query import Query
 
 BATCH, SERVED = 32, 64  # queries a batch, here and of a server; a run keeps it, so --concurrency does not decide it
@@ -69,11 +70,29 @@ class EngineOptions:
     ] = None
 
 
+@dataclass(frozen=True)
+class StatesOptions:
+    """Where the model's server writes its hidden states."""
+
+    panel: ClassVar[str] = "Where the model runs"
+    states_folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder into which the model's server writes hidden states (vLLM's shared_storage_path), as this machine sees it."
+        ),
+    ] = None
+    states_layers: Annotated[
+        str | None,
+        typer.Option(help="The layers that the server was told to write, in rising order: 14, or 8,16,24, or 1-31."),
+    ] = None
+
+
 def evaluate(
     row: RowOptions,
     test: TestSetOptions,
     model: ModelOptions,
     engine: EngineOptions,
+    states: StatesOptions,
     processes: ProcessOptions,
     access: VerdictOptions,
     requests: RequestOptions,
@@ -116,6 +135,7 @@ def evaluate(
     from davsp.vector import HarmfulnessVector
 
     server = server_of(engine, model, processes.num_processes)
+    served = served_states(states, server)
     model = in_processes(processes, model)
     keys.read(engine.api_key_env, "model")  # a key given in place of its variable would get into the manifest
     names = judge or []
@@ -135,7 +155,7 @@ def evaluate(
     attacked = any(query.label == "malicious" for query in queries)
     if test.benchmark:
         queries = apart(queries)
-    lvlm = lvlm_of(model, server, engine, requests)
+    lvlm = lvlm_of(model, server, engine, requests, served)
     lvlm.reasoning_tags = settings.reasoning_tags
     lvlm.longest = answer_length(shipped)
     if prefill is not None:
@@ -194,6 +214,19 @@ def server_of(engine: EngineOptions, model: ModelOptions, processes: int = 1) ->
     return name, engine.base_url
 
 
+def served_states(states: StatesOptions, server: tuple[str, list[str]] | None) -> "ServedStates | None":
+    """Where the server writes hidden states; None if nobody says that it does."""
+    if states.states_folder is None and states.states_layers is None:
+        return None
+    if server is None:
+        raise DavspError("--states-folder and --states-layers go with --engine openai: a model loaded here has all.")
+    if states.states_folder is None or states.states_layers is None:
+        raise DavspError("--states-folder and --states-layers go together; give both.")
+    from davsp.lvlm.states_served import ServedStates, read_layers
+
+    return ServedStates(states.states_folder, read_layers(states.states_layers))
+
+
 def _check_graders(names: list[str], sets: list[str]) -> None:
     """Raise DavspError if a grader's set is not among the published sets of --benchmark."""
     known = {spec.partition("=")[0] for spec in sets}
@@ -203,7 +236,11 @@ def _check_graders(names: list[str], sets: list[str]) -> None:
 
 
 def lvlm_of(
-    model: ModelOptions, server: tuple[str, list[str]] | None, engine: EngineOptions, requests: RequestOptions
+    model: ModelOptions,
+    server: tuple[str, list[str]] | None,
+    engine: EngineOptions,
+    requests: RequestOptions,
+    served: "ServedStates | None" = None,
 ) -> "AnsweringLVLM":
     """The model that answers, loaded here or behind its server."""
     if server is None:
@@ -220,6 +257,7 @@ def lvlm_of(
         concurrency=requests.concurrency,
         timeout=requests.timeout,
         trust_env=requests.trust_env,
+        served=served,
     )
 
 
@@ -228,8 +266,6 @@ def _check(lvlm: "AnsweringLVLM", defenses: "dict[str, Defense]", direction: Any
     from davsp.defenses import VisualPrompt
 
     if direction is not None:
-        if lvlm.server:
-            raise DavspError("--vector does not go with --engine openai: a server gives no hidden states.")
         direction.check(lvlm)
         compare_pictures(direction, lvlm)
     for defense in defenses.values():

@@ -224,8 +224,11 @@ def ask_as_published(lvlm: "LVLM", template: str | None) -> None:
 
 
 def compare_pictures(vector: Any, lvlm: Any) -> None:
-    """Say so if a vector was fitted on pictures that came to the model's shape in another way than undefended ones do now."""
-    if vector.undefended not in ("", lvlm.undefended):
+    """Say so if a vector was fitted on pictures that came to the model's shape in another way than undefended ones do now.
+
+    Of a server nobody knows.
+    """
+    if lvlm.server is None and vector.undefended not in ("", lvlm.undefended):
         say(
             f"note: the vector was fitted with --undefended {vector.undefended}; undefended pictures are shown by "
             f"{lvlm.undefended} now."

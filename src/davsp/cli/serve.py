@@ -11,6 +11,7 @@ import typer
 
 from davsp.cli.canaries import asking
 from davsp.cli.defenses import rows
+from davsp.cli.evaluate import StatesOptions, served_states
 from davsp.cli.groups import chosen
 from davsp.cli.inputs import compare_templates, is_shipped, load_lvlm, needs_extra, say
 from davsp.cli.options import GRAMMAR, ModelOptions, TrustEnv
@@ -218,6 +219,12 @@ def serve_model(
     port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
     token_env: TokenEnv = None,
     max_pixels: MaxPixels = None,
+    states_folder: Annotated[
+        Path | None, typer.Option(help="Folder to write each prompt's hidden states into, as vLLM does.")
+    ] = None,
+    states_layers: Annotated[
+        str | None, typer.Option(help="Their layers, in rising order: 14, or 8,16,24, or 1-31.")
+    ] = None,
 ) -> None:
     """Serve a model by OpenAI's protocol, one question at a time: to try davsp serve and davsp eval --engine openai on."""
     needs_extra()
@@ -227,13 +234,16 @@ def serve_model(
     from davsp.serve.settings import ServeSettings
 
     settings = ServeSettings.of(upstream="", host=host, port=port, token_env=token_env, max_pixels=max_pixels)
+    states = served_states(StatesOptions(states_folder, states_layers), ("", []))
     lvlm = load_lvlm(model)
+    for layer in states.layers if states else ():
+        lvlm.check_layer(layer)
     name = model_name(lvlm)
     say(
         f"serving {name}, whose canvas is {lvlm.canvas}x{lvlm.canvas} pixels; others that are not square are "
         f"{WAYS[lvlm.undefended]}"
     )
-    _run(model_app(lvlm, name, settings), host, port)
+    _run(model_app(lvlm, name, settings, states), host, port)
 
 
 def _defense(

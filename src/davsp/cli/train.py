@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from davsp.cli.canaries import Canaries, describe, own_queries, try_canaries
+from davsp.cli.evaluate import EngineOptions, StatesOptions, lvlm_of, served_states, server_of
 from davsp.cli.groups import chosen
 from davsp.cli.inputs import (
     ask_as_published,
@@ -22,7 +23,17 @@ from davsp.cli.inputs import (
     settings_of,
     shipped_protocol,
 )
-from davsp.cli.options import DataOptions, LoopOptions, ModelOptions, Out, ProcessOptions, Recipe, Resume, Seed
+from davsp.cli.options import (
+    DataOptions,
+    LoopOptions,
+    ModelOptions,
+    Out,
+    ProcessOptions,
+    Recipe,
+    RequestOptions,
+    Resume,
+    Seed,
+)
 from davsp.cli.testset import queries_at, split_queries
 from davsp.errors import DavspError
 
@@ -53,6 +64,9 @@ def demo(
 def vector(
     model: ModelOptions,
     data: DataOptions,
+    engine: EngineOptions,
+    states: StatesOptions,
+    requests: RequestOptions,
     processes: ProcessOptions,
     out: Out = Path("out/vector"),
     held_malicious: Annotated[
@@ -80,22 +94,27 @@ def vector(
 
     if (held_malicious is None) != (held_benign is None):
         raise DavspError("--held-malicious and --held-benign go together; give both or neither.")
-    as_published = published(recipe)
+    as_published, server = published(recipe), server_of(engine, model, processes.num_processes)
+    if server and as_published:
+        raise DavspError("--recipe published goes with a model loaded here: a server asks by its own template.")
+    served = served_states(states, server)
     model = in_processes(processes, model)
+    name = server[0] if server else model.name
     fitting = split_queries(data, "vector")
-    lvlm = load_lvlm(model)
+    lvlm: Any = lvlm_of(model, server, engine, requests, served)
     if as_published:
         ask_as_published(lvlm, model.template)
         layer = LAYER if layer is None and is_theirs(lvlm) else layer
-    say_where(lvlm)
-    protocol = None if fitting else shipped_protocol(model.name, data.malicious, data.benign, seed)
+    if not server:
+        say_where(lvlm)
+    protocol = None if fitting else shipped_protocol(name, data.malicious, data.benign, seed)
     fitting = fitting or (
         queries_at(data.malicious, protocol.vector_malicious if protocol else None, "--malicious", data.allow_outside),
         queries_at(data.benign, protocol.vector_benign if protocol else None, "--benign", data.allow_outside),
     )
-    if layer is not None:
+    if layer is not None and not server:
         lvlm.check_layer(layer)
-    text = _text(text, is_shipped(model.name), as_published)
+    text = _text(text, is_shipped(name), as_published)
     held = None
     if held_malicious and held_benign:
         held = (
@@ -118,8 +137,8 @@ def vector(
         plot = layer_plot(fitted.by_layer(), fitted.layer, "held-out queries" if held else "fitting set")
         write_bytes(out / "layers.png", plot)
     _print_layers(fitted)
-    if fitted.left_out:
-        layers = ", ".join(map(str, fitted.left_out))
+    if left_out := [one for one in fitted.left_out if one in lvlm.readable]:
+        layers = ", ".join(map(str, left_out))
         say(f"left out, as malicious and benign queries do not differ there: layer {layers}.")
     print(f"layer {fitted.layer}, margins {fitted.mu_plus:+.3f} / {fitted.mu_minus:+.3f}; written to {out}")
 

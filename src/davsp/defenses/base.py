@@ -6,8 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
+from jaxtyping import Float
 from PIL import Image
+from torch import Tensor
 
+from davsp.errors import DavspError
 from davsp.lvlm import Answer, AnsweringLVLM, loaded
 from davsp.query import COST, Query, Response
 from davsp.runtime.files import sha256_bytes, to_json
@@ -122,5 +126,18 @@ def _answer(
     answers = lvlm.ask(canvas, questions, max_new_tokens)
     if vector is None:
         return answers, [None] * len(answers)
-    states = loaded(lvlm).states(canvas, questions, [vector.layer])  # (b, 1, d)
-    return answers, [float(s) for s in vector.project(states[:, 0])]
+    if any(answer.states is None for answer in answers):
+        states = loaded(lvlm).states(canvas, questions, [vector.layer])[:, 0]  # (b, d)
+    else:
+        states = torch.stack([_written(answer, vector.layer) for answer in answers])
+    return answers, [float(s) for s in vector.project(states)]
+
+
+def _written(answer: Answer, layer: int) -> Float[Tensor, " d"]:
+    """The state that a server has written with an answer."""
+    there = answer.states or {}
+    if layer not in there:
+        raise DavspError(
+            f"the vector is of layer {layer}, and the server writes {', '.join(map(str, there))}; start it with that layer"
+        )
+    return there[layer]

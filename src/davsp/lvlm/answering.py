@@ -4,11 +4,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from PIL import Image
+from torch import Tensor
 
 from davsp.errors import DavspError
 from davsp.runtime.thought import Tags
 
-NO_STATES = "a server gives no hidden states; leave out the vector, or load the model here (--engine transformers)."
+NO_STATES = (
+    "a server gives no hidden states; leave out the vector, load the model here (--engine transformers), or have vLLM write them "
+    "(--states-folder)."
+)
 
 
 def answer_length(shipped: bool) -> int:
@@ -43,6 +47,7 @@ class Answer(NamedTuple):
         opened: the tag with which the prompt opened a thought that the text goes on with.
         finish: "stop": the model ended it; "length": it was cut at the longest; empty: not known.
         tokens: of the text; () where nobody asked for them (`AnsweringLVLM.likely`) or a server does not tell.
+        states: of the last prompt token, by layer, where a server writes them (`davsp.lvlm.states_served`); None: it does not.
     """
 
     text: str
@@ -53,6 +58,7 @@ class Answer(NamedTuple):
     opened: str = ""
     finish: str = ""
     tokens: tuple[Token, ...] = ()
+    states: dict[int, Tensor] | None = None
 
 
 @runtime_checkable

@@ -269,6 +269,11 @@ class LVLM(Generating):
         """What else the model wants to know of the tokens."""
         return {}
 
+    @property
+    def readable(self) -> Sequence[int]:
+        """The layers whose states can be asked for."""
+        return range(1, self.num_layers)
+
     # -- forward ---------------------------------------------------------------------------------------------------
 
     def states(self, canvas: Canvas | None, questions: Sequence[str], layers: Sequence[int]) -> Float[Tensor, "b l d"]:

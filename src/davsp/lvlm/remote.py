@@ -1,13 +1,15 @@
 """An LVLM that runs elsewhere: behind a vLLM or SGLang server, asked by OpenAI's protocol.
 
-It answers, and no more: a server gives neither hidden states nor gradients. Pictures go as lossless PNG in the request; the
+It answers, and no more: a server gives no gradients, and hidden states only where it writes them (`davsp.lvlm.states_served`). Pictures go as lossless PNG in the request; the
 server resizes them as its model's processor does.
 """
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
@@ -20,6 +22,9 @@ from davsp.runtime.client import Client, Failure
 from davsp.runtime.pictures import part, png
 from davsp.runtime.replies import one_line, told, writable
 from davsp.runtime.thought import TAGS, Tags
+
+if TYPE_CHECKING:
+    from davsp.lvlm.states_served import ServedStates
 
 OWN = frozenset(
     "model messages max_tokens max_completion_tokens temperature top_p repetition_penalty chat_template_kwargs logprobs top_logprobs n "
@@ -44,6 +49,7 @@ class RemoteLVLM:
         timeout: of a request as a whole, in seconds.
         backoff: the first wait before asking again, in seconds; it doubles.
         trust_env: through the proxies that the environment names; otherwise directly.
+        served: where it writes hidden states of every prompt; None: it does not.
 
     Raises:
         DavspError: an address that is none, holds a password or is there twice; an empty variable; a field of `extra_body` that is
@@ -64,6 +70,7 @@ class RemoteLVLM:
         timeout: float = 600.0,
         backoff: float = 1.0,
         trust_env: bool = False,
+        served: "ServedStates | None" = None,
     ) -> None:
         addresses = [base_url] if isinstance(base_url, str) else list(base_url)
         self.clients = [
@@ -81,7 +88,7 @@ class RemoteLVLM:
             raise DavspError(
                 f"--extra-body {own[0]} is a field that davsp sets itself; leave it out, or see whether an option is meant for it."
             )
-        self.model_id, self.canvas = model, canvas or 0
+        self.model_id, self.canvas, self.served = model, canvas or 0, served
         self.revision: str | None = None
         self.template_kwargs = dict(template_kwargs or {})
         self.template = named(self.template_kwargs)
@@ -140,27 +147,52 @@ class RemoteLVLM:
             for i, question in enumerate(questions)
         }
         answers: dict[str, Answer] = {}
+        written: dict[str, Any] = {}
 
-        def keep(key: str, answer: Answer | Failure) -> None:
-            if isinstance(answer, Failure):
+        def keep(key: str, read: tuple[Answer, Any] | Failure) -> None:
+            if isinstance(read, Failure):
                 raise DavspError(
-                    f"the model's server gave no answer to {questions[int(key)][:60]!r} ({answer.reason}); "
+                    f"the model's server gave no answer to {questions[int(key)][:60]!r} ({read.reason}); "
                     "mend the server and run again to go on."
                 )
-            answers[key] = answer
+            answers[key], written[key] = read
 
         def body(key: str, unread: int) -> dict[str, Any]:
             return bodies[key]
 
         requests = {key: partial(body, key) for key in bodies}
-        Client.ask_several(self.clients, "chat/completions", requests, read_answer, keep)
+        Client.ask_several(self.clients, "chat/completions", requests, _answer_and_written, keep)
+        if self.served is not None:
+            for key, answer in answers.items():
+                states = self.served.read(written[key], answer.prompt_tokens)
+                answers[key] = answer._replace(states=dict(zip(self.served.layers, states, strict=True)))
         return [answers[key] for key in bodies]
 
-    def states(self, *_: Any, **__: Any) -> NoReturn:
-        """Raises DavspError: a server gives none."""
-        raise DavspError(NO_STATES)
+    @property
+    def readable(self) -> Sequence[int]:
+        """The layers whose states the server writes."""
+        return () if self.served is None else self.served.layers
 
-    step = states
+    def states(
+        self, canvas: list[bytes] | None, questions: Sequence[str], layers: Sequence[int]
+    ) -> Float[Tensor, "b l d"]:
+        """Hidden state of the last prompt token at each of `layers`, float32, as the server has written it.
+
+        Raises:
+            DavspError: it writes none, or not those; as `ServedStates.read`.
+        """
+        if self.served is None:
+            raise DavspError(NO_STATES)
+        if missing := set(layers) - set(self.readable):
+            raise DavspError(
+                f"the server does not write layer {min(missing)}; start it with that one, too, and name it (--states-layers)."
+            )
+        found = [answer.states or {} for answer in self.ask(canvas, questions, 1)]
+        return torch.stack([torch.stack([of_one[layer] for layer in layers]) for of_one in found])
+
+    def step(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises DavspError: a server gives no gradient."""
+        raise DavspError(NO_STATES)
 
     def steered(self, steer: Steer) -> NoReturn:
         """Raises DavspError: what a server does not give cannot be changed."""
@@ -184,6 +216,12 @@ class RemoteLVLM:
             | told
             | self.extra_body
         )
+
+
+def _answer_and_written(body: Any) -> tuple[Answer, Any] | Failure:
+    """The answer, and what the reply says of the hidden states that it has written."""
+    answer = read_answer(body)
+    return answer if isinstance(answer, Failure) else (answer, body.get("kv_transfer_params"))
 
 
 def read_answer(body: Any) -> Answer | Failure:

@@ -19,7 +19,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from davsp.errors import DavspError
-from davsp.lvlm import LVLM
+from davsp.lvlm import LVLM, states_served
+from davsp.lvlm.states_served import ServedStates
 from davsp.prompts.base import to_bytes
 from davsp.serve import calls, refusals
 from davsp.serve.admission import Room, admit, read
@@ -40,8 +41,12 @@ FIELDS = {
 }  # fmt: skip
 
 
-def model_app(lvlm: LVLM, name: str, settings: ServeSettings) -> Starlette:
-    """An ASGI app that serves the model under a name. Of the settings, limits, token and host count."""
+def model_app(lvlm: LVLM, name: str, settings: ServeSettings, states: ServedStates | None = None) -> Starlette:
+    """An ASGI app that serves the model under a name. Of the settings, limits, token and host count.
+
+    Args:
+        states: where the hidden states of each prompt are written, as vLLM does; None: nowhere.
+    """
     thread, token, room = ThreadPoolExecutor(1), settings.token, Room(settings.max_held)
 
     async def answer(protocol: Protocol, request: Request) -> Response:
@@ -49,8 +54,9 @@ def model_app(lvlm: LVLM, name: str, settings: ServeSettings) -> Starlette:
             whole = await asyncio.to_thread(parse, await read(request, seat, settings), settings)
             body, (question, file) = whole.value, _question_and_file(protocol, whole, name, settings)
         longest = calls.longest(body, lvlm.longest)
+        written = states if protocol is CHAT and not body.get("stream") else None  # no other reply says where they are
         completion, seen_hash = await asyncio.get_running_loop().run_in_executor(
-            thread, _answer, _told(lvlm, body), question, file, longest, _top(body), settings
+            thread, _answer, _told(lvlm, body), question, file, longest, _top(body), settings, written
         )
         result = (reply if protocol is CHAT else response)(completion, body)
         if seen_hash:
@@ -125,7 +131,13 @@ def _top(body: Mapping[str, Any]) -> int | None:
 
 
 def _answer(
-    lvlm: LVLM, question: str, file: bytes | None, longest: int, top: int | None, settings: ServeSettings
+    lvlm: LVLM,
+    question: str,
+    file: bytes | None,
+    longest: int,
+    top: int | None,
+    settings: ServeSettings,
+    states: ServedStates | None,
 ) -> tuple[Completion, str | None]:
     canvas = None if file is None else lvlm.preprocess([decode(file, settings)])
     (answer,) = lvlm.ask(canvas, [question], longest) if top is None else lvlm.likely(canvas, [question], longest, top)
@@ -134,7 +146,8 @@ def _answer(
     usage = {"prompt_tokens": prompt_tokens, "completion_tokens": tokens, "total_tokens": prompt_tokens + tokens}
     seen_hash = None if canvas is None else pixels_hash(Image.fromarray(to_bytes(canvas[0])))
     logprobs = None if top is None else [_logprob(*one) for one in answer.tokens]
-    return Completion(answer.text, answer.finish, usage, logprobs), seen_hash
+    written = None if states is None else states_served.write(lvlm, canvas, question, states)
+    return Completion(answer.text, answer.finish, usage, logprobs, written), seen_hash
 
 
 def _logprob(text: str, logprob: float, top: Sequence[tuple[str, float]] | None = None) -> dict[str, Any]:

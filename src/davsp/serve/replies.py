@@ -10,13 +10,14 @@ from starlette.responses import JSONResponse, Response
 
 
 class Completion(NamedTuple):
-    """An answer: its text, `stop` or `length`, tokens as in OpenAI's usage (None: not known), and log-probabilities as in OpenAI's
-    `logprobs.content` (None: not asked for)."""
+    """An answer: its text, `stop` or `length`, tokens as in OpenAI's usage (None: not known), log-probabilities as in OpenAI's
+    `logprobs.content` (None: not asked for), and where the prompt's hidden states are, as vLLM says it (None: nowhere)."""
 
     text: str
     finish: str = "stop"
     usage: dict[str, int] | None = None
     logprobs: list[dict[str, Any]] | None = None
+    written: dict[str, str] | None = None
 
 
 def reply(completion: Completion, request: dict[str, Any]) -> Response:
@@ -34,6 +35,8 @@ def reply(completion: Completion, request: dict[str, Any]) -> Response:
         "logprobs": _logprobs(completion.logprobs),
     }
     whole = head | {"object": "chat.completion", "choices": [choice]}
+    if completion.written is not None:
+        whole |= {"kv_transfer_params": completion.written}
     return JSONResponse(whole | ({} if completion.usage is None else {"usage": completion.usage}))
 
 
