@@ -26,7 +26,9 @@ def prompt():
 
 
 @pytest.mark.parametrize(
-    "change", [{"optimizer": "sign"}, {"optimizer": "adam"}, {"augment": get_args(Augmentation)}], ids=repr
+    "change",
+    [{"optimizer": "sign"}, {"optimizer": "adam"}, {"augment": get_args(Augmentation)}, {"adversarial": 4}],
+    ids=repr,
 )
 @pytest.mark.parametrize("stop", [1, 4, 5])
 def test_interrupt_and_resume_is_uninterrupted(lvlm, prompt, vector, tmp_path, monkeypatch, change, stop):

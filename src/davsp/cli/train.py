@@ -177,6 +177,21 @@ def train(
             help="Changes on the way to the model that the prompt is to survive, with commas: shift, resize, jpeg, crop, gamma."
         ),
     ] = None,
+    adversarial: Annotated[
+        int | None,
+        typer.Option(
+            help="Levels of 255 by which an attacker changes the malicious pictures of every step, to a prompt that is to hold against him."
+        ),
+    ] = None,
+    adversarial_steps: Annotated[
+        int | None, typer.Option(help="His gradients a picture; left out: 3. Needs --adversarial.")
+    ] = None,
+    adversarial_target: Annotated[
+        str | None,
+        typer.Option(
+            help="Beginning of an answer that he makes likely; left out: he raises the loss that the prompt lowers. Needs --adversarial."
+        ),
+    ] = None,
     recipe: Recipe = None,
     canaries: Canaries = None,
     resume: Resume = True,
@@ -196,6 +211,8 @@ def train(
         raise DavspError("--eps is the bound of noise; give it with --kind additive, or leave it out.")
     if kind == "additive" and canaries is not None:
         raise DavspError("--canaries are of a border; leave them out, or take --kind border.")
+    if not adversarial and (adversarial_steps or adversarial_target):
+        raise DavspError("--adversarial-steps and --adversarial-target are of an attacker; give --adversarial, too.")
     as_published = published(recipe)
     model = in_processes(processes, model)
     shipped = is_shipped(model.name)
@@ -213,6 +230,7 @@ def train(
     options: dict[str, Any] = {
         "lam": lam, "objective": objective, "layer": layer, "mu_plus": mu_plus, "mu_minus": mu_minus, "seed": seed,
         "refusal": refusal, "augment": None if augment is None else [kind.strip() for kind in augment.split(",")],
+        "adversarial": adversarial, "adversarial_steps": adversarial_steps, "adversarial_target": adversarial_target,
     }  # fmt: skip
     usual = embedded.SETTINGS.model_dump() if shipped else {}
     options = chosen(loop) | {name: value for name, value in options.items() if value is not None}

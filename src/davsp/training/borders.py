@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from davsp.errors import DavspError
 from davsp.lvlm import LVLM
 from davsp.lvlm.onehot import answer_losses
 from davsp.prompts.base import P, Prompt
@@ -85,6 +86,7 @@ class Run(Loop):
         self.weight_hinge, self.weight_answer = self.settings.weights
         if self.settings.normalise:
             self.weight_hinge /= vector.half_gap(self.layer)
+        _check_target(lvlm, self.settings.adversarial_target)
         coin = Random(f"{settings.seed} classes")
         self.turns = [
             coin.random() < 0.5 for _ in range(settings.steps)
@@ -224,3 +226,10 @@ class Run(Loop):
         }
         prompt.config |= {"layer": self.layer, "mu_plus": self.mu_plus, "mu_minus": self.mu_minus}
         return prompt
+
+
+def _check_target(lvlm: LVLM, target: str) -> None:
+    """Raises DavspError unless the model has words for what the attacker wants; "" is none."""
+    ids = lvlm.tokenizer(target, add_special_tokens=False)["input_ids"]
+    if target and (not ids or lvlm.tokenizer.unk_token_id in ids):
+        raise DavspError(f"adversarial_target {target!r} holds words that {lvlm.model_id} does not know; give others")

@@ -1,0 +1,152 @@
+"""An attacker inside training: what he may change, what he raises, and that nothing else moves."""
+
+import sys
+
+import pytest
+import torch
+
+from davsp import AdditiveNoise, DavspError, TrainSettings, VisualSafetyPrompt, cli
+from davsp.lvlm.onehot import answer_losses
+from davsp.training.adversary import worst
+from davsp.training.batches import pixels
+from davsp.training.borders import Run
+from test_training import BENIGN, FAST, MALICIOUS, go
+
+ATTACKED = FAST.model_copy(update={"adversarial": 8, "adversarial_steps": 4})
+
+
+@pytest.fixture
+def prompt():
+    return VisualSafetyPrompt.create(56, 9, "random", text="please be safe")
+
+
+def a_run(lvlm, prompt, vector, out, **changes):
+    return Run(lvlm, prompt, MALICIOUS, BENIGN, vector, ATTACKED.model_copy(update=changes), out, [])
+
+
+# -- the search ----------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_stay_in_the_box_and_end_at_levels():
+    levels = torch.randint(0, 256, (2, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    clean, where = levels.float() / 255, torch.zeros(1, 8, 8)
+    where[:, 2:-2, 2:-2] = 1
+    weights = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(1)) - 0.5
+
+    def losses(x):
+        return (weights * x).flatten(1).sum(1)
+
+    found = worst(losses, clean, where, 4 / 255, 3, ["a", "b"])
+    after = found * 255
+    assert torch.allclose(after, after.round(), atol=1e-4) and 0 <= found.min() and found.max() <= 1
+    moved = after.round().int() - levels
+    assert int(moved.abs().max()) == 4 and not moved[..., :2].any() and not moved[..., :2, :].any()
+    best = (levels + (4 * weights.sign() * where)).clamp(0, 255)  # a plane is highest in a corner of the box
+    assert torch.equal(after.round(), best)
+
+
+def test_starts_hang_on_their_keys_alone():
+    clean, where = torch.full((2, 3, 4, 4), 128 / 255), torch.ones(1, 4, 4)
+
+    def found(*keys):
+        return worst(lambda x: 0 * x.flatten(1).sum(1), clean[: len(keys)], where, 8 / 255, 1, keys)
+
+    both = found("a", "b")
+    assert not torch.equal(both[0], both[1]) and torch.equal(both[1:], found("b"))
+    assert not torch.equal(both[0], clean[0])
+
+
+# -- in a step -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["border", "additive"])
+@pytest.mark.parametrize("target", ["", "a car"])
+def test_malicious_pictures_are_changed_against_the_prompt_and_benign_ones_are_not(
+    lvlm, prompt, vector, tmp_path, kind, target
+):
+    start = prompt if kind == "border" else AdditiveNoise.create(56, 32 / 255, text="please be safe")
+    run = a_run(lvlm, start, vector, tmp_path, adversarial_target=target)
+    batch, delta = run._batch(0), start.delta
+    clean, found = pixels(batch.interiors, delta.device), run._interiors(delta, batch)
+    moved = (found - clean) * 255
+    assert torch.equal(found[~batch.malicious], clean[~batch.malicious])
+    assert all(8.1 > one.abs().max() > 4 for one in moved[batch.malicious])
+    outside = slice(0, 9)  # below a border nothing is changed, for nothing of it is seen
+    assert bool(moved[..., outside].any()) == (kind == "additive")
+    rows, attacked = batch.attacked()
+    before, after = (run._resistance(delta, x[rows], attacked) for x in (clean, found))
+    assert bool((after > before).all())
+    if target:
+        canvas = start.apply(found[rows])
+        losses = answer_losses(lvlm, canvas, attacked.questions, [target] * len(rows))
+        assert torch.allclose(after, -losses, atol=1e-5)
+
+
+def test_the_change_is_a_constant_in_the_gradient(lvlm, prompt, vector, tmp_path):
+    """The gradient of delta is that of a batch whose pictures are the attacker's."""
+    run = a_run(lvlm, prompt, vector, tmp_path, mu_plus=1e3, mu_minus=-1e3)
+    batch = run._batch(0)
+    levels = (run._interiors(prompt.delta, batch) * 255).round().to(torch.uint8)
+    by_hand = run.gradient(prompt.delta, type(batch)(levels, batch.questions, batch.malicious, batch.answers))
+    gradient, terms = run.gradient(prompt.delta, batch)
+    assert torch.allclose(gradient, by_hand[0], atol=1e-6 * float(gradient.abs().max()))
+    assert terms == pytest.approx(by_hand[1])
+
+
+@pytest.mark.parametrize("options", [{"micro_batch": 1}, {"micro_batch": 3}, {"activation_checkpointing": True}])
+def test_micro_batches_meet_the_same_attacker(lvlm, prompt, vector, tmp_path, options):
+    """But for rounding, which may turn a step of a pixel whose gradient is next to nothing."""
+    changes = {"batch_size": 6, "mu_plus": 1e3, "mu_minus": -1e3}
+    plain = a_run(lvlm, prompt, vector, tmp_path, **changes)
+    saving = a_run(lvlm, prompt, vector, tmp_path, **changes, **options)
+    batch = plain._batch(0)
+    whole = plain._interiors(prompt.delta, batch)
+    parts = torch.cat([saving._interiors(prompt.delta, batch._of([i])) for i in range(len(batch))])
+    assert ((whole - parts).abs() > 0.5 / 255).float().mean() < 1e-3
+    one, two = plain.gradient(prompt.delta, batch)[0], saving.gradient(prompt.delta, batch)[0]
+    assert float((one - two).abs().max()) < 0.02 * float(one.abs().max())
+
+
+def test_processes_share_rows_with_their_starts(lvlm, prompt, vector, tmp_path):
+    batch = a_run(lvlm, prompt, vector, tmp_path)._batch(2)
+    shares = [batch.share(i, 2) for i in range(2)]
+    assert [key for pair in zip(*(one.starts for one in shares), strict=True) for key in pair] == list(batch.starts)
+    assert [key is not None for key in batch.starts] == batch.malicious.tolist() and len(set(batch.starts)) > 2
+
+
+# -- a run ---------------------------------------------------------------------------------------------------------------
+
+
+def test_without_an_attacker_nothing_is_as_if_he_had_been_there(lvlm, prompt, vector, tmp_path):
+    run = Run(lvlm, prompt, MALICIOUS, BENIGN, vector, FAST, tmp_path / "run", [])
+    assert run._batch(0).starts == [] and run._batch(0).attacked()[0] == []
+    assert not [name for name in FAST.model_dump() if name.startswith("adversarial")]  # runs from before go on
+    more = FAST.model_copy(update={"adversarial_steps": 9})
+    assert more.model_dump() == FAST.model_dump()
+    assert ATTACKED.model_dump() == FAST.model_dump() | {
+        "adversarial": 8, "adversarial_steps": 4, "adversarial_target": "",
+    }  # fmt: skip
+    plain = go(lvlm, prompt, vector, tmp_path / "plain", FAST)
+    attacked = go(lvlm, prompt, vector, tmp_path / "attacked", ATTACKED)
+    assert not torch.equal(plain.delta, attacked.delta)
+
+
+@pytest.mark.parametrize("wrong", [{"adversarial": -1}, {"adversarial": 256}, {"adversarial_steps": 0}])
+def test_settings_are_checked(wrong):
+    with pytest.raises(ValueError, match="should be"):
+        TrainSettings(**wrong)
+
+
+@pytest.mark.parametrize("target", ["xylophone", " "])
+def test_an_attacker_speaks_the_models_words(lvlm, prompt, vector, tmp_path, target):
+    with pytest.raises(DavspError, match=f"adversarial_target '{target}' holds words that"):
+        go(lvlm, prompt, vector, tmp_path / "out", ATTACKED.model_copy(update={"adversarial_target": target}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_of_an_attacker_need_one(tmp_path, monkeypatch, capsys):
+    for option in (["--adversarial-steps", "5"], ["--adversarial-target", "sure"]):
+        monkeypatch.setattr(sys, "argv", ["davsp", "train", "--out", str(tmp_path / "out"), *option])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == 2 and "give --adversarial, too" in " ".join(capsys.readouterr().err.split())
