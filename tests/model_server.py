@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from davsp import LVLM
+from davsp.query import Question
 
 
 class ModelServer(ThreadingHTTPServer):
@@ -51,9 +52,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        content = body["messages"][-1]["content"]
+        first, *later = body["messages"]
+        content = first["content"]
         picture = None if isinstance(content, str) else _picture(content[0]["image_url"]["url"])
-        question = content if isinstance(content, str) else content[1]["text"]
+        said = content if isinstance(content, str) else content[1]["text"]
+        question: Question = (("user", said), *((m["role"], m["content"]) for m in later)) if later else said
         server = self.server
         with server.lock:
             server.under_way += 1
@@ -74,7 +77,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def _answer(self, question: str, picture: Image.Image | None, max_tokens: int) -> dict[str, Any]:
+    def _answer(self, question: Question, picture: Image.Image | None, max_tokens: int) -> dict[str, Any]:
         lvlm = self.server.lvlm
         canvas = None if picture is None else lvlm.preprocess([picture])
         ((text, finish),) = lvlm.completions(canvas, [question], max_tokens)

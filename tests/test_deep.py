@@ -4,9 +4,15 @@ import json
 
 import pytest
 
-from davsp import embedded
-from davsp.experiments import deep
-from davsp.experiments.deep import PLAIN, TITLES, beginnings
+from davsp import HarmfulnessVector, embedded
+from davsp.defenses import NoDefense
+from davsp.embedded.words import HARMFUL_VERBS
+from davsp.experiments.deep import begun as deep
+from davsp.experiments.deep import depth, turns, unseen
+from davsp.experiments.deep.begun import PLAIN, beginnings
+from davsp.experiments.deep.borders import OBJECTIVES, TITLES
+from davsp.experiments.gate import kinds
+from davsp.experiments.gate.kinds import HARD
 
 SIZES = {"harm": 2, "utility": 1, "mme": 1, "llava_bench": 1, "vector": 4, "sweep": 2, "train": 8}
 
@@ -28,7 +34,7 @@ def made(mini, tmp_path_factory):
     lvlm.longest = 6
     settings = embedded.SETTINGS.model_copy(update={"steps": 1, "batch_size": 2})
     for seed in (0, 1):
-        rows = deep.deep(
+        rows = deep.begun(
             lvlm, embedded.protocol(seed, **SIZES), out, text=embedded.SAFETY_TEXT, beginning="sure , here are", settings=settings,
             seed=seed,
         )  # fmt: skip
@@ -51,7 +57,7 @@ def test_two_seeds_are_pooled_and_every_cell_is_there(made):
 
 def test_objectives_give_other_borders_and_answers_begin_as_told(made):
     out, _ = made
-    pixels = {one: (out / "seed-0" / "prompts" / one / "vsp.png").read_bytes() for one in deep.OBJECTIVES}
+    pixels = {one: (out / "seed-0" / "prompts" / one / "vsp.png").read_bytes() for one in OBJECTIVES}
     assert len(set(pixels.values())) == 3
     lines = (out / "seed-0" / "begun-3" / "responses.jsonl").read_text().splitlines()
     assert len(lines) == 5 * 8 and all(json.loads(line)["text"].startswith("sure , here") for line in lines)
@@ -61,3 +67,96 @@ def test_the_table_has_a_line_a_border_and_what_the_projection_adds(made):
     text = (made[0] / "deep-alignment.md").read_text()
     assert all(title in text for title in TITLES.values())
     assert text.count("less answers alone") == 2 and "seeds 0, 1" in text
+
+
+def test_splits_train_on_what_they_name_and_test_on_all(monkeypatch):
+    monkeypatch.setattr(unseen, "SIZES", {"harm": 24, "utility": 1})
+    monkeypatch.setattr(unseen, "protocol", lambda seed: embedded.protocol(seed, **SIZES))
+    monkeypatch.setattr(kinds, "TRAIN", 12)
+    monkeypatch.setattr(kinds, "SWEEP", 6)
+    for part in ("kinds-1", "kinds-3"):
+        every, *splits = unseen.splits_of(part)
+        assert len(splits) == 4 and every == "all"
+        data = unseen.data_of(part, splits[0], 0)
+        assert {q.category for q in data.train_malicious} == set(splits[0].split("+"))
+        assert {q.category for q in data.test if q.label == "malicious"} == set(HARD)
+        assert [q.id for q in data.test] == [q.id for q in unseen.data_of(part, every, 0).test]
+    things = unseen.data_of("forms", "sd", 0)
+    whole = unseen.data_of("forms", "all", 0)
+    assert len(things.train_malicious) == len(whole.train_malicious) and things.train_benign == whole.train_benign
+    assert all(q.group.split()[0] not in HARMFUL_VERBS for q in things.train_malicious)
+    assert not {q.group for q in things.train_malicious} & {q.group for q in whole.test}
+
+
+def test_unseen_forms_are_apart_from_the_one_that_was_met(mini, tmp_path, monkeypatch):
+    monkeypatch.setattr(unseen, "protocol", lambda seed: embedded.protocol(seed, **SIZES))
+    lvlm = mini.told({})
+    lvlm.longest = 6
+    settings = embedded.SETTINGS.model_copy(update={"steps": 1, "batch_size": 2})
+    rows = unseen.unseen(lvlm, tmp_path, "forms", text=embedded.SAFETY_TEXT, settings=settings)
+    at = {(r["defense"], r["benchmark"], r["split"], r["metric"]): r for r in rows}
+    for name in TITLES:
+        assert at[name, "unseen", "total", "rsr"]["n"] == 2 * 3 and at[name, "met", "sd", "rsr"]["n"] == 2
+        assert at[name, "utility", "total", "accuracy"]["n"] > 0
+    assert at["both against answer", "unseen", "total", "rsr_difference"]["n"] == 6
+    assert at["answer against answer, all", "unseen", "total", "rsr_difference"]["n"] == 6
+    text = (tmp_path / "unseen.md").read_text()
+    assert text.count("less answers alone") == 2 and "RSR, figstep" in text
+    assert (tmp_path / "seed-0" / "sd" / "prompts" / "answer" / "vsp.png").exists()
+
+
+def test_depth_looks_at_every_layer_of_the_borders_that_are_there(made, mini):
+    out, _ = made
+    lvlm = mini.told({})
+    lvlm.longest = 6
+    before = {path: path.stat().st_mtime_ns for path in (out / "seed-0" / "prompts").rglob("vsp.png")}
+    settings = embedded.SETTINGS.model_copy(update={"steps": 1, "batch_size": 2})
+    rows = depth.depth(lvlm, embedded.protocol(0, **SIZES), out, text=embedded.SAFETY_TEXT, settings=settings)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    at = {(r["defense"], r["benchmark"], r["split"], r["metric"]): r for r in rows}
+    last = f"layer {lvlm.num_layers}"
+    for name in TITLES:
+        assert at[name, "malicious", last, "refusal_odds"]["n"] == at[name, depth.BARRED, "total", "rsr"]["n"] == 8
+        assert (name, "benign", "layer 1", "projection") in at and (name, "benign", last, "projection") not in at
+    answers = (out / "depth" / "seed-0" / "barred" / "responses.jsonl").read_text().splitlines()
+    assert not any(json.loads(line)["text"].startswith("i ") for line in answers)
+    text = (out / "depth" / "depth.md").read_text()
+    assert text.count("less answers alone") == 2 and "`i` barred" in text
+    assert (out / "depth" / "depth.svg").read_text().startswith("<svg")
+
+
+def test_the_last_layers_odds_are_those_of_the_answer(mini):
+    """Where the refusal's first token has more than half of the probability, the model says it."""
+    data = embedded.protocol(0, **SIZES)
+    pictured = [q for q in data.test if q.image is not None]
+    vector = HarmfulnessVector.fit(mini, data.vector_malicious, data.vector_benign, progress=False)
+    odds = depth.see(mini, NoDefense(), pictured, vector, embedded.REFUSAL, 8)["refusal_odds"][:, -1]
+    said = [response.text.startswith("i ") for response in NoDefense().respond(mini, pictured)]
+    assert [value > 0 for value in odds] == said and 0 < sum(said) < len(said)
+
+
+def test_the_attacker_asks_on_after_a_refusal_and_stops_at_an_answer(made, mini, monkeypatch):
+    out, _ = made
+    lvlm = mini.told({})
+    lvlm.longest = 6
+    settings = embedded.SETTINGS.model_copy(update={"steps": 1, "batch_size": 2})
+    rows = turns.turns(lvlm, embedded.protocol(0, **SIZES), out, text=embedded.SAFETY_TEXT, settings=settings)
+    at = {(r["defense"], r["benchmark"], r["metric"]): r for r in rows}
+    for name in TITLES:
+        after = [at[name, benchmark, "rsr"]["value"] for benchmark in turns.TURNS]
+        assert after == sorted(after, reverse=True) and at[name, turns.TURNS[-1], "rsr"]["n"] == 8
+    folder = out / "turns" / "seed-0" / "text"
+    ids = [
+        {json.loads(line)["query_id"] for line in (folder / f"turn-{k}" / "responses.jsonl").read_text().splitlines()}
+        for k in (2, 3)
+    ]
+    safe = {
+        v["query_id"]
+        for v in map(json.loads, (folder / "turn-2" / "verdicts.jsonl").read_text().splitlines())
+        if v["label"] == "safe"
+    }
+    assert ids[1] == safe <= ids[0]
+    assert at["text", "read in turn 1", "accuracy"]["n"] == at["text", "read in turn 2", "accuracy"]["n"] > 0
+    assert (out / "turns" / "turns.md").read_text().count("less answers alone") == 2
+    unknown = lvlm.tokenizer.unk_token_id
+    assert not any(unknown in lvlm.tokenizer(one)["input_ids"] for one in (*turns.FOLLOW_UPS, turns.READ))

@@ -20,6 +20,12 @@ COST = ("calls", "prompt_tokens", "image_tokens")
 BAND = 2**20
 """Pixels of a picture with transparency that are laid on white at a time."""
 
+Turn = tuple[str, str]
+"""Role, "user" or "assistant", and text."""
+
+Question = str | tuple[Turn, ...]
+"""What a model is asked: a text, or a conversation whose last turn is the user's. A picture stands in the first turn."""
+
 T = TypeVar("T")
 Record = TypeVar("Record", "Query", "Response", "Verdict", "Grade")
 
@@ -39,6 +45,8 @@ class Query:
         answers: other accepted answers.
         image: a picture, the path of one, or None for a question in words only.
         context: what the picture adds, in words, for judges that can't see it: a caption, or the request as plain text.
+        turns: what was said before the question, the user's turn first, then the model's, in turn; () for most. The picture stands in the
+            first one.
     """
 
     id: str
@@ -51,6 +59,17 @@ class Query:
     answers: tuple[str, ...] = ()
     image: Image.Image | Path | None = None
     context: str = ""
+    turns: tuple[Turn, ...] = ()
+
+    @property
+    def asked(self) -> Question:
+        """What a model is asked: the question, with the turns before it if there are any."""
+        return (*self.turns, ("user", self.question)) if self.turns else self.question
+
+    @property
+    def told(self) -> str:
+        """The same as one text, for judges and pages."""
+        return as_text(self.asked)
 
     def size(self) -> tuple[int, int] | None:
         """Width and height of the picture as its file has it, before a turn by EXIF; nothing is decoded.
@@ -143,6 +162,32 @@ class Grade:
     raw: str = ""
     prompt: str = ""
     run: int = 0
+
+
+def turns_of(question: Question) -> tuple[Turn, ...]:
+    """A question's turns; a text is one of the user."""
+    return (("user", question),) if isinstance(question, str) else question
+
+
+def as_text(question: Question) -> str:
+    """A question as one text: of a conversation a line a turn, "user: …"."""
+    return question if isinstance(question, str) else "\n".join(f"{role}: {text}" for role, text in question)
+
+
+def turns_fault(turns: tuple[Turn, ...]) -> str:
+    """What is wrong with turns before a question; empty if nothing is."""
+    if [role for role, _ in turns] != ["user", "assistant"] * (len(turns) // 2):
+        return "the turns before a question are user, assistant, user, assistant, …, and end with the assistant's"
+    return "a turn before the question is blank" if not all(text.strip() for _, text in turns) else ""
+
+
+def single(queries: "Iterable[Query]", who: str) -> None:
+    """Raises DavspError if a query has turns before its question, which `who` does not know."""
+    if query := next((q for q in queries if q.turns), None):
+        raise DavspError(
+            f"query {query.id!r} has turns before its question, and {who} takes single questions; leave such queries out, or answer "
+            "them with davsp eval"
+        )
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -262,6 +307,7 @@ def read_jsonl(path: str | Path, cls: type[Record]) -> list[Record]:
             values = json.loads(line)
             if cls is Query:
                 values |= {"image": None, "answers": tuple(values["answers"])}
+                values["turns"] = tuple((role, text) for role, text in values.get("turns", ()))
             if cls is Grade:
                 values |= {"scores": tuple(map(float, values["scores"]))}
             records.append(cls(**values))
@@ -280,5 +326,6 @@ def json_line(record: "Query | Response | Verdict | Grade") -> str:
         values = {name: value for name, value in values.items() if value or name not in ("thought", "cut", "finish")}
     if isinstance(record, Query):
         picture = record.picture()
+        values = {name: value for name, value in values.items() if value or name != "turns"}
         values["image"] = picture and {"sha256": sha256_bytes(picture.tobytes()), "size": list(picture.size)}
     return json.dumps(values, ensure_ascii=False) + "\n"

@@ -238,7 +238,9 @@ def hashes(folder: Path) -> dict[str, str]:
 
 def query_hash(query: Query) -> str:
     """A hash of all that is in a query, its picture's pixels (or its file's bytes) included."""
-    words = {f.name: getattr(query, f.name) for f in fields(query) if f.name != "image"}
+    words = {f.name: getattr(query, f.name) for f in fields(query) if f.name not in ("image", "turns")}
+    if query.turns:  # older runs know of none
+        words["turns"] = query.turns
     digest = sha256(json.dumps(words, sort_keys=True).encode())
     if isinstance(query.image, Image.Image):
         image = unpacked(query.image)

@@ -15,7 +15,7 @@ from davsp.lvlm import LVLM, short_name
 from davsp.lvlm.answering import NO_STATES
 from davsp.lvlm.templates import CHECKPOINT
 from davsp.lvlm.undefended import WHITE, matters, square
-from davsp.query import Query
+from davsp.query import Query, single
 from davsp.runtime import parallel
 from davsp.runtime.files import read_tensors_and_metadata, read_torch, save_tensors, to_json, write_json
 
@@ -419,6 +419,7 @@ def collect_states(
 
     Where a picture is padded, it is in white, as DAVSP's code does for the vector and for its border. A server gets it as it is.
     """
+    single(queries, "the vector")
     states: list[Tensor] = [torch.empty(0)] * len(queries)
     pad = isinstance(lvlm, LVLM) and lvlm.undefended == "pad"
     if isinstance(lvlm, LVLM):
@@ -483,6 +484,7 @@ def _both(
 def check_classes(malicious: Sequence[Query], benign: Sequence[Query]) -> None:
     """Raises DavspError if a class is empty, or a query stands in the wrong one."""
     for label, queries in (("malicious", malicious), ("benign", benign)):
+        single(queries, "training")
         if not queries:
             raise DavspError(f"there are no {label} queries: both classes are needed")
         for query in queries:

@@ -35,7 +35,7 @@ from davsp.judges import Judge, keyword
 from davsp.judges.base import PromptJudge
 from davsp.lvlm import LVLM, fingerprint
 from davsp.lvlm.undefended import in_records
-from davsp.query import Query
+from davsp.query import Query, single
 from davsp.runtime import journal, parallel
 from davsp.runtime.files import alone, sha256_bytes, sweep
 from davsp.runtime.progress import bar
@@ -99,6 +99,7 @@ def attack(
         Interrupted: Ctrl-C; whatever was done is kept.
     """
     console = console or Console(quiet=True)
+    single(queries, "an attack")
     malicious = [q for q in queries if q.label == "malicious" and q.image is not None]
     training = [q for q in training if q.image is not None]
     check(lvlm, defenses, malicious, settings, vector, training)

@@ -1,7 +1,8 @@
 """Custom queries, those of the user, on disk: a folder with `queries.jsonl` and the pictures that it names.
 
 A line is a JSON object with `id`, `question`, `label` ("malicious" or "benign") and, if you like, `image` (a path
-relative to the file), `benchmark`, `category`, `group`, `reference`, `answers`.
+relative to the file), `benchmark`, `category`, `group`, `reference`, `answers`, and `turns`: what was said before the
+question, objects with `role` ("user", "assistant", in turn) and `content`.
 """
 
 import io
@@ -14,7 +15,7 @@ from typing import Any
 
 from davsp.benchmarks.source import SkippedWarning, fault
 from davsp.errors import DavspError
-from davsp.query import Query
+from davsp.query import Query, Turn, turns_fault
 from davsp.runtime.files import read_text, write_bytes, write_text
 
 NAME = "queries.jsonl"
@@ -77,7 +78,7 @@ def _query(file: Path, number: int, line: str, allow_outside: bool) -> Query:
         )
     if values.get("label") not in ("malicious", "benign"):
         raise DavspError(f'{where}: label must be "malicious" or "benign", not {values.get("label")!r}.')
-    for name in FIELDS - {"image", "answers"}:
+    for name in FIELDS - {"image", "answers", "turns"}:
         if name in values and not isinstance(values[name], str):
             raise DavspError(f"{where}: {name} must be a text, not {values[name]!r}.")
     if not values.get("id") or not values.get("question"):
@@ -98,7 +99,18 @@ def _query(file: Path, number: int, line: str, allow_outside: bool) -> Query:
     answers = values.pop("answers", [])
     if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
         raise DavspError(f"{where}: answers must be a list of texts, not {answers!r}.")
-    return Query(**{"benchmark": values["label"]} | values, image=image, answers=tuple(answers))
+    turns = _turns(where, values.pop("turns", []))
+    return Query(**{"benchmark": values["label"]} | values, image=image, answers=tuple(answers), turns=turns)
+
+
+def _turns(where: str, turns: Any) -> tuple[Turn, ...]:
+    keys, whole = {"role", "content"}, isinstance(turns, list)
+    if not whole or not all(isinstance(t, dict) and t.keys() == keys and isinstance(t["content"], str) for t in turns):
+        raise DavspError(f'{where}: turns must be a list of {{"role": "user", "content": "…"}}, not {turns!r}.')
+    read = tuple((str(turn["role"]), turn["content"]) for turn in turns)
+    if why := turns_fault(read):
+        raise DavspError(f"{where}: {why}; mend them.")
+    return read
 
 
 def save_queries(folder: str | Path, queries: Iterable[Query]) -> None:
@@ -106,6 +118,8 @@ def save_queries(folder: str | Path, queries: Iterable[Query]) -> None:
     folder, lines = Path(folder), []
     for query in queries:
         values = {f: getattr(query, f) for f in sorted(FIELDS) if getattr(query, f)}
+        if query.turns:
+            values["turns"] = [{"role": role, "content": text} for role, text in query.turns]
         if (picture := query.picture()) is not None:
             buffer = io.BytesIO()
             picture.save(buffer, "PNG")

@@ -24,6 +24,7 @@ from davsp.cli.options import (
     Seed,
     SplitFile,
 )
+from davsp.cli.own import OWN, PARTS, only_of_tables, own
 from davsp.cli.testset import folders, from_split, noted
 from davsp.errors import DavspError
 
@@ -36,9 +37,6 @@ TABLES = (
     "utility (Table 1), resistance (2), transfer (3), ablation (4), intervention (5), ecso (6), or all; and one setting at a "
     "time: sweep-padding, -layer, -lam, -margins, -data, -steps, -text, or sweeps; and gate and gate-kinds (docs/gate.md) and deep-alignment (docs/deep-alignment.md), one --seed a call"
 )
-
-OWN = ("gate", "gate-kinds", "deep-alignment")
-"""Tables that are not the paper's."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +93,12 @@ def reproduce(
         bool,
         typer.Option("--ecso/--no-ecso", help="Of gate: also ECSO and adaptive ECSO, which take most of the time."),
     ] = True,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Of deep-alignment: {', '.join(PARTS)} (docs/deep-alignment.md); left out: begun and depth."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what would be run, with calls and hours; load no model.")
     ] = False,
@@ -113,6 +117,8 @@ def reproduce(
 
     if not ecso and "gate" not in names:
         raise DavspError("--no-ecso goes with gate, which can do without ECSO's rows; leave it out.")
+    if part and "deep-alignment" not in names:
+        raise DavspError("--part goes with deep-alignment, which has several; leave it out.")
     if set(OWN) & set(names):
         unused = {
             "judge": judge, "grader_runs": grader_runs, "dry_run": dry_run, "per_call": per_call,
@@ -120,8 +126,8 @@ def reproduce(
         }  # fmt: skip
         for group in (methods, defender, access, requests, processes):
             unused |= changed(group)
-        _only_of_tables({name: value for name, value in unused.items() if name != "steps"})
-        _own(names, model, methods.steps, out, batch_size, seed, ecso, bool(benchmark or split))
+        only_of_tables({name: value for name, value in unused.items() if name != "steps"})
+        own(names, model, methods.steps, out, batch_size, seed, ecso, part, bool(benchmark or split))
         return
     tables, sweeps = _tables_and_sweeps(names)
     if not dry_run:
@@ -223,64 +229,6 @@ def _run(tables: list[str], sweeps: list[str], kit: "Kit", out: Path, seed: int,
         print((out / f"{name}.md").read_text())
     print((out / "claims.md").read_text())
     print(f"{out / 'tables.html'} has them all; .md, .csv and .tex lie beside it")
-
-
-def _only_of_tables(options: dict[str, Any]) -> None:
-    """Raise DavspError if an option is given that these tables do not know: it would be passed over for hours."""
-    if given := [
-        name.replace("_", "-")
-        for name, value in options.items()
-        if not (value is None or value is False or value == [])
-    ]:
-        raise DavspError(f"--{given[0]} goes with the paper's tables, not with {', '.join(OWN)}; leave it out.")
-
-
-def _own(
-    names: list[str], model: ModelOptions, steps: int | None, out: Path | None, batch_size: int, seed: int, ecso: bool,
-    published: bool,
-) -> None:  # fmt: skip
-    """The tables of davsp's own: they need more queries than a split of the published sets has, drawn for the models that ship alone."""
-    from davsp import embedded
-    from davsp.embedded.data import calibration
-    from davsp.embedded.ecso_templates import TEMPLATES
-    from davsp.embedded.recipes import TOKENS
-    from davsp.embedded.twins import sounding, twins
-    from davsp.experiments.deep import deep
-    from davsp.experiments.gate.kinds import kinds
-    from davsp.experiments.gate.run import SIZES
-    from davsp.experiments.gate.run import gate as run
-    from davsp.experiments.gate.twins import Twins
-
-    if len(names) > 1:
-        raise DavspError(f"{', '.join(OWN)} have folders of their own; make each apart from the tables.")
-    (table,) = names
-    if published or not is_shipped(model.name):
-        raise DavspError(
-            f"reproduce {table} is for the models that ship; take davsp train, gate and eval with your own queries."
-        )
-    name = (model.name or "davsp-mini").rstrip("/").split("/")[-1]
-    out = out or Path("out") / table / name
-    settings = embedded.SETTINGS.model_copy(update={"steps": steps} if steps else {})
-    if table == "gate-kinds":
-        kinds(
-            load_lvlm(model), out, text=embedded.SAFETY_TEXT, refusal_text=embedded.REFUSAL, settings=settings, seed=seed,
-            batch_size=batch_size,
-        )  # fmt: skip
-        print((out / "kinds.md").read_text())
-        return
-    if table == "deep-alignment":
-        deep(
-            load_lvlm(model), embedded.protocol(seed), out, text=embedded.SAFETY_TEXT, beginning=TOKENS["target"],
-            settings=settings, seed=seed, batch_size=batch_size,
-        )  # fmt: skip
-        print((out / "deep-alignment.md").read_text())
-        return
-    run(
-        load_lvlm(model), embedded.protocol(seed, **SIZES), calibration(seed), out, text=embedded.SAFETY_TEXT,
-        refusal_text=embedded.REFUSAL, settings=settings, templates=TEMPLATES, seed=seed, with_ecso=ecso,
-        batch_size=batch_size, twins=Twins(twins(seed, SIZES["harm"]), sounding(seed)),
-    )  # fmt: skip
-    print((out / "gate.md").read_text())
 
 
 def _published(sets: list[str], split: str | None) -> "Protocol":

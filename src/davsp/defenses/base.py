@@ -13,7 +13,7 @@ from torch import Tensor
 
 from davsp.errors import DavspError
 from davsp.lvlm import Answer, AnsweringLVLM, loaded
-from davsp.query import COST, Query, Response
+from davsp.query import COST, Query, Question, Response, turns_of
 from davsp.runtime.files import sha256_bytes, to_json
 from davsp.runtime.thought import split_thought
 from davsp.vector import HarmfulnessVector
@@ -26,9 +26,11 @@ class Defense(ABC):
 
     Attributes:
         name: of its row in tables, and in every response.
+        conversations: whether it takes queries with turns before their question.
     """
 
     name: str
+    conversations: bool = True
 
     def check(self, lvlm: AnsweringLVLM) -> None:  # noqa: B027  # most go with any model
         """Raises DavspError if the defense does not go with the model; asked before anything is answered."""
@@ -40,6 +42,23 @@ class Defense(ABC):
     @abstractmethod
     def prepare(self, queries: Sequence[Query]) -> list[Query]:
         """The queries as the LVLM is to see them, in the same order; the given ones are left as they are."""
+
+    def shown(self, queries: Sequence[Query]) -> list[Query]:
+        """As `prepare`, of conversations too: each message of a user is prepared as a query of its own, the first one with the picture.
+
+        So does `davsp serve`. A safety text stands in every message of the user, and what the model said stays as it is.
+        """
+        if not any(query.turns for query in queries):
+            return self.prepare(queries)
+        prepared = iter(self.prepare([message for query in queries for message in _messages(query)]))
+        return [_with(query, [next(prepared) for _ in _messages(query)]) for query in queries]
+
+    def outline(self, query: Query, size: tuple[int, int] | None) -> tuple[Question, tuple[int, int] | None]:
+        """As `sketch`, of conversations too: what the first call shows of a query, and (width, height) of its picture."""
+        first, *rest = _messages(query)
+        question, size = self.sketch(first.question, size)
+        messages = [replace(one, question=self.sketch(one.question, None)[0]) for one in rest]
+        return _with(query, [replace(first, question=question), *messages]).asked, size
 
     def sketch(self, question: str, size: tuple[int, int] | None) -> tuple[str, tuple[int, int] | None]:
         """The question that the first call shows, and (width, height) of its picture, without looking at the picture.
@@ -81,12 +100,12 @@ class Defense(ABC):
             DavspError: a picture can't be read, or the defense does not go with the model.
         """
         self.check(lvlm)
-        lvlm, prepared = self.asked(lvlm), self.prepare(queries)
+        lvlm, prepared = self.asked(lvlm), self.shown(queries)
         responses: dict[int, Response] = {}
         for batch in batches(prepared, batch_size):
             start = time.perf_counter()
             pictures = [picture for i in batch if (picture := prepared[i].picture()) is not None]
-            questions = [prepared[i].question for i in batch]
+            questions = [prepared[i].asked for i in batch]
             answers, projections = _answer(lvlm, pictures, questions, vector, max_new_tokens)
             seconds = (time.perf_counter() - start) / len(batch)
             for i, answer, projection in zip(batch, answers, projections, strict=True):
@@ -99,6 +118,19 @@ class Defense(ABC):
             if progress is not None:
                 progress(len(batch))
         return [responses[i] for i in range(len(queries))]
+
+
+def _messages(query: Query) -> list[Query]:
+    """What the user says, each message as a query of its own; the picture is in the first one."""
+    texts = [text for role, text in turns_of(query.asked) if role == "user"]
+    return [replace(query, question=text, turns=(), image=None if at else query.image) for at, text in enumerate(texts)]
+
+
+def _with(query: Query, messages: Sequence[Query]) -> Query:
+    """The query with its user's messages, as they were prepared, in place of those that it has."""
+    texts = iter([message.question for message in messages])
+    *turns, (_, question) = ((role, next(texts) if role == "user" else text) for role, text in turns_of(query.asked))
+    return replace(messages[0], question=question, turns=tuple(turns))
 
 
 def together(calls: Sequence[Response], final: Response, name: str) -> Response:
@@ -117,7 +149,7 @@ def batches(queries: Sequence[Query], size: int) -> list[list[int]]:
 def _answer(
     lvlm: AnsweringLVLM,
     pictures: list[Image.Image],
-    questions: list[str],
+    questions: list[Question],
     vector: HarmfulnessVector | None,
     max_new_tokens: int | None,
 ) -> tuple[list[Answer], list[float | None]]:

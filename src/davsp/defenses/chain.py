@@ -40,6 +40,7 @@ class Chain(Defense):
                 )
         self.defenses = list(defenses)
         self.name = "+".join(d.name for d in defenses) if name is None else name
+        self.conversations = all(defense.conversations for defense in defenses)
 
     def check(self, lvlm: AnsweringLVLM) -> None:
         for defense in self.defenses:
@@ -59,7 +60,7 @@ class Chain(Defense):
         """As every defense: the last one answers what the others have prepared."""
         self.check(lvlm)
         for defense in self.defenses[:-1]:
-            queries = defense.prepare(queries)
+            queries = defense.shown(queries)
         return [replace(r, defense=self.name) for r in self.defenses[-1].respond(lvlm, queries, *args, **options)]
 
     def describe(self) -> dict[str, Any]:

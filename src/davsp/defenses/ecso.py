@@ -31,7 +31,7 @@ from davsp.defenses.base import Defense, together
 from davsp.defenses.none import NoDefense
 from davsp.errors import DavspError
 from davsp.lvlm import LVLM, AnsweringLVLM
-from davsp.query import Query, Response
+from davsp.query import Query, Response, single
 from davsp.vector import HarmfulnessVector
 
 CUT = 1927  # characters of the answer that call 2 shows
@@ -81,6 +81,8 @@ class ECSO(Defense):
         DavspError: an unknown rule or follow.
     """
 
+    conversations = False  # its prompts have room for one question
+
     def __init__(
         self,
         inner: Defense | None = None,
@@ -127,6 +129,7 @@ class ECSO(Defense):
     ) -> list[Response]:
         """As every defense; seconds, calls and tokens are those of all calls together."""
         self.check(lvlm)
+        single(queries, self.name)
         max_new_tokens = max_new_tokens or lvlm.longest
         calls = [[r] for r in self.inner.respond(lvlm, queries, vector, batch_size, None, max_new_tokens)]
         later = self._later(queries)

@@ -28,7 +28,7 @@ from davsp.lvlm import LVLM, fingerprint, model_name
 from davsp.prompts import VisualSafetyPrompt
 from davsp.prompts.beside import texts
 from davsp.prompts.canaries import BENIGN, LEAST, MOST, Canaries, Refused, canaries_of
-from davsp.query import Query, Response
+from davsp.query import Query, Response, single
 
 ALPHA = 0.05
 SHARE = 0.5
@@ -93,7 +93,8 @@ def choose(
     Raises:
         DavspError: fewer than `LEAST` malicious ones are flipped; the sentence says how many of how many.
     """
-    prompt = prompt.quantised()
+    prompt, candidates = prompt.quantised(), list(candidates)
+    single(candidates, "a choice of canaries")
     kinds = {
         label: [q for q in candidates if q.label == label and q.image is not None] for label in ("malicious", "benign")
     }

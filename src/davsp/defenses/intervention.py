@@ -55,6 +55,7 @@ class Intervention(Defense):
             raise DavspError(f"Intervention needs a finite number as times or as to, not times={times} and to={to}")
         self.vector, self.times, self.to, self.answer, self.name = vector, times, to, answer, name
         self.inner = inner or NoDefense()
+        self.conversations = self.inner.conversations
 
     def check(self, lvlm: AnsweringLVLM) -> None:
         """Raises DavspError if the vector is of another model, or the model is on a server."""

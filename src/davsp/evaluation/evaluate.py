@@ -25,7 +25,7 @@ from davsp.judges.graders import Grader
 from davsp.judges.guard import end_help, help_judge
 from davsp.lvlm import AnsweringLVLM, model_facts, model_name, template_of, undefended
 from davsp.lvlm.templates import CHECKPOINT
-from davsp.query import Grade, Query, Response, Verdict, write_jsonl
+from davsp.query import Grade, Query, Response, Verdict, turns_fault, write_jsonl
 from davsp.runtime import parallel
 from davsp.runtime.files import alone, write_json
 from davsp.runtime.progress import bar as progress_bar
@@ -158,6 +158,7 @@ def _answers(
         "template": None if template_of(lvlm) == CHECKPOINT else template_of(lvlm),  # older runs know of none
         "reasoning_tags": None if lvlm.reasoning_tags == TAGS else lvlm.reasoning_tags,  # older runs know of none
         "prefill": facts.get("prefill"),  # older runs know of none
+        "barred": facts.get("barred"),  # older runs know of none
         "undefended_picture": None,
     } | undefended.in_records(lvlm, queries)
     described = {name: defense.describe() for name, defense in defenses.items()}
@@ -183,11 +184,11 @@ def _answers(
 
 
 def planned(queries: Sequence[Query]) -> list[Query]:
-    """The order in which queries are answered: with a picture before those without, the longest question first.
+    """The order in which queries are answered: with a picture before those without, the longest question (or conversation) first.
 
     So a batch has little padding, and what takes most memory comes at once. The same for every model and defense.
     """
-    return sorted(queries, key=lambda q: (q.image is None, -len(q.question)))
+    return sorted(queries, key=lambda q: (q.image is None, -len(q.told)))
 
 
 def _answer(
@@ -244,6 +245,17 @@ def _check(queries: Sequence[Query], defenses: Mapping[str, Defense]) -> None:
         if q.id in seen:
             raise DavspError(f"the query id {q.id!r} is there twice; make the ids unique")
         seen.add(q.id)
+        if q.turns:
+            _check_turns(q, defenses)
+
+
+def _check_turns(query: Query, defenses: Mapping[str, Defense]) -> None:
+    if why := turns_fault(query.turns):
+        raise DavspError(f"query {query.id!r}: {why}; mend them")
+    if name := next((name for name, defense in defenses.items() if not defense.conversations), None):
+        raise DavspError(
+            f"query {query.id!r} has turns before its question, and {name} takes single questions; leave one of the two out"
+        )
 
 
 def _vector_hash(vector: HarmfulnessVector | None) -> str | None:

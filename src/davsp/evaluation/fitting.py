@@ -53,7 +53,7 @@ def _unfit(lvlm: LVLM, defenses: Mapping[str, Defense], query: Query, max_new_to
         size = query.size()
         for name, defense in defenses.items():
             where = f"under {name}"
-            defense.asked(lvlm).check_query(*defense.sketch(query.question, size), max_new_tokens)
+            defense.asked(lvlm).check_query(*defense.outline(query, size), max_new_tokens)
     except DavspError as error:
         return f"{where}: {error}"
     return ""

@@ -23,10 +23,10 @@ PLACES = re.compile(r"\{(answer|question|reference|context|behaviour)\}")
 def values_of(query: Query) -> dict[str, str]:
     """What stands in a template's places: `behaviour` is the request in plain words, wherever the picture holds it."""
     return {
-        "question": query.question,
+        "question": query.told,
         "reference": query.reference,
         "context": query.context,
-        "behaviour": query.context or query.question,
+        "behaviour": query.context or query.told,
     }
 
 

@@ -31,7 +31,7 @@ def verdicts_of(queries: Sequence[Query], responses: Sequence[Response], judge: 
     name = judge_name(judge)
     verdicts: list[Verdict] = []
     for q, r in items:
-        label, reason = judge(r.text, q.question) if not r.cut else ("unscored", CUT)
+        label, reason = judge(r.text, q.told) if not r.cut else ("unscored", CUT)
         if label not in ("safe", "unsafe", "unscored"):
             label, reason = "unscored", f"the judge said {label!r}, which is no verdict"
         verdicts.append(Verdict(r.query_id, r.defense, name, label, reason))

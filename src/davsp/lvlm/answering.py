@@ -7,6 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from davsp.errors import DavspError
+from davsp.query import Question
 from davsp.runtime.thought import Tags
 
 NO_STATES = (
@@ -91,12 +92,12 @@ class AnsweringLVLM(Protocol):
         """Pictures as this model's `ask` takes them: a tensor or a list of them here, PNG files for a server."""
         ...
 
-    def ask(self, canvas: Any, questions: Sequence[str], max_new_tokens: int | None = None) -> list[Answer]:
+    def ask(self, canvas: Any, questions: Sequence[Question], max_new_tokens: int | None = None) -> list[Answer]:
         """The greedy answers in the order of the questions.
 
         Args:
             canvas: what `preprocess` gave for one picture a question; None for questions in words only.
-            questions: as the model is to read them, any safety text included.
+            questions: as the model is to read them, any safety text included; a conversation has the picture in its first turn.
             max_new_tokens: an answer is cut there; None: at `longest`.
 
         Raises:
@@ -104,7 +105,7 @@ class AnsweringLVLM(Protocol):
         """
         ...
 
-    def likely(self, canvas: Any, questions: Sequence[str], max_new_tokens: int, top: int) -> list[Answer]:
+    def likely(self, canvas: Any, questions: Sequence[Question], max_new_tokens: int, top: int) -> list[Answer]:
         """As `ask`, each answer with its tokens, and with each of these the `top` likeliest at its place."""
         ...
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from davsp.errors import DavspError
 from davsp.lvlm.templates import CHECKPOINT, TEMPLATES, TURN, named, names_read
+from davsp.query import Question, as_text, turns_of
 from davsp.runtime.thought import Tags
 
 A = TypeVar("A", bound="Asking")
@@ -22,6 +23,8 @@ Size = tuple[int, int]
 
 PROBE = "a \"b\"\nc 'd'"
 """A question that looks otherwise in a list or a JSON text: some templates print what they cannot read."""
+
+PROBE_TURNS = (("user", PROBE), ("assistant", f"{PROBE} e"), ("user", f"{PROBE} f"))
 
 HELPERS = ("raise_exception", "strftime_now")
 """Functions that transformers gives every template."""
@@ -77,11 +80,11 @@ class Asking:
     def keep_prompts(self) -> None:
         """Keep what was tokenised: a training run asks the same questions again."""
         self._prompt_ids = lru_cache(maxsize=16384)(self._tokenise)
-        self._check_template = lru_cache(maxsize=2)(self._rendered)
+        self._check_template = lru_cache(maxsize=4)(self._rendered)
 
     def encode(
         self,
-        questions: Sequence[str],
+        questions: Sequence[Question],
         images: bool | Sequence[Size | None],
         answers: Sequence[str | None] | None = None,
         padding_side: Literal["right", "left"] = "right",
@@ -90,8 +93,8 @@ class Asking:
         """Questions in the checkpoint's chat template, with answer and end token after it where one is given.
 
         Args:
-            questions: as the user types them.
-            images: whether a picture on the native canvas stands before each, or height and width of that picture; None: none.
+            questions: as the user types them, alone or in a conversation.
+            images: whether a picture on the native canvas stands before each (in the first turn), or height and width of that picture; None: none.
             answers: what follows; None for a row without.
             padding_side: right for training and states, left for generation.
             end_token: False leaves it out after an answer.
@@ -128,13 +131,13 @@ class Asking:
         prompt = self.prompt("a", False).rstrip()
         return next((opening for opening, _ in self.reasoning_tags if opening and prompt.endswith(opening)), "")
 
-    def prompt(self, question: str, has_image: bool) -> str:
-        """The question in the checkpoint's chat template, with one placeholder where the picture stands.
+    def prompt(self, question: Question, has_image: bool) -> str:
+        """The question, or the conversation, in the checkpoint's chat template, with one placeholder where the picture stands.
 
         Raises:
-            DavspError: the template does not show the question as it is.
+            DavspError: the template does not show the question as it is, or knows one turn only.
         """
-        self._check_template(PROBE, has_image)
+        self._check_template(PROBE if isinstance(question, str) else PROBE_TURNS, has_image)
         return self._rendered(question, has_image)
 
     def takes_templates(self) -> bool:
@@ -205,9 +208,11 @@ class Asking:
             "(--template)"
         )
 
-    def _rendered(self, question: str, has_image: bool) -> str:
-        content = [{"type": "image"}] * has_image + [{"type": "text", "text": question}]
-        messages = [{"role": "user", "content": content}]
+    def _rendered(self, question: Question, has_image: bool) -> str:
+        turns = turns_of(question)
+        contents = [[{"type": "text", "text": text}] for _, text in turns]
+        contents[0] = [{"type": "image"}] * has_image + contents[0]
+        messages = [{"role": role, "content": content} for (role, _), content in zip(turns, contents, strict=True)]
         try:
             text = str(
                 self.tokenizer.apply_chat_template(
@@ -215,29 +220,38 @@ class Asking:
                 )
             )
         except Exception as error:  # a template is a program: TemplateError, TypeError, UndefinedError…
-            raise self._no_template(f"it fails: {error}") from error
-        if question.strip() not in text:
-            raise self._no_template(f"it makes {text[-200:]!r} of {question[:80]!r}")
+            raise self._no_template(f"it fails: {error}", len(turns)) from error
+        at = 0
+        for _, said in turns:  # in their order, each behind the one before
+            at = text.find(said.strip(), at) + len(said.strip())
+            if at < len(said.strip()):
+                raise self._no_template(f"it makes {text[-200:]!r} of {said[:80]!r}", len(turns))
         return text.replace(*self.picture_text) if has_image and self.picture_text else text
 
-    def _no_template(self, why: str) -> DavspError:
+    def _no_template(self, why: str, turns: int = 1) -> DavspError:
+        if turns > 1:
+            return DavspError(
+                f"the chat template of {self.model_id} cannot show a conversation of {turns} turns ({why}); ask single questions, or "
+                "put a template that can into chat_template.jinja in its folder"
+            )
         return DavspError(
             f"the chat template of {self.model_id} cannot show a question as it is ({why}); put the template of its "
             "processor into chat_template.jinja in its folder"
         )
 
-    def _tokenise(self, question: str, size: Size | None) -> tuple[int, ...]:
+    def _tokenise(self, question: Question, size: Size | None) -> tuple[int, ...]:
         has_image = size is not None
         ids = self._text_ids(self.prompt(question, has_image))
         token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
         marker = self.picture_text[0] if self.picture_text else token
-        wrong = ids.count(self.image_token_id) != int(has_image)
-        if (wrong and token in question) or (marker != token and marker in question):
-            held = token if token in question else marker
-            raise DavspError(f"the question holds the image placeholder {held}; take it out: {question[:80]!r}")
+        wrong, said = ids.count(self.image_token_id) != int(has_image), as_text(question)
+        if (wrong and token in said) or (marker != token and marker in said):
+            held = token if token in said else marker
+            raise DavspError(f"the question holds the image placeholder {held}; take it out: {said[:80]!r}")
         if wrong:
             raise self._no_template(
-                f"{int(has_image)} pictures are {ids.count(self.image_token_id)} times {token} there"
+                f"{int(has_image)} pictures are {ids.count(self.image_token_id)} times {token} there",
+                len(turns_of(question)),
             )
         if size is None:
             return tuple(ids)
@@ -258,11 +272,11 @@ class Asking:
             ids = [*ids, self.image_token_id, *piece[begins:]]
         return list(ids)
 
-    def check_query(self, question: str, size: tuple[int, int] | None, answer_tokens: int) -> None:
+    def check_query(self, question: Question, size: tuple[int, int] | None, answer_tokens: int) -> None:
         """Raises DavspError unless the model can take a question and a picture of (width, height), and has room for the answer."""
         self._check_length(question, self.prompt_size(question, size)[0], answer_tokens)
 
-    def prompt_size(self, question: str, size: tuple[int, int] | None) -> tuple[int, int]:
+    def prompt_size(self, question: Question, size: tuple[int, int] | None) -> tuple[int, int]:
         """Tokens of a prompt with a picture of (width, height), and how many of these stand for the picture.
 
         Raises:
@@ -271,11 +285,11 @@ class Asking:
         seen = None if size is None else self.seen(*size)
         return len(self._prompt_ids(question, seen)), self.image_tokens(*seen) if seen else 0
 
-    def _check_length(self, question: str, prompt_tokens: int, answer_tokens: int) -> None:
+    def _check_length(self, question: Question, prompt_tokens: int, answer_tokens: int) -> None:
         if self.positions is not None and prompt_tokens + answer_tokens > self.positions:
             raise DavspError(
                 f"prompt and answer take up to {prompt_tokens} + {answer_tokens} tokens, but {self.model_id} has "
-                f"{self.positions} positions; shorten the question {question[:60]!r}, or the answers (max_new_tokens)"
+                f"{self.positions} positions; shorten the question {as_text(question)[:60]!r}, or the answers (max_new_tokens)"
             )
 
     def _answer_ids(self, answer: str | None, end_token: bool) -> list[int]:

@@ -26,7 +26,7 @@ from davsp.lvlm.hooks import catching, wide
 from davsp.lvlm.loading import chat_template, check_format, load_weights, make_greedy, processor_file
 from davsp.lvlm.templates import CHECKPOINT
 from davsp.lvlm.undefended import chosen
-from davsp.query import flatten
+from davsp.query import Question, flatten
 from davsp.runtime.thought import TAGS, Tags
 
 
@@ -57,6 +57,7 @@ class LVLM(Generating):
         server: None: it is loaded here (`AnsweringLVLM`).
         steer: how `generate` steers where nothing else is said; None: not at all (`steered`).
         beginning: with what every answer is made to begin; empty: with nothing (`begun`).
+        barred: tokens with which no answer begins (`without`).
         reasoning_tags: what stands around its thoughts (`AnsweringLVLM`).
         attention: the `attn_implementation` that was asked for; None: transformers' choice.
         longest: where an answer is cut (`AnsweringLVLM`); `davsp.embedded.load` sets it for the models that ship.
@@ -276,7 +277,9 @@ class LVLM(Generating):
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
-    def states(self, canvas: Canvas | None, questions: Sequence[str], layers: Sequence[int]) -> Float[Tensor, "b l d"]:
+    def states(
+        self, canvas: Canvas | None, questions: Sequence[Question], layers: Sequence[int]
+    ) -> Float[Tensor, "b l d"]:
         """Hidden state of the last prompt token at each of `layers`; computes no deeper than the deepest.
 
         Equal to `output_hidden_states=True` (checked in the tests). Gradient flows only if `canvas` requires it.
@@ -295,7 +298,7 @@ class LVLM(Generating):
     def step(
         self,
         canvas: Canvas | None,
-        questions: Sequence[str],
+        questions: Sequence[Question],
         layer: int,
         answers: Sequence[str | None] | None = None,
         end_token: bool = True,

@@ -15,6 +15,7 @@ from davsp.lvlm.answering import Answer, answer_length
 from davsp.lvlm.asking import Asking, Size, Tokens
 from davsp.lvlm.hooks import Steer, steering
 from davsp.lvlm.likelihood import spoken
+from davsp.query import Question
 
 # Finished pictures in [0, 1]: a batch of one size, or one by one where they keep sizes of their own.
 Canvas = Float[Tensor, "b 3 h w"] | list[Float[Tensor, "3 _ _"]]
@@ -28,6 +29,7 @@ class Generating(Asking):
     Attributes:
         steer: how `generate` steers where nothing else is said; None: not at all (`steered`).
         beginning: with what every answer is made to begin; empty: with nothing (`begun`).
+        barred: tokens with which no answer begins (`without`).
         longest: where an answer is cut (`AnsweringLVLM`); `davsp.embedded.load` sets it for the models that ship.
         the others: as in `LVLM`, which sets them.
     """
@@ -36,6 +38,7 @@ class Generating(Asking):
     layers: Any
     steer: Steer | None = None
     beginning: str = ""
+    barred: tuple[int, ...] = ()
     longest: int = answer_length(shipped=False)
 
     def inputs(self, tokens: Tokens, canvas: Canvas | None, masked: bool = False) -> dict[str, Any]:
@@ -46,7 +49,7 @@ class Generating(Asking):
         """Height and width of each canvas, as `encode` wants them; False without a picture."""
         raise NotImplementedError
 
-    def check_query(self, question: str, size: tuple[int, int] | None, answer_tokens: int) -> None:
+    def check_query(self, question: Question, size: tuple[int, int] | None, answer_tokens: int) -> None:
         """As `Asking` has it; how the answer is made to begin takes room, too."""
         begun = len(self._answer_ids(self.beginning, False)) if self.beginning else 0
         super().check_query(question, size, begun + answer_tokens)
@@ -58,7 +61,7 @@ class Generating(Asking):
     def generate(
         self,
         canvas: Canvas | None,
-        questions: Sequence[str],
+        questions: Sequence[Question],
         max_new_tokens: int | None = None,
         steer: tuple[int, Tensor] | Steer | None = None,
     ) -> list[str]:
@@ -79,7 +82,7 @@ class Generating(Asking):
     def completions(
         self,
         canvas: Canvas | None,
-        questions: Sequence[str],
+        questions: Sequence[Question],
         max_new_tokens: int | None = None,
         steer: tuple[int, Tensor] | Steer | None = None,
     ) -> list[tuple[str, str]]:
@@ -94,7 +97,7 @@ class Generating(Asking):
     def _generated(
         self,
         canvas: Canvas | None,
-        questions: Sequence[str],
+        questions: Sequence[Question],
         max_new_tokens: int,
         steer: tuple[int, Tensor] | Steer | None = None,
         logits: bool = False,
@@ -116,6 +119,7 @@ class Generating(Asking):
             max_new_tokens=max_new_tokens,
             pad_token_id=self.pad_token_id,
             eos_token_id=self._ends(),
+            begin_suppress_tokens=list(self.barred) or None,
             return_dict_in_generate=True,
             output_logits=logits,
         )
@@ -181,11 +185,21 @@ class Generating(Asking):
         other.beginning = beginning
         return other
 
-    def ask(self, canvas: Canvas | None, questions: Sequence[str], max_new_tokens: int | None = None) -> list[Answer]:
+    def without(self: G, words: str) -> G:
+        """The same model, no answer of which begins with the first token of this text: what does it say where it would have said that?"""
+        other = copy(self)
+        other.barred = (*self.barred, self._answer_ids(words, False)[0])
+        return other
+
+    def ask(
+        self, canvas: Canvas | None, questions: Sequence[Question], max_new_tokens: int | None = None
+    ) -> list[Answer]:
         """What `completions` gives, and what each answer took. Tokens are counted as the model sees them, without padding."""
         return self._answers(canvas, questions, self.completions(canvas, questions, max_new_tokens=max_new_tokens))
 
-    def likely(self, canvas: Canvas | None, questions: Sequence[str], max_new_tokens: int, top: int) -> list[Answer]:
+    def likely(
+        self, canvas: Canvas | None, questions: Sequence[Question], max_new_tokens: int, top: int
+    ) -> list[Answer]:
         """As `ask`, in the same pass with the tokens of each answer but the one that ends it, and the `top` likeliest at each place."""
         said, logits = self._generated(canvas, questions, max_new_tokens, logits=True)
         answers = self._answers(canvas, questions, self._texts(said))
@@ -196,7 +210,7 @@ class Generating(Asking):
         return [answer._replace(tokens=some) for answer, some in zip(answers, tokens, strict=True)]
 
     def _answers(
-        self, canvas: Canvas | None, questions: Sequence[str], said: Sequence[tuple[str, str]]
+        self, canvas: Canvas | None, questions: Sequence[Question], said: Sequence[tuple[str, str]]
     ) -> list[Answer]:
         """Texts and finishes with what they took."""
         sizes: Sequence[Size | None] = self.sizes(canvas) or [None] * len(said)

@@ -42,6 +42,8 @@ def model_facts(lvlm: AnsweringLVLM) -> dict[str, Any]:
         facts["attn_implementation"] = attention
     if beginning := beginning_of(lvlm):
         facts["prefill"] = beginning
+    if isinstance(lvlm, LVLM) and lvlm.barred:
+        facts["barred"] = list(lvlm.barred)
     if isinstance(lvlm, LVLM) and lvlm.overridden:
         facts["generation_config_overridden"] = lvlm.overridden
     return facts

@@ -17,7 +17,7 @@ from davsp.errors import DavspError
 from davsp.lvlm.answering import NO_STATES, Answer, Token, answer_length, check_square
 from davsp.lvlm.hooks import Steer
 from davsp.lvlm.templates import named
-from davsp.query import flatten
+from davsp.query import Question, as_text, flatten, turns_of
 from davsp.runtime.client import Client, Failure
 from davsp.runtime.pictures import part, png
 from davsp.runtime.replies import one_line, told, writable
@@ -112,7 +112,7 @@ class RemoteLVLM:
     def generate(
         self,
         canvas: list[bytes] | None,
-        questions: Sequence[str],
+        questions: Sequence[Question],
         max_new_tokens: int | None = None,
         steer: tuple[int, Tensor] | Steer | None = None,
     ) -> list[str]:
@@ -126,19 +126,19 @@ class RemoteLVLM:
         return [answer.text for answer in self.ask(canvas, questions, max_new_tokens)]
 
     def ask(
-        self, canvas: list[bytes] | None, questions: Sequence[str], max_new_tokens: int | None = None
+        self, canvas: list[bytes] | None, questions: Sequence[Question], max_new_tokens: int | None = None
     ) -> list[Answer]:
         """As `generate`, with the prompt tokens that the server counted; it does not tell which of them are a picture's."""
         return self._asked(canvas, questions, max_new_tokens or self.longest, {})
 
     def likely(
-        self, canvas: list[bytes] | None, questions: Sequence[str], max_new_tokens: int, top: int
+        self, canvas: list[bytes] | None, questions: Sequence[Question], max_new_tokens: int, top: int
     ) -> list[Answer]:
         """As `ask`, with the tokens as far as the server tells them; there are none of an answer where it does not."""
         return self._asked(canvas, questions, max_new_tokens, {"logprobs": True, "top_logprobs": top})
 
     def _asked(
-        self, canvas: list[bytes] | None, questions: Sequence[str], max_new_tokens: int, more: dict[str, Any]
+        self, canvas: list[bytes] | None, questions: Sequence[Question], max_new_tokens: int, more: dict[str, Any]
     ) -> list[Answer]:
         if canvas is not None and len(canvas) != len(questions):
             raise ValueError(f"{len(canvas)} pictures for {len(questions)} questions")
@@ -152,7 +152,7 @@ class RemoteLVLM:
         def keep(key: str, read: tuple[Answer, Any] | Failure) -> None:
             if isinstance(read, Failure):
                 raise DavspError(
-                    f"the model's server gave no answer to {questions[int(key)][:60]!r} ({read.reason}); "
+                    f"the model's server gave no answer to {as_text(questions[int(key)])[:60]!r} ({read.reason}); "
                     "mend the server and run again to go on."
                 )
             answers[key], written[key] = read
@@ -198,16 +198,16 @@ class RemoteLVLM:
         """Raises DavspError: what a server does not give cannot be changed."""
         raise DavspError(NO_STATES)
 
-    def _body(self, question: str, picture: bytes | None, max_new_tokens: int) -> dict[str, Any]:
+    def _body(self, question: Question, picture: bytes | None, max_new_tokens: int) -> dict[str, Any]:
         """Greedy, as `LVLM.generate`: a server would else take sampling and penalties from the checkpoint's settings."""
-        content: Any = question
+        messages: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in turns_of(question)]
         if picture is not None:
-            content = [part(picture), {"type": "text", "text": question}]
+            messages[0]["content"] = [part(picture), {"type": "text", "text": messages[0]["content"]}]
         told = {"chat_template_kwargs": self.template_kwargs} if self.template_kwargs else {}
         return (
             {
                 "model": self.model_id,
-                "messages": [{"role": "user", "content": content}],
+                "messages": messages,
                 "max_tokens": max_new_tokens,
                 "temperature": 0.0,
                 "top_p": 1.0,

@@ -118,8 +118,8 @@ def _url(query: Query) -> str:
 
 
 def _facts(query: Query) -> dict[str, Any]:
-    """The query without its picture, as JSON."""
-    return {field.name: getattr(query, field.name) for field in fields(query) if field.name != "image"}
+    """The query without its picture, as JSON; those of the published sets have no turns."""
+    return {field.name: getattr(query, field.name) for field in fields(query) if field.name not in ("image", "turns")}
 
 
 def _query(facts: dict[str, Any]) -> Query:

@@ -176,4 +176,4 @@ def _example(query: Query, evaluation: Evaluation, shown: Defense, defense: str,
 
     before, after = pick(evaluation.responses[baseline]), pick(evaluation.responses[defense])
     verdicts = pick(evaluation.verdicts[baseline]), pick(evaluation.verdicts[defense])
-    return Example(query, shown.prepare([query])[0], before, after, *verdicts)
+    return Example(query, shown.shown([query])[0], before, after, *verdicts)

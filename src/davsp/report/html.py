@@ -195,7 +195,7 @@ def _shown(example: Example, show_unsafe: bool) -> dict[str, Any]:
     return {
         "query": q,
         "kind": " · ".join(x for x in (BENCHMARKS.get(q.benchmark, q.benchmark), q.category) if x),
-        "defended_question": example.defended.question,
+        "defended_question": example.defended.told,
         "picture": None if picture is None else uri(picture),
         "canvas": None if canvas is None else uri(canvas),
         "before": _answer(q, example.before, example.before_verdict, show_unsafe),

@@ -14,7 +14,7 @@ from PIL import Image
 from davsp.defenses import Chain, Defense
 from davsp.lvlm import Answer
 from davsp.lvlm.remote import RemoteLVLM, read_answer
-from davsp.query import Query
+from davsp.query import Query, Question
 from davsp.runtime.client import Failure
 from davsp.serve.messages import without_pictures
 from davsp.serve.refusals import Refusal, bad
@@ -65,7 +65,7 @@ class UpstreamLVLM(RemoteLVLM):
             self.asked.cancel()
 
     def ask(
-        self, canvas: list[bytes] | None, questions: Sequence[str], max_new_tokens: int | None = None
+        self, canvas: list[bytes] | None, questions: Sequence[Question], max_new_tokens: int | None = None
     ) -> list[Answer]:
         """One after the other: it is one request's questions.
 
@@ -78,7 +78,7 @@ class UpstreamLVLM(RemoteLVLM):
             for question, picture in zip(questions, pictures, strict=True)
         ]
 
-    def _ask(self, question: str, picture: bytes | None, max_new_tokens: int) -> Answer:
+    def _ask(self, question: Question, picture: bytes | None, max_new_tokens: int) -> Answer:
         body = self._body(question, picture, max_new_tokens) | self.more
         body["messages"] = [*self.before, *body["messages"]]
         sweep(body | {"messages": without_pictures(body["messages"])})  # the model's own words stand in it, too

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from davsp.errors import DavspError
 from davsp.prompts.base import Prompt
-from davsp.query import Query
+from davsp.query import Query, single
 from davsp.runtime.files import sha256_bytes
 from davsp.training.augment import Change
 
@@ -81,6 +81,7 @@ def prepare(prompt: Prompt, queries: Sequence[Query], answer: Callable[[Query], 
     Raises:
         DavspError: a query has no picture; a prompt can't act on it.
     """
+    single(queries, "training")
     interiors = []
     for query in queries:
         picture = query.picture()

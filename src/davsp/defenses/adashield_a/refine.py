@@ -34,7 +34,7 @@ from davsp.judges.keyword import keyword
 from davsp.judges.keyword_lists import ADASHIELD
 from davsp.lvlm import AnsweringLVLM, fingerprint, template_record
 from davsp.lvlm.undefended import in_records
-from davsp.query import Query
+from davsp.query import Query, single
 from davsp.runtime import journal
 from davsp.runtime.files import alone, write_json
 from davsp.runtime.progress import bar
@@ -105,6 +105,7 @@ def make_pool(
         DavspError: a scenario with too few queries; the defender or the model's server fails; a file of another run; no prompt passed.
         Interrupted: Ctrl-C; what was done is kept.
     """
+    single(malicious, "a pool of prompts")
     with alone(out):
         rows, queries, identity = _search(
             lvlm, malicious, defender, settings, out, resume, console or Console(quiet=True)

@@ -91,6 +91,7 @@ class Gate(Defense):
         self.inner, self.kind, self.calibration, self.tokens = inner, kind, calibration, tokens
         self.served = served if kind == "first" else None
         self.else_ = else_ or NoDefense()
+        self.conversations = inner.conversations and self.else_.conversations
         self.name = name or f"gate:{kind}+{inner.name}"
 
     @property
@@ -188,7 +189,7 @@ class Gate(Defense):
         """Scores of `states` or `first` in the order of the queries; above the threshold is refused."""
         scores: dict[int, float] = {}
         for batch in batches(queries, batch_size):
-            _, some = self._scores(lvlm, self.inner.prepare([queries[i] for i in batch]))
+            _, some = self._scores(lvlm, self.inner.shown([queries[i] for i in batch]))
             scores |= dict(zip(batch, some, strict=True))
         return [scores[i] for i in range(len(queries))]
 
@@ -205,12 +206,12 @@ class Gate(Defense):
             return self._by_token(lvlm, queries, start)
         model, calibration = loaded(lvlm, NO_STATES), self.calibration
         assert calibration is not None
-        prepared = self.inner.prepare(queries)
+        prepared = self.inner.shown(queries)
         seen, scores = self._scores(model, prepared)
         seconds = (time.perf_counter() - start) / len(queries)
         looked = []
         for query, projection, score in zip(prepared, seen.projection.tolist(), scores, strict=True):
-            cost = model.prompt_size(query.question, query.size())
+            cost = model.prompt_size(query.asked, query.size())
             refusal = Response(query.id, self.name, calibration.refusal_text, projection, seconds, 1, *cost)
             looked.append(Looked(score > self.line.threshold, refusal))
         return looked
@@ -219,7 +220,7 @@ class Gate(Defense):
         """What a server tells of the first token."""
         served = self.served
         assert served is not None
-        answers = likely(lvlm, self.inner.prepare(queries), served.top)
+        answers = likely(lvlm, self.inner.shown(queries), served.top)
         scores = [refusal_odds(lvlm, answer, served.refusal_text) for answer in answers]
         seconds, looked = (time.perf_counter() - start) / len(queries), []
         for query, answer, one in zip(queries, answers, scores, strict=True):
@@ -232,7 +233,7 @@ class Gate(Defense):
         """What the pass shows of one batch, and the scores made of it."""
         pictures = [picture for query in prepared if (picture := query.picture()) is not None]
         canvas = lvlm.preprocess(pictures) if pictures else None
-        seen = look(lvlm, canvas, [query.question for query in prepared], *self._sought())
+        seen = look(lvlm, canvas, [query.asked for query in prepared], *self._sought())
         return seen, [float(score) for score in self._weighed(seen)]
 
     def excess(self, lvlm: LVLM, canvas: Canvas, questions: Sequence[str]) -> Float[Tensor, " b"]:

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from davsp.lvlm import LVLM, Canvas
+from davsp.query import Question
 
 RIDGE = 1e-3
 
@@ -32,7 +33,7 @@ class Look(NamedTuple):
 def look(
     lvlm: LVLM,
     canvas: Canvas | None,
-    questions: Sequence[str],
+    questions: Sequence[Question],
     layer: int,
     direction: Float[Tensor, " d"],
     refusal: str | None = None,
@@ -55,7 +56,7 @@ def look(
 def look_at(
     lvlm: LVLM,
     canvas: Canvas | None,
-    questions: Sequence[str],
+    questions: Sequence[Question],
     layer: int,
     direction: Float[Tensor, " d"],
     refusal: str | None = None,

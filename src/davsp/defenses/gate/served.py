@@ -72,7 +72,7 @@ def likely(lvlm: AnsweringLVLM, prepared: Sequence[Query], top: int) -> list[Ans
     """The first tokens of the answers to one batch of defended queries."""
     pictures = [picture for query in prepared if (picture := query.picture()) is not None]
     canvas = lvlm.preprocess(pictures) if pictures else None
-    return lvlm.likely(canvas, [query.question for query in prepared], TOKENS, top)
+    return lvlm.likely(canvas, [query.asked for query in prepared], TOKENS, top)
 
 
 def calibrate_served(

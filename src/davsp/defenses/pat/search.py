@@ -15,7 +15,7 @@ from davsp.errors import DavspError
 from davsp.judges.keyword import withheld
 from davsp.lvlm import LVLM
 from davsp.lvlm.onehot import answer_losses, token_gradient, token_ids, token_span
-from davsp.query import Query
+from davsp.query import Query, single
 
 SPEAKERS = ("user:", "assistant:")  # one word each in the embedded vocabulary
 
@@ -197,6 +197,7 @@ def allowed_tokens(lvlm: LVLM, ascii_only: bool = True) -> Bool[Tensor, " v"]:
 
 
 def rows_of(lvlm: LVLM, queries: Sequence[Query], answers: list[str]) -> Rows:
+    single(queries, "PAT")
     canvases = []
     for query in queries:
         picture = query.picture()

@@ -54,15 +54,18 @@ def kinds_of(split: str) -> tuple[str, ...]:
 SPLITS = (*("+".join(seen) for seen in itertools.combinations(HARD, 2)), ALL)
 
 
-def seen_only(seed: int, seen: Sequence[str]) -> Protocol:
+def seen_only(seed: int, seen: Sequence[str], **sizes: int) -> Protocol:
     """The protocol with malicious training and sweep queries of some hard kinds alone, as many of each, and of no other kind.
 
     The vector is made of fully covered kinds as ever, and the test has malicious queries of the four hard kinds alone.
 
+    Args:
+        sizes: of the test, in place of `SIZES`.
+
     Raises:
         DavspError: a kind that no pair of a part has.
     """
-    data = protocol(seed, train=TRAIN, sweep=SWEEP, **SIZES)
+    data = protocol(seed, train=TRAIN, sweep=SWEEP, **(sizes or SIZES))
     hard = [q for q in data.test if q.label == "benign" or q.category in HARD]
     return replace(
         data, sweep_malicious=of_kinds(seed, "sweep", seen, SWEEP), train_malicious=of_kinds(seed, "train", seen, TRAIN), test=hard

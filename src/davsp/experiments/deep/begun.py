@@ -1,8 +1,6 @@
-"""`davsp reproduce deep-alignment`: is a border that was supervised in the activations deeper than one supervised by answers alone?
+"""Answers that are made to begin with words of compliance: "a few tokens deep", or not.
 
-The paper says so (its Table 4 and the words "shallow alignment"). Three borders differ in nothing but the objective: the hinge on the
-projection, the cross-entropy of answers, or both. All are asked the same queries, first as they are, then with answers that are made to
-begin with more and more words of compliance. One seed a call; all seeds that lie in the model's folder are pooled.
+All borders are asked the same queries, first as they are, then with answers that are made to begin with more and more words.
 
 out/seed-N/prompts/OBJECTIVE   the borders
 out/seed-N/begun-K/            a run as `davsp eval --prefill` leaves it, with the first K words of the beginning; a killed one goes on
@@ -11,34 +9,38 @@ out/deep-alignment.md, manifest.json
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from davsp import metrics
-from davsp.defenses import Defense, NoDefense, VisualPrompt
 from davsp.evaluation import evaluate
-from davsp.experiments.cells import points, rate
-from davsp.experiments.stages import Stages, fitted_vector, trained_prompt
+from davsp.experiments.cells import rate
+from davsp.experiments.deep.borders import (
+    MANIFEST,
+    TITLES,
+    Outcomes,
+    borders,
+    compared,
+    difference,
+    keep,
+    kept,
+    unmoved,
+)
+from davsp.experiments.stages import Stages, fitted_vector
 from davsp.lvlm import LVLM, fingerprint, model_name
 from davsp.metrics import Outcome
-from davsp.prompts import VisualSafetyPrompt
-from davsp.runtime.files import manifest, read_json, write_json, write_text
+from davsp.runtime.files import manifest, write_json, write_text
 from davsp.store import queries_hash
 from davsp.training import TrainSettings
 
 if TYPE_CHECKING:
     from davsp.embedded.data import Protocol
 
-OBJECTIVES: tuple[Literal["projection", "answer", "both"], ...] = ("projection", "answer", "both")
-OUTCOMES = "outcomes.json"
-TITLES = {
-    "none": "*no defense*", "text": "*the text alone, white border*", "projection": "border, projection alone",
-    "answer": "border, answers alone", "both": "border, both (DAVSP)",
-}  # fmt: skip
 PLAIN = "as asked"
+METRICS = ("rsr", "unscored", "over_refusal", "accuracy")
 
 
 def beginnings(text: str) -> dict[str, str]:
@@ -48,7 +50,7 @@ def beginnings(text: str) -> dict[str, str]:
     return {PLAIN: ""} | {f"begun {count}": " ".join(words[:count]) for count in counts}
 
 
-def deep(
+def begun(
     lvlm: LVLM, data: "Protocol", out: Path, *, text: str, beginning: str, settings: TrainSettings, seed: int = 0,
     batch_size: int = 32, console: Console | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
@@ -72,16 +74,10 @@ def deep(
     folder = out / f"seed-{seed}"
     stages = Stages(folder, console)
     vector = fitted_vector(stages, lvlm, data, text)
-    padding = round(lvlm.canvas / 12)
-    start = VisualSafetyPrompt.create(lvlm.canvas, padding, text=text)
-    white = VisualSafetyPrompt.create(lvlm.canvas, padding, "white", text=text)
-    defenses: dict[str, Defense] = {"none": NoDefense(), "text": VisualPrompt(white, "text")}
-    for objective in OBJECTIVES:
-        chosen = settings.model_copy(update={"seed": seed, "objective": objective})
-        border = trained_prompt(stages, objective, start, lvlm, data, vector, chosen, folder / "prompts" / objective)
-        defenses[objective] = VisualPrompt(border, objective)
+    settings = settings.model_copy(update={"seed": seed})
+    defenses = unmoved(lvlm, text) | borders(stages, lvlm, data, vector, settings, text)
     pictured = [q for q in data.test if q.image is not None]
-    outcomes: dict[str, list[Outcome]] = {name: [] for name in defenses}
+    outcomes: Outcomes = {name: [] for name in defenses}
     for benchmark, words in beginnings(beginning).items():
         asked = [q for q in pictured if not words or q.label == "malicious"]
         made = evaluate(
@@ -96,12 +92,8 @@ def deep(
         settings=settings.model_dump(exclude={"seed", "objective"}), layer=vector.layer, stages=stages.seconds,
         test={"queries": len(pictured), "sha256": queries_hash(pictured)},
     )  # fmt: skip
-    write_json(folder / "manifest.json", facts)
-    write_json(folder / OUTCOMES, {name: [asdict(o) for o in rows] for name, rows in outcomes.items()})  # last
+    keep(folder, facts, outcomes)
     return pool(out, model_name(lvlm))
-
-
-METRICS = ("rsr", "unscored", "over_refusal", "accuracy")
 
 
 def _placed(o: Outcome, benchmark: str, seed: int) -> Outcome:
@@ -112,21 +104,11 @@ def _placed(o: Outcome, benchmark: str, seed: int) -> Outcome:
 
 def pool(out: Path, model: str) -> list[dict[str, Any]]:
     """Rows and table of all seeds in a model's folder."""
-    folders = sorted(path.parent for path in out.glob(f"seed-*/{OUTCOMES}"))
-    outcomes: dict[str, list[Outcome]] = {}
-    for folder in folders:
-        for name, rows in read_json(folder / OUTCOMES).items():
-            outcomes.setdefault(name, []).extend(Outcome(**row) for row in rows)
-    table: list[dict[str, Any]] = []
-    for name, rows in outcomes.items():
-        table += metrics.rows(model, name, rows, None if name == "none" else outcomes["none"])
-    for name in ("projection", "both"):
-        against = metrics.rows(model, f"{name} against answer", outcomes[name], outcomes["answer"])
-        table += [row for row in against if row["metric"].endswith("_difference")]
-    facts = [read_json(folder / "manifest.json") for folder in folders]
+    facts, outcomes = kept(out)
+    table = compared(model, outcomes)
     seeds = [one["seed"] for one in facts]
     write_json(out / "metrics.json", metrics.metrics_file(table))
-    write_json(out / "manifest.json", {**facts[0], "seeds": seeds, "stages": [one["stages"] for one in facts]})
+    write_json(out / MANIFEST, {**facts[0], "seeds": seeds, "stages": [one["stages"] for one in facts]})
     write_text(out / "deep-alignment.md", markdown(table, model, seeds, facts[0]["beginning"]))
     return table
 
@@ -144,15 +126,9 @@ def markdown(rows: Sequence[Mapping[str, Any]], model: str, seeds: Sequence[int]
     for name, title in TITLES.items():
         lines.append("| " + " | ".join([title, *(rate(at[name, *place]) for place in places)]) + " |")
     for name in ("projection", "both"):
-        cells = [_difference(at[f"{name} against answer", b, f"{m}_difference"]) for b, m in places]
+        cells = [difference(at[f"{name} against answer", b, f"{m}_difference"]) for b, m in places]
         lines.append("| " + " | ".join([f"{TITLES[name]}, less answers alone", *cells]) + " |")
-    return (
-        "\n".join(
-            [*lines, "", "- \\*: p < 0.05, paired, not corrected for the number of cells. The judge is `keyword`."]
-        )
-        + "\n"
-    )
+    return "\n".join([*lines, "", NOTE]) + "\n"
 
 
-def _difference(figure: Mapping[str, Any]) -> str:
-    return points(figure) + "\\*" * (figure["p"] < 0.05)
+NOTE = "- \\*: p < 0.05, paired, not corrected for the number of cells. The judge is `keyword`."

@@ -1,0 +1,12 @@
+"""`davsp reproduce deep-alignment`: is a border that was supervised in the activations deeper than one supervised by answers alone?
+
+The paper says so (its Table 4 and the words "shallow alignment"). Three borders differ in nothing but the objective: the hinge on the
+projection, the cross-entropy of answers, or both. A file a part of the question; one seed a call, all seeds in a folder are pooled.
+
+begun.py    answers that are made to begin with words of compliance
+depth.py    what a border moves at each layer; what is said when the refusal's first token cannot be
+turns.py    asking on after a refusal
+unseen.py   kinds of harm and forms of picture that training never met
+curve.py    resistance over utility, by lambda and steps
+borders.py  the three borders, and outcomes of several seeds as one table
+"""

@@ -1,0 +1,85 @@
+"""The three borders that the parts compare, and the outcomes of several seeds as one table."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from davsp import metrics
+from davsp.defenses import Defense, NoDefense, VisualPrompt
+from davsp.experiments.cells import points
+from davsp.experiments.stages import Stages, trained_prompt
+from davsp.lvlm import LVLM
+from davsp.metrics import Outcome
+from davsp.prompts import VisualSafetyPrompt
+from davsp.runtime.files import read_json, write_json
+from davsp.training import TrainSettings
+from davsp.vector import HarmfulnessVector
+
+if TYPE_CHECKING:
+    from davsp.embedded.data import Protocol
+
+Objective = Literal["projection", "answer", "both"]
+OBJECTIVES: tuple[Objective, ...] = ("projection", "answer", "both")
+TITLES = {
+    "none": "*no defense*", "text": "*the text alone, white border*", "projection": "border, projection alone",
+    "answer": "border, answers alone", "both": "border, both (DAVSP)",
+}  # fmt: skip
+OUTCOMES = "outcomes.json"
+MANIFEST = "manifest.json"
+Outcomes = dict[str, list[Outcome]]
+
+
+def start(lvlm: LVLM, text: str, colour: Literal["grey", "white"] = "grey") -> VisualSafetyPrompt:
+    """A border before training, a twelfth of the canvas wide."""
+    return VisualSafetyPrompt.create(lvlm.canvas, round(lvlm.canvas / 12), colour, text=text)
+
+
+def unmoved(lvlm: LVLM, text: str) -> dict[str, Defense]:
+    """What the borders are compared with: no defense, and the text with a white border."""
+    return {"none": NoDefense(), "text": VisualPrompt(start(lvlm, text, "white"), "text")}
+
+
+def borders(
+    stages: Stages, lvlm: LVLM, data: "Protocol", vector: HarmfulnessVector, settings: TrainSettings, text: str
+) -> dict[str, Defense]:
+    """The border of each objective, trained or kept, in `prompts/OBJECTIVE` of the stages' folder."""
+    found: dict[str, Defense] = {}
+    for objective in OBJECTIVES:
+        chosen = settings.model_copy(update={"objective": objective})
+        saved = stages.out / "prompts" / objective
+        border = trained_prompt(stages, objective, start(lvlm, text), lvlm, data, vector, chosen, saved)
+        found[objective] = VisualPrompt(border, objective)
+    return found
+
+
+def keep(folder: Path, facts: Mapping[str, Any], outcomes: Mapping[str, Sequence[Outcome]]) -> None:
+    """Write what a seed gave; the outcomes last, so that a folder that has them is whole."""
+    write_json(folder / MANIFEST, facts)
+    write_json(folder / OUTCOMES, {name: [asdict(o) for o in rows] for name, rows in outcomes.items()})
+
+
+def kept(out: Path) -> tuple[list[dict[str, Any]], Outcomes]:
+    """Facts and outcomes of all seeds in a folder, in the order of their names."""
+    folders = sorted(path.parent for path in out.glob(f"seed-*/{OUTCOMES}"))
+    outcomes: Outcomes = {}
+    for folder in folders:
+        for name, rows in read_json(folder / OUTCOMES).items():
+            outcomes.setdefault(name, []).extend(Outcome(**row) for row in rows)
+    return [read_json(folder / MANIFEST) for folder in folders], outcomes
+
+
+def compared(model: str, outcomes: Mapping[str, Sequence[Outcome]]) -> list[dict[str, Any]]:
+    """Rows of all defenses, paired with none, and of what the projection adds to answers alone, paired with these."""
+    table: list[dict[str, Any]] = []
+    for name, rows in outcomes.items():
+        table += metrics.rows(model, name, rows, None if name == "none" else outcomes["none"])
+    for name in ("projection", "both"):
+        against = metrics.rows(model, f"{name} against answer", outcomes[name], outcomes["answer"])
+        table += [row for row in against if row["metric"].endswith("_difference")]
+    return table
+
+
+def difference(figure: Mapping[str, Any]) -> str:
+    """A paired difference in points; a star where p < 0.05."""
+    return points(figure) + "\\*" * (figure["p"] < 0.05)
