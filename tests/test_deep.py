@@ -4,15 +4,16 @@ import json
 
 import pytest
 
-from davsp import HarmfulnessVector, embedded
+from davsp import HarmfulnessVector, VisualSafetyPrompt, embedded, train
 from davsp.defenses import NoDefense
 from davsp.embedded.words import HARMFUL_VERBS
 from davsp.experiments.deep import begun as deep
-from davsp.experiments.deep import depth, turns, unseen
+from davsp.experiments.deep import curve, depth, turns, unseen
 from davsp.experiments.deep.begun import PLAIN, beginnings
 from davsp.experiments.deep.borders import OBJECTIVES, TITLES
 from davsp.experiments.gate import kinds
 from davsp.experiments.gate.kinds import HARD
+from davsp.metrics import Outcome
 
 SIZES = {"harm": 2, "utility": 1, "mme": 1, "llava_bench": 1, "vector": 4, "sweep": 2, "train": 8}
 
@@ -160,3 +161,46 @@ def test_the_attacker_asks_on_after_a_refusal_and_stops_at_an_answer(made, mini,
     assert (out / "turns" / "turns.md").read_text().count("less answers alone") == 2
     unknown = lvlm.tokenizer.unk_token_id
     assert not any(unknown in lvlm.tokenizer(one)["input_ids"] for one in (*turns.FOLLOW_UPS, turns.READ))
+
+
+def test_a_curve_has_a_border_at_every_look_and_goes_on(mini, tmp_path, monkeypatch):
+    monkeypatch.setattr(curve, "LOOKS", (0, 1, 2))
+    monkeypatch.setattr(curve, "CURVES", {name: curve.CURVES[name] for name in ("answer", "both, λ 2.5")})
+    monkeypatch.setattr(curve, "DRAWS", 20)
+    lvlm = mini.told({})
+    lvlm.longest = 6
+    settings = embedded.SETTINGS.model_copy(update={"steps": 2, "batch_size": 2})
+    data = embedded.protocol(0, **SIZES)
+    rows = curve.curve(lvlm, data, tmp_path, text=embedded.SAFETY_TEXT, settings=settings)
+    at = {(r["defense"], r["metric"]): r for r in rows if r["split"] == "total"}
+    assert all((f"{name} step {k}", "rsr") in at for name in curve.CURVES for k in (0, 1, 2))
+    pixels = [(tmp_path / "seed-0" / "answer" / f"step-{k}" / "vsp.png").read_bytes() for k in (0, 1, 2)]
+    assert len(set(pixels)) == 3
+    whole = train(
+        lvlm, VisualSafetyPrompt.create(lvlm.canvas, 14, text=embedded.SAFETY_TEXT), data.train_malicious, data.train_benign,
+        HarmfulnessVector.load(tmp_path / "seed-0" / "vector"), settings.model_copy(update={"objective": "answer"}), tmp_path / "t",
+        progress=False,
+    )  # fmt: skip
+    saved = VisualSafetyPrompt.from_pretrained(tmp_path / "seed-0" / "answer" / "step-2")
+    assert saved.pixels_sha256() == whole.quantised().pixels_sha256()  # the last look is what `davsp train` makes
+    assert "best of both, any λ, less answers alone" in (tmp_path / "curve.md").read_text()
+    assert (tmp_path / "curve.svg").read_text().startswith("<svg")
+
+
+def test_the_best_at_equal_utility_is_chosen_among_what_loses_so_little():
+    def made(rsr: float, utility: float) -> list[Outcome]:
+        bad = [Outcome(f"b{i}", "malicious", "total", "rsr", f"b{i}", float(i < 100 * rsr)) for i in range(100)]
+        return bad + [
+            Outcome(f"g{i}", "utility", "total", "accuracy", f"g{i}", float(i < 100 * utility)) for i in range(100)
+        ]
+
+    outcomes = {
+        "none": made(0.4, 1.0),
+        "answer step 0": made(0.5, 1.0),
+        "answer step 40": made(0.9, 0.96),
+        "both, λ 1 step 40": made(1.0, 0.8),
+    }
+    at = {(r["defense"], r["metric"]): r for r in curve.choices("m", outcomes)}
+    assert at["best of answer", "rsr_at_1"]["value"] == 0.5 and at["best of answer", "rsr_at_5"]["value"] == 0.9
+    assert at["best of answer", "rsr_at_1"]["low"] < 0.5 < at["best of answer", "rsr_at_1"]["high"]
+    assert at["best of both, λ 1", "rsr_at_10"]["value"] is None  # it loses 20

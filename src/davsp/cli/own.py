@@ -8,7 +8,7 @@ from davsp.cli.options import ModelOptions
 from davsp.errors import DavspError
 
 OWN = ("gate", "gate-kinds", "deep-alignment")
-PARTS = ("begun", "depth", "turns", "kinds-1", "kinds-2", "kinds-3", "forms")
+PARTS = ("begun", "depth", "turns", "kinds-1", "kinds-2", "kinds-3", "forms", "curve")
 """Of deep-alignment: a table and a folder each."""
 
 
@@ -80,6 +80,7 @@ def _deep(model: ModelOptions, out: Path, part: str | None, how: dict[str, Any])
     from davsp import embedded
     from davsp.embedded.recipes import TOKENS
     from davsp.experiments.deep.begun import begun
+    from davsp.experiments.deep.curve import curve
     from davsp.experiments.deep.depth import depth
     from davsp.experiments.deep.turns import turns
     from davsp.experiments.deep.unseen import unseen
@@ -97,6 +98,9 @@ def _deep(model: ModelOptions, out: Path, part: str | None, how: dict[str, Any])
     if part == "turns":
         turns(lvlm, data, out, **how)
         pages.append(out / "turns" / "turns.md")
+    if part == "curve":
+        curve(lvlm, data, out / part, **how)
+        pages.append(out / part / "curve.md")
     if part and part.startswith(("kinds", "forms")):
         unseen(lvlm, out / part, part, **how)
         pages.append(out / part / "unseen.md")
