@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from random import Random
@@ -18,6 +19,7 @@ import torch
 
 from davsp import LVLM, TrainSettings, VisualSafetyPrompt, embedded
 from davsp.defenses import NoDefense
+from davsp.errors import DavspError
 from davsp.training.borders import Run
 from tiny import queries
 
@@ -150,7 +152,7 @@ def test_ratios_are_of_the_same_query():
 @pytest.fixture
 def recipe(lvlm, vector, tmp_path):
     """The published one on the tiny model."""
-    settings = time_to_quality.published_settings(vector, "sorry no")
+    settings = time_to_quality.published_settings(vector, TrainSettings(refusal="sorry no"))
     prompt = VisualSafetyPrompt.create(56, 9)
     return Run(lvlm, prompt, queries("malicious", 5), queries("benign", 6), vector, settings, tmp_path, [])
 
@@ -189,48 +191,53 @@ def test_the_published_loss_on_this_models_scale(vector, recipe):
     assert recipe.weight_hinge == 1 and recipe.weight_answer == pytest.approx(0.02 * (malicious - benign) / 29)
 
 
-def test_until_good_stops_at_the_first_good_look():
+def look(step: int, rsr: float, utility: float) -> dict[str, float]:
+    return {"step": step, "cpu": 2.0 * step, "wall": 3.0 * step, "rsr": rsr, "utility": utility}
+
+
+def test_good_is_what_stays_good():
+    """From the first look after the last bad one; both bars count, and either bound belongs to good."""
+    good, unsafe, useless = (0.95, 0.9), (0.94, 1.0), (1.0, 0.89)
+    curve = [look(10 * n, *rates) for n, rates in enumerate([good, unsafe, good, useless, good, good], 1)]
+    assert time_to_quality.held(curve, 0.9) == {"step": [40, 50], "cpu": [80, 100], "wall": [120, 150]}
+    assert time_to_quality.held(curve[:1], 0.9) == {"step": [0, 10], "cpu": [0, 20], "wall": [0, 30]}
+    assert time_to_quality.held(curve[:4], 0.9) is None and time_to_quality.held(curve[:3], 0.9)["step"] == [20, 30]
+
+
+def test_laps_count_steps_and_not_looks():
     border = VisualSafetyPrompt.create(56, 9)
-    looks = iter([(0.5, 0.9), (0.96, 0.6), (0.95, 0.7), (1.0, 1.0)])
 
-    def look(prompt):
-        return dict(zip(("rsr", "utility"), next(looks), strict=True))
+    def steps():
+        for number in range(1, 8):
+            yield border.with_delta(border.delta * 0 + number)
 
-    result = time_to_quality.until_good(iter([border] * 100), border, look, 0.7, 100, 10, "")
-    assert (result["reached"], result["steps"]) == (True, 20) and [row["step"] for row in result["curve"]] == [
-        0,
-        10,
-        20,
-    ]
-    never = time_to_quality.until_good(iter([border] * 7), border, lambda p: {"rsr": 1, "utility": 0}, 0.7, 7, 5, "")
-    assert (never["reached"], never["steps"]) == (False, 7) and never["curve"][-1]["step"] == 7
+    def seen(prompt):
+        end = time.process_time() + 0.2
+        while time.process_time() < end:
+            pass
+        return {"rsr": float(prompt.delta.max())}
+
+    rows = list(time_to_quality.laps(steps(), seen, limit=7, every=3))
+    assert [(row["step"], row["rsr"]) for row in rows] == [(3, 3), (6, 6), (7, 7)]
+    assert rows[-1]["cpu"] < 0.2
 
 
-def test_a_recipe_that_does_not_get_there_gives_a_bound():
-    """And what was good between two looks gives an interval."""
+def test_recipes_over_seeds():
+    """Never is more than any number: in the median, and against the first recipe's whole run."""
 
-    def recipes(ours, theirs):
-        curves = [{"step": 8, "cpu": 1.6}, {}], [{"step": 80, "cpu": 32.0}, {}]
-        return {"default": {"reached": ours, "steps": 10, "cpu": 2.0, "curve": curves[0]},
-                "published": {"reached": theirs, "steps": 100, "cpu": 40.0, "curve": curves[1]}}  # fmt: skip
+    def seed(*steps):
+        recipes = {}
+        for name, step in zip(("default", "fast"), steps, strict=True):
+            curve = [look(10 * n, 1.0, 0.9 if step and 10 * n >= step else 0.5) for n in range(1, 6)]
+            recipes[name] = {"held": time_to_quality.held(curve, 0.9), "curve": curve}
+        return {"no_defense": {"utility": 0.92}, "recipes": recipes}
 
-    both = time_to_quality.times_as_fast(recipes(True, True), "cpu")
-    assert both == {
-        "steps": 10,
-        "seconds": 20,
-        "at_least": False,
-        "steps_between": [8, 12.5],
-        "seconds_between": [16, 25],
-    }
-    bound = time_to_quality.times_as_fast(recipes(True, False), "cpu")
-    assert bound["at_least"] and bound["steps_between"] == [10, None] and bound["seconds_between"] == [20, None]
-    none = time_to_quality.times_as_fast(recipes(False, True), "cpu")
-    assert none["seconds"] is None
-    slower = both | {"steps_between": [5, 9]}
-    hull = time_to_quality.over_seeds([both, slower])
-    assert hull == {"seeds": 2, "steps_between": [5, 12.5], "seconds_between": [16, 25]}
-    assert time_to_quality.over_seeds([both, bound])["steps_between"] == [8, None]
-    assert time_to_quality.over_seeds([both, none])["steps_between"] is None
+    table = time_to_quality.summary([seed(40, 20), seed(None, 10), seed(20, None)], "cpu")
+    assert table["default"]["step"] == [40, 20, None] and table["default"]["cpu"] == [80, 40, None]
+    assert (table["fast"]["good"], table["fast"]["seeds"], table["fast"]["step"]) == (2, 3, [20, 10, None])
+    assert table["fast"]["times"] == [0.5, 0.2, None] and table["default"]["times"] == [1, None, 1]
+    assert table["fast"]["whole"] == [100, 100, 100] and table["fast"]["lost"] == [0.02, 0.02, 0.42]
+    time_to_quality.show({"clock": "cpu", "summary": table})
 
 
 def test_the_literal_step_has_the_gradient_of_ours(lvlm, vector, recipe):
@@ -258,15 +265,25 @@ def test_steps_are_timed_in_pairs(lvlm):
     assert lvlm.model.config._attn_implementation == before
 
 
-def test_both_recipes_run(lvlm):
-    """On the embedded data in small, with a model that can't read it."""
-    data = embedded.protocol(0, vector=6, sweep=6, train=6, harm=1, utility=1, mme=1, llava_bench=1)
-    settings = TrainSettings(steps=3, batch_size=4, mu_plus=99.0, mu_minus=-99.0, refusal=embedded.REFUSAL)
-    result = time_to_quality.compare(lvlm, data, "please be safe", settings, 9, 4, (2, 2), 0)
-    assert {name: [row["step"] for row in recipe["curve"]] for name, recipe in result["recipes"].items()} == {
-        "default": [0, 2, 3], "published": [0, 2, 4],
-    }  # fmt: skip
-    assert result["queries"] == 4 + 7 and all(recipe["cpu"] > 0 for recipe in result["recipes"].values())
+def test_recipes_run_in_turns(lvlm, tmp_path, monkeypatch):
+    """On the embedded data in small, with a model that can't read it. What a file has is not measured again."""
+    monkeypatch.setattr(time_to_quality, "SETTINGS", TrainSettings(steps=3, batch_size=4, mu_plus=99.0, mu_minus=-99.0))
+    monkeypatch.setattr(time_to_quality.embedded, "load", lambda *_, **__: lvlm)
+    monkeypatch.setattr(time_to_quality, "SIZES", time_to_quality.SIZES | {"vector": 6, "sweep": 6, "train": 6})
+    monkeypatch.setattr(time_to_quality.embedded, "protocol", partial(embedded.protocol, vector=6, sweep=6, train=6))
+    (tmp_path / "thin.json").write_text('{"steps": 2, "lr": 0.1, "padding": 5}')
+    out, asked = tmp_path / "out.json", dict(recipe=["default", str(tmp_path / "thin.json")], every=[2, 1], limit=1)
+    compare, seeds = time_to_quality.compare, []
+    monkeypatch.setattr(time_to_quality, "compare", lambda *all: seeds.append(all) or compare(*all))
+    time_to_quality.main(out, **asked, on="sweep", seed=[5])
+    time_to_quality.main(out, **asked, on="sweep", seed=[5, 6])
+    assert [one[-1] for one in seeds] == [5, 6] and {query.id[:5] for query in seeds[0][2]} == {"sweep"}
+    assert seeds[0][3][1].settings(6).lr == 0.1 and seeds[0][3][1].padding == 5
+    result = json.loads(out.read_text())
+    curves = {name: [row["step"] for row in run["curve"]] for name, run in result["seeds"][1]["recipes"].items()}
+    assert curves == {"default": [2, 3], "thin": [1, 2]} and result["summary"]["thin"]["seeds"] == 2
+    with pytest.raises(DavspError, match="another 'on'"):
+        time_to_quality.main(out, **asked, seed=[5])
 
 
 # -- evaluation

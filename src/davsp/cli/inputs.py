@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -203,14 +204,18 @@ def _with_template(thing: Any) -> list[Any]:
     return [one for part in [*inner, *getattr(thing, "defenses", ())] if part for one in _with_template(part)]
 
 
-def published(recipe: str | None, default: bool = False) -> bool:
+def published(recipe: str | None, default: bool = False, others: Sequence[str] = ()) -> bool:
     """Whether --recipe means the authors' setting.
 
+    Args:
+        others: recipes that the command has besides published and own.
+
     Raises:
-        DavspError: it is neither of the two.
+        DavspError: it is none of them.
     """
-    if recipe not in (None, "published", "own"):
-        raise DavspError(f"--recipe {recipe!r} is not known: choose published or own.")
+    known = ("published", *others, "own")
+    if recipe is not None and recipe not in known:
+        raise DavspError(f"--recipe {recipe!r} is not known: choose {', '.join(known[:-1])} or own.")
     return default if recipe is None else recipe == "published"
 
 

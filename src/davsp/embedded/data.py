@@ -72,17 +72,17 @@ def protocol(seed: int = 0, **sizes: int) -> Protocol:
     )
 
 
-def test(seed: int, n: dict[str, int]) -> Iterator[Query]:
-    """The test of every defense: malicious in four forms, then benign."""
+def test(seed: int, n: dict[str, int], part: str = "test") -> Iterator[Query]:
+    """The test of every defense: malicious in four forms, then benign. On the pairs of `sweep` it is one to choose settings by."""
     for form in FORMS:
         if form != "words":
-            yield from harmful(seed, "test", n["harm"], covers=TEST_COVERS, forms=(form,), benchmark=form)
+            yield from harmful(seed, part, n["harm"], covers=TEST_COVERS, forms=(form,), benchmark=form)
     for category in UTILITY:
         for i in range(n["utility"]):
-            yield _benign(seed, "test", category, i, "utility", "test")
+            yield _benign(seed, part, category, i, "utility", part)
     for benchmark, category in (("mme", "yes_no"), ("llava_bench", "describe")):
         for i in range(n[benchmark]):
-            yield _benign(seed, "test", category, i, benchmark, "test")
+            yield _benign(seed, part, category, i, benchmark, part)
 
 
 def calibration(seed: int = 0, count: int = 600) -> tuple[list[Query], list[Query], list[Query], list[Query]]:
