@@ -136,6 +136,10 @@ def test_what_the_attack_does_not_know_of_gates(
             attack(lvlm, {"gate": defense}, data, tmp_path, AttackSettings(attacks=kinds, target=TARGET))
 
     refused(gate, ("suffix",), "'suffix' does not know gates")
+    results = attack(
+        lvlm, {"gate": gate}, data, tmp_path / "words", AttackSettings(attacks=("random-words",), target=TARGET)
+    )
+    assert [a.attack for a in results] == ["clean", "random-words"]  # nothing is searched, so there is nothing to know
     refused(ECSO(gate), ("comply",), "stands outermost")
     refused(Gate(VisualPrompt(border), else_=VisualPrompt(border)), ("comply",), "another border")
     assert visual(Gate(SafetyText("please be safe"))) is None

@@ -18,7 +18,7 @@ from davsp.attacks import AttackSettings, attack, universal
 from davsp.attacks.apgd import ENOUGH, apgd
 from davsp.attacks.checks import checks
 from davsp.attacks.deeds import names_deed, wanted
-from davsp.attacks.page import attack_table, deed_table
+from davsp.attacks.page import attack_table, deed_table, markdown, words_sentence
 from davsp.attacks.redraw import REDRAWS, counter_frame
 from davsp.attacks.run import AttackResult, probe, slug
 from davsp.attacks.settings import CLEAN
@@ -276,8 +276,20 @@ def test_a_run_keeps_the_bounds_and_beats_noise(lvlm: LVLM, vector: HarmfulnessV
     )
     paired = [r for r in table if r["metric"] == "rsr_difference" and r["defense"] == "davsp"]
     assert {r["attack"] for r in paired} == {a.attack for a in results} - {"transfer"} | {"worst", "any"}
-    assert any(r["metric"] == "accuracy" and r["attack"] == CLEAN for r in table)
     marks = checks(results, defenses, {name: (True, True) for name in defenses})
+    by_chance = [by[name, "random-words", None].queries for name in defenses]
+    assert by_chance[0] == by_chance[1] and all(
+        w.question.startswith(f"{q.question} ") for w, q in zip(by_chance[0], data, strict=True)
+    )
+    assert {r["attack"] for r in table if r["metric"] == "accuracy"} == {CLEAN, "random-words"}
+    (accuracy,) = [
+        r["value"] for r in table
+        if (r["defense"], r["attack"], r["metric"], r["benchmark"]) == ("none", "random-words", "accuracy", ALL)
+    ]  # fmt: skip
+    assert f"No Defense {100 * accuracy:.1f} [" in words_sentence(table, results)
+    assert (
+        words_sentence(table, results) in markdown(table, results, marks, "tiny") and words_sentence([], results) == ""
+    )
     assert len(marks) == 16 and {m.state for m in marks} <= {"good", "doubt"}
 
 

@@ -114,6 +114,7 @@ def markdown(rows: Rows, results: Sequence[AttackResult], marks: Sequence[Check]
         "",
         *_md(*worst_table(rows, results)),
         *(["", caveat] if caveat else []),
+        *(["", sentence] if (sentence := words_sentence(rows, results)) else []),
     ]
     if deed_table(rows, results)[1]:
         parts += ["", f"**{DEEDS}**", "", *_md(*deed_table(rows, results))]
@@ -121,6 +122,17 @@ def markdown(rows: Rows, results: Sequence[AttackResult], marks: Sequence[Check]
         parts += ["", f"**{label(name)}, attack by attack**", "", *_md(*attack_table(rows, results, name))]
     parts += ["", "**Can the attack be believed?**", ""]
     return "\n".join([*parts, *_md(*check_table(results, marks))]) + "\n"
+
+
+def words_sentence(rows: Rows, results: Sequence[AttackResult]) -> str:
+    """What random words leave of the answers to benign questions; empty where they were not run."""
+    told = [(name, rate(rows, name, "random-words", None, "accuracy")) for name in names(results)]
+    parts = [f"{label(name)} {number(row)}" for name, row in told if row]
+    return (
+        f"Benign questions with as many random words behind them, right in percent: {', '.join(parts)}."
+        if parts
+        else ""
+    )
 
 
 def check_table(results: Sequence[AttackResult], marks: Sequence[Check]) -> tuple[list[str], list[list[str]]]:
@@ -145,6 +157,7 @@ def print_tables(
         table.add_row(*(Text(cell.replace(" [", "\n[")) for cell in line))
     table.print(console)
     print_caveat(console, caveat)
+    print_caveat(console, words_sentence(rows, results))
     if deed_table(rows, results)[1]:
         heading, lines = deed_table(rows, results)
         deed_lines = TextTable(*heading, right=False, caption=DEEDS)
@@ -188,6 +201,7 @@ def write_page(
         worst=worst_table(rows, results), deeds=deed_table(rows, results), deeds_caption=DEEDS, tables={label(n): attack_table(rows, results, n) for n in names(results)},
         checks=check_table(results, marks),
         examples=examples(results, shown, defenses[shown], show_unsafe), shown=label(shown), facts=facts, caveat=caveat,
+        words_sentence=words_sentence(rows, results),
     )  # fmt: skip
     write_text(path, text)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from davsp.attacks.deeds import wanted
-from davsp.attacks.settings import BASELINE, BY_WORDS, AttackSettings
+from davsp.attacks.settings import BASELINE, SEARCHED, AttackSettings
 from davsp.attacks.surface import picture_of, visual
 from davsp.defenses import Defense, Gate
 from davsp.errors import DavspError
@@ -47,7 +47,7 @@ def check(
         _check_training(malicious, training)
     if (needs := {"hide", "both"} & set(settings.attacks)) and vector is None:
         raise DavspError(f"the attack {min(needs)!r} needs the defender's vector (--vector), or leave it out")
-    if words := [a for a in BY_WORDS if a in settings.attacks and any(isinstance(d, Gate) for d in defenses.values())]:
+    if words := [a for a in SEARCHED if a in settings.attacks and any(isinstance(d, Gate) for d in defenses.values())]:
         raise DavspError(f"the attack {words[0]!r} does not know gates, which ask a question twice; leave it out")
     if "joint" in settings.attacks and "suffix" not in settings.attacks:
         raise DavspError("the attack 'joint' goes on from the words of 'suffix'; name that, too")

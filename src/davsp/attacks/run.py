@@ -24,7 +24,7 @@ from davsp.attacks.records import RECORDS, append, curve_points, picture_file, r
 from davsp.attacks.redraw import REDRAWS
 from davsp.attacks.search import losses_of, search
 from davsp.attacks.settings import BASELINE, CLEAN, AttackSettings
-from davsp.attacks.suffix import search_suffix, with_words
+from davsp.attacks.suffix import random_words, search_suffix, with_words
 from davsp.attacks.surface import Target, files, picture_of, surfaces, visual
 from davsp.attacks.universal import train_universal
 from davsp.defenses import Defense
@@ -172,6 +172,10 @@ class _Run:
                     sent = [replace(q, image=redraw(picture_of(q), visual(defense))) for q in self.queries]
                     result = self._answer(name, defense, f"redraw-{kind}", None, sent)
                     yield replace(result, queries=[replace(q, image=None) for q in sent])  # many, and easily made again
+            elif attack == "random-words":
+                self._open(name, attack, None)
+                sent = [random_words(self.lvlm, q, self.settings.words, self.settings.seed) for q in clean]
+                yield self._answer(name, defense, attack, None, sent)
             elif attack == "suffix":
                 yield self._answer(name, defense, attack, None, self._with_words(name, defense))
             elif attack != "transfer" or name != BASELINE:

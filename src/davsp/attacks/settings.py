@@ -8,13 +8,14 @@ from davsp.runtime.files import sha256_bytes
 from davsp.vector import HarmfulnessVector
 
 BY_GRADIENT = ("comply", "deed", "hide", "both")  # to the picture
-BY_WORDS = ("suffix", "joint")  # they change the question
+BY_WORDS = ("random-words", "suffix", "joint")  # they change the question
+SEARCHED = ("suffix", "joint")  # of these
 ATTACKS = ("noise", "transfer", *BY_GRADIENT, "universal", "square", "redraw", *BY_WORDS)
 CLEAN, BASELINE = "clean", "none"
 
 _ASCENT, _WORDS = ("steps", "restarts"), ("words", "word_steps", "word_candidates")
 _DECIDES: dict[str, tuple[str, ...]] = {
-    "noise": (), "comply": _ASCENT, "deed": _ASCENT, "hide": _ASCENT, "both": _ASCENT, "universal": ("universal_steps",), "square": ("tries",), "suffix": _WORDS,
+    "noise": (), "random-words": ("words",), "comply": _ASCENT, "deed": _ASCENT, "hide": _ASCENT, "both": _ASCENT, "universal": ("universal_steps",), "square": ("tries",), "suffix": _WORDS,
     "joint": (*_ASCENT, *_WORDS),
 }  # fmt: skip
 
@@ -26,13 +27,14 @@ class AttackSettings(BaseModel):
         attacks: of `ATTACKS`. noise: evenly drawn in the box, as a control. transfer: made against no defense by `comply`, then sent
             to each. comply: the wanted beginning of the answer becomes likely. deed: as comply, by the answer that does what the query asks for. hide: the projection on the harmfulness vector sinks to
             mu_minus, where benign queries are. both: comply and hide, summed. universal: as comply, one change for all, trained on other pictures. square: as comply, by random search. redraw: pictures drawn anew,
-            without a size. suffix: words after the question, the picture left alone. joint: comply on the questions with these words.
+            without a size. random-words: words of chance after the question, as a control; benign questions get them, too. suffix: words
+            that were searched for, the picture left alone. joint: comply on the questions with these words.
         eps: largest change of a pixel in 8-bit levels, 255 for none at all; each at most once.
         steps: gradients a picture and start.
         restarts: starts a picture: the clean one, then random ones.
         universal_steps: of `universal`, gradients of `batch_size` training pictures each.
         tries: of `square`, losses a picture.
-        words, word_steps, word_candidates: of `suffix`: tokens, changes of one token, and changes tried for each.
+        words, word_steps, word_candidates: of `suffix` (the first of `random-words`, too): tokens, changes of one token, and changes tried for each.
         target: how the wanted answer begins, in words of the model.
         batch_size: pictures attacked, and queries answered, side by side.
         seed: of noise, random starts, squares and words.

@@ -81,6 +81,13 @@ def with_words(query: Query, words: str) -> Query:
     return replace(query, question=f"{query.question.strip()} {words}")
 
 
+def random_words(lvlm: LVLM, query: Query, length: int, seed: int) -> Query:
+    """The query with so many tokens of chance after its question: what words do without a search, the control of `suffix`."""
+    usable = allowed_tokens(lvlm).nonzero()[:, 0].tolist()
+    ids = Random(f"{seed} random words {query.id}").choices(usable, k=length)
+    return with_words(query, str(lvlm.tokenizer.decode(ids, clean_up_tokenization_spaces=False)).strip())
+
+
 class _Search:
     def __init__(self, lvlm: LVLM, defense: Defense, query: Query, target: str, batch_size: int) -> None:
         ((_, surface),) = surfaces(lvlm, defense, [query], target)

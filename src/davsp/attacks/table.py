@@ -13,6 +13,8 @@ from davsp.query import Query
 
 WORST, ANY = "worst", "any"  # of the attacks on pictures, and of all
 DEED = "deed_named"
+WITH_BENIGN = (CLEAN, "random-words")
+"""Benign queries are asked there, too."""
 ALL = "all"
 """Benchmark of the rows over all malicious queries."""
 Labels = Mapping[str, str]
@@ -25,7 +27,7 @@ def rows(model: str, results: Sequence[AttackResult], queries: Sequence[Query], 
     its picture of at most that eps broke it, redrawn and clean pictures included; at 0 these alone. `any` is the worst case over
     all attacks, those on words included; their `rsr_worst_case` counts what one attack left unscored, and none broke, as broken.
     `deed_named` is the share of queries whose answer is broken and names verb and thing of the request, of those that tell them.
-    Differences are paired with No Defense under the same attack. Utility and over-refusal stand in the rows of the clean pictures.
+    Differences are paired with No Defense under the same attack. Utility and over-refusal stand in the rows of the clean pictures and of random words.
     """
     table: list[dict[str, Any]] = []
     malicious = [q for q in queries if q.label == "malicious" and q.image is not None]
@@ -34,11 +36,12 @@ def rows(model: str, results: Sequence[AttackResult], queries: Sequence[Query], 
     for (name, attack, eps), mine in attacked.items():
         was = attacked.get((BASELINE, attack, eps)) if name != BASELINE else None
         table += [row | {"attack": attack, "eps": eps} for row in metrics.rows(model, name, mine, was, seed)]
-    clean = [a for a in results if a.attack == CLEAN]
-    of = {a.defense: [o for o in _benign(a) if o.metric in ("accuracy", "over_refusal")] for a in clean}
-    for name, outcomes in of.items():
-        benign_rows = metrics.rows(model, name, outcomes, of.get(BASELINE) if name != BASELINE else None, seed)
-        table += [row | {"attack": CLEAN, "eps": None} for row in benign_rows]
+    for attack in WITH_BENIGN:
+        asked = [a for a in results if a.attack == attack]
+        of = {a.defense: [o for o in _benign(a) if o.metric in ("accuracy", "over_refusal")] for a in asked}
+        for name, outcomes in of.items():
+            benign_rows = metrics.rows(model, name, outcomes, of.get(BASELINE) if name != BASELINE else None, seed)
+            table += [row | {"attack": attack, "eps": None} for row in benign_rows]
     return table
 
 
@@ -105,9 +108,9 @@ def _outcomes(queries: Sequence[Query], labels: Labels, deeds: Labels) -> list[O
     return outcomes
 
 
-def _benign(clean: AttackResult) -> list[Outcome]:
+def _benign(result: AttackResult) -> list[Outcome]:
     """What benign queries say, pooled over their benchmarks as well."""
-    responses, verdicts = clean.evaluation.responses[clean.defense], clean.evaluation.verdicts[clean.defense]
-    outcomes = metrics.outcomes([q for q in clean.queries if q.label == "benign"], responses, verdicts)
+    responses, verdicts = result.evaluation.responses[result.defense], result.evaluation.verdicts[result.defense]
+    outcomes = metrics.outcomes([q for q in result.queries if q.label == "benign"], responses, verdicts)
     pooled = [replace(o, benchmark=ALL) for o in outcomes if o.metric == "accuracy" and o.split == "total"]
     return [*outcomes, *pooled]

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from davsp.lvlm import LVLM
     from davsp.query import Query
 
-KINDS = "noise, transfer, comply, deed, hide, both, universal, square, redraw, suffix, joint"
+KINDS = "noise, transfer, comply, deed, hide, both, universal, square, redraw, random-words, suffix, joint"
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class AttackOptions:
     ] = None
     universal_steps: Annotated[int, typer.Option(min=1, help="Steps of universal's training, a batch each.")] = 200
     tries: Annotated[int, typer.Option(min=2, help="Losses a picture that square may ask for.")] = 500
-    words: Annotated[int, typer.Option(min=1, help="Tokens that suffix puts after the question.")] = 10
+    words: Annotated[int, typer.Option(min=1, help="Tokens that suffix and random-words put after the question.")] = 10
     word_steps: Annotated[int, typer.Option(min=1, help="Changes of one token, of suffix.")] = 30
     word_candidates: Annotated[int, typer.Option(min=1, help="Changes tried for each.")] = 64
     target: Annotated[
@@ -165,7 +165,7 @@ def _attack_settings(
     """The settings; with no --attack all that the rows, the vector and the queries allow."""
     from davsp.attacks import AttackSettings
     from davsp.attacks.deeds import wanted
-    from davsp.attacks.settings import ATTACKS, BASELINE, BY_WORDS
+    from davsp.attacks.settings import ATTACKS, BASELINE, SEARCHED
     from davsp.defenses import Gate
 
     gated = any(isinstance(defense, Gate) for defense in defenses.values())
@@ -176,7 +176,7 @@ def _attack_settings(
         for name in ATTACKS
         if (with_vector or name not in ("hide", "both"))
         and (BASELINE in defenses or name != "transfer")
-        and not (gated and name in BY_WORDS)
+        and not (gated and name in SEARCHED)
         and (with_training or name != "universal")
         and (with_deeds or name != "deed")
     ]
