@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from davsp.cli.inputs import compare_pictures, compare_templates, is_shipped, load_lvlm
+from davsp.cli.inputs import compare_pictures, compare_templates, in_processes, is_shipped, load_lvlm, terminal
 from davsp.cli.judges import warn_of_keyword
-from davsp.cli.options import Limit, MaxNewTokens, ModelOptions, Seed, TestSetOptions
+from davsp.cli.options import Limit, MaxNewTokens, ModelOptions, ProcessOptions, Seed, TestSetOptions
 from davsp.cli.testset import load_test_set, with_room
 from davsp.errors import DavspError
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 def corruptions(
     test: TestSetOptions,
     model: ModelOptions,
+    processes: ProcessOptions,
     prompt: Annotated[
         str | None, typer.Option(help="Folder or hub id of the border; left out: the one that ships with davsp-mini.")
     ] = None,
@@ -36,13 +37,13 @@ def corruptions(
     seed: Seed = 0,
 ) -> None:
     """Change the finished canvas as a server in between might (JPEG, resizing, shifts) and measure what the border still does."""
-    from rich.console import Console
-
     from davsp.defenses import NoDefense, VisualPrompt
     from davsp.evaluation.judging import apart
     from davsp.experiments.corruptions.run import corruptions as run
     from davsp.judges import keyword
+    from davsp.runtime import parallel
 
+    model = in_processes(processes, model)
     border, direction = _border(prompt, vector, model.name or "davsp-mini")
     queries, _ = load_test_set(test, model.name, limit, seed)
     if test.benchmark:  # their benign queries are scored by graders, which are not asked here
@@ -58,9 +59,10 @@ def corruptions(
     compare_templates(lvlm, {"the vector": direction, "the prompt": border})
     run(
         lvlm, border, queries, out, direction, names, batch_size=batch_size, max_new_tokens=max_new_tokens,
-        seed=seed, console=Console(stderr=True), caveat=caveat,
+        seed=seed, console=terminal(), caveat=caveat,
     )  # fmt: skip
-    print((out / "corruptions.md").read_text())
+    if parallel.rank() == 0:
+        print((out / "corruptions.md").read_text())
 
 
 def _border(

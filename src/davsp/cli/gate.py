@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from davsp.cli.evaluate import EngineOptions, lvlm_of, server_of
-from davsp.cli.inputs import compare_templates, is_shipped, load_lvlm, safety_text, say_where
-from davsp.cli.options import ModelOptions, RequestOptions, Seed
+from davsp.cli.inputs import compare_templates, in_processes, is_shipped, load_lvlm, safety_text, say_where, terminal
+from davsp.cli.options import ModelOptions, ProcessOptions, RequestOptions, Seed
 from davsp.cli.testset import queries_at
 from davsp.cli.train import direction_of
 from davsp.errors import DavspError
@@ -34,6 +34,7 @@ def gate(
     model: ModelOptions,
     engine: EngineOptions,
     requests: RequestOptions,
+    processes: ProcessOptions,
     look: Annotated[
         str | None,
         typer.Option(
@@ -87,6 +88,7 @@ def gate(
     from davsp.defenses import VisualPrompt
     from davsp.defenses.gate import calibrate, calibrate_served
     from davsp.defenses.gate.served import TOP
+    from davsp.runtime import parallel
     from davsp.training import TrainSettings
 
     if not 0 < false_refusals < 1 or confidence == 1:
@@ -95,11 +97,12 @@ def gate(
         raise DavspError(f"--score {score!r} is not known: choose both or refusal.")
     if refusal is not None and not refusal.strip():
         raise DavspError("--refusal is blank: give the words of a refusal, or leave it out.")
-    server = server_of(engine, model)
+    server = server_of(engine, model, processes.num_processes)
     if server and (len(server[1]) > 1 or engine.extra_body):
         raise DavspError(
             "a gate is calibrated on one server, asked as davsp serve asks it: give one --base-url, no --extra-body."
         )
+    model = in_processes(processes, model)
     border = _border(prompt, look, text)
     made: dict[str, Any] = border.config if border else {}
     name = server[0] if server else model.name or made.get("model_id")
@@ -140,6 +143,8 @@ def gate(
         with _looking(*(weigh or ()), *held) as progress:
             file = calibrate(lvlm, inner, direction, weigh, held, says, *promise, progress=progress)
         lines = {"states": file.states, "first": file.first}
+    if parallel.rank() > 0:
+        return
     saved = _save(prompt, border, file)
     _print(lines, *promise)
     where = " with the same --engine" if server else ""
@@ -240,11 +245,9 @@ def _queries(
 @contextmanager
 def _looking(*sets: "Sequence[Query]") -> "Iterator[Callable[[int], object]]":
     """A bar of the queries that were looked at."""
-    from rich.console import Console
-
     from davsp.runtime.progress import bar
 
-    with bar(Console(stderr=True)) as shown:
+    with bar(terminal()) as shown:
         task = shown.add_task("looking", total=sum(map(len, sets)))
         yield lambda count: shown.advance(task, count)
 

@@ -6,10 +6,13 @@ from typing import Any
 from davsp.cli.inputs import is_shipped, load_lvlm
 from davsp.cli.options import ModelOptions
 from davsp.errors import DavspError
+from davsp.runtime import parallel
 
 OWN = ("gate", "gate-kinds", "deep-alignment")
 PARTS = ("begun", "depth", "turns", "kinds-1", "kinds-2", "kinds-3", "forms", "curve")
 """Of deep-alignment: a table and a folder each."""
+ALONE = ("turns", "curve")
+"""Parts that several processes do not share."""
 
 
 def only_of_tables(options: dict[str, Any]) -> None:
@@ -47,7 +50,7 @@ def own(
         pages = _deep(model, out, part, how)
     else:
         pages = [_gate(model, out, ecso, how) if table == "gate" else _kinds(model, out, how)]
-    for page in pages:
+    for page in pages if parallel.rank() == 0 else ():
         print(page.read_text())
 
 

@@ -24,7 +24,7 @@ from davsp.cli.options import (
     Seed,
     SplitFile,
 )
-from davsp.cli.own import OWN, PARTS, only_of_tables, own
+from davsp.cli.own import ALONE, OWN, PARTS, only_of_tables, own
 from davsp.cli.testset import folders, from_split, noted
 from davsp.errors import DavspError
 
@@ -124,9 +124,12 @@ def reproduce(
             "judge": judge, "grader_runs": grader_runs, "dry_run": dry_run, "per_call": per_call,
             "max_new_tokens": max_new_tokens, "borrow": borrow,
         }  # fmt: skip
-        for group in (methods, defender, access, requests, processes):
+        for group in (methods, defender, access, requests):
             unused |= changed(group)
         only_of_tables({name: value for name, value in unused.items() if name != "steps"})
+        if part in ALONE and changed(processes):
+            raise DavspError(f"--part {part} takes one process; leave --num-processes and --gpus-per-process out.")
+        model = in_processes(processes, model)
         own(names, model, methods.steps, out, batch_size, seed, ecso, part, bool(benchmark or split))
         return
     tables, sweeps = _tables_and_sweeps(names)

@@ -15,6 +15,7 @@ from davsp.lvlm import LVLM, fingerprint, model_name
 from davsp.prompts.beside import UNTOUCHED
 from davsp.prompts.gate import Calibration, Line, packed
 from davsp.query import Query
+from davsp.runtime import parallel
 from davsp.vector import HarmfulnessVector, check_classes
 
 Scores = Float[np.ndarray, "_ 2"]
@@ -32,7 +33,7 @@ def calibrate(
     batch_size: int = 32,
     progress: Callable[[int], object] | None = None,
 ) -> Calibration:
-    """Thresholds of the gates `states` and `first`.
+    """Thresholds of the gates `states` and `first`; the same in each of several processes.
 
     Args:
         inner: what is looked through: a border, a safety text before the question, or nothing.
@@ -84,19 +85,23 @@ def scored(
     batch_size: int = 32,
     progress: Callable[[int], object] | None = None,
 ) -> Scores:
-    """s(x) and r(x) of each query as the defense shows it, (n, 2)."""
-    scores = np.zeros((len(queries), 2))
-    for batch in batches(queries, batch_size):
-        prepared = defense.prepare([queries[i] for i in batch])
+    """s(x) and r(x) of each query as the defense shows it, (n, 2). Several processes share the batches; all of them must come here."""
+    every, scores = batches(queries, batch_size), np.zeros((len(queries), 2))
+
+    def of_batch(number: int) -> Scores:
+        prepared = defense.prepare([queries[i] for i in every[number]])
         pictures = [picture for query in prepared if (picture := query.picture()) is not None]
         canvas = lvlm.preprocess(pictures) if pictures else None
         questions = [query.question for query in prepared]
         seen = look(lvlm, canvas, questions, vector.layer, vector.direction(), refusal_text)
         assert seen.refusal is not None
-        scores[batch] = torch.stack([seen.projection, seen.refusal], 1).double().numpy()
+        return torch.stack([seen.projection, seen.refusal], 1).double().numpy()
+
+    for number, some in parallel.work(len(every), of_batch):
+        scores[every[number]] = some
         if progress is not None:
-            progress(len(batch))
-    return scores
+            progress(len(some))
+    return parallel.shared(scores)
 
 
 def _line(weights: tuple[float, float], bad: Scores, good: Scores, rate: float, confidence: float | None) -> Line:

@@ -30,6 +30,7 @@ from davsp.prompts import VisualSafetyPrompt
 from davsp.prompts.base import from_picture
 from davsp.query import Query
 from davsp.report.cells import cut_note
+from davsp.runtime import parallel
 from davsp.runtime.files import manifest, read_json, write_json, write_text
 from davsp.store import queries_hash
 from davsp.vector import HarmfulnessVector
@@ -87,7 +88,8 @@ def corruptions(
         caveat: a sentence on the judge, for below the table.
 
     Returns:
-        The records: one for `none` (no defense), for `text` (the text, the picture in a white border) and for each change.
+        The records: one for `none` (no defense), for `text` (the text, the picture in a white border) and for each change. Of several
+        processes the first returns them; the others none.
 
     Raises:
         DavspError: an unknown change, no malicious query, or what `evaluate` raises.
@@ -108,6 +110,8 @@ def corruptions(
         lvlm, defenses, queries, out, vector, batch_size=batch_size, max_new_tokens=max_new_tokens, baseline=UNTOUCHED,
         redo=True, seed=seed, console=console,
     )  # fmt: skip
+    if parallel.rank() > 0:
+        return []
     kept = {name: patches_kept(lvlm, prompt, change) for name, change in chosen.items()}
     records = _records(queries, evaluation, kept, seed)
     facts = manifest(

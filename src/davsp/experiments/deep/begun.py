@@ -32,6 +32,7 @@ from davsp.experiments.deep.borders import (
 from davsp.experiments.stages import Stages, fitted_vector
 from davsp.lvlm import LVLM, fingerprint, model_name
 from davsp.metrics import Outcome
+from davsp.runtime import parallel
 from davsp.runtime.files import manifest, write_json, write_text
 from davsp.store import queries_hash
 from davsp.training import TrainSettings
@@ -64,15 +65,14 @@ def begun(
         settings: of the borders, whatever their objective.
 
     Returns:
-        The rows of metrics.json: of all seeds in `out`.
+        The rows of metrics.json: of all seeds in `out`. Of several processes the first returns them; the others none.
 
     Raises:
         DavspError: what the steps raise.
         Interrupted: Ctrl-C; the same call goes on.
     """
-    console = console or Console()
     folder = out / f"seed-{seed}"
-    stages = Stages(folder, console)
+    stages = Stages(folder, console or Console())
     vector = fitted_vector(stages, lvlm, data, text)
     settings = settings.model_copy(update={"seed": seed})
     defenses = unmoved(lvlm, text) | borders(stages, lvlm, data, vector, settings, text)
@@ -82,11 +82,13 @@ def begun(
         asked = [q for q in pictured if not words or q.label == "malicious"]
         made = evaluate(
             lvlm.begun(words) if words else lvlm, defenses, asked, folder / benchmark.replace(" ", "-"),
-            batch_size=batch_size, redo=True, seed=seed, console=console,
+            batch_size=batch_size, redo=True, seed=seed, console=stages.console,
         )  # fmt: skip
-        for name, answers in made.responses.items():
-            found = metrics.outcomes(asked, answers, made.verdicts[name])
+        for name, verdicts in made.verdicts.items():
+            found = metrics.outcomes(asked, made.responses[name], verdicts)
             outcomes[name] += [_placed(o, benchmark, seed) for o in found if o.split == "total" and o.metric in METRICS]
+    if parallel.rank() > 0:
+        return []
     facts = manifest(
         model=model_name(lvlm), revision=lvlm.revision, weights=fingerprint(lvlm), seed=seed, text=text, beginning=beginning,
         settings=settings.model_dump(exclude={"seed", "objective"}), layer=vector.layer, stages=stages.seconds,

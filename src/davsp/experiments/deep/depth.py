@@ -45,6 +45,7 @@ from davsp.lvlm.hooks import catching, wide
 from davsp.metrics import Outcome
 from davsp.query import Query
 from davsp.report import plots
+from davsp.runtime import parallel
 from davsp.runtime.files import manifest, write_json, write_text
 from davsp.store import queries_hash
 from davsp.training import TrainSettings
@@ -68,14 +69,13 @@ def depth(
         out: the model's folder; the part's is `depth` in it.
 
     Returns:
-        The rows of metrics.json: of all seeds in `out/depth`.
+        The rows of metrics.json: of all seeds in `out/depth`. Of several processes the first returns them; the others none.
 
     Raises:
         DavspError: what the steps raise.
         Interrupted: Ctrl-C; the same call goes on.
     """
-    console = console or Console()
-    stages, folder = Stages(out / f"seed-{seed}", console), out / "depth" / f"seed-{seed}"
+    stages, folder = Stages(out / f"seed-{seed}", console or Console()), out / "depth" / f"seed-{seed}"
     vector = fitted_vector(stages, lvlm, data, text)
     settings = settings.model_copy(update={"seed": seed})
     defenses = unmoved(lvlm, text) | borders(stages, lvlm, data, vector, settings, text)
@@ -93,14 +93,18 @@ def depth(
     malicious = [q for q in pictured if q.label == "malicious"]
     asked[BARRED] = (lvlm.without(settings.refusal), folder / "barred", malicious)
     for benchmark, (model, where, queries) in asked.items():
-        made = evaluate(model, defenses, queries, where, batch_size=batch_size, redo=True, seed=seed, console=console)
-        for name, answers in made.responses.items():
-            found = metrics.outcomes(queries, answers, made.verdicts[name])
+        made = evaluate(
+            model, defenses, queries, where, batch_size=batch_size, redo=True, seed=seed, console=stages.console
+        )
+        for name, verdicts in made.verdicts.items():
+            found = metrics.outcomes(queries, made.responses[name], verdicts)
             outcomes[name] += [
                 replace(o, query_id=f"{seed} {o.query_id}", benchmark=benchmark)
                 for o in found
                 if (o.split, o.metric) == ("total", "rsr")
             ]
+    if parallel.rank() > 0:
+        return []
     facts = manifest(
         model=model_name(lvlm), revision=lvlm.revision, weights=fingerprint(lvlm), seed=seed, text=text,
         settings=settings.model_dump(exclude={"seed", "objective"}), layer=vector.layer, barred=settings.refusal.split()[0],
@@ -114,14 +118,21 @@ def depth(
 def see(
     lvlm: LVLM, defense: Defense, queries: Sequence[Query], vector: HarmfulnessVector, refusal: str, batch_size: int
 ) -> dict[str, Float[np.ndarray, "n l"]]:
-    """Projection (all layers but the last one, which comes after the final norm) and the refusal's log-odds at each layer."""
+    """Projection (all layers but the last one, which comes after the final norm) and the refusal's log-odds at each layer.
+
+    Several processes share the batches; the first one has all.
+    """
     layers = list(range(1, lvlm.num_layers + 1))
     bottom, top = vector.mean_benign, vector.mean_malicious
     seen = {
         "projection": np.zeros((len(queries), len(layers) - 1)),
         "refusal_odds": np.zeros((len(queries), len(layers))),
     }
-    for batch in batches(queries, batch_size):
+    every = batches(queries, batch_size)
+
+    def of_batch(number: int) -> dict[str, Float[np.ndarray, "b l"]]:
+        batch = every[number]
+        some = {name: np.zeros((len(batch), array.shape[1])) for name, array in seen.items()}
         prepared = defense.shown([queries[i] for i in batch])
         pictures = [picture for query in prepared if (picture := query.picture()) is not None]
         canvas = lvlm.preprocess(pictures) if pictures else None
@@ -129,10 +140,15 @@ def see(
         with catching(lvlm.layers, layers, tokens.last, stop=True) as caught:
             lvlm.model(**lvlm.inputs(tokens, canvas), use_cache=False)
         for layer in layers:
-            seen["refusal_odds"][batch, layer - 1] = _odds(lvlm, caught[layer], refusal).cpu().numpy()
+            some["refusal_odds"][:, layer - 1] = _odds(lvlm, caught[layer], refusal).cpu().numpy()
             if layer < lvlm.num_layers:
                 s = vector.project(caught[layer], layer).cpu() - bottom[layer - 1]
-                seen["projection"][batch, layer - 1] = (s / (top[layer - 1] - bottom[layer - 1])).numpy()
+                some["projection"][:, layer - 1] = (s / (top[layer - 1] - bottom[layer - 1])).numpy()
+        return some
+
+    for number, some in parallel.work(len(every), of_batch):
+        for name, array in some.items():
+            seen[name][every[number]] = array
     return seen
 
 

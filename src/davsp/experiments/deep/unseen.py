@@ -39,6 +39,7 @@ from davsp.experiments.stages import Stages, fitted_vector
 from davsp.lvlm import LVLM, fingerprint, model_name
 from davsp.metrics import Outcome
 from davsp.query import Query
+from davsp.runtime import parallel
 from davsp.runtime.files import manifest, write_json, write_text
 from davsp.store import queries_hash
 from davsp.training import TrainSettings
@@ -99,7 +100,7 @@ def unseen(
         settings: of the borders, whatever their objective.
 
     Returns:
-        The rows of metrics.json: of all seeds in `out`.
+        The rows of metrics.json: of all seeds in `out`. Of several processes the first returns them; the others none.
 
     Raises:
         DavspError: what the steps raise.
@@ -117,14 +118,22 @@ def unseen(
         vector = fitted_vector(stages, lvlm, data, text)
         defenses = {**once, **borders(stages, lvlm, data, vector, settings, text)}
         made = evaluate(
-            lvlm, defenses, data.test, folder / split, batch_size=batch_size, redo=True, seed=seed, console=console
+            lvlm,
+            defenses,
+            data.test,
+            folder / split,
+            batch_size=batch_size,
+            redo=True,
+            seed=seed,
+            console=stages.console,
         )
         layers[split] = vector.layer
         seconds |= {f"{split}: {name}": took for name, took in stages.seconds.items()}
         found[split] = {
-            name: metrics.outcomes(data.test, answers, made.verdicts[name]) for name, answers in made.responses.items()
+            name: metrics.outcomes(data.test, made.responses[name], verdicts)
+            for name, verdicts in made.verdicts.items()
         }
-        if split == ALL:
+        if split == ALL or parallel.rank() > 0:
             continue
         facts = manifest(
             model=model_name(lvlm), revision=lvlm.revision, weights=fingerprint(lvlm), seed=seed, text=text, part=part,

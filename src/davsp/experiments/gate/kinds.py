@@ -26,6 +26,7 @@ from davsp.lvlm import LVLM, fingerprint, model_name
 from davsp.metrics import Outcome
 from davsp.prompts import VisualSafetyPrompt
 from davsp.query import Query
+from davsp.runtime import parallel
 from davsp.runtime.files import manifest, write_json, write_text
 from davsp.store import queries_hash
 from davsp.training import TrainSettings
@@ -101,7 +102,7 @@ def kinds(
         text, refusal_text, settings: as of `davsp.experiments.gate.run.gate`.
 
     Returns:
-        The rows of metrics.json.
+        The rows of metrics.json. Of several processes the first returns them; the others none.
 
     Raises:
         DavspError: what the steps raise.
@@ -123,12 +124,14 @@ def kinds(
             "gate-first": Gate(VisualPrompt(border), "first", border.gate, none),
         }  # fmt: skip
         evaluation = evaluate(
-            lvlm, defenses, data.test, out / split, batch_size=batch_size, redo=True, seed=seed, console=console
+            lvlm, defenses, data.test, out / split, batch_size=batch_size, redo=True, seed=seed, console=stages.console
         )
         found[split] = {
-            name: metrics.outcomes(data.test, answers, evaluation.verdicts[name])
-            for name, answers in evaluation.responses.items()
+            name: metrics.outcomes(data.test, evaluation.responses[name], verdicts)
+            for name, verdicts in evaluation.verdicts.items()
         }
+    if parallel.rank() > 0:
+        return []
     table = kind_rows(model_name(lvlm), found, {q.id: q.category for q in data.test})
     parts = ("train", "sweep", "test")
     facts = manifest(

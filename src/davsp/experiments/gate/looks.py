@@ -28,6 +28,7 @@ from davsp.defenses.gate.scores import combined
 from davsp.lvlm import LVLM
 from davsp.lvlm.hooks import catching
 from davsp.query import Query
+from davsp.runtime import parallel
 
 NEAREST = 8
 
@@ -55,12 +56,15 @@ def see(
     batch_size: int = 32,
     progress: Callable[[int], object] | None = None,
 ) -> Seen:
-    """One pass over each query as the defense shows it, with the refusal in the answer's place."""
+    """One pass over each query as the defense shows it, with the refusal in the answer's place.
+
+    Several processes share the batches; all of them must come here.
+    """
     layers = list(range(1, lvlm.num_layers))
-    parts: list[Seen] = []
-    order: list[int] = []
-    for batch in batches(queries, batch_size):
-        prepared = defense.prepare([queries[i] for i in batch])
+    every = batches(queries, batch_size)
+
+    def of_batch(number: int) -> Seen:
+        prepared = defense.prepare([queries[i] for i in every[number]])
         pictures = [picture for query in prepared if (picture := query.picture()) is not None]
         canvas = lvlm.preprocess(pictures) if pictures else None
         questions = [query.question for query in prepared]
@@ -69,11 +73,14 @@ def see(
             loss = lvlm.step(canvas, questions, layers[0], [refusal_text] * len(questions)).answer_loss
         assert loss is not None
         states = torch.stack([caught[layer].to(lvlm.device) for layer in layers], 1)
-        parts.append(Seen(states.float().cpu().numpy(), -loss.float().cpu().numpy(), _lens(lvlm, states, refusal_text)))
-        order += batch
+        return Seen(states.float().cpu().numpy(), -loss.float().cpu().numpy(), _lens(lvlm, states, refusal_text))
+
+    parts: list[Seen] = []
+    for number, seen in parallel.work(len(every), of_batch):
+        parts.append(seen)
         if progress is not None:
-            progress(len(batch))
-    back = np.argsort(order)
+            progress(len(every[number]))
+    parts, back = parallel.shared(parts), np.argsort([i for batch in every for i in batch])
     return Seen(*(np.concatenate([getattr(part, name) for part in parts])[back] for name in Seen._fields))
 
 

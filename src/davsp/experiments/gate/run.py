@@ -34,6 +34,7 @@ from davsp.lvlm import LVLM, AnsweringLVLM, fingerprint, model_name
 from davsp.metrics import Outcome
 from davsp.prompts import VisualSafetyPrompt
 from davsp.query import Query, Response
+from davsp.runtime import parallel
 from davsp.runtime.files import manifest, read_bytes, read_json, write_bytes, write_json, write_text
 from davsp.runtime.progress import bar
 from davsp.store import queries_hash
@@ -50,7 +51,7 @@ LOOKS, OUTCOMES = "looks.npz", "outcomes.json"
 
 
 class Once(Defense):
-    """A defense that answers each query once: rows that share answers do not ask for them again. Greedy answers are the same."""
+    """A defense that answers each query once a process: rows that share answers do not ask for them again. Greedy answers are the same."""
 
     def __init__(self, inner: Defense) -> None:
         self.inner, self.name, self.known = inner, inner.name, dict[tuple[str, int | None], Response]()
@@ -112,15 +113,14 @@ def gate(
         with_ecso: also ECSO and adaptive ECSO with the border, which take most of the time.
 
     Returns:
-        The rows of metrics.json: of all seeds in `out`.
+        The rows of metrics.json: of all seeds in `out`. Of several processes the first returns them; the others none.
 
     Raises:
         DavspError: what the steps raise.
         Interrupted: Ctrl-C; the same call goes on.
     """
-    console = console or Console()
     folder = out / f"seed-{seed}"
-    stages = Stages(folder, console)
+    stages = Stages(folder, console or Console())
     vector = fitted_vector(stages, lvlm, data, text)
     start = VisualSafetyPrompt.create(lvlm.canvas, round(lvlm.canvas / 12), text=text)
     settings = settings.model_copy(update={"seed": seed})
@@ -137,16 +137,18 @@ def gate(
         defenses["ecso"] = ECSO(none, templates=templates)
         defenses["ecso-adaptive+davsp"] = ECSO(none, instead=davsp, templates=templates)
     evaluation = evaluate(
-        lvlm, defenses, data.test, folder, batch_size=batch_size, redo=True, seed=seed, console=console
+        lvlm, defenses, data.test, folder, batch_size=batch_size, redo=True, seed=seed, console=stages.console
     )
-    outcomes = {
-        name: [replace(o, query_id=f"{seed} {o.query_id}") for o in metrics.outcomes(data.test, answers, evaluation.verdicts[name])
+    outcomes = parallel.shared({
+        name: [replace(o, query_id=f"{seed} {o.query_id}") for o in metrics.outcomes(data.test, evaluation.responses[name], verdicts)
                if o.split == "total" and o.metric in ("rsr", "over_refusal", "accuracy")]
-        for name, answers in evaluation.responses.items()
-    }  # fmt: skip
+        for name, verdicts in evaluation.verdicts.items()
+    })  # fmt: skip  # the first process alone has verdicts
     _look(stages, lvlm, data.test, sets, border, vector.layer, text, refusal_text, seed, batch_size)
     if twins:
         told(stages, lvlm, defenses, twins, outcomes, seed, batch_size)
+    if parallel.rank() > 0:
+        return []
     facts = manifest(
         model=model_name(lvlm), revision=lvlm.revision, weights=fingerprint(lvlm), seed=seed, text=text,
         settings=settings.model_dump(), layer=vector.layer, gate=border.gate and border.gate.model_dump(exclude={"direction"}),
@@ -169,7 +171,8 @@ def with_gate(
 
     def make(resume: bool) -> None:
         border.gate = calibrate(lvlm, VisualPrompt(border), vector, fit, held, refusal_text, batch_size=batch_size)
-        border.save_pretrained(saved)
+        if parallel.rank() == 0:
+            border.save_pretrained(saved)
 
     def load() -> VisualSafetyPrompt:
         if (read := VisualSafetyPrompt.from_pretrained(saved)).gate is None:  # gone with a border that was saved anew
@@ -177,7 +180,7 @@ def with_gate(
         return read
 
     inputs = [border.pixels_sha256(), fingerprint(lvlm), refusal_text, *map(queries_hash, sets)]
-    return stages.run("gate", inputs, make, load)
+    return stages.run("gate", inputs, make, load, together=True)
 
 
 def _look(
@@ -211,12 +214,14 @@ def _look(
                 pairs[name] = features(seen[0], seen[1], layer, others)
         two = {which: np.concatenate([pairs["none"][which], pairs["davsp"][which]], 1) for which in pairs["none"]}
         arrays |= {f"none+davsp both/{which}": s for which, s in weighed(two).items()}
+        if parallel.rank() > 0:
+            return
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)
         write_bytes(file, buffer.getvalue())
 
     inputs = ["two", border.pixels_sha256(), fingerprint(lvlm), layer, refusal_text, *map(queries_hash, queries)]
-    stages.run("looks", inputs, make, lambda: read_looks(file))
+    stages.run("looks", inputs, make, lambda: read_looks(file), together=True)
 
 
 def read_looks(file: Path) -> dict[str, np.ndarray]:

@@ -16,6 +16,7 @@ from davsp.experiments.stages import Stages
 from davsp.lvlm import LVLM, fingerprint
 from davsp.metrics import Outcome
 from davsp.query import Query
+from davsp.runtime import parallel
 from davsp.runtime.files import read_json, write_json
 from davsp.store import queries_hash
 
@@ -62,6 +63,8 @@ def told(
             seed=seed,
             console=stages.console,
         )
+        if parallel.rank() > 0:
+            return
         found: dict[str, list[Outcome]] = {}
         of = {q.id: q.benchmark for q in queries}
         for name, answers in evaluation.responses.items():
@@ -72,7 +75,7 @@ def told(
         write_json(stages.out / FILE, {name: [asdict(o) for o in rows] for name, rows in found.items()})
 
     inputs = [fingerprint(lvlm), {n: d.describe() for n, d in some.items()}, queries_hash(queries), safe]
-    stages.run("twins", inputs, make, lambda: read_json(stages.out / FILE))
+    stages.run("twins", inputs, make, lambda: read_json(stages.out / FILE), together=True)
 
 
 def _told(
