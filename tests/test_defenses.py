@@ -157,7 +157,8 @@ def test_a_defense_is_read_by_the_files_in_its_folder(tmp_path: Path) -> None:
     assert [load_defense(tmp_path / name).name for name in ("border", "noise")] == ["davsp", "additive"]
     assert load_defense(tmp_path / "border", "mine").describe() == VisualPrompt(border).describe()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DavspError, match=r"holds no defense: none of vsp_config\.json"):
+    missing = r"holds no defense: none of vsp_config\.json, .*, nor, to stand behind gate:first\+, gate.json or gate_served.json; give"
+    with pytest.raises(DavspError, match=missing):
         load_defense(tmp_path / "empty")
 
 

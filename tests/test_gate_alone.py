@@ -89,7 +89,8 @@ def border() -> VisualSafetyPrompt:
 
 def test_what_is_no_gate_is_named(lvlm: LVLM, vector: HarmfulnessVector, border: VisualSafetyPrompt, tmp_path: Path):
     file = made(lvlm, vector, "text")
-    folder = put(tmp_path / "look", file)
+    folder, empty = put(tmp_path / "look", file), tmp_path / "empty"
+    empty.mkdir()
     for spec, why in {
         f"a={folder}": "holds a gate without a border, which is no defense by itself",
         f"gate:first+safety-text+a={folder}": "which is no defense by itself",
@@ -97,6 +98,8 @@ def test_what_is_no_gate_is_named(lvlm: LVLM, vector: HarmfulnessVector, border:
         f"gate:first+none={folder}": "looks through safety-text, not through none; call it safety-text",
         f"gate:first+none:crop={folder}": "the name 'none:crop' may not hold : or /",
         f"gate:first+gate:first+a={folder}": "looks through a border, .* or nothing, not through gate:first\\+a; take gate:answer",
+        f"gate:first+text={empty}": "nor, to stand behind gate:first\\+, gate.json or gate_served.json; give the folder",
+        f"gate:first+none={empty}": "holds no gate \\(gate.json\\); make one with davsp gate .* --look none",
         "gate:first+none": "gate:first\\+none has no threshold; make one with davsp gate FOLDER --look none",
         "gate:states+safety-text=be safe": "davsp gate FOLDER --look text and give gate:states\\+safety-text=FOLDER",
     }.items():
@@ -268,6 +271,10 @@ def test_davsp_gate_without_a_border(
     border.save_pretrained(tmp_path / "border")
     for wrong, why in (
         ([*command, *sets], "there is no folder"),
+        (
+            ["gate", tmp_path / "vector", *model, *loose, *sets],
+            "holds no border (vsp_config.json is not there); give the folder of one, or --look none or text",
+        ),
         ([*command, *sets, "--look", "border"], "choose none or text"),
         ([*command, *sets, "--text", TEXT], "--text goes with --look text"),
         ([*command, *sets, "--look", "text"], "--look text needs a text for this model"),

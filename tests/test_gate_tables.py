@@ -247,3 +247,9 @@ def test_two_seeds_of_the_whole(mini: LVLM, tmp_path: Path, monkeypatch: pytest.
     border = VisualSafetyPrompt.from_pretrained(tmp_path / "seed-1" / "prompts" / "davsp")
     assert border.gate is not None and (border.gate.first.benign, border.gate.first.refused_benign) == (30, 2)
     assert "seeds 0, 1" in (tmp_path / "gate.md").read_text()
+
+
+def test_parts_that_take_one_process(tmp_path: Path, capsys: Any):
+    for options in (["--num-processes", 2], ["--gpus-per-process", 1]):
+        assert davsp("reproduce", "deep-alignment", "--part", "turns", *options, "--out", tmp_path / "out") == 2
+        assert "--part turns takes one process" in capsys.readouterr().err and not (tmp_path / "out").exists()

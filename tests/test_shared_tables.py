@@ -22,6 +22,7 @@ from davsp.embedded.data import calibration
 from davsp.embedded.ecso_templates import TEMPLATES
 from davsp.embedded.twins import sounding, twins
 from davsp.experiments.corruptions.run import Corrupted
+from davsp.experiments.deep import unseen
 from davsp.experiments.deep.begun import begun
 from davsp.experiments.deep.borders import OBJECTIVES
 from davsp.experiments.deep.depth import depth
@@ -148,6 +149,15 @@ def deep_table(out: Path) -> int:
     return len(begun(lvlm, data, out, beginning="sure , here", **how) + depth(lvlm, data, out, **how))
 
 
+def unseen_table(out: Path) -> int:
+    kinds.TRAIN, kinds.SWEEP = 8, 4
+    unseen.SIZES = {"harm": 8, "utility": 1, "mme": 0, "llava_bench": 0}
+    unseen.splits_of = lambda part: ("all", "theft")  # type: ignore[assignment]
+    return len(unseen.unseen(
+        mini(), out, "kinds-1", text=embedded.SAFETY_TEXT, settings=SETTINGS, batch_size=4, console=Console(quiet=True)
+    ))  # fmt: skip
+
+
 def looked(folder: Path) -> list[Any]:
     """What the looks of `davsp reproduce gate` are made of, of queries with pictures and without, three a batch."""
     torch.set_num_threads(1)
@@ -169,6 +179,7 @@ def test_looks(tiny_folder: Path) -> None:
         (gate_table, ["seed-0"], ["davsp"]),
         (kinds_table, ["theft+fraud", "all"], ["davsp"]),
         (deep_table, ["seed-0"], list(OBJECTIVES)),
+        (unseen_table, ["seed-0/all", "seed-0/theft"], list(OBJECTIVES)),
     ],
 )
 @pytest.mark.slow
@@ -180,7 +191,7 @@ def test_own_tables(table: Callable[[Path], int], folders: list[str], trained: l
         for part in ("vector", "train", "prompts", "prompt"):
             if (made / part).exists():
                 shutil.copytree(made / part, kept / part, ignore=shutil.ignore_patterns("gate.json"))
-        (kept / "stages").mkdir()
+        (kept / "stages").mkdir(parents=True)
         for stage in ("vector", *trained):
             shutil.copy(made / "stages" / f"{stage}.json", kept / "stages")
     assert together(partial(table, tmp_path / "2")) == [rows, 0] and rows > 20

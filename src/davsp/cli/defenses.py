@@ -87,6 +87,10 @@ def _read(spec: str, context: _Context) -> "Defense":
                 f"--defense {spec}: the name {inside!r} may not hold : or /; the gate's folder says what it looks through"
             )
         return load_defense(spec)  # its folder says what is looked through
+    if method == "gate" and inside == "none" and value:
+        raise DavspError(
+            f"--defense {spec}: {value} holds no gate (gate.json); make one with davsp gate {value} --look none."
+        )
     if plus and head.startswith("none:"):
         raise DavspError(
             f"--defense {spec}: {head} is a row of its own; to show all undefended pictures so, give --undefended"

@@ -161,6 +161,7 @@ def _border(folder: Path, look: str | None, text: str | None) -> "VisualSafetyPr
     """
     from davsp.defenses.load import LOADERS
     from davsp.prompts import VisualSafetyPrompt
+    from davsp.prompts.border import CONFIG
 
     if look not in (None, "none", "text"):
         raise DavspError(
@@ -171,6 +172,10 @@ def _border(folder: Path, look: str | None, text: str | None) -> "VisualSafetyPr
     if look is None:
         if not folder.is_dir():
             raise DavspError(f"there is no folder {folder}; give that of a border, or --look none or text.")
+        if not (folder / CONFIG).exists():
+            raise DavspError(
+                f"{folder} holds no border ({CONFIG} is not there); give the folder of one, or --look none or text for a gate without."
+            )
         return VisualSafetyPrompt.from_pretrained(folder)
     if folder.exists() and not folder.is_dir():
         raise DavspError(f"{folder} is no folder; give one of the gate's own.")

@@ -66,7 +66,10 @@ def load_defense(source: str | Path, name: str | None = None) -> Defense:
     if len(kinds) > 1:
         raise DavspError(f"{folder} holds {' and '.join(kinds.values())}; take the files of one away.")
     if not kinds and folder.is_dir():
-        raise DavspError(f"{folder} holds no defense: none of {', '.join(LOADERS)} is there.")
+        raise DavspError(
+            f"{folder} holds no defense: none of {', '.join(LOADERS)} is there, nor, to stand behind gate:first+, {FILE} or {SERVED}; give "
+            "the folder that davsp train, baseline or gate wrote."
+        )
     return next(iter(kinds), _visual)(source, name)
 
 
