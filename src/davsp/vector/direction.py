@@ -1,29 +1,24 @@
 """The harmfulness vector: the direction in which malicious and benign queries differ inside the model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from rich.progress import Progress
 from torch import Tensor
 
 from davsp.errors import DavspError, words_of
 from davsp.lvlm import LVLM, short_name
 from davsp.lvlm.answering import NO_STATES
 from davsp.lvlm.templates import CHECKPOINT
-from davsp.lvlm.undefended import WHITE, matters, square
-from davsp.query import Query, single
-from davsp.runtime import parallel
-from davsp.runtime.files import read_tensors_and_metadata, read_torch, save_tensors, to_json, write_json
-
-if TYPE_CHECKING:
-    from davsp.lvlm.remote import RemoteLVLM
-
-Readable: TypeAlias = "LVLM | RemoteLVLM"
-"""A model whose states can be read: loaded here, or on a server that writes them (`davsp.lvlm.states_served`)."""
+from davsp.lvlm.undefended import matters
+from davsp.query import Query
+from davsp.runtime.files import read_tensors_and_metadata, save_tensors, to_json, write_json
+from davsp.vector.published import directions
+from davsp.vector.separation import compare
+from davsp.vector.states import Readable, of_both
 
 AS_GOOD = 0.01  # of AUROC: about the standard error of 0.99 from a hundred queries
 QUANTILES = (0.5, 0.75)  # of malicious projections for mu_plus, of benign ones for mu_minus
@@ -93,7 +88,7 @@ class HarmfulnessVector:
         if not lvlm.readable:
             raise DavspError(NO_STATES)
         layers = lvlm.readable
-        bad, good = _both(lvlm, malicious, benign, layers, layers[-1], text, batch_size, progress, "vector")
+        bad, good = of_both(lvlm, malicious, benign, layers, layers[-1], text, batch_size, progress, "vector")
         difference = bad.mean(0) - good.mean(0)  # (L, D)
         norm = difference.norm(dim=-1, keepdim=True)
         scale = torch.cat([bad, good]).norm(dim=-1).mean(0)[:, None]  # (L, 1)
@@ -109,7 +104,7 @@ class HarmfulnessVector:
         )  # fmt: skip
         if isinstance(lvlm, LVLM) and matters(lvlm, malicious, benign):
             vector.undefended = lvlm.undefended
-        vector._choose(_compare(vector.malicious, vector.benign))
+        vector._choose(compare(vector.malicious, vector.benign))
         return vector
 
     def sweep(
@@ -135,8 +130,8 @@ class HarmfulnessVector:
         layers = [layer for layer in lvlm.readable if layer <= len(self.vectors)]
         if not set(layers) - set(self.left_out):
             raise DavspError(NO_STATES)
-        bad, good = _both(lvlm, malicious, benign, layers, len(self.vectors), text, batch_size, progress, "layers")
-        rows = _compare(_project(bad, self.vectors), _project(good, self.vectors))
+        bad, good = of_both(lvlm, malicious, benign, layers, len(self.vectors), text, batch_size, progress, "layers")
+        rows = compare(_project(bad, self.vectors), _project(good, self.vectors))
         self.table = self._choose([row for row in rows if row["layer"] in layers])
         return self.table
 
@@ -206,7 +201,7 @@ class HarmfulnessVector:
 
     def by_layer(self) -> list[dict[str, Any]]:
         """The rows of the last `sweep`; before one, the same figures of the fitting set; none if that is not known."""
-        return self.table or (self._left(_compare(self.malicious, self.benign)) if self.fitted else [])
+        return self.table or (self._left(compare(self.malicious, self.benign)) if self.fitted else [])
 
     def _left(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Without the layers that are left out."""
@@ -344,20 +339,20 @@ class HarmfulnessVector:
         Raises:
             DavspError: it is no such file; NaN, infinity or a direction of zeros; the three are missing for another model or layer.
         """
-        directions = _directions(Path(path))
+        found = directions(Path(path))
         size, at, plus, minus = PUBLISHED
         given = (layer, mu_plus, mu_minus)
-        if (tuple(directions.shape) != size or layer not in (None, at)) and None in given:
+        if (tuple(found.shape) != size or layer not in (None, at)) and None in given:
             raise DavspError(
-                f"{path} has {len(directions)} layers of {directions.shape[1]} numbers; margins {plus:+g} and {minus:+g} are known "
+                f"{path} has {len(found)} layers of {found.shape[1]} numbers; margins {plus:+g} and {minus:+g} are known "
                 f"for layer {at} of {size[0]} layers of {size[1]} alone: give --layer, --mu-plus and --mu-minus"
             )
         layer = at if layer is None else layer
         mu_plus, mu_minus = plus if mu_plus is None else mu_plus, minus if mu_minus is None else mu_minus
         if mu_plus <= mu_minus:
             raise DavspError(f"mu_plus ({mu_plus:g}) must be above mu_minus ({mu_minus:g}); give other margins")
-        none = torch.empty(0, len(directions) - 1)
-        vectors = (directions / directions.norm(dim=1, keepdim=True))[:-1].contiguous()
+        none = torch.empty(0, len(found) - 1)
+        vectors = (found / found.norm(dim=1, keepdim=True))[:-1].contiguous()
         vector = cls(vectors, none, none.clone(), layer, mu_plus, mu_minus, model_id=model_id, text=text)
         vector.template, vector.undefended = PUBLISHED_SHOWN
         vector.direction()
@@ -382,133 +377,5 @@ class HarmfulnessVector:
             raise DavspError(f"{path} is no harmfulness vector ({words_of(error)}); fit it anew") from error
 
 
-def _directions(path: Path) -> Float[Tensor, "l d"]:
-    """What a file of the authors' `get_vector.py` holds, a row a layer, float32."""
-    wanted = "the authors' harmfulness_vector.pt, a dictionary layer_1 to layer_L of one direction each"
-    found = read_torch(path, wanted)
-    rows = found
-    if isinstance(found, dict):
-        rows = [found.get(f"layer_{n}") for n in range(1, len(found) + 1)]
-    elif not isinstance(found, Tensor) or found.dim() != 2:
-        raise DavspError(f"{path} holds no harmfulness vector; give {wanted}.")
-    good = [
-        isinstance(row, Tensor) and row.layout == torch.strided and row.is_floating_point() and row.dim() == 1
-        for row in rows
-    ]
-    if len(good) < 2 or not all(good) or len({len(row) for row in rows}) > 1:
-        raise DavspError(f"{path} holds no harmfulness vector; give {wanted}.")
-    directions = torch.stack([row.detach().float() for row in rows])
-    norm = directions.norm(dim=1)
-    if not bool((norm.isfinite() & (norm > 0)).all()):
-        raise DavspError(f"{path} holds NaN, infinity or a direction of zeros; make it or download it anew.")
-    return directions
-
-
-def collect_states(
-    lvlm: Readable,
-    queries: Sequence[Query],
-    layers: Sequence[int],
-    text: str = "",
-    batch_size: int = 16,
-    progress: bool = True,
-    name: str = "states",
-) -> Float[Tensor, "n l d"]:
-    """States of the last input token of undefended queries, on the CPU; pictures and words-only in batches apart.
-
-    Several processes share the batches; all of them must come here.
-
-    Where a picture is padded, it is in white, as DAVSP's code does for the vector and for its border. A server gets it as it is.
-    """
-    single(queries, "the vector")
-    states: list[Tensor] = [torch.empty(0)] * len(queries)
-    pad = isinstance(lvlm, LVLM) and lvlm.undefended == "pad"
-    if isinstance(lvlm, LVLM):
-        _check_shown(lvlm, queries, text)
-    with Progress(transient=True, disable=not progress or parallel.rank() > 0) as bar:
-        task = bar.add_task(name, total=len(queries))
-        batches = list(_batches(queries, batch_size))
-        for batch in batches[parallel.rank() :: parallel.processes()]:
-            pictures = [queries[i].picture() for i in batch]
-            shown = [square(p, WHITE) if pad else p for p in pictures if p]
-            canvas: Any = lvlm.preprocess(shown) if shown else None
-            questions = [f"{text} {queries[i].question}" if text else queries[i].question for i in batch]
-            for i, state in zip(batch, lvlm.states(canvas, questions, layers).cpu(), strict=True):
-                states[i] = state
-            bar.advance(task, parallel.processes() * len(batch))
-    for number, of_one in enumerate(parallel.gathered([s for s in states if s.numel()])):
-        rows = [i for batch in batches[number :: parallel.processes()] for i in batch]
-        for i, state in zip(sorted(rows), of_one, strict=True):
-            states[i] = state
-    return torch.stack(states)
-
-
-def _check_shown(lvlm: LVLM, queries: Sequence[Query], text: str) -> None:
-    """Raises DavspError if the model has no room for a query, or cannot take its picture; nothing is computed yet."""
-    for query in queries:
-        try:
-            lvlm.check_query(f"{text} {query.question}" if text else query.question, query.size(), 0)
-        except DavspError as error:
-            raise DavspError(f"query {query.id!r} cannot be shown: {error}") from error
-
-
-def auroc(malicious: Float[Tensor, " n"], benign: Float[Tensor, " m"]) -> float:
-    """Probability that a malicious projection is above a benign one; ties count half."""
-    difference = malicious[:, None] - benign[None]
-    return float((difference > 0).double().mean() + (difference == 0).double().mean() / 2)
-
-
-def _both(
-    lvlm: Readable,
-    malicious: Sequence[Query],
-    benign: Sequence[Query],
-    layers: Sequence[int],
-    deepest: int,
-    text: str,
-    batch_size: int,
-    progress: bool,
-    name: str,
-) -> tuple[Float[Tensor, "n l d"], Float[Tensor, "m l d"]]:
-    """The states of both classes at layers 1 to `deepest`, zeros at those that are not among `layers`."""
-    check_classes(malicious, benign)
-    bad = collect_states(lvlm, malicious, layers, text, batch_size, progress, f"{name}: malicious")
-    good = collect_states(lvlm, benign, layers, text, batch_size, progress, f"{name}: benign")
-    if len(layers) == deepest:
-        return bad, good
-    rows = [layer - 1 for layer in layers]
-    whole = [states.new_zeros(len(states), deepest, states.shape[-1]) for states in (bad, good)]
-    for states, some in zip(whole, (bad, good), strict=True):
-        states[:, rows] = some
-    return whole[0], whole[1]
-
-
-def check_classes(malicious: Sequence[Query], benign: Sequence[Query]) -> None:
-    """Raises DavspError if a class is empty, or a query stands in the wrong one."""
-    for label, queries in (("malicious", malicious), ("benign", benign)):
-        single(queries, "training")
-        if not queries:
-            raise DavspError(f"there are no {label} queries: both classes are needed")
-        for query in queries:
-            if query.label != label:
-                raise DavspError(f"query {query.id} is labelled {query.label} but stands among the {label} ones")
-
-
-def _batches(queries: Sequence[Query], size: int) -> Iterator[list[int]]:
-    for with_image in (True, False):
-        rows = [i for i, query in enumerate(queries) if (query.image is not None) == with_image]
-        for start in range(0, len(rows), size):
-            yield rows[start : start + size]
-
-
 def _project(states: Float[Tensor, "n l d"], vectors: Float[Tensor, "l d"]) -> Float[Tensor, "n l"]:
     return (states.float() * vectors).sum(-1)
-
-
-def _compare(malicious: Float[Tensor, "n l"], benign: Float[Tensor, "m l"]) -> list[dict[str, Any]]:
-    rows = []
-    for at in range(malicious.shape[1]):
-        bad, good = malicious[:, at], benign[:, at]
-        spread = float(((bad.var(correction=0) + good.var(correction=0)) / 2).sqrt())
-        gap = float(bad.mean() - good.mean())
-        row = {"layer": at + 1, "auroc": auroc(bad, good), "mean_malicious": float(bad.mean())}
-        rows.append(row | {"mean_benign": float(good.mean()), "gap": gap / max(spread, 1e-12)})
-    return rows
