@@ -151,7 +151,7 @@ def test_a_layer_at_which_the_classes_do_not_differ_is_left_out(lvlm, vector, tm
         states[:, 1] = 7.0 + 1e-7 * torch.rand(len(states), 1)
         return states
 
-    monkeypatch.setattr("davsp.vector.collect_states", forgetful)
+    monkeypatch.setattr("davsp.vector.states.collect_states", forgetful)
     fitted = HarmfulnessVector.fit(lvlm, queries("malicious", 8), queries("benign", 8), progress=False)
     assert fitted.left_out == [2] and vector.left_out == []
     assert torch.equal(fitted.vectors[[0, 2]], vector.vectors[[0, 2]])  # the others are what they were
@@ -163,6 +163,6 @@ def test_a_layer_at_which_the_classes_do_not_differ_is_left_out(lvlm, vector, tm
     for take in (loaded.direction, loaded.use_layer):
         with pytest.raises(DavspError, match=r"no direction at layer 2, .* do not differ; take a layer other than 2"):
             take(2)
-    monkeypatch.setattr("davsp.vector.collect_states", lambda *args, **kwargs: torch.ones(8, 3, 32))
+    monkeypatch.setattr("davsp.vector.states.collect_states", lambda *args, **kwargs: torch.ones(8, 3, 32))
     with pytest.raises(DavspError, match="the two sets must differ"):
         HarmfulnessVector.fit(lvlm, queries("malicious", 8), queries("benign", 8), progress=False)
