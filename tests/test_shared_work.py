@@ -159,6 +159,25 @@ def test_eval_goes_on_after_a_process_was_killed(
     assert texts[0] == texts[1] and len(texts[0]) == 35
 
 
+def test_pat(tiny_folder: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The same tokens and figures by the candidates that two processes share, and again from a step that one has left."""
+    command = [
+        "baseline", "pat", "--model", tiny_folder, "--device", "cpu", "--malicious", data / "malicious", "--benign", data / "benign",
+        "--text", "be safe", "--refusal", "sorry no", "--steps", "3", "--candidates", "12", "--batch-size", "4", "--set", "length=4",
+        "--set", "attack_length=3", "--set", "start=please", "--set", "top_k=8", "--set", "behaviours=3", "--set", "target=yes",
+    ]  # fmt: skip
+    for count in ("1", "2"):
+        assert forked(*command, "--out", tmp_path / count, "--num-processes", count) == 0
+        assert capfd.readouterr().out.count("saved to") == 1
+    for name in ("pat.json", "training/pat-search.json"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
+    kept = tmp_path / "2" / "training" / "pat-search.json"
+    state = json.loads(kept.read_text())
+    kept.write_text(json.dumps(state | {"history": state["history"][:1]}))
+    assert forked(*command, "--out", tmp_path / "2", "--num-processes", "2") == 0
+    assert json.loads(kept.read_text()) == state
+
+
 def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "responses.jsonl").read_text().splitlines()]
 
@@ -192,7 +211,7 @@ def test_guards_that_run_here(tiny_folder: Path, data: Path, tmp_path: Path, cap
 
 
 def reproduced(out: Path) -> list[str]:
-    """A searched text, which one process makes, a border, which both do, and a table; the names of what was made."""
+    """A searched text, a border and a table; the names of what was made."""
     torch.set_num_threads(1)
     sizes = {"vector": 6, "sweep": 4, "train": 8, "harm": 1, "utility": 1, "mme": 1, "llava_bench": 1}
     console = Console(quiet=True)

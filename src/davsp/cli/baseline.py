@@ -156,6 +156,7 @@ def esiii(
 def pat(
     model: ModelOptions,
     data: DataOptions,
+    processes: ProcessOptions,
     out: Out = Path("out/pat"),
     text: Text = None,
     refusal: Annotated[str | None, typer.Option(help="The answer wanted for malicious queries.")] = None,
@@ -169,17 +170,21 @@ def pat(
     """PAT: search tokens that stand before the question, with the picture present."""
     from davsp.defenses.pat import PatSettings, train_pat
     from davsp.embedded.recipes import TOKENS
+    from davsp.runtime import parallel
 
     shipped = is_shipped(model.name)
     options = {"refusal": refusal, "steps": steps, "batch_size": batch_size, "candidates": candidates}
     options = {name: value for name, value in options.items() if value is not None}
     recipe = TOKENS if shipped else {}
     settings = settings_of(PatSettings, recipe | {"seed": seed} | options | _settings(sets, PatSettings))
+    model = in_processes(processes, model)
     malicious, benign = _both_classes(data, model.name, seed)
     console = terminal()
     tokens = train_pat(
         load_lvlm(model), malicious, benign, _before(text, shipped), settings, out / "training", resume, console
     )
+    if parallel.rank() > 0:
+        return
     tokens.save(out)
     print(f"saved to {out}: the tokens are {tokens.control!r}; `davsp eval --defense pat={out}` measures them")
 

@@ -16,6 +16,7 @@ from davsp.judges.keyword import withheld
 from davsp.lvlm import LVLM
 from davsp.lvlm.onehot import answer_losses, token_gradient, token_ids, token_span
 from davsp.query import Query, single
+from davsp.runtime import parallel
 
 SPEAKERS = ("user:", "assistant:")  # one word each in the embedded vocabulary
 
@@ -97,7 +98,7 @@ class Search:
     def _change(self, part: str, tokens: TokenPair, good: Sequence[int]) -> tuple[str, dict[str, float]]:
         """The best of the candidates for a part, and its losses."""
         rng = Random(f"{self.settings.seed} {part} {tokens.step}")
-        candidates = self._candidates(part, tokens, rng)
+        candidates = parallel.shared(self._candidates(part, tokens, rng) if parallel.rank() == 0 else None)
         if not candidates:
             raise DavspError(
                 f"no candidate for the {part} gives its own tokens back after step {tokens.step}; raise candidates or top_k"
@@ -110,7 +111,10 @@ class Search:
 
     @torch.no_grad()
     def _score(self, part: str, candidates: list[TokenPair], good: Sequence[int]) -> dict[str, Float[Tensor, " c"]]:
-        """The losses of each candidate: means over the malicious rows, and over the benign rows `good`."""
+        """The losses of each candidate: means over the malicious rows, and over the benign rows `good`.
+
+        Several processes share the batches.
+        """
         attacking, bad = part == "attack", range(len(self.bad.questions))
         rows = [  # candidate, term, number of its rows, picture, question, answer
             (c, "refusal", len(bad), self.bad.canvases[i], self._question(tokens, i),
@@ -122,13 +126,17 @@ class Search:
             for c, tokens in enumerate(candidates) for i in good
         ]  # fmt: skip
         means = {"refusal": torch.zeros(len(candidates)), "benign": torch.zeros(len(candidates))}
-        for start in range(0, len(rows), self.settings.batch_size):
-            places, terms, counts, canvas, questions, answers = zip(
-                *rows[start : start + self.settings.batch_size], strict=True
-            )
-            losses = answer_losses(self.lvlm, list(canvas), questions, answers).tolist()
-            for c, term, count, loss in zip(places, terms, counts, losses, strict=True):
+        size = self.settings.batch_size
+        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+
+        def losses_of(number: int) -> list[float]:
+            _, _, _, canvas, questions, answers = zip(*parts[number], strict=True)
+            return list(answer_losses(self.lvlm, list(canvas), questions, answers).tolist())
+
+        for number, losses in parallel.work(len(parts), losses_of):
+            for (c, term, count, *_), loss in zip(parts[number], losses, strict=True):
                 means[term][c] += loss / count
+        means = parallel.shared(means)
         if attacking:
             return {"attack_loss": means["refusal"]}
         loss = self.refuse_weight * means["refusal"] + self.settings.benign_weight * means["benign"]

@@ -21,6 +21,7 @@ words, without the marks of the two speakers.
 
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from random import Random
 
@@ -33,7 +34,7 @@ from davsp.errors import DavspError, Interrupted
 from davsp.lvlm import LVLM, fingerprint, template_record
 from davsp.lvlm.undefended import in_records
 from davsp.query import Query
-from davsp.runtime import journal
+from davsp.runtime import journal, parallel
 from davsp.runtime.files import alone, write_json
 from davsp.runtime.progress import bar
 from davsp.store import fields_hash
@@ -56,6 +57,8 @@ def train_pat(
 ) -> PAT:
     """Search PAT's tokens; every step is kept in `out/pat-search.json`, and a killed search goes on to the same tokens.
 
+    Several processes share the candidates of each step; all of them must come here, and return the same tokens.
+
     Args:
         malicious, benign: training queries, each with a picture.
         text: stands before the tokens while they are trained and where they are used; "" for none.
@@ -66,7 +69,7 @@ def train_pat(
         DavspError: bad data or settings; a file of another search; a vocabulary without `start`.
         Interrupted: Ctrl-C; what was done is kept.
     """
-    with alone(out):
+    with nullcontext() if parallel.rank() > 0 else alone(out):  # the first process writes for all
         return _train(lvlm, malicious, benign, text, settings, out, resume, console or Console(quiet=True))
 
 
@@ -93,10 +96,14 @@ def _train(
         },
         **in_records(lvlm, malicious, benign),
     }
-    state = journal.restore(out / FILE, identity, benign_answers=list, history=list) if resume else None
+    first = parallel.rank() == 0
+    state = parallel.shared(
+        journal.restore(out / FILE, identity, benign_answers=list, history=list) if resume and first else None
+    )
     if state is None:
         state = {"identity": identity, "benign_answers": _benign_answers(lvlm, benign, settings), "history": []}
-        write_json(out / FILE, state)  # a folder one can't write to is known before the work
+        if first:
+            write_json(out / FILE, state)  # a folder one can't write to is known before the work
     search, history = Search(lvlm, malicious, benign, state["benign_answers"], text, settings), state["history"]
     tokens = search.start()
     if history:
@@ -107,7 +114,8 @@ def _train(
             while tokens.step < settings.steps:
                 tokens, figures = search.advance(tokens)
                 history.append(figures)
-                write_json(out / FILE, state)
+                if first:
+                    write_json(out / FILE, state)
                 bars.update(task, completed=tokens.step)
         except KeyboardInterrupt:
             raise Interrupted(
@@ -137,8 +145,11 @@ def _benign_answers(lvlm: LVLM, benign: Sequence[Query], settings: PatSettings) 
                 f"benign query {missing[0]} has no reference answer: add one, or choose benign_answers model"
             )
         return [q.reference for q in benign]
-    rows, answers = rows_of(lvlm, benign, [""] * len(benign)), []
-    for start in range(0, len(benign), settings.batch_size):
-        some = slice(start, start + settings.batch_size)
-        answers += lvlm.generate(rows.canvases[some], rows.questions[some], SENTENCE_TOKENS)
-    return [first_sentence(answer) for answer in answers]
+    rows, starts = rows_of(lvlm, benign, [""] * len(benign)), range(0, len(benign), settings.batch_size)
+
+    def answers_of(number: int) -> list[str]:
+        some = slice(starts[number], starts[number] + settings.batch_size)
+        return lvlm.generate(rows.canvases[some], rows.questions[some], SENTENCE_TOKENS)
+
+    parts = parallel.shared([answers for _, answers in parallel.work(len(starts), answers_of)])
+    return [first_sentence(answer) for answers in parts for answer in answers]

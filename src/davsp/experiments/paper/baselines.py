@@ -75,11 +75,12 @@ def pat(kit: Kit) -> Defense:
         tokens = train_pat(
             kit.lvlm, data.train_malicious, data.train_benign, kit.text, settings, out, resume, kit.stages.console
         )
-        tokens.save(saved)
+        if parallel.rank() == 0:
+            tokens.save(saved)
 
     saved = kit.stages.out / "prompts" / "pat"
     inputs = [settings.model_dump(), queries_hash(kit.data.train_malicious), queries_hash(kit.data.train_benign)]
-    return _once(kit, "pat", inputs, make, lambda: PAT.load(saved))
+    return _once(kit, "pat", inputs, make, lambda: PAT.load(saved), together=True)
 
 
 def adashield_a(kit: Kit) -> Defense:
