@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from torch import Tensor
 
@@ -239,6 +240,7 @@ def figure(rows: Sequence[Mapping[str, Any]]) -> str:
                     ax.plot(range(1, len(values) + 1), values, style, color=COLOURS[name], label=shown)
             ax.set_title(title)
             ax.set_xlabel("layer")
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         handles, names = ax.get_legend_handles_labels()
         drawn.legend(handles, names, loc="outside lower center", ncols=5, handlelength=1.2)
         return plots.standalone(plots.svg(drawn, "depth"))
