@@ -93,6 +93,7 @@ def test_files_tables_and_page(
         (["--target", "xylophone"], "target 'xylophone' holds words that"),
         (["--target", "a car", "--attack", "deed"], "query malicious-0 has no context"),
         (["--target", "a car", "--attack", "universal"], "'universal' needs pictures to be trained on"),
+        (["--target", "a car", "--attack", "noise", "--universal-queries", "others"], "--universal-queries goes with"),
         (["--target", "a car", "--seed", "-1"], "--seed: input should be greater than or equal to 0"),
     ],
 )

@@ -391,6 +391,27 @@ def test_universal_is_one_change_that_lowers_the_loss_and_goes_on_after_a_kill(
         run(tmp_path / "again")
 
 
+def test_processes_share_the_rows_of_a_universal_step(
+    lvlm: LVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of two takes one of three rows; of one row it takes none, and is there for the sum all the same."""
+    rows, sums, gradient = list[int](), list[Tensor](), universal._gradient
+
+    def counted(surface: Any, delta: Tensor) -> Tensor:
+        rows.append(len(surface.pictures))
+        return gradient(surface, delta)
+
+    monkeypatch.setattr(universal, "_gradient", counted)
+    for name, value in {"rank": lambda: 1, "processes": lambda: 2, "same": lambda *_: None}.items():
+        monkeypatch.setattr(universal.parallel, name, value)
+    monkeypatch.setattr(universal.parallel, "total", lambda own: sums.append(own) or own)
+    for size in (3, 1):
+        universal.train_universal(
+            lvlm, border(), others(5), TARGET, 0.1, steps=1, batch_size=size, seed=0, file=tmp_path / "x"
+        )
+    assert rows == [1] and bool(sums[0].any()) and not bool(sums[1].any())
+
+
 def test_universal_wants_one_size(tmp_path: Path) -> None:
     from davsp import embedded
 
@@ -434,6 +455,7 @@ def test_what_can_not_be_run(lvlm: LVLM, tmp_path: Path, defenses: Any, attacks:
     [
         (queries("malicious", 3)[2:], "may not be trained on pictures that are attacked, as that of malicious-2"),
         (queries("benign", 1), "is trained on malicious queries"),
+        ([replace(others(1)[0], turns=(("user", "a"), ("assistant", "b")))], "an attack takes single questions"),
     ],
 )
 def test_universal_is_trained_on_other_malicious_pictures(lvlm: LVLM, tmp_path: Path, training: Any, says: str) -> None:

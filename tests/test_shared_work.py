@@ -20,6 +20,7 @@ from davsp.errors import DavspError
 from davsp.experiments.paper import baselines, run
 from davsp.experiments.paper.methods import METHODS
 from davsp.runtime import parallel
+from davsp.runtime.files import read_tensors
 from forks import forked, together
 from test_guard import AS_TEXT, save_guard
 from tiny import queries
@@ -82,6 +83,7 @@ def data(lvlm, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     save_queries(folder / "malicious", queries("malicious", 35))
     save_queries(folder / "benign", queries("benign", 3))
+    save_queries(folder / "others", queries("malicious", 4, seed=1))
     save_queries(folder / "few", [*queries("malicious", 5), *queries("benign", 2)])
     VisualSafetyPrompt.create(56, 9, "random", text="please be safe").save_pretrained(folder / "prompt")
     return folder
@@ -115,6 +117,24 @@ def test_attack(tiny_folder: Path, data: Path, tmp_path: Path, capfd: pytest.Cap
     for path in found:
         if path.suffix in (".png", ".md") or path.name in ("found.jsonl", "attack.json", "verdicts.jsonl"):
             assert (tmp_path / "1" / path).read_bytes() == (tmp_path / "2" / path).read_bytes(), path
+
+
+def test_two_processes_train_the_universal_change_of_one(
+    tiny_folder: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """But for rounding, which may turn the step of a pixel whose gradient is next to nothing."""
+    changes = []
+    for count in ("1", "2"):
+        command = [
+            "attack", "--model", tiny_folder, "--device", "cpu", "--queries", data / "few", "--defense", f"davsp={data / 'prompt'}",
+            "--attack", "universal", "--universal-queries", data / "others", "--universal-steps", "4", "--batch-size", "3", "--eps", "8",
+            "--target", "a car", "--max-new-tokens", "4", "--max-unscored", "1", "--out", tmp_path / count,
+        ]  # fmt: skip
+        assert forked(*command, "--num-processes", count) == 0
+        assert capfd.readouterr().out.count("attack.html are in") == 1
+        changes.append(read_tensors(tmp_path / count / "davsp" / "universal-8" / "change.safetensors")["delta"])
+    assert float((changes[0] - changes[1]).abs().gt(1e-6).float().mean()) < 1e-3
+    assert 0 < float(changes[0].abs().max()) <= 8 / 255 + 1e-6
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -136,6 +136,9 @@ def test_of_some_layers_a_vector_has_those(lvlm: LVLM, tmp_path: Path, serving: 
                 there.check(other)
     with pytest.raises(DavspError, match="no direction at layer 1, which the server did not write"):
         there.use_layer(1)
+    few = HarmfulnessVector(torch.eye(2, 32), torch.ones(2, 2), torch.zeros(2, 2))
+    with pytest.raises(DavspError, match=r"or of a server that did not write all layers \(--states-layers\): it has 2"):
+        few.check(lvlm)
     with pytest.raises(DavspError, match="no hidden states; leave out the vector"):
         HarmfulnessVector.fit(RemoteLVLM("org/m", url), *sets, progress=False)
 
@@ -234,6 +237,7 @@ def test_options_that_do_not_go_together(tmp_path: Path, capsys: pytest.CaptureF
         ([*server, *both[:2], "--states-layers", "a"], "names no layers"),
         (server, "have vLLM write them"),
         ([*server, *both, "--recipe", "published"], "--recipe published goes with a model loaded here"),
+        ([*server, *both, "--layer", "3"], "--layer 3 is not among --states-layers 1,2"),
         ([*server, *both, "--num-processes", "2"], "go with a model loaded here"),
     ):
         assert run("vector", *options, "--out", tmp_path / "out") == 2

@@ -104,7 +104,9 @@ def test_a_defense_with_room_for_one_question_says_so_before_anything_is_answere
 
 
 def test_training_takes_single_questions(mini: LVLM, tmp_path: Path) -> None:
-    with pytest.raises(DavspError, match="has turns before its question, and training takes single questions"):
+    with pytest.raises(
+        DavspError, match="has turns before its question, and training or calibration takes single questions"
+    ):
         HarmfulnessVector.fit(mini, [conversation()], [replace(OLD, label="benign")], progress=False)
 
 

@@ -99,7 +99,7 @@ def attack(
         Interrupted: Ctrl-C; whatever was done is kept.
     """
     console = console or Console(quiet=True)
-    single(queries, "an attack")
+    single([*queries, *training], "an attack")
     malicious = [q for q in queries if q.label == "malicious" and q.image is not None]
     training = [q for q in training if q.image is not None]
     check(lvlm, defenses, malicious, settings, vector, training)

@@ -57,11 +57,13 @@ def train_universal(
     progress(step)
     while step < steps:
         batch = [queries[i] for i in rows_of_step(f"{seed} universal", len(queries), batch_size, step)]
-        surface = _surface(lvlm, defense, batch, target)
+        mine = batch[parallel.rank() :: parallel.processes()]
+        surface = _surface(lvlm, defense, mine or batch[:1], target)
         delta, velocity = tensors or [torch.zeros_like(surface.pictures[0])] * 2
         if delta.shape != surface.pictures.shape[1:]:
             raise _sizes(defense)
-        gradient = _gradient(surface, delta.to(lvlm.device))
+        own = _gradient(surface, delta.to(lvlm.device)) if mine else torch.zeros_like(surface.pictures[0])
+        gradient = parallel.total(own)
         velocity = MOMENTUM * velocity.to(lvlm.device) + gradient / gradient.abs().mean().clamp(min=1e-12)
         moved = delta.to(lvlm.device) - STEP * eps * (1 - step / steps) * velocity.sign()
         step, tensors = step + 1, [moved.clamp(-eps, eps), velocity]

@@ -82,6 +82,10 @@ class AttackOptions:
     ] = None
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures attacked at a time.")] = 8
 
+    def named(self) -> list[str]:
+        """Those of --attack; none: all that can be run."""
+        return [name for part in self.kinds or [] for name in part.split(",")]
+
 
 def attack(
     row: AttackedOptions,
@@ -122,7 +126,7 @@ def attack(
         )
     judges.check_prompts(scorers, queries)
     caveat = judges.caveat_of(scorers, shipped, [query for query in queries if query.image is not None])
-    training = _training(attacks.universal_queries, test, model.name, seed)
+    training = _training(attacks, test, model.name, seed)
     settings = _attack_settings(attacks, defenses, direction is not None, shipped, queries, bool(training), seed)
     if test.benchmark:
         queries = [query for query in apart(queries) if query.label == "malicious"]
@@ -150,8 +154,13 @@ def attack(
     judges.check_scored([*groups, *(_all(results, name) for name in defenses)], queries, access.max_unscored)
 
 
-def _training(folder: Path | None, test: TestSetOptions, model: str | None, seed: int) -> "list[Query]":
-    """What `universal` is trained on; none where nobody gives any."""
+def _training(options: AttackOptions, test: TestSetOptions, model: str | None, seed: int) -> "list[Query]":
+    """What `universal` is trained on; none where nobody gives any, or wants it."""
+    folder, wanted = options.universal_queries, not options.named() or "universal" in options.named()
+    if folder and not wanted:
+        raise DavspError("--universal-queries goes with the attack universal; name it (--attack), or leave them out.")
+    if not wanted:
+        return []
     protocol = embedded_protocol(model, seed) if folder is None and test.embedded else None
     if folder is None and protocol is None:
         return []
@@ -180,7 +189,7 @@ def _attack_settings(
         and (with_training or name != "universal")
         and (with_deeds or name != "deed")
     ]
-    kinds = [name for part in options.kinds or [] for name in part.split(",")] or possible
+    kinds = options.named() or possible
     with refused_as(_impossible):
         return AttackSettings(
             attacks=tuple(kinds), eps=_levels(options.eps), steps=options.steps, restarts=options.restarts,

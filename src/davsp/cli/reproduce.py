@@ -27,6 +27,7 @@ from davsp.cli.options import (
 from davsp.cli.own import ALONE, OWN, PARTS, only_of_tables, own
 from davsp.cli.testset import folders, from_split, noted
 from davsp.errors import DavspError
+from davsp.runtime import parallel
 
 if TYPE_CHECKING:
     from davsp.defenses.adashield_a.defender import ChatDefender
@@ -127,8 +128,10 @@ def reproduce(
         for group in (methods, defender, access, requests):
             unused |= changed(group)
         only_of_tables({name: value for name, value in unused.items() if name != "steps"})
-        if part in ALONE and changed(processes):
-            raise DavspError(f"--part {part} takes one process; leave --num-processes and --gpus-per-process out.")
+        if part in ALONE and (changed(processes) or parallel.processes() > 1):
+            raise DavspError(
+                f"--part {part} takes one process; leave --num-processes, --gpus-per-process and torchrun out."
+            )
         model = in_processes(processes, model)
         own(names, model, methods.steps, out, batch_size, seed, ecso, part, bool(benchmark or split))
         return
@@ -217,7 +220,6 @@ def _run(tables: list[str], sweeps: list[str], kit: "Kit", out: Path, seed: int,
     """Make sweeps and tables, and print them."""
     from davsp.experiments.paper.run import reproduce
     from davsp.experiments.paper.sweeps import sweep
-    from davsp.runtime import parallel
 
     if sweeps:
         sweep(sweeps, kit, out / "sweeps", seed=seed, **evaluation)

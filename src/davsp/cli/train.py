@@ -115,6 +115,10 @@ def vector(
     )
     if layer is not None and not server:
         lvlm.check_layer(layer)
+    if layer is not None and served and layer not in served.layers:
+        raise DavspError(
+            f"--layer {layer} is not among --states-layers {states.states_layers}; take one that the server writes."
+        )
     text = _text(text, is_shipped(name), as_published)
     held = None
     if held_malicious and held_benign:

@@ -194,8 +194,10 @@ class HarmfulnessVector:
         width = lvlm.model.config.get_text_config().hidden_size
         ours, its = tuple(self.vectors.shape), (lvlm.num_layers - 1, width)
         if ours != its:
+            fewer = ours[0] < its[0] and ours[1] == its[1]
+            or_server = ", or of a server that did not write all layers (--states-layers)" if fewer else ""
             raise DavspError(
-                f"the vector is of another model: it has {ours[0]} layers of {ours[1]} numbers, "
+                f"the vector is of another model{or_server}: it has {ours[0]} layers of {ours[1]} numbers, "
                 f"but {lvlm.model_id} has {its[0]} of {its[1]}; fit one with `davsp vector`"
             )
 

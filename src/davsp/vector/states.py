@@ -95,7 +95,7 @@ def of_both(
 def check_classes(malicious: Sequence[Query], benign: Sequence[Query]) -> None:
     """Raises DavspError if a class is empty, or a query stands in the wrong one."""
     for label, queries in (("malicious", malicious), ("benign", benign)):
-        single(queries, "training")
+        single(queries, "training or calibration")
         if not queries:
             raise DavspError(f"there are no {label} queries: both classes are needed")
         for query in queries:

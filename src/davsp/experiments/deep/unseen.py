@@ -1,7 +1,9 @@
 """Kinds of harm, and forms of picture, that training never met: does what it was supervised by matter there?
 
 A *split* says what a border meets in training: one, two or three of the four hard kinds, or pictures of things alone. All that it never
-met is in the test. Of each split vector, layer and three borders are made; beside them stands the split that met everything.
+met is in the test. Of each split vector, layer and three borders are made; beside them stands the split that met everything. The
+vector's own queries are the same for all splits: easily refused kinds, in words and in all forms but figstep. So of `forms` the projection's
+direction has met lettering, which borders by answers alone have not; the kinds of `kinds-K` are in no vector.
 
 out/seed-N/SPLIT/   of each split: vector, `prompts/OBJECTIVE`, and answers to the test as `davsp eval` leaves them; a killed run goes on
 out/seed-N/outcomes.json, manifest.json   of the splits that are done; written anew after each
