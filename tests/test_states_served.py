@@ -267,3 +267,17 @@ def test_serve_model_says_where_they_are(lvlm: LVLM, tmp_path: Path, monkeypatch
     assert torch.equal(tensors["token_ids"], tokens.ids[0])
     assert tensors["hidden_states"].shape == (len(tokens.ids[0]), 2, 32)
     assert reply["usage"]["prompt_tokens"] == len(tokens.ids[0]) and json.dumps(reply)
+
+
+def test_a_folder_that_is_gone_is_named_by_serve_model(
+    lvlm: LVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import httpx2
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    states = ServedStates(tmp_path, [1])
+    states.folder = tmp_path / "gone"
+    with listening(model_app(lvlm, "m", ServeSettings.of(upstream=""), states)) as url:
+        body = {"model": "m", "messages": [{"role": "user", "content": "what is this"}], "max_tokens": 1}
+        reply = httpx2.post(f"{url}/chat/completions", json=body)
+    assert "hidden states cannot be written into" in reply.text and "--states-folder" in reply.text

@@ -10,14 +10,15 @@ from davsp.query import Query
 
 
 def wanted(query: Query, target: str) -> str | None:
-    """The answer that does the deed: the whole compliant one of an embedded query, else the target with the request in words behind it.
+    """The answer that does the deed: the target with the request in words behind it, or the whole compliant one of an embedded query.
 
-    None where nobody says what is asked for.
+    Embedded queries have no context; a user's own may have both, and then it says more. None where nobody says what is asked for.
     """
-    if pair := pair_of(query.group):
-        return pair.steps
-    colon = "" if target.endswith(":") else ":"
-    return f"{target}{colon} {query.context.strip()}" if query.context.strip() else None
+    if context := query.context.strip():
+        colon = "" if target.endswith(":") else ":"
+        return f"{target}{colon} {context}"
+    pair = pair_of(query.group)
+    return None if pair is None else pair.steps
 
 
 def names_deed(query: Query, text: str) -> bool | None:

@@ -179,7 +179,7 @@ def write(lvlm: LVLM, canvas: Canvas | None, question: str, served: ServedStates
     """Write the states of one prompt as such a server does; returns what its reply says of them.
 
     Raises:
-        DavspError: a layer that the model has not, or a folder that cannot be written to.
+        DavspError: a folder that cannot be written to.
     """
     import fcntl
 
@@ -191,7 +191,13 @@ def write(lvlm: LVLM, canvas: Canvas | None, question: str, served: ServedStates
         hidden = lvlm.model(**inputs).hidden_states
     states = torch.stack([hidden[layer][0].cpu() for layer in served.layers], dim=1)  # (t, l, d)
     path = served.folder / f"{uuid.uuid4().hex}.safetensors"
-    with open(_lock_of(path), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        write_bytes(path, save({STATES: states.contiguous(), TOKENS: tokens.ids[0].cpu()}))
+    try:
+        with open(_lock_of(path), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            write_bytes(path, save({STATES: states.contiguous(), TOKENS: tokens.ids[0].cpu()}))
+    except OSError as error:
+        raise DavspError(
+            f"hidden states cannot be written into {served.folder} ({error.strerror}); let this user write there, with room for them "
+            "(--states-folder)."
+        ) from error
     return {WHERE: str(path)}
