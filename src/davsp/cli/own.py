@@ -9,7 +9,7 @@ from davsp.errors import DavspError
 from davsp.runtime import parallel
 
 OWN = ("gate", "gate-kinds", "deep-alignment")
-PARTS = ("begun", "depth", "turns", "kinds-1", "kinds-2", "kinds-3", "forms", "curve")
+PARTS = ("begun", "depth", "turns", "turns-hard", "kinds-1", "kinds-2", "kinds-3", "forms", "curve")
 """Of deep-alignment: a table and a folder each."""
 ALONE = ("turns", "curve")
 """Parts that several processes do not share."""
@@ -86,7 +86,8 @@ def _deep(model: ModelOptions, out: Path, part: str | None, how: dict[str, Any])
     from davsp.experiments.deep.curve import curve
     from davsp.experiments.deep.depth import depth
     from davsp.experiments.deep.turns import turns
-    from davsp.experiments.deep.unseen import unseen
+    from davsp.experiments.deep.unseen import data_of, unseen
+    from davsp.experiments.gate.kinds import ALL
 
     if part not in (None, *PARTS):
         raise DavspError(f"--part {part!r} is not known; choose {', '.join(PARTS)}.")
@@ -101,6 +102,9 @@ def _deep(model: ModelOptions, out: Path, part: str | None, how: dict[str, Any])
     if part == "turns":
         turns(lvlm, data, out, **how)
         pages.append(out / "turns" / "turns.md")
+    if part == "turns-hard":  # the border that met the four hard kinds, and nothing else
+        turns(lvlm, data_of("kinds-2", ALL, how["seed"]), out / part, **how)
+        pages.append(out / part / "turns" / "turns.md")
     if part == "curve":
         curve(lvlm, data, out / part, **how)
         pages.append(out / part / "curve.md")
