@@ -5,11 +5,11 @@ that of no defense. One look means little, as utility swings by 10 points and mo
 its looks after which none is bad, until it has taken all its steps. Looked at every so many steps, with the border in 8-bit levels;
 looking is not counted. Every look's figures are kept, so that another bar needs no new run.
 
-    python perf/time_to_quality.py --recipe default --recipe fast --seed 0 --seed 1 --seed 2 --seed 3 --seed 4 --out FILE
+    python perf/time_to_quality.py --recipe default --recipe fast.json --seed 0 --seed 1 --seed 2 --seed 3 --seed 4 --out FILE
     python perf/time_to_quality.py --recipe thin.json --model davsp-mini-qwen --on sweep --seed 7     # to choose settings by
     python perf/time_to_quality.py --step-pairs 12 --out results/perf/time_to_quality_step.json
 
-A recipe is a name (default, fast, published) or a JSON file of fields of `TrainSettings` that differ from the default's, and `padding`.
+A recipe is a name (default, published) or a JSON file of fields of `TrainSettings` that differ from the default's, and `padding`.
 Recipes of a seed take turns, a look's worth of steps each, so that other work on the machine slows all of them alike. What counts is
 their ratio. The same command goes on with the seeds that FILE has not.
 
@@ -53,7 +53,6 @@ from davsp.defenses import Defense, NoDefense, VisualPrompt
 from davsp.embedded import SETTINGS
 from davsp.embedded.data import SIZES
 from davsp.embedded.data import test as draw_test
-from davsp.embedded.recipes import FAST
 from davsp.errors import DavspError
 from davsp.judges import keyword
 from davsp.judges.verdicts import verdicts_of
@@ -70,7 +69,6 @@ Row = dict[str, Any]
 
 RECIPES: dict[str, Row] = {
     "default": {"fields": {}},
-    "fast": {"fields": FAST},
     "published": {"fields": {"steps": 1200}},
 }
 
@@ -355,7 +353,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Where the figures go, as JSON; seeds that it has are kept.")] = None,
     recipe: Annotated[
         list[str] | None,
-        typer.Option(help="default, fast, published or a JSON file; repeatable. Left out: default, fast."),
+        typer.Option(help="default, published or a JSON file; repeatable. Left out: default."),
     ] = None,
     model: Annotated[str, typer.Option(help="One of the models that ship.")] = "davsp-mini",
     every: Annotated[
@@ -386,7 +384,7 @@ def main(
         if out:
             write_json(out, {"manifest": facts, **result})
         return
-    recipes = [recipe_of(name) for name in recipe or ["default", "fast"]]
+    recipes = [recipe_of(name) for name in recipe or ["default"]]
     looks = dict(zip((one.name for one in recipes), cycle(every or [10]), strict=False))
     sizes = {"harm": limit, "utility": limit} if limit else {}
     asked = {

@@ -19,7 +19,6 @@ from davsp import HarmfulnessVector, TrainSettings, VisualSafetyPrompt, cli, emb
 from davsp.benchmarks.custom import load_queries, save_queries
 from davsp.cli.inputs import is_mini, is_shipped
 from davsp.defenses import NoDefense, VisualPrompt
-from davsp.embedded.recipes import FAST
 from davsp.embedded.words import vocabulary
 from davsp.errors import DavspError
 from davsp.prompts import load_prompt
@@ -154,22 +153,6 @@ def test_words_follow_the_model_and_not_the_data(
         defenses = arguments[1]
         assert list(defenses) == ["none", *["safety-text"] * shipped]
         assert not shipped or defenses["safety-text"].text == text
-
-
-def test_the_fast_recipe_is_of_the_models_that_ship(
-    data: Path, vectors: Path, tiny_folder, tmp_path, monkeypatch, capsys
-):
-    """Its fields over the usual ones, a user's options over both; another model is refused before it is loaded."""
-    runs = []
-    monkeypatch.setattr("davsp.training.train", lambda *arguments, **_: runs.append(arguments[5]) or arguments[1])
-    line = ["train", "--malicious", data / "malicious", "--benign", data / "benign", "--vector", vectors / "ours"]
-    line += ["--model", tiny_folder, "--recipe", "fast", "--out", tmp_path / "out"]
-    assert run(*line) == 2
-    assert "--recipe fast is for the models that ship, not" in capsys.readouterr().err and not runs
-    monkeypatch.setattr("davsp.cli.train.is_shipped", lambda model: True)
-    assert run(*line) == 0 and run(*line, "--lam", "0.3", "--seed", 4) == 0
-    fast = TrainSettings(**(embedded.SETTINGS.model_dump() | FAST))
-    assert runs == [fast, fast.model_copy(update={"lam": 0.3, "seed": 4})] and fast.steps < embedded.SETTINGS.steps
 
 
 def test_the_embedded_test_comes_with_its_text_by_whatever_name_a_server_calls_the_model(tmp_path, monkeypatch, capsys):

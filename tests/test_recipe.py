@@ -183,7 +183,7 @@ def test_one_word_on_the_command_line(llava, tmp_path, capsys, monkeypatch):
     assert (changed.lam, changed.mu_plus, changed.steps) == (0.5, 3, 1200) and other.template == "checkpoint"
     assert (border.resizes, border.padding, border.text) == (2, 7, "be safe")
     assert main(*line[:-4], "--recipe", "paper") == 2
-    assert "--recipe 'paper' is not known: choose published, fast or own" in capsys.readouterr().err
+    assert "--recipe 'paper' is not known: choose published or own" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("word", [None, "published", "own"])

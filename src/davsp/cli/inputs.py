@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -204,18 +203,14 @@ def _with_template(thing: Any) -> list[Any]:
     return [one for part in [*inner, *getattr(thing, "defenses", ())] if part for one in _with_template(part)]
 
 
-def published(recipe: str | None, default: bool = False, others: Sequence[str] = ()) -> bool:
+def published(recipe: str | None, default: bool = False) -> bool:
     """Whether --recipe means the authors' setting.
 
-    Args:
-        others: recipes that the command has besides published and own.
-
     Raises:
-        DavspError: it is none of them.
+        DavspError: it is neither of the two.
     """
-    known = ("published", *others, "own")
-    if recipe is not None and recipe not in known:
-        raise DavspError(f"--recipe {recipe!r} is not known: choose {', '.join(known[:-1])} or own.")
+    if recipe not in (None, "published", "own"):
+        raise DavspError(f"--recipe {recipe!r} is not known: choose published or own.")
     return default if recipe is None else recipe == "published"
 
 

@@ -23,13 +23,6 @@ Recipe = Annotated[
         "out: own; in davsp reproduce published, but for the models that ship."
     ),
 ]
-TrainRecipe = Annotated[
-    str | None,
-    typer.Option(
-        help="published: the setting of the authors' code (docs/published.md); fast: for the models that ship, fewer steps "
-        "(docs/performance.md); or own: davsp's. Other options win over it. Left out: own."
-    ),
-]
 Out = Annotated[Path, typer.Option(help="Folder to write into.")]
 Seed = Annotated[int, typer.Option(help="Seed of all random choices.")]
 Resume = Annotated[bool, typer.Option(help="Go on from the checkpoint in --out.")]

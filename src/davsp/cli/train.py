@@ -33,7 +33,6 @@ from davsp.cli.options import (
     RequestOptions,
     Resume,
     Seed,
-    TrainRecipe,
 )
 from davsp.cli.testset import queries_at, split_queries
 from davsp.errors import DavspError
@@ -197,14 +196,13 @@ def train(
             help="Beginning of an answer that he makes likely; left out: he raises the loss that the prompt lowers. Needs --adversarial."
         ),
     ] = None,
-    recipe: TrainRecipe = None,
+    recipe: Recipe = None,
     canaries: Canaries = None,
     resume: Resume = True,
     seed: Seed = 0,
 ) -> None:
     """Train a visual safety prompt and save it as a folder. The methods that the paper compares: davsp baseline."""
     from davsp import embedded
-    from davsp.embedded.recipes import FAST
     from davsp.prompts import VisualSafetyPrompt
     from davsp.runtime import parallel
     from davsp.training import TrainSettings
@@ -219,11 +217,9 @@ def train(
         raise DavspError("--canaries are of a border; leave them out, or take --kind border.")
     if not adversarial and (adversarial_steps or adversarial_target):
         raise DavspError("--adversarial-steps and --adversarial-target are of an attacker; give --adversarial, too.")
-    as_published = published(recipe, others=["fast"])
+    as_published = published(recipe)
     model = in_processes(processes, model)
     shipped = is_shipped(model.name)
-    if recipe == "fast" and not shipped:
-        raise DavspError(f"--recipe fast is for the models that ship, not {model.name}: choose published or own.")
     queries, own = split_queries(data, "train"), own_queries(canaries, data.allow_outside)
     lvlm = load_lvlm(model)
     if as_published:
@@ -240,7 +236,7 @@ def train(
         "refusal": refusal, "augment": None if augment is None else [kind.strip() for kind in augment.split(",")],
         "adversarial": adversarial, "adversarial_steps": adversarial_steps, "adversarial_target": adversarial_target,
     }  # fmt: skip
-    usual = embedded.SETTINGS.model_dump() | (FAST if recipe == "fast" else {}) if shipped else {}
+    usual = embedded.SETTINGS.model_dump() if shipped else {}
     options = chosen(loop) | {name: value for name, value in options.items() if value is not None}
     if as_published:
         aligned, note = layer_and_margins(lvlm, direction, layer)

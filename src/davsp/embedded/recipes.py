@@ -13,9 +13,6 @@ SETTINGS = TrainSettings(
 )
 """DAVSP, of the demo and of `davsp train`; the seed is the run's."""
 
-FAST: dict[str, Any] = {"steps": 50, "lr": 0.01}
-"""What `davsp train --recipe fast` changes of SETTINGS."""
-
 NOISE: dict[str, Any] = {"steps": 150, "batch_size": 8}
 """UniGuard and ESIII-style: fields of SentenceSettings."""
 
