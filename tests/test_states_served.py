@@ -143,6 +143,13 @@ def test_of_some_layers_a_vector_has_those(lvlm: LVLM, tmp_path: Path, serving: 
         HarmfulnessVector.fit(RemoteLVLM("org/m", url), *sets, progress=False)
 
 
+def test_an_error_leaves_no_files_of_the_other_answers(lvlm: LVLM, tmp_path: Path, serving: Callable[..., Any]) -> None:
+    with serving(lvlm, [1, 2]) as url:
+        with pytest.raises(DavspError, match="holds 2 layers, and --states-layers names 1"):
+            NoDefense().respond(remote(url, tmp_path, [1]), queries("benign", 4))
+        assert len(list((tmp_path / "states").iterdir())) == 0
+
+
 def test_a_vector_of_another_model_is_refused(
     lvlm: LVLM, vector: HarmfulnessVector, tmp_path: Path, serving: Callable[..., Any]
 ) -> None:

@@ -148,6 +148,7 @@ class RemoteLVLM:
         }
         answers: dict[str, Answer] = {}
         written: dict[str, Any] = {}
+        served = self.served
 
         def keep(key: str, read: tuple[Answer, Any] | Failure) -> None:
             if isinstance(read, Failure):
@@ -161,11 +162,16 @@ class RemoteLVLM:
             return bodies[key]
 
         requests = {key: partial(body, key) for key in bodies}
-        Client.ask_several(self.clients, "chat/completions", requests, _answer_and_written, keep)
-        if self.served is not None:
-            for key, answer in answers.items():
-                states = self.served.read(written[key], answer.prompt_tokens)
-                answers[key] = answer._replace(states=dict(zip(self.served.layers, states, strict=True)))
+        try:
+            Client.ask_several(self.clients, "chat/completions", requests, _answer_and_written, keep)
+            if served is not None:
+                for key, answer in answers.items():
+                    states = served.read(written.pop(key), answer.prompt_tokens)
+                    answers[key] = answer._replace(states=dict(zip(served.layers, states, strict=True)))
+        finally:
+            if served is not None:
+                for named in written.values():  # after an error
+                    served.drop(named)
         return [answers[key] for key in bodies]
 
     @property

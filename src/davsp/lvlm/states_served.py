@@ -69,10 +69,9 @@ class ServedStates:
         Raises:
             DavspError: the reply names no file; it is missing, broken, or of another shape; states that are no numbers.
         """
-        where = named.get(WHERE) if isinstance(named, dict) else None
-        if not isinstance(where, str) or not Path(where).name:
+        path = self._file(named)
+        if path is None:
             raise DavspError(f"the server's reply names no file of hidden states ({REPLY}.{WHERE}); {START}.")
-        path = self.folder / Path(where).name
         tensors = self._whole(path)
         self._take_away(path)
         states, tokens = tensors.get(STATES), tensors.get(TOKENS)
@@ -104,6 +103,16 @@ class ServedStates:
                 "(--engine transformers)."
             )
         return last
+
+    def drop(self, named: Any) -> None:
+        """Take away a file that nobody will read, if it is there; `named` as in `read`."""
+        path = self._file(named)
+        if path is not None and path.is_file():
+            self._take_away(path)
+
+    def _file(self, named: Any) -> Path | None:
+        where = named.get(WHERE) if isinstance(named, dict) else None
+        return self.folder / Path(where).name if isinstance(where, str) and Path(where).name else None
 
     def _whole(self, path: Path) -> dict[str, Tensor]:
         """The tensors of a file once it is written."""
