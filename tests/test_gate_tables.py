@@ -118,7 +118,8 @@ def test_table_and_curve_hold_what_is_there():
         name: outcomes(name, {"sd": 12, "typo": 12, "sd_typo": 9, "figstep": 12}, wrong=0)
         for name in ("none", "davsp", "gate-answer")
     }
-    table = markdown(rates("m", told | gates(made, told["none"])) + areas("m", made), "m", [0, 1])
+    table = markdown(rates("m", told | gates(made, told["none"])) + areas("m", made), "m", [0, 1], {"gate-answer": [1]})
+    assert "gate, `answer`: seed 1 alone" in table and "DAVSP: seed" not in table
     heads = [line for line in table.splitlines() if line.startswith("| ")]
     assert [sum(TITLES[name] in line for line in heads) for name in told] == [1, 1, 1] and TITLES["ecso"] not in table
     assert all(line.count("|") == heads[0].count("|") for line in heads[:4])
@@ -205,10 +206,11 @@ def test_looks_of_another_version_are_named(tmp_path: Path):
     older |= {f"{key}/{which}": older[f"davsp refusal/{which}"] for key in LINES for which in ("held-benign", "test")}
     for seed in (0, 1):
         folder = tmp_path / f"seed-{seed}"
-        write_json(folder / run.OUTCOMES, told)
+        write_json(folder / run.OUTCOMES, told | ({"ecso": told["davsp"]} if seed else {}))
         write_json(folder / "manifest.json", {"seed": seed, "stages": {}})
         np.savez(folder / run.LOOKS, **older)
     run.pool(tmp_path, "m")
+    assert "- ECSO: seed 1 alone" in (tmp_path / "gate.md").read_text()
     for gone in ("id", "davsp refusal/held-benign"):
         np.savez(tmp_path / "seed-0" / run.LOOKS, **{name: of for name, of in older.items() if name != gone})
         with pytest.raises(

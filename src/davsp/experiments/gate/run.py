@@ -249,7 +249,10 @@ def pool(out: Path, model: str) -> list[dict[str, Any]]:
     write_json(
         out / "manifest.json", {**facts[0], "seeds": [f["seed"] for f in facts], "stages": [f["stages"] for f in facts]}
     )
-    write_text(out / "gate.md", markdown(table, model, [f["seed"] for f in facts]))
+    held = {f["seed"]: set(read_json(path)) for f, path in zip(facts, seeds, strict=True)}
+    some = {name: [seed for seed, names in held.items() if name in names] for name in outcomes}
+    partly = {name: of for name, of in some.items() if len(of) < len(seeds)}
+    write_text(out / "gate.md", markdown(table, model, [f["seed"] for f in facts], partly))
     write_text(out / "roc.svg", roc(looks, model))
     return table
 

@@ -25,8 +25,14 @@ THROUGH = {
 LINES = {"davsp refusal": "-", "none refusal": "--", "davsp both": "-", "none both": "--"}
 
 
-def markdown(rows: Sequence[Mapping[str, Any]], model: str, seeds: Sequence[int]) -> str:
-    """Tables: the defenses, the looks, and the twins if there are any."""
+def markdown(
+    rows: Sequence[Mapping[str, Any]], model: str, seeds: Sequence[int], partly: Mapping[str, Sequence[int]]
+) -> str:
+    """Tables: the defenses, the looks, and the twins if there are any.
+
+    Args:
+        partly: defenses that were not run with all seeds -> those that they were run with.
+    """
     at = {(r["defense"], r["benchmark"], r["metric"]): r for r in rows}
     heads = [
         "defense",
@@ -79,6 +85,10 @@ def markdown(rows: Sequence[Mapping[str, Any]], model: str, seeds: Sequence[int]
         "a gate on a look refuses above the threshold that 600 held-out benign queries give for 0.5 % false refusals with 95 % confidence (the "
         "intents of the test were not among them), and answers undefended below.",
     ]  # fmt: skip
+    notes += [
+        f"{TITLES[name]}: seed{'s' * (len(of) > 1)} {', '.join(map(str, of))} alone, against no defense on the same queries."
+        for name, of in partly.items()
+    ]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes), *twin_table(rows, TITLES)]) + "\n"
 
 
