@@ -92,7 +92,9 @@ def reproduce(
     max_new_tokens: MaxNewTokens = None,
     ecso: Annotated[
         bool,
-        typer.Option("--ecso/--no-ecso", help="Of gate: also ECSO and adaptive ECSO, which take most of the time."),
+        typer.Option(
+            "--ecso/--no-ecso", help="Of gate: also ECSO and adaptive ECSO, which ask up to four times a query."
+        ),
     ] = True,
     part: Annotated[
         str | None,

@@ -110,7 +110,7 @@ def gate(
         seed: names the folder below `out`; data and settings are of it.
         twins: the test's malicious queries, each with a harmless twin, and what sounds harmful (`embedded.twins`); they may be added to
             a folder that is finished.
-        with_ecso: also ECSO and adaptive ECSO with the border, which take most of the time.
+        with_ecso: also ECSO and adaptive ECSO with the border, which ask up to four times a query.
 
     Returns:
         The rows of metrics.json: of all seeds in `out`. Of several processes the first returns them; the others none.
