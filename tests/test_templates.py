@@ -20,8 +20,8 @@ from davsp.embedded import FOLDER as MINI
 from davsp.embedded.data import Protocol
 from davsp.lvlm import fingerprint
 from davsp.lvlm.remote import RemoteLVLM
+from davsp.lvlm.templates import CHECKPOINT
 from davsp.training import TrainSettings, train
-from davsp.vector import CHECKPOINT
 from tiny import picture
 
 QUESTION = "Is a car red?"

@@ -100,7 +100,7 @@ OPTIONS = {
     "train": ["--corpus", "--set", "--encoder", "--defender", "--text-part", "--with-text", "--candidates"],
     "baseline uniguard": ["--vector", "--kind", "--layer", "--benchmark", "--malicious", "--set", "--defender"],
     "baseline esiii": ["--text-part", "--with-text", "--sweeps", "--vector", "--padding", "--split"],
-    "baseline pat": ["--padding", "--defender", "--encoder", "--num-processes", "--corpus", "--lam"],
+    "baseline pat": ["--padding", "--defender", "--encoder", "--corpus", "--lam"],
     "baseline adashield-a": ["--text", "--steps", "--benign", "--eps", "--refusal", "--num-processes"],
 }
 
