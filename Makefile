@@ -11,7 +11,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses logica
 demo: .venv/installed  ## train a visual safety prompt on the embedded model and show that it works
 	$(BIN)/davsp demo --out out/demo
 
-test: .venv/installed  ## everything that guards a change, in three minutes
+test: .venv/installed  ## everything that guards a change, in some nine minutes on two cores
 	$(PYTEST) -m "not slow"
 
 test-slow: .venv/installed  ## the long tests whole; make test has a short form of each
