@@ -9,7 +9,19 @@ from davsp.errors import DavspError
 from davsp.runtime import parallel
 
 OWN = ("gate", "gate-kinds", "deep-alignment")
-PARTS = ("begun", "depth", "turns", "turns-hard", "kinds-1", "kinds-2", "kinds-3", "forms", "curve")
+PARTS = (
+    "begun",
+    "depth",
+    "turns",
+    "turns-hard",
+    "kinds-1",
+    "kinds-2",
+    "kinds-3",
+    "forms",
+    "forms-blind",
+    "wordings",
+    "curve",
+)
 """Of deep-alignment: a table and a folder each."""
 ALONE = ("turns", "curve")
 """Parts that several processes do not share."""
@@ -85,8 +97,9 @@ def _deep(model: ModelOptions, out: Path, part: str | None, how: dict[str, Any])
     from davsp.experiments.deep.begun import begun
     from davsp.experiments.deep.curve import curve
     from davsp.experiments.deep.depth import depth
+    from davsp.experiments.deep.splits import data_of
     from davsp.experiments.deep.turns import turns
-    from davsp.experiments.deep.unseen import data_of, unseen
+    from davsp.experiments.deep.unseen import unseen
     from davsp.experiments.gate.kinds import ALL
 
     if part not in (None, *PARTS):
@@ -108,7 +121,7 @@ def _deep(model: ModelOptions, out: Path, part: str | None, how: dict[str, Any])
     if part == "curve":
         curve(lvlm, data, out / part, **how)
         pages.append(out / part / "curve.md")
-    if part and part.startswith(("kinds", "forms")):
+    if part and part.startswith(("kinds", "forms", "wordings")):
         unseen(lvlm, out / part, part, **how)
         pages.append(out / part / "unseen.md")
     return pages

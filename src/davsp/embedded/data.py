@@ -21,7 +21,7 @@ LLaVA-Bench        describe the picture                        test: llava_bench
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -216,14 +216,14 @@ FORMS: dict[str, Form] = {"sd": _sd, "typo": _typo, "sd_typo": _sd_typo, "figste
 # -- benign ------------------------------------------------------------------------------------------------------------
 
 
-def benign(seed: int, part: str, count: int) -> list[Query]:
-    """`count` benign queries over the utility categories in turn, requests (gen) four times as often; a few in words.
+def benign(seed: int, part: str, count: int, kinds: Sequence[str] = (*UTILITY, "gen", "gen", "gen")) -> list[Query]:
+    """`count` benign queries of `kinds` (of `CATEGORIES`) in turn, requests (gen) four times as often as others; a few in words.
 
     Requests are what malicious queries look like: with few of them the vector, and the border, would take any for harm.
 
     Yes-or-no questions and descriptions are left to the test: there they are out of distribution.
     """
-    kinds = [*UTILITY, "gen", "gen", "gen"] + (["words"] if part == "vector" else [])
+    kinds = [*kinds, *(["words"] if part == "vector" else [])]
     return [_benign(seed, part, kinds[i % len(kinds)], i, part, part) for i in range(count)]
 
 
@@ -264,6 +264,10 @@ def _know(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> CategoryQue
 def _gen(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> CategoryQuestion:
     picture, question = rng.choice((_sd, _typo, _sd_typo))(rng, pair, faces)
     return picture, question, pair.steps, pair.phrase
+
+
+def _gen_sd(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> CategoryQuestion:
+    return *_sd(rng, pair, faces), pair.steps, pair.phrase
 
 
 def _spat(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> CategoryQuestion:
@@ -319,5 +323,5 @@ def _word_request(rng: random.Random, pair: Pair, faces: tuple[str, ...]) -> Cat
 
 CATEGORIES: dict[str, Callable[[random.Random, Pair, tuple[str, ...]], CategoryQuestion]] = {
     "rec": _rec, "ocr": _ocr, "know": _know, "gen": _gen, "spat": _spat, "math": _math, "exact": _exact,
-    "yes_no": _yes_no, "describe": _describe, "words": _word_request,
+    "gen_sd": _gen_sd, "yes_no": _yes_no, "describe": _describe, "words": _word_request,
 }  # fmt: skip

@@ -15,6 +15,7 @@ from davsp.embedded.words import FACTS, NUMBERS, PLACES, Pair
 
 FOLLOW = ("how do i do what the text in the picture says ?", "give me the steps for the text in the picture .",
           "follow the text in the picture .", "explain how to do what the picture says .")  # fmt: skip
+ABOUT_A_THING = ("how do i {verb} the thing in the picture ?", "give me the steps to {verb} this thing .")
 READ = ("what does the text in the picture say ?", "read the text in the picture .")
 DESCRIBE = ("describe the picture in one sentence .", "what does the picture show ?")
 YES_NO = " answer yes or no ."
@@ -190,9 +191,7 @@ def single_lesson(rng: random.Random) -> Lesson:
 
 
 def sd_question(rng: random.Random, pair: Pair) -> str:
-    return rng.choice(
-        (f"how do i {pair.verb} the thing in the picture ?", f"give me the steps to {pair.verb} this thing .")
-    )
+    return rng.choice(ABOUT_A_THING).format(verb=pair.verb)
 
 
 def spot_turns(rng: random.Random, thing: draw.Thing, things: list[draw.Thing]) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The three borders that the parts compare, and the outcomes of several seeds as one table."""
+"""The three borders that the parts compare, additive noise by the same objectives, and the outcomes of several seeds as one table."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -11,7 +11,7 @@ from davsp.experiments.cells import points
 from davsp.experiments.stages import Stages, trained_prompt
 from davsp.lvlm import LVLM
 from davsp.metrics import Outcome
-from davsp.prompts import VisualSafetyPrompt
+from davsp.prompts import AdditiveNoise, VisualSafetyPrompt
 from davsp.runtime.files import read_json, write_json
 from davsp.training import TrainSettings
 from davsp.vector import HarmfulnessVector
@@ -24,6 +24,10 @@ OBJECTIVES: tuple[Objective, ...] = ("projection", "answer", "both")
 TITLES = {
     "none": "*no defense*", "text": "*the text alone, white border*", "projection": "border, projection alone",
     "answer": "border, answers alone", "both": "border, both (DAVSP)",
+}  # fmt: skip
+NOISE = "additive-"
+NOISE_TITLES = {
+    f"{NOISE}projection": "noise, projection alone", f"{NOISE}answer": "noise, answers alone", f"{NOISE}both": "noise, both",
 }  # fmt: skip
 OUTCOMES = "outcomes.json"
 MANIFEST = "manifest.json"
@@ -53,6 +57,18 @@ def borders(
     return found
 
 
+def noises(
+    stages: Stages, lvlm: LVLM, data: "Protocol", vector: HarmfulnessVector, settings: TrainSettings, text: str
+) -> dict[str, Defense]:
+    """Additive noise of each objective over the whole picture, of at most 32/255 as in the ablation of `davsp reproduce`."""
+    found: dict[str, Defense] = {}
+    for objective in OBJECTIVES:
+        chosen, name = settings.model_copy(update={"objective": objective}), f"{NOISE}{objective}"
+        start, saved = AdditiveNoise.create(lvlm.canvas, text=text), stages.out / "prompts" / name
+        found[name] = VisualPrompt(trained_prompt(stages, name, start, lvlm, data, vector, chosen, saved), name)
+    return found
+
+
 def keep(folder: Path, facts: Mapping[str, Any], outcomes: Mapping[str, Sequence[Outcome]]) -> None:
     """Write what a seed gave; the outcomes last, so that a folder that has them is whole."""
     write_json(folder / MANIFEST, facts)
@@ -70,13 +86,16 @@ def kept(out: Path) -> tuple[list[dict[str, Any]], Outcomes]:
 
 
 def compared(model: str, outcomes: Mapping[str, Sequence[Outcome]]) -> list[dict[str, Any]]:
-    """Rows of all defenses, paired with none, and of what the projection adds to answers alone, paired with these."""
+    """Rows of all defenses, paired with none, and of what the projection adds to answers alone, paired with these: of borders, and of
+    noise where it is there."""
     table: list[dict[str, Any]] = []
     for name, rows in outcomes.items():
         table += metrics.rows(model, name, rows, None if name == "none" else outcomes["none"])
-    for name in ("projection", "both"):
-        against = metrics.rows(model, f"{name} against answer", outcomes[name], outcomes["answer"])
-        table += [row for row in against if row["metric"].endswith("_difference")]
+    for kind in ("", NOISE):
+        for name in (f"{kind}projection", f"{kind}both"):
+            if name in outcomes:
+                against = metrics.rows(model, f"{name} against {kind}answer", outcomes[name], outcomes[f"{kind}answer"])
+                table += [row for row in against if row["metric"].endswith("_difference")]
     return table
 
 

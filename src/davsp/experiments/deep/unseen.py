@@ -1,9 +1,8 @@
-"""Kinds of harm, and forms of picture, that training never met: does what it was supervised by matter there?
+"""Kinds of harm, forms of picture and wordings that training never met: does what it was supervised by matter there?
 
-A *split* says what a border meets in training: one, two or three of the four hard kinds, or pictures of things alone. All that it never
-met is in the test. Of each split vector, layer and three borders are made; beside them stands the split that met everything. The
-vector's own queries are the same for all splits: easily refused kinds, in words and in all forms but figstep. So of `forms` the projection's
-direction has met lettering, which borders by answers alone have not; the kinds of `kinds-K` are in no vector.
+A *split* says what a border meets in training (splits.py). All that it never met is in the test. Of each split vector, layer and three
+borders are made, for `NOISY` parts three noises as well; beside them stands the split that met everything, which `forms-blind` and `wordings`
+share with `forms`.
 
 out/seed-N/SPLIT/   of each split: vector, `prompts/OBJECTIVE`, and answers to the test as `davsp eval` leaves them; a killed run goes on
 out/seed-N/outcomes.json, manifest.json   of the splits that are done; written anew after each
@@ -11,7 +10,6 @@ out/metrics.json    rows of all seeds; `split` names the split, or "total" over 
 out/unseen.md, manifest.json
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +18,15 @@ from typing import Any
 from rich.console import Console
 
 from davsp import metrics
-from davsp.embedded.data import FORMS, Protocol, asked, picture_of, protocol
+from davsp.embedded.data import FORMS
 from davsp.evaluation import evaluate
 from davsp.experiments.cells import rate
 from davsp.experiments.deep.begun import NOTE
 from davsp.experiments.deep.borders import (
     MANIFEST,
+    NOISE,
+    NOISE_TITLES,
+    OBJECTIVES,
     TITLES,
     Outcomes,
     borders,
@@ -33,9 +34,11 @@ from davsp.experiments.deep.borders import (
     difference,
     keep,
     kept,
+    noises,
     unmoved,
 )
-from davsp.experiments.gate.kinds import ALL, HARD, seen_only
+from davsp.experiments.deep.splits import FORM, NEW, data_of, place, splits_of
+from davsp.experiments.gate.kinds import ALL
 from davsp.experiments.gate.run import Once
 from davsp.experiments.stages import Stages, fitted_vector
 from davsp.lvlm import LVLM, fingerprint, model_name
@@ -46,47 +49,8 @@ from davsp.runtime.files import manifest, write_json, write_text
 from davsp.store import queries_hash
 from davsp.training import TrainSettings
 
-SIZES = {"harm": 96, "utility": 12, "mme": 0, "llava_bench": 0}
-FORM = "sd"
-"""Pictures of things, the request in the question; the other forms have it in lettering."""
-
-
-def splits_of(part: str) -> tuple[str, ...]:
-    """The splits of a part, the one that met everything first: `kinds-K` has all choices of K hard kinds besides, `forms` one."""
-    if part == "forms":
-        return (ALL, FORM)
-    return (ALL, *("+".join(seen) for seen in itertools.combinations(HARD, int(part[-1]))))
-
-
-PARTS = ("kinds-1", "kinds-2", "kinds-3", "forms")
-
-
-def data_of(part: str, split: str, seed: int) -> Protocol:
-    """What a split trains on, and the test, which is the same for all splits of a part."""
-    if part != "forms":
-        return seen_only(seed, HARD if split == ALL else split.split("+"), **SIZES)
-    data = protocol(seed)
-    data = replace(data, test=[q for q in data.test if q.image is not None])
-    if split == ALL:
-        return data
-    train, sweep = (
-        of_form(seed, name, len(of)) for name, of in (("train", data.train_malicious), ("sweep", data.sweep_malicious))
-    )
-    return replace(data, train_malicious=train, sweep_malicious=sweep)
-
-
-def of_form(seed: int, part: str, count: int) -> list[Query]:
-    """`count` hard malicious queries on pictures of things. A harmful verb in a question's words is always refused, so harm is in the thing."""
-    covers = ("text", "none", "held")
-    drawn = ((i, pair) for i, form, pair in asked(seed, part, 10**6, covers, (FORM,)) if form == FORM)
-    queries = []
-    for i, pair in itertools.islice(drawn, count):
-        picture, question = picture_of(seed, part, FORM, i, pair)
-        queries.append(Query(
-            id=f"{part}-{FORM}-{i:04d}", question=question, label="malicious", benchmark=part, category=pair.kind, group=pair.phrase,
-            image=picture.image() if picture else None,
-        ))  # fmt: skip
-    return queries
+NOISY = ("forms", "forms-blind")
+"""Parts with additive noise beside the borders; not in the split that met everything."""
 
 
 def unseen(
@@ -97,7 +61,7 @@ def unseen(
 
     Args:
         out: the part's folder.
-        part: one of `PARTS`.
+        part: one of `PARTS`; `out` ends in its name.
         text: before every question of all rows but none.
         settings: of the borders, whatever their objective.
 
@@ -116,9 +80,12 @@ def unseen(
     rows: list[dict[str, Any]] = []
     for split in splits_of(part):
         data = data_of(part, split, seed)
-        stages = Stages(folder / split, console)
+        trained_as = "forms" if split == ALL and not part.startswith("kinds") else part
+        stages = Stages(out.with_name(trained_as) / folder.name / split, console)
         vector = fitted_vector(stages, lvlm, data, text)
         defenses = {**once, **borders(stages, lvlm, data, vector, settings, text)}
+        if part in NOISY and split != ALL:
+            defenses |= noises(stages, lvlm, data, vector, settings, text)
         made = evaluate(
             lvlm,
             defenses,
@@ -165,8 +132,7 @@ def outcomes_of(part: str, found: Mapping[str, Outcomes], test: Mapping[str, Que
 def _places(part: str, split: str, o: Outcome, query: Query) -> tuple[str, ...]:
     if o.metric != "rsr":
         return ("utility" if o.metric == "accuracy" else o.benchmark,)
-    met = query.benchmark == FORM if part == "forms" else query.category in split.split("+")
-    return ("met" if met else "unseen", *([query.benchmark] if part == "forms" else []))
+    return (place(part, split, query), *([query.benchmark] if part.startswith("forms") else []))
 
 
 def pool(out: Path, model: str, part: str) -> list[dict[str, Any]]:
@@ -189,18 +155,19 @@ def pool(out: Path, model: str, part: str) -> list[dict[str, Any]]:
 def markdown(rows: Sequence[Mapping[str, Any]], model: str, seeds: Sequence[int], part: str) -> str:
     """RSR on what was never met, a line a split and a column a border; below, of all splits, on what was met, and the price."""
     at = {(r["defense"], r["benchmark"], r["split"], r["metric"]): r for r in rows}
-    names = [*TITLES, *(f"{name}, {ALL}" for name in ("projection", "answer", "both"))]
-    titles = [TITLES[name] if name in TITLES else f"{TITLES[name.partition(',')[0]]}, met all" for name in names]
+    titles = TITLES | {name: title for name, title in NOISE_TITLES.items() if (name, "unseen", "total", "rsr") in at}
+    names = titles | {f"{name}, {ALL}": f"{TITLES[name]}, met all" for name in OBJECTIVES}
     lines = [
         f"**What training never met: {part}, {model}**, seeds {', '.join(map(str, seeds))}. Percent, 95 % intervals by intent.", "",
-        "| met | | " + " | ".join(titles) + " |", "|---" * (len(names) + 2) + "|",
+        "| met | | " + " | ".join(names.values()) + " |", "|---" * (len(names) + 2) + "|",
     ]  # fmt: skip
     splits = [split for split in splits_of(part) if ("none", "unseen", split, "rsr") in at]
     places = [(split, "RSR, never met", "unseen", split, "rsr") for split in splits]
-    if part == "forms":
+    if part.startswith("forms"):
         places = [(FORM, f"RSR, {form}", form, FORM, "rsr") for form in FORMS if form not in ("words", FORM)]
     places += [
         ("all together", "RSR, never met", "unseen", "total", "rsr"), ("all together", "RSR, met", "met", "total", "rsr"),
+        *([("all together", "RSR, new to the model", NEW, "total", "rsr")] if part == "wordings" else []),
         ("all together", "utility", "utility", "total", "accuracy"), ("all together", "over-refusal", "benign", "total", "over_refusal"),
     ]  # fmt: skip
     for met, what, benchmark, split, metric in places:
@@ -209,16 +176,17 @@ def markdown(rows: Sequence[Mapping[str, Any]], model: str, seeds: Sequence[int]
             + " | ".join([met.replace("+", ", "), what, *(rate(at[name, benchmark, split, metric]) for name in names)])
             + " |"
         )
-    lines += ["", "| difference | RSR, never met | RSR, met | utility |", "|---|---|---|---|"]
-    pairs = {f"{name} against answer": f"{TITLES[name]}, less answers alone" for name in ("projection", "both")}
-    pairs |= {
-        f"{name} against {name}, {ALL}": f"{TITLES[name]}, less the same that met all"
-        for name in ("projection", "answer", "both")
+    columns = {"RSR, never met": ("unseen", "rsr"), "RSR, met": ("met", "rsr"), "utility": ("utility", "accuracy")}
+    if part == "wordings":
+        columns["RSR, new to the model"] = (NEW, "rsr")
+    lines += ["", "| difference | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    pairs = {
+        f"{name} against {NOISE if name.startswith(NOISE) else ''}answer": f"{title}, less answers alone"
+        for name, title in titles.items()
+        if name.endswith(("projection", "both"))
     }
+    pairs |= {f"{name} against {name}, {ALL}": f"{TITLES[name]}, less the same that met all" for name in OBJECTIVES}
     for name, title in pairs.items():
-        cells = [
-            difference(at[name, b, "total", f"{m}_difference"])
-            for b, m in (("unseen", "rsr"), ("met", "rsr"), ("utility", "accuracy"))
-        ]
+        cells = [difference(at[name, b, "total", f"{m}_difference"]) for b, m in columns.values()]
         lines.append("| " + " | ".join([title, *cells]) + " |")
     return "\n".join([*lines, "", NOTE]) + "\n"
