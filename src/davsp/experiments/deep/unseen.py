@@ -49,7 +49,7 @@ from davsp.runtime.files import manifest, write_json, write_text
 from davsp.store import queries_hash
 from davsp.training import TrainSettings
 
-NOISY = ("forms", "forms-blind")
+NOISY = ("forms",)
 """Parts with additive noise beside the borders; not in the split that met everything."""
 
 
