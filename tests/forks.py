@@ -5,10 +5,13 @@ import os
 import signal
 import socket
 import sys
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count as counted
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -94,3 +97,31 @@ def together(do: Callable[[], T], count: int = 2) -> list[T]:
 def _fresh(do: Callable[[], T]) -> T:
     parallel._join.cache_clear()
     return do()
+
+
+@contextmanager
+def shared_by_all(folder: Path) -> Iterator[None]:
+    """The processes that begin within it share every job that has a piece for each: nobody ends his first before all others have one.
+
+    A job that one process does alone ends in an error there, and no job at all in a failed assertion here.
+    """
+    folder.mkdir()
+    jobs, work = counted(), parallel.work
+
+    def noting(count: int, do: Callable[[int], Any]) -> Iterator[tuple[int, Any]]:
+        job, all_of_them = next(jobs), parallel.processes()
+
+        def noted(number: int) -> Any:
+            (folder / f"{job}-{parallel.rank()}").touch()
+            ends = time.monotonic() + 60
+            while len(list(folder.glob(f"{job}-*"))) < all_of_them:
+                assert time.monotonic() < ends, f"{count} pieces, and one process does them alone"
+                time.sleep(0.01)
+            return do(number)
+
+        return work(count, noted if count >= all_of_them > 1 else do)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "work", noting)
+        yield
+    assert list(folder.iterdir()), "no job was shared"

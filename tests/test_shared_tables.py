@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from davsp.experiments.gate import figures, kinds, run
 from davsp.experiments.gate.looks import see
 from davsp.experiments.gate.twins import Twins
 from davsp.runtime import parallel
-from forks import forked, together
+from forks import forked, shared_by_all, together
 from tiny import queries
 
 SIZES = {"harm": 2, "utility": 1, "mme": 1, "llava_bench": 1, "vector": 8, "sweep": 4, "train": 8}
@@ -69,8 +70,9 @@ def test_gate(tiny_folder: Path, data: Path, tmp_path: Path, capfd: pytest.Captu
             *sets,
         ]
         command += ["--false-refusals", "0.2", "--confidence", "0", "--num-processes", count]
-        assert forked("gate", tmp_path / count / "border", *command) == 0
-        assert forked("gate", tmp_path / count / "look", "--look", "text", "--text", "be safe", *command) == 0
+        with shared_by_all(tmp_path / "shared") if count == "2" else nullcontext():
+            assert forked("gate", tmp_path / count / "border", *command) == 0
+            assert forked("gate", tmp_path / count / "look", "--look", "text", "--text", "be safe", *command) == 0
         said = capfd.readouterr()
         assert said.out.count("saved to") == 2 and "Error" not in said.err
     for name in ("border/gate.json", "look/gate.json"):
@@ -167,8 +169,9 @@ def looked(folder: Path) -> list[Any]:
     return [part.tolist() for part in seen] + [shown]
 
 
-def test_looks(tiny_folder: Path) -> None:
-    (*one, shown), (*other, none) = together(partial(looked, tiny_folder))
+def test_looks(tiny_folder: Path, tmp_path: Path) -> None:
+    with shared_by_all(tmp_path / "shared"):
+        (*one, shown), (*other, none) = together(partial(looked, tiny_folder))
     assert one == other == together(partial(looked, tiny_folder), 1)[0][:-1]
     assert shown == [3, 3, 1, 1] and none == [] and len(one[1]) == 8
 
@@ -194,7 +197,8 @@ def test_own_tables(table: Callable[[Path], int], folders: list[str], trained: l
         (kept / "stages").mkdir(parents=True)
         for stage in ("vector", *trained):
             shutil.copy(made / "stages" / f"{stage}.json", kept / "stages")
-    assert together(partial(table, tmp_path / "2")) == [rows, 0] and rows > 20
+    with shared_by_all(tmp_path / "shared"):
+        assert together(partial(table, tmp_path / "2")) == [rows, 0] and rows > 20
     files = {path.relative_to(tmp_path / "1") for path in (tmp_path / "1").rglob("*") if path.is_file()}
     assert files == {path.relative_to(tmp_path / "2") for path in (tmp_path / "2").rglob("*") if path.is_file()}
     same = [path for path in sorted(files) if path.name in SAME or path.suffix in (".md", ".svg", ".npz")]

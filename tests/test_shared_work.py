@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from davsp.experiments.paper import baselines, run
 from davsp.experiments.paper.methods import METHODS
 from davsp.runtime import parallel
 from davsp.runtime.files import read_tensors
-from forks import forked, together
+from forks import forked, shared_by_all, together
 from test_guard import AS_TEXT, save_guard
 from tiny import queries
 
@@ -109,7 +110,8 @@ def test_attack(tiny_folder: Path, data: Path, tmp_path: Path, capfd: pytest.Cap
             "--attack", "comply,suffix,redraw", "--eps", "8", "--steps", "2", "--batch-size", "2", "--words", "2", "--word-steps", "1",
             "--word-candidates", "3", "--target", "a car", "--max-new-tokens", "4", "--max-unscored", "1", "--out", tmp_path / count,
         ]  # fmt: skip
-        assert forked(*command, "--num-processes", count) == 0
+        with shared_by_all(tmp_path / "shared") if count == "2" else nullcontext():
+            assert forked(*command, "--num-processes", count) == 0
         assert capfd.readouterr().out.count("attack.html are in") == 1
     found = sorted(path.relative_to(tmp_path / "1") for path in (tmp_path / "1").rglob("*") if path.is_file())
     assert found == sorted(path.relative_to(tmp_path / "2") for path in (tmp_path / "2").rglob("*") if path.is_file())
@@ -187,7 +189,8 @@ def test_pat(tiny_folder: Path, data: Path, tmp_path: Path, capfd: pytest.Captur
         "--set", "attack_length=3", "--set", "start=please", "--set", "top_k=8", "--set", "behaviours=3", "--set", "target=yes",
     ]  # fmt: skip
     for count in ("1", "2"):
-        assert forked(*command, "--out", tmp_path / count, "--num-processes", count) == 0
+        with shared_by_all(tmp_path / "shared") if count == "2" else nullcontext():
+            assert forked(*command, "--out", tmp_path / count, "--num-processes", count) == 0
         assert capfd.readouterr().out.count("saved to") == 1
     for name in ("pat.json", "training/pat-search.json"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name

@@ -27,6 +27,8 @@ from davsp.runtime.files import write_bytes
 STATES, TOKENS, WHERE = "hidden_states", "token_ids", "hidden_states_path"
 REPLY = "kv_transfer_params"
 START = "start it as docs/evaluate.md says"
+DEEPEST = 1000
+"""No model has so many layers; a longer list is a slip of the user's."""
 
 
 class ServedStates:
@@ -180,7 +182,10 @@ def read_layers(text: str) -> tuple[int, ...]:
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise DavspError(f"--states-layers {text!r} names no layers; give them as 14, 8,16,24 or 1-31.")
-        layers += range(int(first), int(last if dash else first) + 1)
+        low, high = int(first), int(last if dash else first)
+        if not low <= high <= DEEPEST:
+            raise DavspError(f"--states-layers {part.strip()} is no layer of a model; give numbers that rise, {DEEPEST} at most.")
+        layers += range(low, high + 1)
     return tuple(layers)
 
 
