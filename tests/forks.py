@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 import pytest
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from command import run
 from davsp import cli
 from davsp.runtime import launch, parallel
-from test_cli import run
 
 T = TypeVar("T")
 

@@ -160,3 +160,15 @@ def listening(app: Any) -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join(10)
+
+
+RED = data_url(Image.new("RGB", (40, 30), "red"))
+
+
+def error(response: httpx2.Response) -> dict[str, Any]:
+    """The error, in OpenAI's shape."""
+    body = response.json()
+    assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["type"] == ("server_error" if response.status_code >= 500 else "invalid_request_error")
+    assert response.headers["content-type"] == "application/json" and HASH in response.headers
+    return body["error"]

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from command import run
 from davsp import LVLM, HarmfulnessVector, Query, VisualSafetyPrompt
 from davsp.app import answer, server, sources
 from davsp.app.compare import PASSED, REFUSED, Comparison, border_of, shipped_folder
 from davsp.defenses import Gate, NoDefense, VisualPrompt
 from davsp.errors import DavspError
 from davsp.judges import withheld
-from test_cli import run
 
 PICTURE = Image.new("RGB", (80, 60), "teal")
 ATTACKS = ("sd", "typo", "sd_typo", "figstep")

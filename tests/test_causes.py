@@ -22,7 +22,7 @@ from davsp.query import open_picture
 from davsp.serve.bodies import parse
 from davsp.serve.refusals import Refusal
 from davsp.serve.settings import ServeSettings
-from test_serve import client, user
+from proxy import client, user
 
 
 def png() -> bytes:

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
+from command import run as davsp
 from davsp import DavspError, HarmfulnessVector, VisualSafetyPrompt, embedded
 from davsp.benchmarks.custom import save_queries
 from davsp.cli.defenses import rows
 from davsp.defenses import ECSO, Chain, Defense, Intervention, NoDefense, SafetyText, VisualPrompt, adashield_s
 from davsp.embedded.ecso_templates import TEMPLATES
-from test_cli import run as davsp
 from tiny import queries
 
 

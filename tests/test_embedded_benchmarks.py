@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmark_folders import at
+from command import run as davsp
 from davsp import LVLM, DavspError, benchmarks, evaluate
 from davsp.benchmarks import BENCHMARKS, mm_vet, mme, vlguard
 from davsp.benchmarks.source import MARK
@@ -16,7 +17,6 @@ from davsp.embedded.counterparts import SCENARIOS, SETS, write
 from davsp.judges import keyword
 from davsp.judges.graders import exact, overlap
 from davsp.query import Query, Response
-from test_cli import run as davsp
 
 SMALL = {"mm_safetybench": 8, "figstep": 6, "vlguard": 6, "mm_vet": 16, "mme": 2, "llava_bench": 3}
 JUDGES = dict.fromkeys(("mm_safetybench", "figstep", "vlguard", "mme"), keyword) | {

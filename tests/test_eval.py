@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from command import run as davsp
 from davsp import LVLM, DavspError, Query, Verdict
 from davsp.benchmarks.custom import save_queries
 from davsp.cli.judges import check_scored
@@ -15,7 +16,6 @@ from davsp.embedded.counterparts import write
 from davsp.evaluation.judging import apart
 from judge_server import judge_server
 from model_server import ModelServer, model_server
-from test_cli import run as davsp
 from tiny import queries
 
 FEW = {"mm_safetybench": 8, "figstep": 8, "vlguard": 8, "mm_vet": 8, "mme": 2, "llava_bench": 3}

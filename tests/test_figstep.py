@@ -10,10 +10,10 @@ import pytest
 from PIL import Image, ImageFont
 
 from benchmark_folders import MONO, figstep_clone, figstep_rows, lines, put, skipped, table, write
+from command import run as davsp
 from davsp import benchmarks
 from davsp.benchmarks import figstep
 from davsp.errors import DavspError
-from test_cli import run as davsp
 
 MISSING = "FreeMonoBold.ttf is not installed (Debian: fonts-freefont-ttf)"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from command import run as davsp
 from davsp import LVLM, AdditiveNoise, DavspError, HarmfulnessVector, Query, TrainSettings, VisualSafetyPrompt, train
 from davsp.benchmarks.custom import save_queries
 from davsp.defenses import ECSO, Chain, Defense, NoDefense, SafetyText, VisualPrompt
@@ -15,7 +16,6 @@ from davsp.evaluation import evaluate
 from davsp.evaluation.fitting import fitting
 from davsp.lvlm.remote import RemoteLVLM
 from families import save_family
-from test_cli import run as davsp
 from tiny import picture, queries
 
 LONG = Query("long", "what is this cake " * 200, "malicious", "test", image=picture(0))

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from command import run
 from davsp import LVLM, DavspError, HarmfulnessVector, Query, VisualSafetyPrompt, embedded
 from davsp.benchmarks.custom import save_queries
 from davsp.defenses import ECSO, Gate, NoDefense, VisualPrompt
@@ -23,7 +24,6 @@ from davsp.embedded.words import pairs
 from davsp.evaluation import evaluate
 from davsp.prompts.gate import Calibration
 from davsp.store import queries_hash
-from test_cli import run
 from tiny import queries
 
 REFUSAL = "sorry no"

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from command import run
 from davsp import LVLM, DavspError, HarmfulnessVector, VisualSafetyPrompt
 from davsp.attacks.surface import surfaces
 from davsp.benchmarks.custom import save_queries
@@ -22,7 +23,6 @@ from davsp.serve.gate import BARE, HEAD, NOTE, gate_of, note
 from davsp.serve.model import model_app
 from davsp.serve.settings import ServeSettings
 from proxy import GOOD, client, listening, text_part, user
-from test_cli import run
 from test_gate import REFUSAL, SETS
 from test_serve_first import COMPLIES, REFUSES, served
 from test_serve_gate import ASK, IMAGE, pictures

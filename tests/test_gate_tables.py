@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from statsmodels.stats.proportion import proportion_confint
 
+from command import run as davsp
 from davsp import LVLM, VisualSafetyPrompt, embedded
 from davsp.defenses import ECSO, Gate, NoDefense, VisualPrompt
 from davsp.defenses.gate import calibrate
@@ -23,7 +24,6 @@ from davsp.experiments.gate.looks import _kth, scores, see
 from davsp.experiments.gate.table import LINES, TITLES, markdown, roc
 from davsp.metrics import Outcome
 from davsp.runtime.files import read_json, write_json
-from test_cli import run as davsp
 from tiny import queries
 
 

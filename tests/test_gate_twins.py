@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
+from command import run
 from davsp import LVLM, VisualSafetyPrompt, embedded
 from davsp.defenses import Defense, Gate, NoDefense, VisualPrompt
 from davsp.embedded import words
@@ -21,7 +22,6 @@ from davsp.experiments.stages import Stages
 from davsp.metrics import Outcome
 from davsp.query import Query, Response
 from davsp.store import queries_hash
-from test_cli import run
 from tiny import queries
 
 

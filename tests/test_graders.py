@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmark_folders import answers, at
+from command import run as davsp
 from davsp import DavspError, Query, Response
 from davsp.benchmarks import llava_bench, mm_vet
 from davsp.embedded.counterparts import write
@@ -20,7 +21,6 @@ from davsp.judges.prompts import DAVSP
 from davsp.query import Grade, read_jsonl, write_jsonl
 from davsp.runtime.files import write_json
 from judge_server import Judge, faulty, judge_server
-from test_cli import run as davsp
 from test_rescore import write_run
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from command import run as davsp
 from davsp.cli.judges import JudgeSettings, judge_settings
 from davsp.cli.options import JudgeOptions, RequestOptions
 from davsp.embedded.counterparts import write
@@ -14,7 +15,6 @@ from davsp.errors import DavspError
 from davsp.query import Grade, Query, read_jsonl
 from davsp.runtime.files import write_json
 from judge_server import Judge, judge_server
-from test_cli import run as davsp
 from test_rescore import write_run
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from command import run as davsp
 from davsp import LVLM, DavspError
 from davsp.benchmarks import mm_safetybench, mm_vet
 from davsp.benchmarks.protocol import for_making, for_test
 from davsp.benchmarks.splits import settings_of
 from davsp.embedded.counterparts import write
 from judge_server import judge_server
-from test_cli import run as davsp
 
 FEW = {"mm_safetybench": 6, "figstep": 4, "vlguard": 6, "mm_vet": 16, "mme": 2, "llava_bench": 2}
 SIZES = ("--vector", 4, "--intents", 2, "--helpful", 5)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from command import run
 from davsp import HarmfulnessVector, VisualSafetyPrompt
 from davsp.benchmarks.custom import save_queries
 from davsp.errors import DavspError
@@ -20,7 +21,6 @@ from davsp.runtime.files import read_tensors
 from davsp.training.batches import Batch
 from davsp.training.borders import Run
 from forks import forked, forked_nodes, free_port
-from test_cli import run
 from tiny import queries
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # of torch's launcher

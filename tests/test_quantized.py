@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from command import run
 from davsp import LVLM, DavspError
 from davsp.lvlm import fingerprint, model_facts
-from test_cli import run
 from tiny import queries, save_tiny
 
 BLOCK, WEIGHTS = 16, "model.safetensors"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from command import run
 from davsp import LVLM, DavspError, HarmfulnessVector, Query, VisualSafetyPrompt, embedded
 from davsp.benchmarks.custom import save_queries
 from davsp.defenses import Defense, NoDefense, SafetyText, VisualPrompt
@@ -16,7 +17,6 @@ from davsp.lvlm import AnsweringLVLM, fingerprint, loaded, model_facts
 from davsp.lvlm.remote import RemoteLVLM
 from davsp.lvlm.templates import read_extra
 from model_server import ModelServer, model_server
-from test_cli import run
 from tiny import queries
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from command import run as davsp
 from davsp import cli, embedded
 from davsp.cli import reproduce
 from davsp.defenses.adashield_a import RefineSettings
@@ -28,7 +29,6 @@ from davsp.judges import keyword
 from davsp.judges.keyword import AGREEMENT
 from davsp.prompts import VisualSafetyPrompt
 from davsp.query import Response, Verdict
-from test_cli import run as davsp
 
 SMALL = {"vector": 10, "sweep": 6, "train": 96, "harm": 4, "utility": 1, "mme": 2, "llava_bench": 2}
 

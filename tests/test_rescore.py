@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from command import run as davsp
 from davsp import DavspError, Query, Response, Verdict, embedded
 from davsp.benchmarks.custom import load_queries, save_queries
 from davsp.embedded.data import SIZES
@@ -18,7 +19,6 @@ from davsp.query import read_jsonl, write_jsonl
 from davsp.runtime.files import write_json
 from davsp.store import query_hash
 from judge_server import Judge, judge_server
-from test_cli import run as davsp
 from tiny import queries
 
 N = 8

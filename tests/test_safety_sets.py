@@ -20,11 +20,11 @@ from benchmark_folders import (
     skipped,
     write,
 )
+from command import run as davsp
 from davsp import benchmarks
 from davsp.benchmarks import holisafe, mm_safetybench_pp, mossbench, mssbench, siuo
 from davsp.errors import DavspError
 from davsp.judges import keyword
-from test_cli import run as davsp
 
 pytestmark = pytest.mark.filterwarnings("ignore::davsp.benchmarks.source.ShortWarning")  # all fixtures are short
 

@@ -11,6 +11,7 @@ from unittest.mock import Mock
 import pytest
 from PIL import Image, ImageOps
 
+from command import run as davsp
 from davsp import LVLM, DavspError, Query, Response
 from davsp.attacks import AttackSettings, attack
 from davsp.benchmarks.custom import load_queries, save_queries
@@ -29,7 +30,6 @@ from davsp.judges.seeing import drawn, note, number, seeing
 from davsp.prompts import VisualSafetyPrompt
 from davsp.runtime.replies import one_line
 from judge_server import Judge, faulty, items, judge_server, picture_in, truth
-from test_cli import run as davsp
 from test_rescore import write_run
 from tiny import picture, queries
 

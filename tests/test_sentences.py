@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from command import run as davsp_command
 from davsp import LVLM, AdditiveNoise, DavspError, VisualSafetyPrompt
 from davsp.defenses import VisualPrompt, load_defense
 from davsp.defenses.esiii.train import train_esiii
@@ -23,7 +24,6 @@ from davsp.training.loop import Loop
 from davsp.training.sentences import SentenceRun, blank, read_sentences, train_sentences
 from davsp.training.settings import SentenceSettings
 from forks import forked
-from test_cli import run as davsp_command
 from test_parallel import davsp
 from tiny import picture, queries
 

@@ -10,6 +10,7 @@ from typing import Any
 import openai
 import pytest
 
+from command import run
 from davsp import LVLM, Query, VisualSafetyPrompt, embedded
 from davsp.defenses import ECSO, Defense, Gate, NoDefense, VisualPrompt
 from davsp.embedded.data import Protocol
@@ -19,7 +20,6 @@ from davsp.serve.gate import HEAD
 from davsp.serve.probe import probe
 from davsp.serve.settings import ServeSettings
 from proxy import data_url, image_part, listening, text_part, user
-from test_cli import run
 
 TOKENS = 12
 

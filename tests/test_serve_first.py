@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from command import run
 from davsp import LVLM, DavspError, VisualSafetyPrompt
 from davsp.benchmarks.custom import save_queries
 from davsp.cli import serve
@@ -28,7 +29,6 @@ from davsp.serve.model import model_app
 from davsp.serve.probe import probe
 from davsp.serve.settings import ServeSettings
 from proxy import GOOD, TEXT, Client, Events, Upstream, border, client, data_url, image_part, listening, text_part, user
-from test_cli import run
 from test_serve_end_to_end import started
 from test_serve_gate import ASK, IMAGE, TOOLS, canvas, metric, pictures
 from tiny import queries

@@ -356,7 +356,7 @@ def test_gates_that_are_not_served_are_refused_at_the_start():
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    from test_cli import run
+    from command import run
 
     canaried(border().prompt).save_pretrained(tmp_path)  # type: ignore[arg-type]
     served: list[Any] = []

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from command import run
 from davsp import LVLM, DavspError, HarmfulnessVector, Query, VisualSafetyPrompt, embedded
 from davsp.benchmarks.custom import save_queries
 from davsp.defenses import NoDefense, VisualPrompt
@@ -23,7 +24,6 @@ from davsp.query import Response, read_jsonl
 from davsp.serve.model import model_app
 from davsp.serve.settings import ServeSettings
 from proxy import listening
-from test_cli import run
 from tiny import queries
 
 NAMED = {"hidden_states_path": "/elsewhere/on/the/server/a.safetensors"}

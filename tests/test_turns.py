@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from command import run
 from davsp import LVLM, DavspError, HarmfulnessVector, Query, VisualSafetyPrompt, embedded
 from davsp.benchmarks.custom import load_queries, save_queries
 from davsp.defenses import ECSO, Chain, Defense, Gate, NoDefense, SafetyText, VisualPrompt
@@ -18,7 +19,6 @@ from davsp.query import json_line, read_jsonl, write_jsonl
 from davsp.store import query_hash
 from families import save_family
 from model_server import model_server
-from test_cli import run
 from tiny import picture
 
 TURNS = (("user", "what is this"), ("assistant", "a car"))

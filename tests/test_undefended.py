@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from command import run as davsp
 from davsp import LVLM, DavspError, HarmfulnessVector, embedded, evaluate
 from davsp.attacks.surface import surfaces
 from davsp.benchmarks.custom import save_queries
@@ -32,7 +33,6 @@ from davsp.lvlm.undefended import facts, in_records, note
 from davsp.query import Query
 from davsp.vector import collect_states
 from families import save_family
-from test_cli import run as davsp
 from tiny import picture, queries
 
 CLIP_MEAN = (122, 116, 104)  # of 255, cut and not rounded, as LLaVA's code has it

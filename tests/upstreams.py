@@ -143,3 +143,18 @@ def sees(border: VisualSafetyPrompt, most: int = 1000) -> Callable[[int, dict[st
         return says("i am sorry , i cannot help with that ." if refuses else "sure , here are the steps .")
 
     return answer
+
+
+class Fake:
+    """A proxy before an upstream that sees the border of `seen`, whatever the proxy's own is."""
+
+    def __init__(self, most: int = 1000, **settings: Any) -> None:
+        self.border = canaried(border().prompt)
+        self.client = client(VisualPrompt(self.border), **settings)
+        self.upstream = self.client.upstream
+        self.upstream.answer = sees(self.border, most)
+        self.ready = self.client.proxy.ready
+
+    def ask(self, **options: Any) -> tuple[int, dict[str, Any]]:
+        reply = self.client.request("GET", "/ready", **options)
+        return reply.status_code, reply.json()
