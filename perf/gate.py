@@ -40,11 +40,13 @@ CONSOLE = Console(stderr=True)
 
 
 def defenses(prompt: VisualSafetyPrompt) -> dict[str, Defense]:
-    """No defense, the border, the three gates, and ECSO."""
+    """No defense, the border, the three gates, ECSO, and gates before it."""
     border = VisualPrompt(prompt)
     return {
         NONE: NoDefense(), "davsp": border, "gate-states": Gate(border, "states", prompt.gate),
         "gate-first": Gate(border, "first", prompt.gate), "gate-answer": Gate(border, "answer"), "ecso": ECSO(templates=TEMPLATES),
+        "gate-first,ecso": Gate(border, "first", prompt.gate, ECSO(templates=TEMPLATES)),
+        "gate-answer,ecso": Gate(border, "answer", else_=ECSO(templates=TEMPLATES)),
     }  # fmt: skip
 
 

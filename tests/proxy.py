@@ -16,7 +16,7 @@ from PIL import Image
 
 from davsp import VisualSafetyPrompt
 from davsp.defenses import Defense, VisualPrompt
-from davsp.serve.app import Proxy
+from davsp.serve.app import HASH, Proxy
 from davsp.serve.connections import SERVER
 from davsp.serve.fetch import Fetcher
 from davsp.serve.settings import ServeSettings

@@ -164,6 +164,11 @@ def test_where_the_line_is(seen: Any, holds: bool):
     )
 
 
+def test_a_border_that_lost_a_part_is_called_weaker():
+    assert "has its effect: it refuses" in asked(20, neither=4).sentence("it")
+    assert "has its effect, weaker than where the canaries were chosen: it" in asked(14, neither=10).sentence("it")
+
+
 def test_what_has_no_answer_is_left_out_and_too_little_is_said_to_be():
     bad = [Query(f"m{i}", "", "malicious", "") for i in range(24)]
     rows: list[Any] = [{"none": False, "prompt": True}] * 12 + [{"none": False, "prompt": None}] * 12

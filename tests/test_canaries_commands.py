@@ -138,11 +138,6 @@ def test_train_puts_canaries_beside_the_border(flips, vector, tiny_folder: Path,
     assert run(*train, "--kind", "additive", "--canaries", tmp_path / "own") == 2
 
 
-def test_a_border_that_lost_a_part_is_called_weaker():
-    assert "has its effect: it refuses" in asked(20, neither=4).sentence("it")
-    assert "has its effect, weaker than where the canaries were chosen: it" in asked(14, neither=10).sentence("it")
-
-
 def test_nobodys_benchmark_is_copied(tmp_path: Path, capsys):
     from davsp.benchmarks.custom import save_queries
 

@@ -1,6 +1,5 @@
 """The command line: help, the words that go with a model, and which model is which."""
 
-import importlib
 import json
 import re
 import subprocess
@@ -12,7 +11,7 @@ import pytest
 import typer
 
 from command import run
-from davsp import TrainSettings, cli, embedded
+from davsp import cli, embedded
 from davsp.cli.inputs import is_mini, is_shipped
 from davsp.embedded.words import vocabulary
 from davsp.errors import DavspError
@@ -74,45 +73,6 @@ def test_help_has_a_panel_for_each_group_of_options(monkeypatch, capsys):
         "--model", "--revision", "--device", "--dtype", "--quantization", "--attn-implementation", "--canvas", "--template", "--template-kwargs",
         "--undefended",
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize("shipped", [True, False])
-@pytest.mark.parametrize("command", ["vector", "train", "eval", "attack"])
-def test_words_follow_the_model_and_not_the_data(
-    command, shipped, data: Path, vectors: Path, tiny_folder: Path, tmp_path, monkeypatch, capsys
-):
-    """A model that ships keeps its own text, and its recipe, on a user's own queries; another has neither."""
-
-    class Enough(DavspError):
-        pass
-
-    calls = []
-
-    def stop(*arguments, **options):
-        calls.append((arguments, options))
-        raise Enough("enough")
-
-    importlib.import_module("davsp.attacks")  # or it would take a name that stands for `stop` now
-    monkeypatch.setattr(f"davsp.{TARGETS[command]}", stop)
-    monkeypatch.setattr(f"davsp.cli.{MODULES.get(command, command)}.is_shipped", lambda model: shipped)
-    both = ["--malicious", data / "malicious", "--benign", data / "benign"]
-    line = {
-        "vector": both, "train": [*both, "--vector", vectors / "ours"],
-        "eval": ["--queries", data / "test"], "attack": ["--queries", data / "test"],
-    }[command]  # fmt: skip
-    assert run(command, *line, "--model", tiny_folder, "--out", tmp_path / "out") == 2
-    assert "enough" in capsys.readouterr().err
-    ((arguments, options),) = calls
-    text = embedded.SAFETY_TEXT if shipped else ""
-    if command == "vector":
-        assert options["text"] == text
-    elif command == "train":
-        assert arguments[1].text == text
-        assert arguments[5] == (embedded.SETTINGS if shipped else TrainSettings())
-    else:
-        defenses = arguments[1]
-        assert list(defenses) == ["none", *["safety-text"] * shipped]
-        assert not shipped or defenses["safety-text"].text == text
 
 
 def test_the_embedded_test_comes_with_its_text_by_whatever_name_a_server_calls_the_model(tmp_path, monkeypatch, capsys):

@@ -10,7 +10,7 @@ from command import run as davsp
 from davsp import DavspError, HarmfulnessVector, VisualSafetyPrompt, embedded
 from davsp.benchmarks.custom import save_queries
 from davsp.cli.defenses import rows
-from davsp.defenses import ECSO, Chain, Defense, Intervention, NoDefense, SafetyText, VisualPrompt, adashield_s
+from davsp.defenses import ECSO, Chain, Defense, Gate, Intervention, NoDefense, SafetyText, VisualPrompt, adashield_s
 from davsp.embedded.ecso_templates import TEMPLATES
 from tiny import queries
 
@@ -54,6 +54,9 @@ def test_every_spec(border: VisualPrompt, vector: HarmfulnessVector) -> None:
         "ecso+safety-text+out/prompt": ("ecso+safety-text+davsp", ECSO(Chain([text, border]))),
         "ecso-adaptive+davsp=out/prompt": ("ecso-adaptive+davsp", ECSO(instead=border)),
         "ecso-adaptive+ecso+davsp=out/prompt": ("ecso-adaptive+ecso+davsp", ECSO(instead=ECSO(border))),
+        "gate+out/prompt": ("gate+davsp", Gate(border)),
+        "gate:answer,ecso+mine=out/a+b=c": ("gate:answer,ecso+mine", Gate(border, else_=ECSO())),
+        "gate:answer,ecso+safety-text": ("gate:answer,ecso+safety-text", Gate(text, else_=ECSO())),
         "intervention:-1.5": ("intervention:-1.5", Intervention(vector, times=-1.5)),
         "intervention:plus": ("intervention:plus", Intervention(vector, to=vector.mu_plus)),
         "intervention:minus": ("intervention:minus", Intervention(vector, to=vector.mu_minus)),
@@ -66,6 +69,8 @@ def test_every_spec(border: VisualPrompt, vector: HarmfulnessVector) -> None:
 
 def test_the_embedded_models_are_asked_in_their_own_words() -> None:
     assert read("ecso", shipped=True).describe() == ECSO(templates=TEMPLATES).describe()
+    before = read("gate:answer,ecso+safety-text", shipped=True).describe()
+    assert before["else"] == ECSO(templates=TEMPLATES).describe()
     text = adashield_s(text=embedded.SAFETY_TEXT)
     assert read("adashield-s", shipped=True).describe() == text.describe()
     assert rows([], None, None, True)["safety-text"].describe() == SafetyText(embedded.SAFETY_TEXT).describe()
@@ -85,6 +90,10 @@ def test_the_embedded_models_are_asked_in_their_own_words() -> None:
         ("=out/prompt", "is not known"),
         ("ecso:strict", "may stand published, whole"),
         ("ecso-adaptive", "needs what answers again"),
+        ("gate:answer,pat+out/prompt", "behind the comma may stand ecso"),
+        ("gate:answer,ecso", "needs what it looks through"),
+        ("gate:last,ecso+out/prompt", "a gate has no kind 'last'"),
+        ("gate:first,ecso+out/prompt", "no threshold yet"),
         ("intervention", "does not say by how much"),
         ("intervention:up", "does not say by how much"),
         ("intervention:at:2", "does not say by how much"),

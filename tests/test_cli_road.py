@@ -1,5 +1,6 @@
 """The road from data to a defended picture, by commands, and one sentence for every mistake on it."""
 
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,13 @@ import torch
 from PIL import Image
 
 from command import run
-from davsp import HarmfulnessVector, VisualSafetyPrompt, evaluate
+from davsp import DavspError, HarmfulnessVector, TrainSettings, VisualSafetyPrompt, embedded, evaluate
 from davsp.benchmarks.custom import save_queries
 from davsp.defenses import NoDefense, VisualPrompt
 from davsp.prompts import load_prompt
 from davsp.query import open_picture
 from davsp.runtime.files import alone, sha256
+from test_cli_spoilt import _config
 from test_published import directions, published
 from tiny import queries
 
@@ -36,6 +38,45 @@ def vectors(vector: HarmfulnessVector, tmp_path_factory: pytest.TempPathFactory)
     vector.save(folder / "ours")
     replace(vector, vectors=vector.vectors[:, :5]).save(folder / "other")
     return folder
+
+
+@pytest.mark.parametrize("shipped", [True, False])
+@pytest.mark.parametrize("command", ["vector", "train", "eval", "attack"])
+def test_words_follow_the_model_and_not_the_data(
+    command, shipped, data: Path, vectors: Path, tiny_folder: Path, tmp_path, monkeypatch, capsys
+):
+    """A model that ships keeps its own text, and its recipe, on a user's own queries; another has neither."""
+
+    class Enough(DavspError):
+        pass
+
+    calls = []
+
+    def stop(*arguments, **options):
+        calls.append((arguments, options))
+        raise Enough("enough")
+
+    importlib.import_module("davsp.attacks")  # or it would take a name that stands for `stop` now
+    monkeypatch.setattr(f"davsp.{TARGETS[command]}", stop)
+    monkeypatch.setattr(f"davsp.cli.{MODULES.get(command, command)}.is_shipped", lambda model: shipped)
+    both = ["--malicious", data / "malicious", "--benign", data / "benign"]
+    line = {
+        "vector": both, "train": [*both, "--vector", vectors / "ours"],
+        "eval": ["--queries", data / "test"], "attack": ["--queries", data / "test"],
+    }[command]  # fmt: skip
+    assert run(command, *line, "--model", tiny_folder, "--out", tmp_path / "out") == 2
+    assert "enough" in capsys.readouterr().err
+    ((arguments, options),) = calls
+    text = embedded.SAFETY_TEXT if shipped else ""
+    if command == "vector":
+        assert options["text"] == text
+    elif command == "train":
+        assert arguments[1].text == text
+        assert arguments[5] == (embedded.SETTINGS if shipped else TrainSettings())
+    else:
+        defenses = arguments[1]
+        assert list(defenses) == ["none", *["safety-text"] * shipped]
+        assert not shipped or defenses["safety-text"].text == text
 
 
 TARGETS = {

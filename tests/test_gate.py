@@ -145,6 +145,24 @@ def test_above_the_threshold_is_refused_and_the_rest_is_answered_undefended(
             assert response.prompt_tokens > without.prompt_tokens
 
 
+def test_ecso_behind_a_gate_judges_what_passes_and_nothing_else(lvlm: LVLM, calibrated: VisualSafetyPrompt):
+    """Refused: one call, no ECSO. Passed: the look, and ECSO's own answer with its calls."""
+    some = [*queries("malicious", 3), *queries("benign", 3)]
+    plain, ecso = Gate(VisualPrompt(calibrated), "first", calibrated.gate), ECSO()
+    assert calibrated.gate is not None
+    scores = plain.scores(lvlm, some)
+    gate = Gate(VisualPrompt(calibrated), "first", moved(calibrated.gate, "first", sorted(scores)[2])).then(
+        ecso, "both"
+    )
+    answers = gate.respond(lvlm, some, max_new_tokens=6)
+    alone = ecso.respond(lvlm, some, max_new_tokens=6)
+    for score, answer, other in zip(scores, answers, alone, strict=True):
+        refused = score > sorted(scores)[2]
+        assert (answer.text, answer.calls) == ((REFUSAL, 1) if refused else (other.text, other.calls + 1))
+    assert gate.name == "both" and plain.else_.name == "none" and not gate.conversations and plain.conversations
+    assert gate.describe()["else"] == ecso.describe()
+
+
 def test_scores_do_not_hang_on_the_batch(lvlm: LVLM, calibrated: VisualSafetyPrompt):
     some = [*queries("malicious", 5), Query("words", "what is this", "benign", "t")]
     gate = Gate(VisualPrompt(calibrated), "first", calibrated.gate)

@@ -13,7 +13,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from command import run as davsp
 from davsp import LVLM, VisualSafetyPrompt, embedded
-from davsp.defenses import ECSO, Gate, NoDefense, VisualPrompt
+from davsp.defenses import ECSO, Defense, Gate, NoDefense, VisualPrompt
 from davsp.defenses.gate import calibrate
 from davsp.embedded.data import calibration
 from davsp.embedded.ecso_templates import TEMPLATES
@@ -21,6 +21,7 @@ from davsp.errors import DavspError
 from davsp.experiments.gate import figures, run
 from davsp.experiments.gate.figures import areas, auroc, gates, rates
 from davsp.experiments.gate.looks import _kth, scores, see
+from davsp.experiments.gate.once import Once, answered
 from davsp.experiments.gate.table import LINES, TITLES, markdown, roc
 from davsp.metrics import Outcome
 from davsp.runtime.files import read_json, write_json
@@ -122,7 +123,18 @@ def test_table_and_curve_hold_what_is_there():
     assert "gate, `answer`: seed 1 alone" in table and "DAVSP: seed" not in table
     heads = [line for line in table.splitlines() if line.startswith("| ")]
     assert [sum(TITLES[name] in line for line in heads) for name in told] == [1, 1, 1] and TITLES["ecso"] not in table
-    assert all(line.count("|") == heads[0].count("|") for line in heads[:4])
+    assert all(line.count("|") == heads[0].count("|") for line in heads[:4]) and "ECSO behind" not in table
+    behind = gates(made, told["davsp"], figures.LOOK_ECSO)
+    both = rates("m", told | gates(made, told["none"]) | behind)
+    at = {(r["defense"], r["benchmark"], r["metric"]): r for r in both}
+    places = [("all pictures", "rsr"), ("benign", "over_refusal")]
+    assert all(
+        at["look, then ecso: none both", *at_place]["value"] >= at["look: none both", *at_place]["value"]
+        for at_place in places
+    )
+    table = markdown([*both, *areas("m", made)], "m", [0, 1], {})
+    lines = table.split("ECSO behind it**")[1].split("\n\n")[1].splitlines()[2:]
+    assert len(lines) == len(behind) and all(line.count("|") == 7 for line in lines)
     assert "the border" in table and "undefended" in table
     assert roc(made, "m").startswith("<?xml") or "<svg" in roc(made, "m")[:300]
 
@@ -139,13 +151,35 @@ def test_answers_are_asked_for_once(lvlm: LVLM, monkeypatch: pytest.MonkeyPatch)
     border = VisualPrompt(VisualSafetyPrompt.create(56, 8, "random"))
     plain = Gate(border, tokens=6).respond(lvlm, some, max_new_tokens=6)
     monkeypatch.setattr(LVLM, "completions", completions)
-    once, none = run.Once(border), run.Once(NoDefense())
+    once, none = Once(border), Once(NoDefense())
     for _ in range(2):
         again = Gate(once, else_=none, tokens=6).respond(lvlm, some, max_new_tokens=6)
     assert sum(asked) == 12
     strip = [(r.query_id, r.text, r.calls, r.prompt_tokens, r.finish) for r in plain]
     assert [(r.query_id, r.text, r.calls, r.prompt_tokens, r.finish) for r in again] == strip
     assert ECSO(none).describe()["inner"] == {"kind": "none"}
+
+
+def test_a_gate_before_ecso_knows_what_ecso_answered(lvlm: LVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also where the run was kept: the row is what ECSO said of what passes, and ECSO is asked no query again."""
+    some, border = (
+        [*queries("malicious", 3), *queries("benign", 3)],
+        VisualPrompt(VisualSafetyPrompt.create(56, 8, "random")),
+    )
+
+    def rows() -> dict[str, Defense]:
+        davsp, ecso = Once(border), Once(ECSO())
+        return {"davsp": davsp, "ecso": ecso, "gate-answer,ecso": Gate(davsp, else_=ecso, tokens=lvlm.longest)}
+
+    monkeypatch.setattr(lvlm, "longest", 6)
+    early = {name: defense for name, defense in rows().items() if name != "gate-answer,ecso"}
+    answered(lvlm, early, some, tmp_path / "run")
+    monkeypatch.setattr(LVLM, "completions", Mock(side_effect=AssertionError("asked again")))
+    responses = answered(lvlm, rows(), some, tmp_path / "run").responses
+    monkeypatch.undo()
+    monkeypatch.setattr(lvlm, "longest", 6)
+    plain = Gate(border, else_=ECSO(), tokens=6).respond(lvlm, some, max_new_tokens=6)
+    assert [(r.text, r.calls) for r in responses["gate-answer,ecso"]] == [(r.text, r.calls) for r in plain]
 
 
 def test_looks_see_what_a_gate_sees(lvlm: LVLM, vector: Any):
@@ -210,7 +244,8 @@ def test_looks_of_another_version_are_named(tmp_path: Path):
         write_json(folder / "manifest.json", {"seed": seed, "stages": {}})
         np.savez(folder / run.LOOKS, **older)
     run.pool(tmp_path, "m")
-    assert "- ECSO: seed 1 alone" in (tmp_path / "gate.md").read_text()
+    page = (tmp_path / "gate.md").read_text()
+    assert "- ECSO: seed 1 alone" in page and "A gate on a look, and ECSO behind it" in page
     for gone in ("id", "davsp refusal/held-benign"):
         np.savez(tmp_path / "seed-0" / run.LOOKS, **{name: of for name, of in older.items() if name != gone})
         with pytest.raises(

@@ -11,13 +11,14 @@ import numpy as np
 from PIL import Image
 
 from davsp import LVLM, Query, VisualSafetyPrompt
+from davsp.defenses import VisualPrompt
 from davsp.judges.keyword import keyword
 from davsp.judges.verdicts import judge_name
 from davsp.prompts.beside import texts
 from davsp.prompts.canaries import Canaries, Refused, canaries_of
 from davsp.serve.model import model_app
 from davsp.serve.settings import ServeSettings
-from proxy import Events, data_url, picture_of
+from proxy import Events, border, client, data_url, picture_of
 from tiny import picture
 
 Change = Callable[[Image.Image], Image.Image]

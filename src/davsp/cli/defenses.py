@@ -80,6 +80,8 @@ def _read(spec: str, context: _Context) -> "Defense":
     method, _, options = head.partition(":")
     if not plus or "=" in head or (method not in METHODS and Path(spec).is_dir()):
         head, plus, rest = spec, "", ""
+    if method == "gate" and "," in options:
+        return _then_ecso(spec, head, rest, context)
     inside, _, value = rest.partition("=")
     if method == "gate" and "+" not in inside and holds_gate(value or inside):
         if value and set(inside) & set(":/"):
@@ -174,6 +176,20 @@ def _gate(spec: str, options: str, inner: "Defense | None", name: str) -> "Defen
     if inner is None:
         raise DavspError(f"--defense {spec} needs what it looks through: {spec}+NAME=FOLDER.")
     return gated(inner, options if ":" in spec else "answer", name)
+
+
+def _then_ecso(spec: str, head: str, rest: str, context: _Context) -> "Defense":
+    """A gate whose passing queries ECSO answers: gate:KIND,ecso+INNER."""
+    from davsp.defenses import ECSO, Gate
+
+    alone, _, behind = head.partition(",")
+    if behind != "ecso":
+        raise DavspError(
+            f"--defense {spec!r} is not known: behind the comma may stand ecso, which answers what passes."
+        )
+    gate = _read(f"{alone}+{rest}" if rest else alone, context)
+    assert isinstance(gate, Gate)
+    return gate.then(ECSO(**_switches("ecso", "", context)), gate.name.replace(alone, head, 1))
 
 
 def _amount(spec: str, options: str, vector: "HarmfulnessVector") -> dict[str, Any]:

@@ -11,7 +11,7 @@ TEST_SET, JUDGES = "Test set", "Judges"  # headings in --help
 GRAMMAR = (
     "none; none:WAY (pictures shown in another way than --undefended says); safety-text; safety-text=TEXT; NAME=FOLDER of a prompt; adashield-s; adashield-s:prefix; "
     "pat:vicuna, pat:llama-2 or pat:transfer, the published strings behind AdaShield's text (pat:vicuna:alone without); ecso; ecso+INNER; "
-    "ecso-adaptive+INNER; gate+INNER (looks through INNER and answers without: gate:answer, or with the thresholds of davsp gate gate:states, gate:first; then NAME=FOLDER may be a gate without a border); intervention:TIMES, :plus, :minus or :to:NUMBER (with --vector), alone or +INNER. A text joins "
+    "ecso-adaptive+INNER; gate+INNER (looks through INNER and answers without: gate:answer, or with the thresholds of davsp gate gate:states, gate:first; then NAME=FOLDER may be a gate without a border; gate:KIND,ecso lets ECSO answer); intervention:TIMES, :plus, :minus or :to:NUMBER (with --vector), alone or +INNER. A text joins "
     "what follows it, too: adashield-s:prefix+INNER. INNER is any of these, or a bare FOLDER."
 )
 """What --defense takes; `davsp.cli.defenses` reads it."""

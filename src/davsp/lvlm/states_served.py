@@ -184,7 +184,9 @@ def read_layers(text: str) -> tuple[int, ...]:
             raise DavspError(f"--states-layers {text!r} names no layers; give them as 14, 8,16,24 or 1-31.")
         low, high = int(first), int(last if dash else first)
         if not low <= high <= DEEPEST:
-            raise DavspError(f"--states-layers {part.strip()} is no layer of a model; give numbers that rise, {DEEPEST} at most.")
+            raise DavspError(
+                f"--states-layers {part.strip()} is no layer of a model; give numbers that rise, {DEEPEST} at most."
+            )
         layers += range(low, high + 1)
     return tuple(layers)
 

@@ -9,9 +9,10 @@ query may be looked at as it is. Three ways to look, the cheapest first:
   No generation. On a server the log-odds of a refusal's first token are the score (`davsp.defenses.gate.served`).
 - `answer`: the answer under the defense is begun; refused if it is a refusal. Needs no states, so it works before any server.
 
-What passes is answered by `else_`, by default undefended.
+What passes is answered by `else_`, by default undefended. With ECSO there (`then`), an answer to what the look missed is still judged.
 """
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -93,6 +94,13 @@ class Gate(Defense):
         self.else_ = else_ or NoDefense()
         self.conversations = inner.conversations and self.else_.conversations
         self.name = name or f"gate:{kind}+{inner.name}"
+
+    def then(self, else_: Defense, name: str) -> "Gate":
+        """The same gate, whose passing queries `else_` answers."""
+        other = copy.copy(self)
+        other.else_, other.name = else_, name
+        other.conversations = self.inner.conversations and else_.conversations
+        return other
 
     @property
     def line(self) -> Line:

@@ -28,7 +28,7 @@ from davsp.evaluation import evaluate
 from davsp.experiments.cells import points, rate
 from davsp.experiments.deep.borders import MANIFEST, Outcomes, keep, kept, start, unmoved
 from davsp.experiments.deep.depth import COLOURS
-from davsp.experiments.gate.run import Once
+from davsp.experiments.gate.once import Once
 from davsp.experiments.stages import Stages, fitted_vector
 from davsp.lvlm import LVLM, fingerprint, model_name
 from davsp.metrics import Outcome

@@ -39,7 +39,7 @@ from davsp.experiments.deep.borders import (
 )
 from davsp.experiments.deep.splits import FORM, NEW, data_of, place, splits_of
 from davsp.experiments.gate.kinds import ALL
-from davsp.experiments.gate.run import Once
+from davsp.experiments.gate.once import Once
 from davsp.experiments.stages import Stages, fitted_vector
 from davsp.lvlm import LVLM, fingerprint, model_name
 from davsp.metrics import Outcome

@@ -21,6 +21,7 @@ PLACES = {
     "figstep": "out of distribution",
 }
 """Sets of malicious pictures -> the pool they are reported in, as figures of their own and together."""
+LOOK_ECSO = "look, then ecso"
 
 
 def rates(model: str, outcomes: Mapping[str, Sequence[Outcome]]) -> list[dict[str, Any]]:
@@ -51,8 +52,10 @@ def _pooled(outcomes: Sequence[Outcome]) -> list[Outcome]:
     return pooled + [replace(o, benchmark="all pictures") for o in outcomes if o.metric == "rsr"]
 
 
-def gates(looks: Sequence[Mapping[str, np.ndarray]], none: Sequence[Outcome]) -> dict[str, list[Outcome]]:
-    """What a gate on each look gives, named "look: THROUGH LOOK": what it refuses counts as a refusal, the rest as undefended.
+def gates(
+    looks: Sequence[Mapping[str, np.ndarray]], passed: Sequence[Outcome], behind: str = "look"
+) -> dict[str, list[Outcome]]:
+    """What a gate on each look gives, named "BEHIND: THROUGH LOOK": what it refuses counts as a refusal, the rest as in `passed`.
 
     Its threshold is the one calibrated on the held-out benign queries. No answer is needed for it.
     """
@@ -62,8 +65,8 @@ def gates(looks: Sequence[Mapping[str, np.ndarray]], none: Sequence[Outcome]) ->
         for one in looks:
             at = threshold(one[f"{key}/held-benign"].tolist(), RATE, CONFIDENCE)
             refused |= set(one["id"][one[f"{key}/test"] > at].tolist())
-        rows[f"look: {key}"] = [
-            replace(o, value=0.0 if o.metric == "accuracy" else 1.0) if o.query_id in refused else o for o in none
+        rows[f"{behind}: {key}"] = [
+            replace(o, value=0.0 if o.metric == "accuracy" else 1.0) if o.query_id in refused else o for o in passed
         ]
     return rows
 

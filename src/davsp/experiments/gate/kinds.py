@@ -20,7 +20,8 @@ from davsp.embedded import words
 from davsp.embedded.data import Protocol, calibration, picture_of, protocol
 from davsp.evaluation import evaluate
 from davsp.experiments.cells import rate
-from davsp.experiments.gate.run import Once, with_gate
+from davsp.experiments.gate.once import Once
+from davsp.experiments.gate.run import with_gate
 from davsp.experiments.stages import Stages, fitted_vector, trained_prompt
 from davsp.lvlm import LVLM, fingerprint, model_name
 from davsp.metrics import Outcome

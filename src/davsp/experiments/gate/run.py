@@ -23,17 +23,17 @@ from davsp.defenses import ECSO, Defense, Gate, NoDefense, SafetyText, VisualPro
 from davsp.defenses.ecso import Templates
 from davsp.defenses.gate import calibrate
 from davsp.errors import DavspError
-from davsp.evaluation import evaluate
-from davsp.experiments.gate.figures import areas, gates, rates
+from davsp.experiments.gate.figures import LOOK_ECSO, areas, gates, rates
 from davsp.experiments.gate.looks import Features, features, scores, see, weighed
+from davsp.experiments.gate.once import Once, answered
 from davsp.experiments.gate.table import markdown, roc
 from davsp.experiments.gate.twins import FILE as TWINS
 from davsp.experiments.gate.twins import Twins, told, twin_rows
 from davsp.experiments.stages import Stages, fitted_vector, trained_prompt
-from davsp.lvlm import LVLM, AnsweringLVLM, fingerprint, model_name
+from davsp.lvlm import LVLM, fingerprint, model_name
 from davsp.metrics import Outcome
 from davsp.prompts import VisualSafetyPrompt
-from davsp.query import Query, Response
+from davsp.query import Query
 from davsp.runtime import parallel
 from davsp.runtime.files import manifest, read_bytes, read_json, write_bytes, write_json, write_text
 from davsp.runtime.progress import bar
@@ -48,37 +48,6 @@ SIZES = {"harm": 300, "utility": 100, "mme": 150, "llava_bench": 100}
 """Of the test: 1,200 malicious and 950 benign queries with pictures."""
 
 LOOKS, OUTCOMES = "looks.npz", "outcomes.json"
-
-
-class Once(Defense):
-    """A defense that answers each query once a process: rows that share answers do not ask for them again. Greedy answers are the same."""
-
-    def __init__(self, inner: Defense) -> None:
-        self.inner, self.name, self.known = inner, inner.name, dict[tuple[str, int | None], Response]()
-
-    def check(self, lvlm: AnsweringLVLM) -> None:
-        self.inner.check(lvlm)
-
-    def prepare(self, queries: Sequence[Query]) -> list[Query]:
-        return self.inner.prepare(queries)
-
-    def sketch(self, question: str, size: tuple[int, int] | None) -> tuple[str, tuple[int, int] | None]:
-        return self.inner.sketch(question, size)
-
-    def respond(
-        self, lvlm: AnsweringLVLM, queries: Sequence[Query], vector: Any = None, batch_size: int = 32,
-        progress: Any = None, max_new_tokens: int | None = None,
-    ) -> list[Response]:  # fmt: skip
-        """As every defense; with a vector it is always asked."""
-        new = [q for q in queries if (q.id, max_new_tokens) not in self.known]
-        for q, response in zip(
-            new, self.inner.respond(lvlm, new, vector, batch_size, progress, max_new_tokens), strict=True
-        ):
-            self.known[q.id, max_new_tokens] = response
-        return [self.known[q.id, max_new_tokens] for q in queries]
-
-    def describe(self) -> dict[str, Any]:
-        return self.inner.describe()
 
 
 def gate(
@@ -110,7 +79,7 @@ def gate(
         seed: names the folder below `out`; data and settings are of it.
         twins: the test's malicious queries, each with a harmless twin, and what sounds harmful (`embedded.twins`); they may be added to
             a folder that is finished.
-        with_ecso: also ECSO and adaptive ECSO with the border, which ask up to four times a query.
+        with_ecso: also ECSO and adaptive ECSO with the border, which ask up to four times a query, and gates before ECSO.
 
     Returns:
         The rows of metrics.json: of all seeds in `out`. Of several processes the first returns them; the others none.
@@ -134,9 +103,12 @@ def gate(
     for kind in ("states", "first"):
         defenses[f"gate-{kind}"] = Gate(VisualPrompt(border), kind, border.gate, none)
     if with_ecso:
-        defenses["ecso"] = ECSO(none, templates=templates)
+        ecso = Once(ECSO(none, templates=templates))
+        defenses["ecso"] = ecso
         defenses["ecso-adaptive+davsp"] = ECSO(none, instead=davsp, templates=templates)
-    evaluation = evaluate(
+        defenses["gate-answer,ecso"] = Gate(davsp, "answer", None, ecso, tokens=lvlm.longest)
+        defenses["gate-first,ecso"] = Gate(VisualPrompt(border), "first", border.gate, ecso)
+    evaluation = answered(
         lvlm, defenses, data.test, folder, batch_size=batch_size, redo=True, seed=seed, console=stages.console
     )
     outcomes = parallel.shared({
@@ -241,9 +213,10 @@ def pool(out: Path, model: str) -> list[dict[str, Any]]:
             )
     twins = [path.parent / TWINS for path in seeds if (path.parent / TWINS).exists()]
     outcomes = _pooled(seeds)
-    table = (
-        rates(model, outcomes | gates(looks, outcomes["none"])) + areas(model, looks) + twin_rows(model, _pooled(twins))
-    )
+    every = outcomes | gates(looks, outcomes["none"])
+    if "ecso" in outcomes:
+        every |= gates(looks, [o for o in outcomes["ecso"] if o.benchmark not in ("mme", "llava_bench")], LOOK_ECSO)
+    table = rates(model, every) + areas(model, looks) + twin_rows(model, _pooled(twins))
     write_json(out / "metrics.json", metrics.metrics_file(table))
     facts = [read_json(path.parent / "manifest.json") for path in seeds]
     write_json(

@@ -8,12 +8,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from davsp.experiments.cells import points, rate
+from davsp.experiments.gate.figures import LOOK_ECSO
 from davsp.experiments.gate.twins import twin_table
 from davsp.report import plots
 
 TITLES = {
     "none": "*no defense*", "davsp": "DAVSP", "gate-states": "gate, `states`", "gate-first": "gate, `first`",
     "gate-answer": "gate, `answer`", "ecso": "ECSO", "ecso-adaptive+davsp": "adaptive ECSO + DAVSP",
+    "gate-answer,ecso": "gate, `answer`, then ECSO", "gate-first,ecso": "gate, `first`, then ECSO",
 }  # fmt: skip
 THROUGH = {
     "none": "undefended",
@@ -78,6 +80,7 @@ def markdown(
             + " | ".join([look, THROUGH[through], area, *(f"{100 * x:.1f}" for x in others), *map(rate, gate), price])
             + " |"
         )
+    lines += _before_ecso(at)
     malicious = at["none", "all pictures", "rsr"]["n"]
     notes = [
         f"{malicious} malicious queries with pictures, {at['none', 'benign', 'over_refusal']['n']} benign ones; the judge is `keyword`. There are "
@@ -90,6 +93,31 @@ def markdown(
         for name, of in partly.items()
     ]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes), *twin_table(rows, TITLES)]) + "\n"
+
+
+def _before_ecso(at: Mapping[tuple[str, str, str], Mapping[str, Any]]) -> list[str]:
+    """What a gate on each look gives where ECSO answers what passes; nothing where ECSO was not run."""
+    keys = {name.removeprefix(f"{LOOK_ECSO}: "): name for name, *_ in at if name.startswith(LOOK_ECSO)}
+    if not keys:
+        return []
+    heads = ["look", "through", "RSR in distribution", "RSR FigStep-like", "utility against none", "over-refusal"]
+    lines = [
+        "",
+        "**A gate on a look, and ECSO behind it**",
+        "",
+        "| " + " | ".join(heads) + " |",
+        "|---" * len(heads) + "|",
+    ]
+    for key, name in sorted(keys.items(), key=lambda one: -at[one[1], "all pictures", "rsr"]["value"]):
+        through, _, look = key.partition(" ")
+        places = (("in distribution", "rsr"), ("out of distribution", "rsr"), ("benign", "over_refusal"))
+        *rsr, over = (rate(at[name, *place]) for place in places)
+        lines.append(
+            "| "
+            + " | ".join([look, THROUGH[through], *rsr, points(at[name, "utility", "accuracy_difference"]), over])
+            + " |"
+        )
+    return lines
 
 
 def _bounds(figure: Mapping[str, Any]) -> str:

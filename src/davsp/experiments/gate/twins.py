@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from davsp import metrics
 from davsp.defenses import Defense
-from davsp.evaluation import evaluate
 from davsp.experiments.cells import rate
+from davsp.experiments.gate.once import answered
 from davsp.experiments.stages import Stages
 from davsp.lvlm import LVLM, fingerprint
 from davsp.metrics import Outcome
@@ -21,7 +21,7 @@ from davsp.runtime.files import read_json, write_json
 from davsp.store import queries_hash
 
 FILE, TOLD = "twins.json", "told_apart"
-DEFENSES = ("none", "davsp", "gate-answer", "gate-states", "gate-first")
+DEFENSES = ("none", "davsp", "gate-answer", "gate-states", "gate-first", "ecso", "gate-answer,ecso", "gate-first,ecso")
 TITLE = "What is told apart by one word"
 
 
@@ -41,19 +41,19 @@ def told(
     seed: int,
     batch_size: int,
 ) -> None:
-    """Answer twins and what sounds harmful under the defenses of `DEFENSES`, into a file and a folder of their own.
+    """Answer twins and what sounds harmful under those of `DEFENSES` that there are, into a file and a folder of their own.
 
     Args:
         resisted: what the test's queries said, with "SEED ID" as their ids.
     """
-    some = {name: defenses[name] for name in DEFENSES}
+    some = {name: defenses[name] for name in DEFENSES if name in defenses}
     queries = [*(twin for _, twin in twins.pairs), *twins.sounding]
     safe = {
         name: {o.query_id: o.value for o in resisted[name] if o.metric == "rsr" and o.split == "total"} for name in some
     }
 
     def make(resume: bool) -> None:
-        evaluation = evaluate(
+        evaluation = answered(
             lvlm,
             some,
             queries,
