@@ -14,6 +14,7 @@ from davsp.experiments.deep.begun import PLAIN, beginnings
 from davsp.experiments.deep.borders import NOISE_TITLES, OBJECTIVES, TITLES
 from davsp.experiments.gate import kinds
 from davsp.experiments.gate.kinds import HARD
+from davsp.experiments.gate.run import Once
 from davsp.metrics import Outcome
 
 TRAINED_ON = ("vector_malicious", "vector_benign", "sweep_malicious", "sweep_benign", "train_malicious", "train_benign")
@@ -152,14 +153,22 @@ def test_unseen_forms_are_apart_from_the_one_that_was_met(mini, tmp_path, monkey
 
 
 def test_wordings_share_what_met_everything_with_forms(mini, tmp_path, monkeypatch):
-    monkeypatch.setattr(splits, "protocol", lambda seed, **sizes: embedded.protocol(seed, **SIZES))
+    sizes = SIZES | {"harm": 1}
+    monkeypatch.setattr(splits, "protocol", lambda seed, **_: embedded.protocol(seed, **sizes))
     lvlm, settings = small(mini)
+    white, trained_in = Once(unseen.unmoved(lvlm, embedded.SAFETY_TEXT)["text"]), []
+
+    def untrained(stages, *_):
+        trained_in.append(stages.out.relative_to(tmp_path).as_posix())
+        return dict.fromkeys(OBJECTIVES, white)
+
+    monkeypatch.setattr(unseen, "borders", untrained)
     out = tmp_path / "wordings"
     rows = unseen.unseen(lvlm, out, "wordings", text=embedded.SAFETY_TEXT, settings=settings)
-    assert (tmp_path / "forms" / "seed-0" / "all" / "prompts" / "both" / "vsp.png").exists()
+    assert trained_in == ["forms/seed-0/all", "wordings/seed-0/how", "wordings/seed-0/steps"]
     at = {(r["defense"], r["benchmark"], r["split"], r["metric"]): r for r in rows}
     for name in TITLES:  # of both splits
-        assert all(at[name, one, "total", "rsr"]["n"] == 2 * 4 * SIZES["harm"] for one in ("met", "unseen", "new"))
+        assert all(at[name, one, "total", "rsr"]["n"] == 2 * 4 for one in ("met", "unseen", "new"))
     # what one split met the other did not, so undefended rates of the two are the same
     assert at["none", "met", "total", "rsr"]["value"] == at["none", "unseen", "total", "rsr"]["value"]
     text = (out / "unseen.md").read_text()
