@@ -152,20 +152,39 @@ def test_unseen_forms_are_apart_from_the_one_that_was_met(mini, tmp_path, monkey
     assert len(noises) == 3 and (out / "seed-0" / "sd" / "prompts" / "answer" / "vsp.png").exists()
 
 
-def test_wordings_share_what_met_everything_with_forms(mini, tmp_path, monkeypatch):
-    sizes = SIZES | {"harm": 1}
-    monkeypatch.setattr(splits, "protocol", lambda seed, **_: embedded.protocol(seed, **sizes))
+@pytest.fixture
+def untrained(monkeypatch, mini):
+    """Small tests and no training: borders are white ones. Gives the folders that they would have been made in."""
+    monkeypatch.setattr(splits, "protocol", lambda seed, **_: embedded.protocol(seed, **(SIZES | {"harm": 1})))
     lvlm, settings = small(mini)
-    white, trained_in = Once(unseen.unmoved(lvlm, embedded.SAFETY_TEXT)["text"]), []
+    white, folders = Once(unseen.unmoved(lvlm, embedded.SAFETY_TEXT)["text"]), []
 
-    def untrained(stages, *_):
-        trained_in.append(stages.out.relative_to(tmp_path).as_posix())
+    def borders(stages, *_):
+        folders.append(stages.out)
         return dict.fromkeys(OBJECTIVES, white)
 
-    monkeypatch.setattr(unseen, "borders", untrained)
+    monkeypatch.setattr(unseen, "borders", borders)
+    return lvlm, settings, folders
+
+
+def test_blind_to_forms_goes_without_what_met_everything(untrained, tmp_path):
+    lvlm, settings, folders = untrained
+    out = tmp_path / "forms-blind"
+    rows = unseen.unseen(lvlm, out, "forms-blind", text=embedded.SAFETY_TEXT, settings=settings)
+    assert folders == [out / "seed-0" / "sd"]
+    at = {(r["defense"], r["benchmark"], r["split"], r["metric"]): r for r in rows}
+    assert all(
+        at[name, "unseen", "total", "rsr"]["n"] == 3 and at[name, "met", "total", "rsr"]["n"] == 1 for name in TITLES
+    )
+    text = (out / "unseen.md").read_text()
+    assert text.count("less answers alone") == 2 and "met all" not in text and "noise" not in text
+
+
+def test_wordings_share_what_met_everything_with_forms(untrained, tmp_path):
+    lvlm, settings, folders = untrained
     out = tmp_path / "wordings"
     rows = unseen.unseen(lvlm, out, "wordings", text=embedded.SAFETY_TEXT, settings=settings)
-    assert trained_in == ["forms/seed-0/all", "wordings/seed-0/how", "wordings/seed-0/steps"]
+    assert folders == [tmp_path / "forms" / "seed-0" / "all", out / "seed-0" / "how", out / "seed-0" / "steps"]
     at = {(r["defense"], r["benchmark"], r["split"], r["metric"]): r for r in rows}
     for name in TITLES:  # of both splits
         assert all(at[name, one, "total", "rsr"]["n"] == 2 * 4 for one in ("met", "unseen", "new"))

@@ -33,10 +33,12 @@ PARTS = ("kinds-1", "kinds-2", "kinds-3", "forms", "forms-blind", "wordings")
 
 
 def splits_of(part: str) -> tuple[str, ...]:
-    """The splits of a part, the one that met everything first."""
+    """The splits of a part, the one that met everything first where there is one."""
+    if part == "forms-blind":
+        return (FORM,)
     if part == "wordings":
         return (ALL, *(name for name in WORDINGS if name != NEW))
-    if part.startswith("forms"):
+    if part == "forms":
         return (ALL, FORM)
     return (ALL, *("+".join(seen) for seen in itertools.combinations(HARD, int(part[-1]))))
 

@@ -1,8 +1,8 @@
 """Kinds of harm, forms of picture and wordings that training never met: does what it was supervised by matter there?
 
 A *split* says what a border meets in training (splits.py). All that it never met is in the test. Of each split vector, layer and three
-borders are made, for `NOISY` parts three noises as well; beside them stands the split that met everything, which `forms-blind` and `wordings`
-share with `forms`.
+borders are made, for `NOISY` parts three noises as well; beside them stands the split that met everything, the same for `forms` and
+`wordings`. `forms-blind` goes without: the test is that of `forms`, where it stands.
 
 out/seed-N/SPLIT/   of each split: vector, `prompts/OBJECTIVE`, and answers to the test as `davsp eval` leaves them; a killed run goes on
 out/seed-N/outcomes.json, manifest.json   of the splits that are done; written anew after each
@@ -118,7 +118,9 @@ def outcomes_of(part: str, found: Mapping[str, Outcomes], test: Mapping[str, Que
     """What each split gave on what it met and never met, and the same pooled; "NAME, all" is the border that met everything."""
     outcomes: Outcomes = {}
     for split in (split for split in found if split != ALL):
-        every = found[split] | {f"{name}, {ALL}": rows for name, rows in found[ALL].items() if name in found[split]}
+        every = found[split] | {
+            f"{name}, {ALL}": rows for name, rows in found.get(ALL, {}).items() if name in found[split]
+        }
         for name, rows in every.items():
             for o in rows:
                 if o.split != "total" or o.metric not in ("rsr", "over_refusal", "accuracy"):
@@ -139,7 +141,7 @@ def pool(out: Path, model: str, part: str) -> list[dict[str, Any]]:
     """Rows and table of all seeds in a part's folder."""
     facts, outcomes = kept(out)
     table = compared(model, outcomes)
-    for name in ("projection", "answer", "both"):
+    for name in OBJECTIVES if f"answer, {ALL}" in outcomes else ():
         lost = metrics.rows(model, f"{name} against {name}, {ALL}", outcomes[name], outcomes[f"{name}, {ALL}"])
         table += [row for row in lost if row["metric"].endswith("_difference")]
     seeds = [one["seed"] for one in facts]
@@ -156,7 +158,8 @@ def markdown(rows: Sequence[Mapping[str, Any]], model: str, seeds: Sequence[int]
     """RSR on what was never met, a line a split and a column a border; below, of all splits, on what was met, and the price."""
     at = {(r["defense"], r["benchmark"], r["split"], r["metric"]): r for r in rows}
     titles = TITLES | {name: title for name, title in NOISE_TITLES.items() if (name, "unseen", "total", "rsr") in at}
-    names = titles | {f"{name}, {ALL}": f"{TITLES[name]}, met all" for name in OBJECTIVES}
+    controls = {name: f"{name}, {ALL}" for name in OBJECTIVES if ALL in splits_of(part)}
+    names = titles | {control: f"{TITLES[name]}, met all" for name, control in controls.items()}
     lines = [
         f"**What training never met: {part}, {model}**, seeds {', '.join(map(str, seeds))}. Percent, 95 % intervals by intent.", "",
         "| met | | " + " | ".join(names.values()) + " |", "|---" * (len(names) + 2) + "|",
@@ -185,7 +188,9 @@ def markdown(rows: Sequence[Mapping[str, Any]], model: str, seeds: Sequence[int]
         for name, title in titles.items()
         if name.endswith(("projection", "both"))
     }
-    pairs |= {f"{name} against {name}, {ALL}": f"{TITLES[name]}, less the same that met all" for name in OBJECTIVES}
+    pairs |= {
+        f"{name} against {control}": f"{TITLES[name]}, less the same that met all" for name, control in controls.items()
+    }
     for name, title in pairs.items():
         cells = [difference(at[name, b, "total", f"{m}_difference"]) for b, m in columns.values()]
         lines.append("| " + " | ".join([title, *cells]) + " |")
