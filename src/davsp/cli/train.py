@@ -175,6 +175,9 @@ def train(
     layer: Annotated[int | None, typer.Option(help="Layer of the projection; left out: the vector's.")] = None,
     mu_plus: Annotated[float | None, typer.Option(help="Margin of malicious queries; left out: the vector's.")] = None,
     mu_minus: Annotated[float | None, typer.Option(help="Margin of benign queries; left out: the vector's.")] = None,
+    benign_share: Annotated[
+        float | None, typer.Option(help="Share of a batch's rows that are benign; left out: 0.5.")
+    ] = None,
     augment: Annotated[
         str | None,
         typer.Option(
@@ -233,6 +236,7 @@ def train(
     direction = direction_of(vector, protocol, lvlm, text, "this training puts")
     options: dict[str, Any] = {
         "lam": lam, "objective": objective, "layer": layer, "mu_plus": mu_plus, "mu_minus": mu_minus, "seed": seed,
+        "benign_share": benign_share,
         "refusal": refusal, "augment": None if augment is None else [kind.strip() for kind in augment.split(",")],
         "adversarial": adversarial, "adversarial_steps": adversarial_steps, "adversarial_target": adversarial_target,
     }  # fmt: skip

@@ -89,7 +89,7 @@ class Run(Loop):
         _check_target(lvlm, self.settings.adversarial_target)
         coin = Random(f"{settings.seed} classes")
         self.turns = [
-            coin.random() < 0.5 for _ in range(settings.steps)
+            coin.random() < 1 - settings.benign_share for _ in range(settings.steps)
         ]  # whether a batch is malicious, where it is of one class
         answered = self.weight_answer > 0
         self.malicious = prepare(prompt, malicious, lambda query: self.settings.refusal)
@@ -152,7 +152,7 @@ class Run(Loop):
         return below if output.answer_loss is None else below + self.weight_answer * output.answer_loss
 
     def _batch(self, step: int) -> Batch:
-        """Half malicious, half benign; or all of one class."""
+        """Malicious and benign by their share; or all of one class."""
         if self.settings.mixed:
             bad, good = self._rows("malicious", step), self._rows("benign", step)
         else:
@@ -170,8 +170,9 @@ class Run(Loop):
 
     def _rows(self, label: str, turn: int) -> list[int]:
         """Which examples of a class are in its batch number `turn`: epoch after epoch, each in an order of its own."""
-        count = len(getattr(self, label).questions)
-        size = self.settings.batch_size // (2 if self.settings.mixed else 1)
+        count, size = len(getattr(self, label).questions), self.settings.batch_size
+        if self.settings.mixed:
+            size = self.settings.benign_rows if label == "benign" else size - self.settings.benign_rows
         return rows_of_step(f"{self.settings.seed} {label}", count, size, turn)
 
     def _answers(self, step: int, bad: list[int], good: list[int]) -> list[str | None]:

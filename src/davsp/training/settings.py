@@ -1,9 +1,9 @@
 """How a prompt is trained, and what the settings leave to the vector."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
 
 from davsp.errors import DavspError
 from davsp.lvlm import LVLM
@@ -12,14 +12,18 @@ from davsp.vector import HarmfulnessVector
 Augmentation = Literal["shift", "resize", "jpeg", "crop", "gamma"]
 """What a canvas may go through on its way to the model (`davsp.training.augment`)."""
 
+USUAL = (("benign_share", 0.5), ("mixed", True), ("end_token", True), ("augment", ()), ("adversarial", 0))
+"""What was no choice once."""
+
 
 class TrainSettings(BaseModel):
     """How a prompt is trained.
 
     Attributes:
-        steps, batch_size: half of a batch is malicious, half benign.
-        mixed: False: a batch is of one class, drawn by a coin, as in the authors' code; a malicious one then carries the refusal
-            on all its rows or on none.
+        steps, batch_size: both classes are in every batch.
+        benign_share: share of a batch's rows that are benign. Against an attacker the usual half is too little: docs/attack.md.
+        mixed: False: a batch is of one class, drawn by a coin, as in the authors' code (benign_share is the coin's); a malicious one
+            then carries the refusal on all its rows or on none.
         optimizer: "sign" (published: delta -= lr * sign of the gradient) or "adam".
         lr: step in pixel units, where white is 1; 1/255 is one 8-bit level.
         schedule: "constant", or "cosine" down to zero.
@@ -48,6 +52,7 @@ class TrainSettings(BaseModel):
 
     steps: int = Field(150, ge=1)
     batch_size: int = Field(16, ge=2, multiple_of=2)
+    benign_share: float = Field(0.5, gt=0, lt=1)
     mixed: bool = True
     optimizer: Literal["sign", "adam"] = "sign"
     lr: float = Field(1 / 255, gt=0)
@@ -85,14 +90,26 @@ class TrainSettings(BaseModel):
             raise ValueError("name each kind once")
         return value
 
+    @model_validator(mode="after")
+    def _has_both_classes(self) -> Self:
+        if self.mixed and not 0 < self.benign_rows < self.batch_size:
+            raise ValueError(
+                f"benign_share {self.benign_share:g} leaves one class no row in a batch of {self.batch_size}"
+            )
+        return self
+
+    @property
+    def benign_rows(self) -> int:
+        """Of a mixed batch."""
+        return round(self.batch_size * self.benign_share)
+
     @model_serializer(mode="wrap")
     def _without_usual(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        """Without what was no choice once: a run from then goes on."""
+        """Without `USUAL`: a run from before goes on."""
         return {
             name: value
             for name, value in dump(self).items()
-            if (name, value) not in (("mixed", True), ("end_token", True), ("augment", ()), ("adversarial", 0))
-            and (self.adversarial or not name.startswith("adversarial"))
+            if (name, value) not in USUAL and (self.adversarial or not name.startswith("adversarial"))
         }
 
     @property
