@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from davsp import LVLM, AdditiveNoise, DavspError, HarmfulnessVector, TrainSettings, VisualSafetyPrompt, train
+from davsp.cli.inputs import settings_of
 from davsp.runtime.files import read_tensors
 from davsp.training.borders import Run
 from davsp.training.memory import advice, estimate_memory, recomputing
@@ -109,6 +110,26 @@ def test_the_order_of_the_data(lvlm, prompt, vector, tmp_path):
     assert [other._rows("malicious", step) for step in range(15)] != [
         run._rows("malicious", step) for step in range(15)
     ]
+
+
+def test_a_share_of_every_batch_is_benign(lvlm, prompt, vector, tmp_path):
+    settings = FAST.model_copy(update={"batch_size": 8, "benign_share": 0.75})
+    run = Run(lvlm, prompt, MALICIOUS, BENIGN, vector, settings, tmp_path, [])
+    batches = [run._batch(step) for step in range(5)]
+    assert all(batch.malicious.tolist() == [True] * 2 + [False] * 6 for batch in batches)
+    assert sorted(row for step in range(5) for row in run._rows("malicious", step)) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    coin = settings.model_copy(update={"mixed": False, "steps": 200})
+    turns = Run(lvlm, prompt, MALICIOUS, BENIGN, vector, coin, tmp_path, []).turns
+    assert 0.15 < sum(turns) / 200 < 0.35
+
+
+def test_both_classes_have_a_row():
+    assert "benign_share" not in FAST.model_dump()  # runs from before go on
+    with pytest.raises(ValueError, match="it leaves one class no row in a batch of 4"):
+        TrainSettings(batch_size=4, benign_share=0.9)
+    assert TrainSettings(batch_size=4, benign_share=0.9, mixed=False).benign_share == 0.9
+    with pytest.raises(DavspError, match=r"^--benign-share 0.1 is not possible: it leaves one class no row"):
+        settings_of(TrainSettings, {"batch_size": 4, "benign_share": 0.1})
 
 
 def test_schedules(lvlm, prompt, vector, tmp_path):

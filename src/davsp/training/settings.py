@@ -1,9 +1,9 @@
 """How a prompt is trained, and what the settings leave to the vector."""
 
 from collections.abc import Callable
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer
 
 from davsp.errors import DavspError
 from davsp.lvlm import LVLM
@@ -52,8 +52,8 @@ class TrainSettings(BaseModel):
 
     steps: int = Field(150, ge=1)
     batch_size: int = Field(16, ge=2, multiple_of=2)
-    benign_share: float = Field(0.5, gt=0, lt=1)
     mixed: bool = True
+    benign_share: float = Field(0.5, gt=0, lt=1)
     optimizer: Literal["sign", "adam"] = "sign"
     lr: float = Field(1 / 255, gt=0)
     schedule: Literal["constant", "cosine"] = "constant"
@@ -83,20 +83,20 @@ class TrainSettings(BaseModel):
             raise ValueError("it is blank")
         return value
 
+    @field_validator("benign_share")
+    @classmethod
+    def _leaves_both_classes(cls, value: float, others: Any) -> float:
+        size = others.data.get("batch_size", 2)  # left out where it is wrong itself
+        if others.data.get("mixed", True) and not 0 < round(size * value) < size:
+            raise ValueError(f"it leaves one class no row in a batch of {size}")
+        return value
+
     @field_validator("augment")
     @classmethod
     def _are_different(cls, value: tuple[Augmentation, ...]) -> tuple[Augmentation, ...]:
         if len(set(value)) < len(value):
             raise ValueError("name each kind once")
         return value
-
-    @model_validator(mode="after")
-    def _has_both_classes(self) -> Self:
-        if self.mixed and not 0 < self.benign_rows < self.batch_size:
-            raise ValueError(
-                f"benign_share {self.benign_share:g} leaves one class no row in a batch of {self.batch_size}"
-            )
-        return self
 
     @property
     def benign_rows(self) -> int:
