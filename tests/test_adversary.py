@@ -1,11 +1,13 @@
 """An attacker inside training: what he may change, what he raises, and that nothing else moves."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from davsp import AdditiveNoise, DavspError, TrainSettings, VisualSafetyPrompt, cli
+from davsp.cli.train import _deeds
 from davsp.lvlm.onehot import answer_losses
 from davsp.training.adversary import worst
 from davsp.training.batches import pixels
@@ -82,6 +84,27 @@ def test_malicious_pictures_are_changed_against_the_prompt_and_benign_ones_are_n
         assert torch.allclose(after, -losses, atol=1e-5)
 
 
+def test_each_row_has_its_own_deed(lvlm, prompt, vector, tmp_path):
+    """The attacker makes the answer of the row's own query likely, in whatever order the rows come."""
+    deeds = ["a car", "a red cake", "the car", "red", "a"]
+    settings = ATTACKED.model_copy(update={"adversarial": 2, "adversarial_target": "deed"})
+    run = Run(lvlm, prompt, MALICIOUS, BENIGN, vector, settings, tmp_path, [], deeds)
+    batch = run._batch(1)
+    whose = dict(zip((prompt.resize([query.picture()]) * 255 for query in MALICIOUS), deeds, strict=True))
+    bad = [[deed for x, deed in whose.items() if torch.equal(x[0].round(), row.float())] for row in batch.interiors]
+    assert [[] if goal is None else [goal] for goal in batch.goals] == bad and any(bad)
+    rows, attacked = batch.attacked()
+    clean, found = pixels(batch.interiors, prompt.delta.device), run._interiors(prompt.delta, batch)
+    own = [answer_losses(lvlm, prompt.apply(x[rows]), attacked.questions, attacked.goals) for x in (clean, found)]
+    assert bool((own[1] < own[0]).all())
+    assert (
+        run.checkpoint.identity
+        != Run(lvlm, prompt, MALICIOUS, BENIGN, vector, settings, tmp_path, [], deeds[::-1]).checkpoint.identity
+    )
+    with pytest.raises(DavspError, match="needs the deed of each of the 5 malicious queries, not 0"):
+        go(lvlm, prompt, vector, tmp_path / "out", settings)
+
+
 def test_the_change_is_a_constant_in_the_gradient(lvlm, prompt, vector, tmp_path):
     """The gradient of delta is that of a batch whose pictures are the attacker's."""
     run = a_run(lvlm, prompt, vector, tmp_path, mu_plus=1e3, mu_minus=-1e3)
@@ -142,6 +165,15 @@ def test_an_attacker_speaks_the_models_words(lvlm, prompt, vector, tmp_path, tar
     with pytest.raises(DavspError, match=f"adversarial_target '{target}' holds words that"):
         go(lvlm, prompt, vector, tmp_path / "out", ATTACKED.model_copy(update={"adversarial_target": target}))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_deed_is_what_the_query_says():
+    asked = replace(MALICIOUS[0], group="steal the car"), replace(MALICIOUS[1], group="", context="how to rob a house")
+    first, second = _deeds(list(asked), False)
+    assert first == "sure , here are the steps : first get the car . then steal the car . done ."
+    assert second == "Sure, here is: how to rob a house"
+    with pytest.raises(DavspError, match=r"query \S+ does not say in words what it asks for; give it a context"):
+        _deeds([replace(MALICIOUS[1], group="", context="")], False)
 
 
 def test_options_of_an_attacker_need_one(tmp_path, monkeypatch, capsys):

@@ -178,7 +178,7 @@ def _attack_settings(
     from davsp.defenses import Gate
 
     gated = any(isinstance(defense, Gate) for defense in defenses.values())
-    target = _default_target(shipped) if options.target is None else options.target
+    target = default_target(shipped) if options.target is None else options.target
     with_deeds = all(wanted(q, target) for q in queries if q.label == "malicious" and q.image is not None)
     possible = [
         name
@@ -214,7 +214,7 @@ def _all(results: list[Any], name: str) -> dict[str, list[Any]]:
     return {name: [Verdict(i, name, "the worst of all attacks", label) for i, label in labels.items()]}  # type: ignore[arg-type]
 
 
-def _default_target(shipped: bool) -> str:
+def default_target(shipped: bool) -> str:
     """How the models that ship begin when they comply; else the usual words of the field."""
     from davsp.attacks import AttackSettings
     from davsp.embedded.recipes import TOKENS

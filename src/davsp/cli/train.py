@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from davsp.embedded.data import Protocol
     from davsp.lvlm import LVLM
     from davsp.prompts import Prompt
+    from davsp.query import Query
     from davsp.vector import HarmfulnessVector
 
 
@@ -196,7 +197,7 @@ def train(
     adversarial_target: Annotated[
         str | None,
         typer.Option(
-            help="Beginning of an answer that he makes likely; left out: he raises the loss that the prompt lowers. Needs --adversarial."
+            help="Beginning of an answer that he makes likely, or deed for the whole answer that does what each query asks for; left out: he raises the loss that the prompt lowers. Needs --adversarial."
         ),
     ] = None,
     recipe: Recipe = None,
@@ -211,6 +212,7 @@ def train(
     from davsp.training import TrainSettings
     from davsp.training import train as run
     from davsp.training.recipe import PUBLISHED, layer_and_margins
+    from davsp.training.settings import DEED
 
     if kind not in ("border", "additive"):
         raise DavspError(f"--kind is border or additive, not {kind!r}.")
@@ -253,7 +255,10 @@ def train(
         queries_at(data.benign, protocol.train_benign if protocol else None, "--benign", data.allow_outside),
     )
     probe = [*protocol.sweep_malicious, *protocol.sweep_benign] if protocol else None
-    trained = run(lvlm, start, bad, good, direction, settings, out / "training", resume=resume, probe=probe)
+    deeds = _deeds(bad, shipped) if adversarial_target == DEED else None
+    trained = run(
+        lvlm, start, bad, good, direction, settings, out / "training", resume=resume, probe=probe, deeds=deeds
+    )  # fmt: skip
     if parallel.rank() > 0:
         return
     trained.save_pretrained(out)
@@ -281,6 +286,20 @@ def direction_of(
     direction = HarmfulnessVector.fit(lvlm, protocol.vector_malicious, protocol.vector_benign, text=text)
     direction.sweep(lvlm, protocol.sweep_malicious, protocol.sweep_benign, text=text)
     return direction
+
+
+def _deeds(queries: "list[Query]", shipped: bool) -> list[str]:
+    """Of each malicious query the answer that does what it asks for."""
+    from davsp.attacks.deeds import wanted
+    from davsp.cli.attack import default_target
+
+    deeds = [wanted(query, default_target(shipped)) for query in queries]
+    for query, deed in zip(queries, deeds, strict=True):
+        if deed is None:
+            raise DavspError(
+                f"--adversarial-target deed: query {query.id} does not say in words what it asks for; give it a context, or another target."
+            )
+    return [deed for deed in deeds if deed is not None]
 
 
 def _text(text: str | None, shipped: bool, as_published: bool) -> str:

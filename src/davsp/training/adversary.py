@@ -12,6 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from davsp.errors import DavspError
+from davsp.lvlm import LVLM
+from davsp.training.settings import DEED, TrainSettings
+
 REACH = 2.5
 """How far all steps together could carry a pixel, in eps: so that it may cross its box from a random start and turn back."""
 
@@ -47,3 +51,24 @@ def _uniform(like: Float[Tensor, "3 s s"], key: str) -> Float[Tensor, "3 s s"]:
     """The same numbers on every device."""
     rng = torch.Generator().manual_seed(Random(key).getrandbits(63))
     return torch.rand(like.shape, generator=rng).to(like)
+
+
+def goals(lvlm: LVLM, settings: TrainSettings, count: int, deeds: Sequence[str]) -> list[str]:
+    """What the attacker makes likely on each malicious query; empty: nothing, he raises their losses.
+
+    Raises:
+        DavspError: unless the model has words for it; not one deed a query.
+    """
+    target = settings.adversarial_target
+    if not settings.adversarial or not target:
+        return []
+    if target == DEED and len(deeds) != count:
+        raise DavspError(
+            f"adversarial_target '{DEED}' needs the deed of each of the {count} malicious queries, not {len(deeds)}"
+        )
+    wanted = list(deeds) if target == DEED else [target] * count
+    for goal in dict.fromkeys(wanted):
+        ids = lvlm.tokenizer(goal, add_special_tokens=False)["input_ids"]
+        if not ids or lvlm.tokenizer.unk_token_id in ids:
+            raise DavspError(f"adversarial_target {goal!r} holds words that {lvlm.model_id} does not know; give others")
+    return wanted

@@ -35,6 +35,7 @@ class Batch:
     Attributes:
         changes: of each row's canvas on its way to the model; none at all: of no row.
         starts: of each row that an attacker changes first, the key of his start; none at all: of no row.
+        goals: of each such row, the answer or its beginning that he makes likely; none at all: he raises the row's own loss.
     """
 
     interiors: UInt8[Tensor, "b 3 s s"]
@@ -43,6 +44,7 @@ class Batch:
     answers: Sequence[str | None]
     changes: Sequence[Change | None] = ()
     starts: Sequence[str | None] = ()
+    goals: Sequence[str | None] = ()
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -72,7 +74,8 @@ class Batch:
         questions, answers = [self.questions[i] for i in rows], [self.answers[i] for i in rows]
         changes = [self.changes[i] for i in rows] if self.changes else ()
         starts = [self.starts[i] for i in rows] if self.starts else ()
-        return Batch(self.interiors[rows], questions, self.malicious[rows], answers, changes, starts)
+        goals = [self.goals[i] for i in rows] if self.goals else ()
+        return Batch(self.interiors[rows], questions, self.malicious[rows], answers, changes, starts, goals)
 
 
 def prepare(prompt: Prompt, queries: Sequence[Query], answer: Callable[[Query], str]) -> Examples:

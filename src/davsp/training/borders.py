@@ -9,19 +9,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from davsp.errors import DavspError
 from davsp.lvlm import LVLM
 from davsp.lvlm.onehot import answer_losses
 from davsp.prompts.base import P, Prompt
 from davsp.query import Query
 from davsp.runtime.files import sha256_bytes
-from davsp.training.adversary import worst
+from davsp.training.adversary import goals, worst
 from davsp.training.augment import Change, changed, draw
 from davsp.training.batches import Batch, pixels, prepare, reference
 from davsp.training.checkpoint import TrainState
 from davsp.training.loop import Loop, complete, rows_of_step
 from davsp.training.objectives import answer_cross_entropy, projection_hinge
-from davsp.training.settings import TrainSettings, resolve
+from davsp.training.settings import DEED, TrainSettings, resolve
 from davsp.vector import HarmfulnessVector, check_classes
 
 __all__ = ["Run", "TrainSettings", "train"]
@@ -38,6 +37,7 @@ def train(
     resume: bool = True,
     progress: bool = True,
     probe: Sequence[Query] | None = None,
+    deeds: Sequence[str] | None = None,
 ) -> P:
     """Train a prompt; checkpoints and `metrics.jsonl` are in `out`.
 
@@ -51,6 +51,7 @@ def train(
         probe: held-out queries (those without a picture are left out); every `probe_every` steps `probe_rsr`, the share
             of the malicious ones above mu_plus, and `probe_benign`, the share of the benign ones below mu_minus, are
             logged.
+        deeds: of each malicious query the answer that does what it asks for; for an `adversarial_target` of "deed".
 
     Returns:
         A new prompt with float32 delta, and how it was trained in `config`; `save_pretrained` makes it 8-bit.
@@ -59,7 +60,7 @@ def train(
         DavspError: bad data or settings; a checkpoint of other settings; a full disk.
         Interrupted: Ctrl-C; the state has been saved.
     """
-    run = Run(lvlm, prompt, malicious, benign, vector, settings, Path(out), probe or [])
+    run = Run(lvlm, prompt, malicious, benign, vector, settings, Path(out), probe or [], deeds or [])
     return cast(P, complete(run, resume, progress))
 
 
@@ -78,6 +79,7 @@ class Run(Loop):
         settings: TrainSettings,
         out: Path,
         probe: Sequence[Query],
+        deeds: Sequence[str] = (),
     ):
         check_classes(malicious, benign)
         super().__init__(lvlm, prompt, settings)
@@ -86,7 +88,7 @@ class Run(Loop):
         self.weight_hinge, self.weight_answer = self.settings.weights
         if self.settings.normalise:
             self.weight_hinge /= vector.half_gap(self.layer)
-        _check_target(lvlm, self.settings.adversarial_target)
+        self.goals = goals(lvlm, self.settings, len(malicious), deeds)
         coin = Random(f"{settings.seed} classes")
         self.turns = [
             coin.random() < 1 - settings.benign_share for _ in range(settings.steps)
@@ -104,6 +106,8 @@ class Run(Loop):
             "train_benign": self.benign.digest(),
             "vector": sha256_bytes(vector.direction(self.layer).numpy().tobytes()),
         }
+        if self.goals and self.settings.adversarial_target == DEED:
+            data["deeds"] = sha256_bytes("\n".join(self.goals).encode())
         self.checkpoint = self._checkpoint(out, data)
 
     def _losses(self, delta: Tensor, part: Batch, whole: Batch) -> tuple[Float[Tensor, " b"], dict[str, Tensor]]:
@@ -144,8 +148,8 @@ class Run(Loop):
     def _resistance(self, delta: Tensor, pictures: Float[Tensor, "b 3 s s"], part: Batch) -> Float[Tensor, " b"]:
         """What the attacker raises."""
         settings, canvas = self.settings, self._canvas(delta, pictures, part)
-        if settings.adversarial_target:
-            return -answer_losses(self.lvlm, canvas, part.questions, [settings.adversarial_target] * len(part))
+        if part.goals:
+            return -answer_losses(self.lvlm, canvas, part.questions, [goal or "" for goal in part.goals])
         refusals = [settings.refusal] * len(part) if self.weight_answer > 0 else None
         output = self.lvlm.step(canvas, part.questions, self.layer, refusals, settings.end_token)
         below = self.weight_hinge * (self.mu_plus - self.vector.project(output.state, self.layer))
@@ -166,6 +170,7 @@ class Run(Loop):
             self._answers(step, bad, good) if self.weight_answer > 0 else [None] * (len(bad) + len(good)),
             self._changes(step, len(bad) + len(good)),
             self._starts(step, len(bad), len(good)),
+            [*(self.goals[i] for i in bad), *[None] * len(good)] if self.goals else [],
         )
 
     def _rows(self, label: str, turn: int) -> list[int]:
@@ -227,10 +232,3 @@ class Run(Loop):
         }
         prompt.config |= {"layer": self.layer, "mu_plus": self.mu_plus, "mu_minus": self.mu_minus}
         return prompt
-
-
-def _check_target(lvlm: LVLM, target: str) -> None:
-    """Raises DavspError unless the model has words for what the attacker wants; "" is none."""
-    ids = lvlm.tokenizer(target, add_special_tokens=False)["input_ids"]
-    if target and (not ids or lvlm.tokenizer.unk_token_id in ids):
-        raise DavspError(f"adversarial_target {target!r} holds words that {lvlm.model_id} does not know; give others")

@@ -12,6 +12,8 @@ from davsp.vector import HarmfulnessVector
 Augmentation = Literal["shift", "resize", "jpeg", "crop", "gamma"]
 """What a canvas may go through on its way to the model (`davsp.training.augment`)."""
 
+DEED = "deed"
+"""Of `adversarial_target`: no beginning, but each query's own deed."""
 USUAL = (("benign_share", 0.5), ("mixed", True), ("end_token", True), ("augment", ()), ("adversarial", 0))
 """What was no choice once."""
 
@@ -39,8 +41,8 @@ class TrainSettings(BaseModel):
         augment: changes of the canvas that the border is to survive; three of four rows of a step get one of them, drawn by the seed.
         adversarial: levels (of 255) by which an attacker changes the malicious pictures of every step; 0: nobody does.
         adversarial_steps: his gradients a picture.
-        adversarial_target: the beginning of an answer that he makes likely; "": he raises the row's own losses, its distance below mu_plus
-            and the cross-entropy of the refusal, by their weights.
+        adversarial_target: the beginning of an answer that he makes likely; "deed": the whole answer that does what the row asks for;
+            "": he raises the row's own losses, its distance below mu_plus and the cross-entropy of the refusal, by their weights.
         seed: of data order and choice of rows that carry an answer.
         micro_batch: rows in memory at a time; their gradients are summed to that of the whole batch. None: all.
         activation_checkpointing: keep only the input of each block and compute the block again on the way back. These
