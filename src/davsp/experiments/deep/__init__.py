@@ -6,7 +6,8 @@ projection, the cross-entropy of answers, or both. A file a part of the question
 begun.py    answers that are made to begin with words of compliance
 depth.py    what a border moves at each layer; what is said when the refusal's first token cannot be
 turns.py    asking on after a refusal
-unseen.py   kinds of harm and forms of picture that training never met
+unseen.py   kinds of harm, forms of picture and wordings that training never met
+splits.py   what borders train on there, and what they are tested on
 curve.py    resistance over utility, by lambda and steps
-borders.py  the three borders, and outcomes of several seeds as one table
+borders.py  the three borders, additive noise by the same objectives, and outcomes of several seeds as one table
 """
