@@ -16,7 +16,7 @@ from scipy import stats
 from command import run
 from davsp import LVLM, DavspError, HarmfulnessVector, Query, VisualSafetyPrompt, embedded
 from davsp.benchmarks.custom import save_queries
-from davsp.defenses import ECSO, Gate, NoDefense, VisualPrompt
+from davsp.defenses import ECSO, Gate, NoDefense, VisualPrompt, load_defense
 from davsp.defenses.gate import calibrate, needed, threshold
 from davsp.defenses.gate.scores import combined, look
 from davsp.embedded.data import calibration
@@ -387,3 +387,12 @@ def test_specs_that_are_none(border: VisualSafetyPrompt, tmp_path: Path, spec: s
     border.save_pretrained(tmp_path)
     with pytest.raises(DavspError, match=why):
         rows([spec.format(tmp_path)], None, None, False)
+
+
+@pytest.mark.parametrize("kind", ["first,ecso", "fir-st", "first, ecso", ""])
+def test_a_kind_that_is_none_is_named_where_there_is_no_command_line(
+    border: VisualSafetyPrompt, tmp_path: Path, kind: str
+):
+    border.save_pretrained(tmp_path)
+    with pytest.raises(DavspError, match=f"a gate has no kind '{kind}'.*else_=ECSO"):
+        load_defense(f"gate:{kind}+{tmp_path}")

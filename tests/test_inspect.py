@@ -170,6 +170,8 @@ def test_a_model_without_a_word_on_its_defense_is_refused(folder: Path):
         plugin.DavspAPI("davsp-mini")
     with pytest.raises(DavspError, match="neither a folder nor reachable"):
         plugin.DavspAPI("davsp-mini", defense="me/none")
+    with pytest.raises(DavspError, match="no kind 'first,ecso'"):  # Inspect parts -M values at commas
+        plugin.DavspAPI("davsp-mini", defense=["gate:first", f"ecso+{folder}"])
     with pytest.raises(DavspError, match="takes no model-base-url"):
         plugin.DavspAPI("davsp-mini", base_url="http://x", defense="none")
     undefended, defended = (plugin.DavspAPI("davsp-mini", defense=d) for d in ("none", str(folder)))

@@ -80,6 +80,8 @@ def _read(spec: str, context: _Context) -> "Defense":
     method, _, options = head.partition(":")
     if not plus or "=" in head or (method not in METHODS and Path(spec).is_dir()):
         head, plus, rest = spec, "", ""
+    if method.startswith("gate,"):
+        raise DavspError(f"--defense {head} does not say how the gate looks: gate:answer,ecso (or first, states).")
     if method == "gate" and "," in options:
         return _then_ecso(spec, head, rest, context)
     inside, _, value = rest.partition("=")
@@ -174,7 +176,7 @@ def _gate(spec: str, options: str, inner: "Defense | None", name: str) -> "Defen
     from davsp.defenses.load import gated
 
     if inner is None:
-        raise DavspError(f"--defense {spec} needs what it looks through: {spec}+NAME=FOLDER.")
+        raise _looks_through(spec)
     return gated(inner, options if ":" in spec else "answer", name)
 
 
@@ -187,7 +189,9 @@ def _then_ecso(spec: str, head: str, rest: str, context: _Context) -> "Defense":
         raise DavspError(
             f"--defense {spec!r} is not known: behind the comma may stand ecso, which answers what passes."
         )
-    gate = _read(f"{alone}+{rest}" if rest else alone, context)
+    if not rest:
+        raise _looks_through(head)
+    gate = _read(f"{alone}+{rest}", context)
     assert isinstance(gate, Gate)
     return gate.then(ECSO(**_switches("ecso", "", context)), gate.name.replace(alone, head, 1))
 
@@ -205,6 +209,10 @@ def _amount(spec: str, options: str, vector: "HarmfulnessVector") -> dict[str, A
             f"--defense {spec!r} does not say by how much: intervention:1 (times the distance of the class means; -1 takes it "
             "away), intervention:plus or :minus (to a margin), or intervention:to:NUMBER."
         ) from None
+
+
+def _looks_through(spec: str) -> DavspError:
+    return DavspError(f"--defense {spec} needs what it looks through: {spec}+NAME=FOLDER.")
 
 
 def _unknown(spec: str) -> DavspError:

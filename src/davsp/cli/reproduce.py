@@ -93,7 +93,8 @@ def reproduce(
     ecso: Annotated[
         bool,
         typer.Option(
-            "--ecso/--no-ecso", help="Of gate: also ECSO and adaptive ECSO, which ask up to four times a query."
+            "--ecso/--no-ecso",
+            help="Of gate: also ECSO, adaptive ECSO and gates before ECSO, which ask up to five times a query.",
         ),
     ] = True,
     part: Annotated[

@@ -20,7 +20,7 @@ from davsp.errors import DavspError
 from davsp.prompts import VisualSafetyPrompt, additive, border, load_prompt, published
 from davsp.prompts.gate import FILE, SERVED
 
-GATE = re.compile(r"(gate(?::([\w,]*))?)\+(?:([^=+:/]+)=)?(.+)", re.DOTALL)  # gate:KIND+NAME=FOLDER, as in davsp eval
+GATE = re.compile(r"(gate(?::([^+]*))?)\+(?:([^=+:/]+)=)?(.+)", re.DOTALL)  # gate:KIND+NAME=FOLDER, as in davsp eval
 
 
 def _visual(source: str | Path, name: str | None) -> Defense:
@@ -88,8 +88,8 @@ def _gated_alone(folder: str, inside: str | None, kind: str, name: str | None, h
 def _kind(word: str) -> Kind:
     if word not in KINDS:
         raise DavspError(
-            f"a gate has no kind {word!r}: behind gate: may stand {', '.join(KINDS)}; ECSO behind one is named in davsp eval alone, "
-            "elsewhere write Gate(..., else_=ECSO())."
+            f"a gate has no kind {word!r}: behind gate: may stand {', '.join(KINDS)}; ECSO behind one is a word of --defense "
+            "(gate:answer,ecso+NAME=FOLDER); in Python write Gate(..., else_=ECSO())."
         )
     return cast(Kind, word)
 

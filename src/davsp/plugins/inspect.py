@@ -78,7 +78,7 @@ class DavspAPI(ModelAPI):
         base_url: str | None = None,
         api_key: str | None = None,
         config: GenerateConfig | None = None,
-        defense: str | None = None,
+        defense: str | list[str] | None = None,
         batch_size: int = 8,
         **options: Any,
     ) -> None:
@@ -88,6 +88,8 @@ class DavspAPI(ModelAPI):
             raise DavspError("davsp runs the model here and takes no model-base-url; leave it out.")
         if defense is None:
             raise DavspError("davsp/MODEL needs its defense: -M defense=FOLDER, or -M defense=none to measure without.")
+        if isinstance(defense, list):  # Inspect takes a comma for the end of one of several
+            defense = ",".join(map(str, defense))
         bare = DEFENSE.sub("", model_name)
         self.defended = DefendedModel.from_pretrained(bare, str(defense), **options)
         self.defense_sha256 = self.defended.defense.sha256()

@@ -29,7 +29,7 @@ class Once(Defense):
         self, lvlm: AnsweringLVLM, queries: Sequence[Query], vector: Any = None, batch_size: int = 32,
         progress: Any = None, max_new_tokens: int | None = None,
     ) -> list[Response]:  # fmt: skip
-        """As every defense; with a vector it is always asked."""
+        """As every defense; a query is known by its id and the length of its answer, whatever the vector."""
         new = [q for q in queries if (q.id, max_new_tokens) not in self.known]
         for q, response in zip(
             new, self.inner.respond(lvlm, new, vector, batch_size, progress, max_new_tokens), strict=True
