@@ -23,7 +23,7 @@ from davsp.embedded.data import calibration
 from davsp.embedded.ecso_templates import TEMPLATES
 from davsp.embedded.twins import sounding, twins
 from davsp.experiments.corruptions.run import Corrupted
-from davsp.experiments.deep import unseen
+from davsp.experiments.deep import splits, unseen
 from davsp.experiments.deep.begun import begun
 from davsp.experiments.deep.borders import OBJECTIVES
 from davsp.experiments.deep.depth import depth
@@ -153,10 +153,11 @@ def deep_table(out: Path) -> int:
 
 def unseen_table(out: Path) -> int:
     kinds.TRAIN, kinds.SWEEP = 8, 4
-    unseen.SIZES = {"harm": 8, "utility": 1, "mme": 0, "llava_bench": 0}
+    splits.SIZES = {"harm": 8, "utility": 1, "mme": 0, "llava_bench": 0}
     unseen.splits_of = lambda part: ("all", "theft")  # type: ignore[assignment]
     return len(unseen.unseen(
-        mini(), out, "kinds-1", text=embedded.SAFETY_TEXT, settings=SETTINGS, batch_size=4, console=Console(quiet=True)
+        mini(), out / "kinds-1", "kinds-1", text=embedded.SAFETY_TEXT, settings=SETTINGS, batch_size=4,
+        console=Console(quiet=True),
     ))  # fmt: skip
 
 
@@ -182,7 +183,7 @@ def test_looks(tiny_folder: Path, tmp_path: Path) -> None:
         (gate_table, ["seed-0"], ["davsp"]),
         (kinds_table, ["theft+fraud", "all"], ["davsp"]),
         (deep_table, ["seed-0"], list(OBJECTIVES)),
-        (unseen_table, ["seed-0/all", "seed-0/theft"], list(OBJECTIVES)),
+        (unseen_table, ["kinds-1/seed-0/all", "kinds-1/seed-0/theft"], list(OBJECTIVES)),
     ],
 )
 @pytest.mark.slow
