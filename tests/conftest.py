@@ -18,7 +18,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts backg
 jaxtyping.install_import_hook("davsp", "checker.checked")  # before davsp is imported
 
 if TYPE_CHECKING:
-    from davsp import LVLM, HarmfulnessVector
+    from davsp import LVLM, HarmfulnessVector, VisualSafetyPrompt
     from davsp.embedded.data import Protocol
 
 
@@ -71,6 +71,21 @@ def mini() -> "LVLM":
     from davsp import embedded
 
     return embedded.load(device_map="cpu")
+
+
+@pytest.fixture(scope="module")
+def watched(mini: "LVLM") -> "VisualSafetyPrompt":
+    """The border that ships for davsp-mini, with eight canaries and two benign ones, of short answers."""
+    from davsp.app.compare import border_of, shipped_folder
+    from davsp.defenses.effect import choose
+    from davsp.embedded.canaries import candidates
+    from upstreams import TOKENS
+
+    folder = shipped_folder("davsp-mini")
+    assert folder is not None
+    shipped = border_of(folder / "vsp.png").quantised()
+    shipped.canaries = choose(mini, shipped, candidates(12, 2), most=8, max_new_tokens=TOKENS)
+    return shipped
 
 
 @pytest.fixture(scope="session")

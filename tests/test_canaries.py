@@ -14,16 +14,13 @@ from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 
 from davsp import LVLM, DavspError, Query, VisualSafetyPrompt
-from davsp.app.compare import border_of, shipped_folder
 from davsp.defenses import VisualPrompt
 from davsp.defenses.effect import arms, choose, effect
-from davsp.embedded.canaries import candidates
 from davsp.prompts.canaries import Canaries
 from tiny import queries
-from upstreams import canaried
+from upstreams import TOKENS, canaried
 
 FILES = ["README.md", "vsp.png", "vsp.safetensors", "vsp_config.json"]
-TOKENS = 6  # enough to begin to refuse or to comply
 
 
 @pytest.fixture
@@ -194,16 +191,6 @@ def test_false_alarms_are_rare_and_a_lost_border_is_seen():
 
 
 # -- choosing ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def watched(mini: LVLM) -> VisualSafetyPrompt:
-    """The border that ships for davsp-mini, with eight canaries and two benign ones, of short answers."""
-    folder = shipped_folder("davsp-mini")
-    assert folder is not None
-    shipped = border_of(folder / "vsp.png").quantised()
-    shipped.canaries = choose(mini, shipped, candidates(12, 2), most=8, max_new_tokens=TOKENS)
-    return shipped
 
 
 def test_they_are_those_that_need_the_border(watched: VisualSafetyPrompt, mini: LVLM):

@@ -13,11 +13,9 @@ from command import run
 from davsp import LVLM, Query, VisualSafetyPrompt
 from davsp.embedded import counterparts
 from proxy import CANVAS
+from test_canaries import FILES
 from tiny import queries
 from upstreams import Fake, sees
-
-FILES = ["README.md", "vsp.png", "vsp.safetensors", "vsp_config.json"]
-TOKENS = 6  # enough to begin to refuse or to comply
 
 
 @pytest.fixture

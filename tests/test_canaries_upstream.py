@@ -18,20 +18,6 @@ from davsp.serve.settings import ServeSettings
 from proxy import client
 from upstreams import Fake, ModelUpstream, as_jpeg, says, sees, shifted, without_border
 
-FILES = ["README.md", "vsp.png", "vsp.safetensors", "vsp_config.json"]
-TOKENS = 6  # enough to begin to refuse or to comply
-
-
-@pytest.fixture(scope="module")
-def watched(mini: LVLM) -> VisualSafetyPrompt:
-    """The border that ships for davsp-mini, with eight canaries and two benign ones, of short answers."""
-    folder = shipped_folder("davsp-mini")
-    assert folder is not None
-    shipped = border_of(folder / "vsp.png").quantised()
-    shipped.canaries = choose(mini, shipped, candidates(12, 2), most=8, max_new_tokens=TOKENS)
-    return shipped
-
-
 # -- at an upstream ----------------------------------------------------------------------------------------------------
 
 SETTINGS = ServeSettings.of(upstream="http://upstream.test/v1")

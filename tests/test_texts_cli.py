@@ -1,7 +1,6 @@
 """`davsp baseline pat` and `adashield-a`, and the specs and folders that eval and info take of them."""
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from davsp import LVLM, DavspError, cli
+from command import run
+from davsp import LVLM, DavspError
 from davsp.benchmarks.custom import save_queries
 from davsp.cli import baseline
 from davsp.cli.defenses import rows
@@ -29,17 +29,6 @@ from tiny import queries
 
 URL = "http://127.0.0.1:1/v1"
 SETS = ("length=3", "attack_length=2", "start=please", "top_k=6", "behaviours=2", "target=yes")
-
-
-def run(*arguments: str | Path) -> int:
-    """The exit code of `davsp ARGUMENTS`, run in this process through its entry point."""
-    old, sys.argv = sys.argv, ["davsp", *map(str, arguments)]
-    try:
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return int(stop.value.code or 0)
-    finally:
-        sys.argv = old
 
 
 def test_tokens_are_trained_saved_evaluated_and_shown(tiny_folder: Path, tmp_path: Path, capsys: Any) -> None:

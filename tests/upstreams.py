@@ -21,6 +21,7 @@ from davsp.serve.settings import ServeSettings
 from proxy import Events, border, client, data_url, picture_of
 from tiny import picture
 
+TOKENS = 6  # of the answers of `watched`: enough to begin to refuse or to comply
 Change = Callable[[Image.Image], Image.Image]
 
 
