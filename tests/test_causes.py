@@ -63,6 +63,13 @@ def test_a_picture_that_may_not_be_read_is_not_called_broken(tmp_path: Path, mon
         picture_file(tmp_path, record)
 
 
+def test_a_folder_in_a_pictures_place_is_called_one(tmp_path: Path) -> None:
+    with pytest.raises(DavspError, match=r"cannot open image .*: it is a folder; give a PNG, JPEG or WebP file in it"):
+        open_picture(tmp_path)
+    with pytest.raises(DavspError, match="cannot open image"):
+        open_picture(Path("x" * 5000))
+
+
 def test_the_page_says_that_a_picture_is_cut() -> None:
     import base64
 

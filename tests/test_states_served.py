@@ -243,6 +243,7 @@ def test_options_that_do_not_go_together(tmp_path: Path, capsys: pytest.CaptureF
         ([*server, *both[:2], "--states-layers", "0-2"], "in rising order from 1"),
         ([*server, *both[:2], "--states-layers", "a"], "names no layers"),
         ([*server, *both[:2], "--states-layers", "1-100000000000"], "1-100000000000 is no layer of a model"),
+        ([*server, *both[:2], "--states-layers", "1-" + 5000 * "9"], "names no layers"),
         ([*server, *both[:2], "--states-layers", "4,3-1"], "3-1 is no layer of a model"),
         (server, "have vLLM write them"),
         ([*server, *both, "--recipe", "published"], "--recipe published goes with a model loaded here"),

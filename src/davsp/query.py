@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
@@ -212,6 +213,8 @@ def picture_size(path: Path) -> tuple[int, int]:
 
 def _opened(path: Path, read: Callable[[Image.Image], T]) -> T:
     check_regular(path)
+    if os.path.isdir(path):  # not Path's, which fails on a long name
+        raise DavspError(f"cannot open image {path}: it is a folder; give a PNG, JPEG or WebP file in it")
     try:
         with Image.open(path) as image:
             return read(image)

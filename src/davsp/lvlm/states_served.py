@@ -180,7 +180,7 @@ def read_layers(text: str) -> tuple[int, ...]:
     layers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        if not first.isdecimal() or (dash and not last.isdecimal()) or len(part) > 30:
             raise DavspError(f"--states-layers {text!r} names no layers; give them as 14, 8,16,24 or 1-31.")
         low, high = int(first), int(last if dash else first)
         if not low <= high <= DEEPEST:

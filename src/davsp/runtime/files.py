@@ -159,7 +159,9 @@ def save_tensors(path: Pathlike, tensors: Mapping[str, Any], metadata: dict[str,
 
 def check_regular(path: Pathlike) -> None:
     """Raises DavspError at a pipe or a device in a stranger's folder, for which one would wait for ever."""
-    if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+    if (
+        os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+    ):  # not Path's, which fails on a long name
         raise DavspError(f"{path} is a pipe or a device, not a file; put the file there")
 
 
