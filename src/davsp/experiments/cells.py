@@ -12,5 +12,15 @@ def rate(figure: Mapping[str, Any], digits: int = 1) -> str:
 
 def points(figure: Mapping[str, Any]) -> str:
     """A difference of rates in points, always with its sign."""
-    value, low, high = (f"{100 * figure[k]:+.1f}".replace("-", "−") for k in ("value", "low", "high"))
+    value, low, high = _signed(figure)
     return f"{value} <sub>{low} to {high}</sub>"
+
+
+def signed(figure: Mapping[str, Any]) -> str:
+    """The same on one line, where nothing is small: "−1.0 [−2.9, +1.5]"."""
+    value, low, high = _signed(figure)
+    return f"{value} [{low}, {high}]"
+
+
+def _signed(figure: Mapping[str, Any]) -> list[str]:
+    return [f"{100 * figure[k]:+.1f}".replace("-", "−") for k in ("value", "low", "high")]

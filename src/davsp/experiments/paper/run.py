@@ -22,6 +22,7 @@ from davsp.evaluation import Evaluation, evaluate
 from davsp.evaluation.fitting import fitting
 from davsp.experiments.paper import write
 from davsp.experiments.paper.claims import PICTURES, Claim, claims
+from davsp.experiments.paper.deeper import deeper
 from davsp.experiments.paper.kit import Kit
 from davsp.experiments.paper.methods import METHODS, lacking, transferred
 from davsp.experiments.paper.tables import (
@@ -233,7 +234,7 @@ def _write(
         write_text(out / f"{name}.md", write.markdown(table, table_cells[name], model, theirs[name], of_table))
         write_text(out / f"{name}.csv", write.tidy(table, table_cells[name], model, theirs[name]))
         write_text(out / f"{name}.tex", write.latex(table, table_cells[name], model, theirs[name]))
-    verdicts = claims(rows)
+    verdicts = claims(rows) + deeper(out.parent.parent / "deep-alignment" / out.name)
     write_text(out / "claims.md", write.claims_markdown(verdicts, model))
     write_json(out / "rows.json", metrics.metrics_file(rows))
     drawings = _plots(rows, kit, evaluation)

@@ -1,0 +1,82 @@
+"""Does it hold here? "Deep alignment" against answers alone, from what `davsp reproduce deep-alignment` left beside the tables."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from davsp.experiments.cells import signed
+from davsp.experiments.paper.claims import FAILS, HOLDS, UNTESTED, Claim
+from davsp.runtime.files import read_json
+
+Row = Mapping[str, Any]
+SOURCE = "said in words"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the deep alignment test, and the figures of it that decide.
+
+    Attributes:
+        folder: below that of the model.
+        text: what DAVSP is said to do better than the same border trained on answers alone.
+        benchmark, metric: of the rows "both against answer" and "projection against answer", metric without "_difference".
+        named: how these rows name a border.
+    """
+
+    folder: str
+    text: str
+    benchmark: str
+    metric: str = "rsr"
+    named: str = "{}"
+
+
+PARTS = (
+    Part("curve", "at equal utility (at most 10 points lost)", "malicious", "rsr_at_10", "best of {}"),
+    *(Part(f"kinds-{k}", f"on kinds of harm never met, {k} of four met", "unseen") for k in (1, 2, 3)),
+    Part("forms", "on forms of picture never met", "unseen"),
+    Part("forms-blind", "on forms of picture that nothing met", "unseen"),
+    Part("wordings", "on wordings never met", "unseen"),
+    Part(".", "where answers are made to begin with a word of compliance", "begun 1"),
+    Part("turns", "after four turns", "4 turns"),
+    Part("turns-hard/turns", "after four turns, by borders that met the four hard kinds alone", "4 turns"),
+)
+BOTH = {"rsr_at_10": "both, any λ"}
+"""What stands for DAVSP in a metric, where it is not "both"."""
+
+
+def deeper(folder: Path) -> list[Claim]:
+    """A claim for each part that is there; one that says so if none is.
+
+    Args:
+        folder: of the model, as `davsp reproduce deep-alignment --out` has it.
+
+    Raises:
+        DavspError: a file in it is damaged.
+    """
+    found = [_claim(part, folder / part.folder) for part in PARTS if (folder / part.folder / "metrics.json").exists()]
+    nothing = "`davsp reproduce deep-alignment` was not run beside this folder"
+    return found or [Claim("deep alignment resists what answers alone do not", SOURCE, UNTESTED, nothing)]
+
+
+def _claim(part: Part, folder: Path) -> Claim:
+    text = f"deep alignment resists more than answers alone {part.text}"
+    rows = read_json(folder / "metrics.json")["rows"]
+    at = {(r["defense"], r["metric"]): r for r in rows if (r["benchmark"], r["split"]) == (part.benchmark, "total")}
+    both = part.named.format(BOTH.get(part.metric, "both"))
+    answer, projection = part.named.format("answer"), part.named.format("projection")
+    ours, theirs = at[both, part.metric], at[answer, part.metric]
+    if ours["value"] is None or theirs["value"] is None:
+        return Claim(text, SOURCE, UNTESTED, "no border loses so little utility")
+    if not ours["value"] and not theirs["value"]:
+        return Claim(text, SOURCE, UNTESTED, f"neither resists any of {ours['n']} queries")
+    gain = at[f"{both} against answer", f"{part.metric}_difference"]
+    alone = at[f"{projection} against answer", f"{part.metric}_difference"]
+    noise = " (within the noise)" if gain["low"] <= 0 <= gain["high"] else ""
+    evidence = f"RSR {100 * ours['value']:.1f}, answers alone {100 * theirs['value']:.1f}: {signed(gain)}{noise}"
+    if alone["value"] is not None:
+        evidence += f"; the projection alone: {signed(alone)}"
+    seeds = len(read_json(folder / "manifest.json")["seeds"])
+    return Claim(
+        text, SOURCE, HOLDS if gain["value"] > 0 else FAILS, f"{evidence}; {seeds} seed{'s' if seeds > 1 else ''}"
+    )
