@@ -11,6 +11,7 @@ from davsp.cli.defenses import rows
 from davsp.cli.inputs import (
     compare_pictures,
     compare_templates,
+    default_target,
     embedded_protocol,
     in_processes,
     is_shipped,
@@ -212,14 +213,6 @@ def _all(results: list[Any], name: str) -> dict[str, list[Any]]:
 
     labels = worst_of([result.labels for result in results if result.defense == name])
     return {name: [Verdict(i, name, "the worst of all attacks", label) for i, label in labels.items()]}  # type: ignore[arg-type]
-
-
-def default_target(shipped: bool) -> str:
-    """How the models that ship begin when they comply; else the usual words of the field."""
-    from davsp.attacks import AttackSettings
-    from davsp.embedded.recipes import TOKENS
-
-    return str(TOKENS["target"] if shipped else AttackSettings.model_fields["target"].default)
 
 
 def _levels(text: str) -> tuple[int, ...]:

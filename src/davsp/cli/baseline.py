@@ -15,7 +15,6 @@ from davsp.cli.inputs import (
     safety_text,
     say,
     settings_of,
-    shipped_protocol,
     terminal,
 )
 from davsp.cli.options import (
@@ -30,13 +29,12 @@ from davsp.cli.options import (
     Seed,
     TrustEnv,
 )
-from davsp.cli.testset import queries_at, split_queries
+from davsp.cli.testset import both_classes, queries_at, split_queries
 from davsp.errors import DavspError
 
 if TYPE_CHECKING:
     from davsp.defenses.adashield_a import ChatDefender
     from davsp.prompts import Prompt
-    from davsp.query import Query
 
 TEXT_PARTS = ("none", "fixed", "optimised", "searched")
 
@@ -178,7 +176,7 @@ def pat(
     recipe = TOKENS if shipped else {}
     settings = settings_of(PatSettings, recipe | {"seed": seed} | options | _settings(sets, PatSettings))
     model = in_processes(processes, model)
-    malicious, benign = _both_classes(data, model.name, seed)
+    malicious, benign, _ = both_classes(data, "train", model.name, seed)
     console = terminal()
     tokens = train_pat(
         load_lvlm(model), malicious, benign, _before(text, shipped), settings, out / "training", resume, console
@@ -187,17 +185,6 @@ def pat(
         return
     tokens.save(out)
     print(f"saved to {out}: the tokens are {tokens.control!r}; `davsp eval --defense pat={out}` measures them")
-
-
-def _both_classes(data: DataOptions, model: str | None, seed: int) -> "tuple[list[Query], list[Query]]":
-    """The training queries of a split file, the user's own, or the embedded protocol's."""
-    if queries := split_queries(data, "train"):
-        return queries
-    protocol = shipped_protocol(model, data.malicious, data.benign, seed)
-    return (
-        queries_at(data.malicious, protocol.train_malicious if protocol else None, "--malicious", data.allow_outside),
-        queries_at(data.benign, protocol.train_benign if protocol else None, "--benign", data.allow_outside),
-    )
 
 
 def adashield_a(

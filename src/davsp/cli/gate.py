@@ -8,20 +8,33 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from davsp.cli.evaluate import EngineOptions, lvlm_of, server_of
-from davsp.cli.inputs import compare_templates, in_processes, is_shipped, load_lvlm, safety_text, say_where, terminal
+from davsp.cli.engine import EngineOptions, lvlm_of, server_of
+from davsp.cli.inputs import (
+    compare_templates,
+    direction_of,
+    in_processes,
+    is_shipped,
+    load_lvlm,
+    safety_text,
+    say_where,
+    terminal,
+)
 from davsp.cli.options import ModelOptions, ProcessOptions, RequestOptions, Seed
 from davsp.cli.testset import queries_at
-from davsp.cli.train import direction_of
 from davsp.errors import DavspError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from davsp.defenses import Defense
+    from davsp.embedded.data import Protocol
+    from davsp.lvlm import LVLM, AnsweringLVLM
     from davsp.prompts import VisualSafetyPrompt
-    from davsp.prompts.gate import Calibration, Served, Threshold
+    from davsp.prompts.gate import Calibration, Served
     from davsp.query import Query
+    from davsp.vector import HarmfulnessVector
+
+    Classes = tuple[list[Query], list[Query]]  # malicious, benign
 
 
 def gate(
@@ -86,71 +99,102 @@ def gate(
     """Calibrate a gate: what it looks at, and above which score a query is refused."""
     from davsp import embedded
     from davsp.defenses import VisualPrompt
-    from davsp.defenses.gate import calibrate, calibrate_served
-    from davsp.defenses.gate.served import TOP
+    from davsp.defenses.gate import check_sets
     from davsp.runtime import parallel
     from davsp.training import TrainSettings
+    from davsp.vector import HarmfulnessVector
 
+    server = server_of(engine, model, processes.num_processes)
+    own = {"--malicious": malicious, "--benign": benign}
+    held_own = {"--held-malicious": held_malicious, "--held-benign": held_benign}
+    _check_options(server, engine.extra_body, score, vector, own, refusal, top_logprobs)
     if not 0 < false_refusals < 1 or confidence == 1:
         raise DavspError("--false-refusals is above 0 and below 1, and --confidence below 1.")
-    if score not in ("both", "refusal"):
-        raise DavspError(f"--score {score!r} is not known: choose both or refusal.")
-    if refusal is not None and not refusal.strip():
-        raise DavspError("--refusal is blank: give the words of a refusal, or leave it out.")
-    server = server_of(engine, model, processes.num_processes)
-    if server and (len(server[1]) > 1 or engine.extra_body):
-        raise DavspError(
-            "a gate is calibrated on one server, asked as davsp serve asks it: give one --base-url, no --extra-body."
-        )
     model = in_processes(processes, model)
     border = _border(prompt, look, text)
     made: dict[str, Any] = border.config if border else {}
     name = server[0] if server else model.name or made.get("model_id")
     shipped = is_shipped(name)
-    if server and (vector or malicious or benign or score != "both"):
-        raise DavspError(
-            "--vector, --score, --malicious and --benign go with a model loaded here: a server's one score has no weights to fit."
-        )
-    if score == "refusal" and (malicious or benign):
-        raise DavspError("--malicious and --benign weigh the two scores, and --score refusal has one; leave them out.")
-    if not server and top_logprobs is not None:
-        raise DavspError("--top-logprobs goes with --engine openai.")
-    inner = VisualPrompt(border) if border else _bare(prompt, look, text, shipped)
-    fit = {} if server or score == "refusal" else {"--malicious": malicious, "--benign": benign}
-    folders = fit | {"--held-malicious": held_malicious, "--held-benign": held_benign}
-    fit_bad, fit_good, held_bad, held_good = _queries(folders, name, shipped, seed, allow_outside, draw)
     if not server and vector is None and not shipped:
         raise DavspError("--vector is needed for this model; make one with `davsp vector`.")
+    inner = VisualPrompt(border) if border else _bare(prompt, look, text, shipped)
+    weighed = not server and score == "both"
+    fit, held = _queries((own if weighed else {}) | held_own, name, shipped, seed, allow_outside, draw)
+    weigh, promise = fit if weighed else None, (false_refusals, confidence or None)
+    check_sets(weigh, held, *promise)
+    given = HarmfulnessVector.load(vector) if vector else None
     says = refusal or (embedded.REFUSAL if shipped else TrainSettings().refusal)
-    promise, held = (false_refusals, confidence or None), (held_bad, held_good)
-    lines: dict[str, Threshold]
     file: Calibration | Served
     if server:
-        remote = lvlm_of(model, server, engine, requests)
-        compare_templates(remote, {"the prompt": border})
-        with _looking(*held) as progress:
-            file = calibrate_served(remote, inner, held, says, *promise, top_logprobs or TOP, progress=progress)
-        lines = {"first": file.first}
+        lvlm: Any = lvlm_of(model, server, engine, requests)
+        compare_templates(lvlm, {"the prompt": border})
+        file = _of_server(lvlm, inner, held, says, promise, top_logprobs)
     else:
         lvlm = load_lvlm(replace(model, name=name, revision=model.revision or made.get("revision")))
         say_where(lvlm)
         compare_templates(lvlm, {"the prompt": border})
-        protocol = embedded.protocol(seed) if shipped else None
-        direction = direction_of(
-            vector, protocol, lvlm, border.text if border else getattr(inner, "text", ""), "the gate puts"
-        )
-        weigh = (fit_bad, fit_good) if fit else None
-        with _looking(*(weigh or ()), *held) as progress:
-            file = calibrate(lvlm, inner, direction, weigh, held, says, *promise, progress=progress)
-        lines = {"states": file.states, "first": file.first}
+        file = _of_model(lvlm, inner, given, embedded.protocol(seed) if shipped else None, weigh, held, says, promise)
     if parallel.rank() > 0:
         return
     saved = _save(prompt, border, file)
-    _print(lines, *promise)
+    _print(file)
     where = " with the same --engine" if server else ""
     print(
         f"saved to {saved}; `davsp eval --defense none --defense gate:first+{inner.name}={prompt}`{where} measures it"
     )
+
+
+def _check_options(
+    server: tuple[str, list[str]] | None, extra_body: list[str] | None, score: str, vector: Path | None,
+    own: "Mapping[str, Path | None]", refusal: str | None, top_logprobs: int | None,
+) -> None:  # fmt: skip
+    """Raise DavspError if options do not go together."""
+    if score not in ("both", "refusal"):
+        raise DavspError(f"--score {score!r} is not known: choose both or refusal.")
+    if refusal is not None and not refusal.strip():
+        raise DavspError("--refusal is blank: give the words of a refusal, or leave it out.")
+    if not server:
+        if score == "refusal" and any(own.values()):
+            raise DavspError(
+                "--malicious and --benign weigh the two scores, and --score refusal has one; leave them out."
+            )
+        if top_logprobs is not None:
+            raise DavspError("--top-logprobs goes with --engine openai.")
+        return
+    if len(server[1]) > 1 or extra_body:
+        raise DavspError(
+            "a gate is calibrated on one server, asked as davsp serve asks it: give one --base-url, no --extra-body."
+        )
+    if vector or any(own.values()) or score != "both":
+        raise DavspError(
+            "--vector, --score, --malicious and --benign go with a model loaded here: a server's one score has no weights to fit."
+        )
+
+
+def _of_model(
+    lvlm: "LVLM", inner: "Defense", given: "HarmfulnessVector | None", protocol: "Protocol | None", weigh: "Classes | None",
+    held: "Classes", says: str, promise: "tuple[float, float | None]",
+) -> "Calibration":  # fmt: skip
+    """Thresholds on a model that is loaded here."""
+    from davsp.defenses.gate import calibrate
+    from davsp.defenses.gate.through import seen_through
+
+    inner.check(lvlm)  # before a vector is fitted
+    _, (text, *_) = seen_through(inner)
+    direction = direction_of(given, protocol, lvlm, text, "the gate puts")
+    with _looking(*(weigh or ()), *held) as progress:
+        return calibrate(lvlm, inner, direction, weigh, held, says, *promise, progress=progress)
+
+
+def _of_server(
+    lvlm: "AnsweringLVLM", inner: "Defense", held: "Classes", says: str, promise: "tuple[float, float | None]", top: int | None
+) -> "Served":  # fmt: skip
+    """The threshold on a server, by so many of its likeliest tokens."""
+    from davsp.defenses.gate import calibrate_served
+    from davsp.defenses.gate.served import TOP
+
+    with _looking(*held) as progress:
+        return calibrate_served(lvlm, inner, held, says, *promise, top or TOP, progress=progress)
 
 
 def _border(folder: Path, look: str | None, text: str | None) -> "VisualSafetyPrompt | None":
@@ -232,8 +276,8 @@ def _queries(
     seed: int,
     allow_outside: bool,
     draw: int | None,
-) -> "Sequence[list[Query]]":
-    """Malicious and benign queries to fit on (none where nothing is weighed), and held out: the user's own or those of a model that ships."""
+) -> "tuple[Classes, Classes]":
+    """Queries to fit on (none where no folder is for them), and held out: the user's own, or drawn for a model that ships."""
     from davsp.embedded.data import calibration
 
     missing = [option for option, folder in folders.items() if folder is None]
@@ -244,7 +288,9 @@ def _queries(
     own = [queries_at(folder, None, option, allow_outside) for option, folder in folders.items() if folder is not None]
     if own and draw:
         raise DavspError("--draw is for queries that are drawn; leave it out, or your own queries.")
-    return [[], [], *own][-4:] if own else calibration(seed, draw or 600)
+    *fit, held_bad, held_good = own or calibration(seed, draw or 600)
+    bad, good = fit or ([], [])
+    return (bad, good), (held_bad, held_good)
 
 
 @contextmanager
@@ -257,7 +303,7 @@ def _looking(*sets: "Sequence[Query]") -> "Iterator[Callable[[int], object]]":
         yield lambda count: shown.advance(task, count)
 
 
-def _print(lines: "Mapping[str, Threshold]", rate: float, confidence: float | None) -> None:
+def _print(file: "Calibration | Served") -> None:
     from rich.console import Console
 
     from davsp.prompts.gate import promise
@@ -265,9 +311,9 @@ def _print(lines: "Mapping[str, Threshold]", rate: float, confidence: float | No
 
     table = TextTable(
         "look", "AUROC", "threshold", "benign refused", "malicious refused", title="gate, on the held-out queries",
-        caption=f"made for at most {promise(rate, confidence)}",
+        caption=f"made for at most {promise(file.rate, file.confidence)}",
     )  # fmt: skip
-    for name, line in lines.items():
+    for name, line in file.lines().items():
         refused = f"{line.refused_benign} of {line.benign}", f"{line.refused_malicious} of {line.malicious}"
         table.add_row(name, f"{line.auroc:.4f}", f"{line.threshold:.4g}", *refused)
     table.print(Console())

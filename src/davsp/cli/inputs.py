@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from davsp.cli.options import ModelOptions, ProcessOptions
     from davsp.embedded.data import Protocol
     from davsp.lvlm import LVLM, AnsweringLVLM
+    from davsp.vector import HarmfulnessVector
 
 
 def say(text: str) -> None:
@@ -240,6 +241,37 @@ def safety_text(text: str | None, shipped: bool) -> str:
     from davsp import embedded
 
     return text if text is not None else embedded.SAFETY_TEXT if shipped else ""
+
+
+def default_target(shipped: bool) -> str:
+    """How the models that ship begin when they comply; else the usual words of the field."""
+    from davsp.attacks import AttackSettings
+    from davsp.embedded.recipes import TOKENS
+
+    return str(TOKENS["target"] if shipped else AttackSettings.model_fields["target"].default)
+
+
+def direction_of(
+    given: "HarmfulnessVector | None", protocol: "Protocol | None", lvlm: "LVLM", text: str, who: str
+) -> "HarmfulnessVector":
+    """The vector of --vector, held against the model; None: one fitted and swept on the embedded protocol, which is there then.
+
+    Args:
+        text: that stands before every question here.
+        who: who puts it there, with the verb.
+    """
+    from davsp.vector import HarmfulnessVector
+
+    if given:
+        given.check(lvlm)
+        compare_pictures(given, lvlm)
+        compare_texts(given, text, who)
+        compare_templates(lvlm, {"the vector": given})
+        return given
+    assert protocol is not None
+    direction = HarmfulnessVector.fit(lvlm, protocol.vector_malicious, protocol.vector_benign, text=text)
+    direction.sweep(lvlm, protocol.sweep_malicious, protocol.sweep_benign, text=text)
+    return direction
 
 
 def settings_of(cls: type, values: dict[str, Any]) -> Any:

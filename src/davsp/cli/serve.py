@@ -11,7 +11,7 @@ import typer
 
 from davsp.cli.canaries import asking
 from davsp.cli.defenses import rows
-from davsp.cli.evaluate import StatesOptions, served_states
+from davsp.cli.engine import StatesOptions, served_states
 from davsp.cli.groups import chosen
 from davsp.cli.inputs import compare_templates, is_shipped, load_lvlm, needs_extra, say
 from davsp.cli.options import GRAMMAR, ModelOptions, TrustEnv

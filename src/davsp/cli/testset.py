@@ -6,14 +6,15 @@ And those of the commands that make a vector or a prompt.
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from davsp.cli.inputs import embedded_protocol, say
+from davsp.cli.inputs import embedded_protocol, say, shipped_protocol
 from davsp.errors import DavspError
 
 if TYPE_CHECKING:
-    from davsp.cli.options import MaliciousOptions, TestSetOptions
+    from davsp.cli.options import DataOptions, MaliciousOptions, TestSetOptions
     from davsp.defenses import Defense
+    from davsp.embedded.data import Protocol
     from davsp.lvlm import AnsweringLVLM
     from davsp.query import Query
 
@@ -87,6 +88,27 @@ def folders(sets: Sequence[str]) -> dict[str, Path]:
                 f"--benchmark {spec!r}: there is no folder {root}; docs/benchmarks.md says where to get {name}."
             )
     return roots
+
+
+def both_classes(
+    data: "DataOptions", kind: Literal["vector", "train"], model: str | None, seed: int
+) -> "tuple[list[Query], list[Query], Protocol | None]":
+    """Malicious and benign queries to make a vector or a prompt of: of a split file, the user's own, or of the embedded protocol,
+    which comes with them then.
+
+    Raises:
+        DavspError: options that do not go together, a model that does not ship without queries, or what a reader raises.
+    """
+    from davsp.vector import check_classes
+
+    if queries := split_queries(data, kind):
+        return *queries, None
+    protocol = shipped_protocol(model, data.malicious, data.benign, seed)
+    bad, good = (getattr(protocol, f"{kind}_{label}", None) for label in ("malicious", "benign"))
+    bad = queries_at(data.malicious, bad, "--malicious", data.allow_outside)
+    good = queries_at(data.benign, good, "--benign", data.allow_outside)
+    check_classes(bad, good)
+    return bad, good, protocol
 
 
 def split_queries(data: "MaliciousOptions", kind: str) -> "tuple[list[Query], list[Query]] | None":

@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from davsp.cli.canaries import Canaries, describe, own_queries, try_canaries
-from davsp.cli.evaluate import EngineOptions, StatesOptions, lvlm_of, served_states, server_of
+from davsp.cli.engine import EngineOptions, StatesOptions, lvlm_of, served_states, server_of
 from davsp.cli.groups import chosen
 from davsp.cli.inputs import (
     ask_as_published,
-    compare_pictures,
-    compare_templates,
-    compare_texts,
+    default_target,
+    direction_of,
     in_processes,
     is_shipped,
     load_lvlm,
@@ -21,7 +20,6 @@ from davsp.cli.inputs import (
     say,
     say_where,
     settings_of,
-    shipped_protocol,
 )
 from davsp.cli.options import (
     DataOptions,
@@ -34,15 +32,13 @@ from davsp.cli.options import (
     Resume,
     Seed,
 )
-from davsp.cli.testset import queries_at, split_queries
+from davsp.cli.testset import both_classes, queries_at
 from davsp.errors import DavspError
 
 if TYPE_CHECKING:
-    from davsp.embedded.data import Protocol
     from davsp.lvlm import LVLM
     from davsp.prompts import Prompt
     from davsp.query import Query
-    from davsp.vector import HarmfulnessVector
 
 
 def demo(
@@ -101,35 +97,28 @@ def vector(
     served = served_states(states, server)
     model = in_processes(processes, model)
     name = server[0] if server else model.name
-    fitting = split_queries(data, "vector")
+    if layer is not None and served and layer not in served.layers:
+        raise DavspError(
+            f"--layer {layer} is not among --states-layers {states.states_layers}; take one that the server writes."
+        )
+    malicious, benign, protocol = both_classes(data, "vector", name, seed)
+    held = (protocol.sweep_malicious, protocol.sweep_benign) if protocol else None
+    if held_malicious and held_benign:
+        held = (
+            queries_at(held_malicious, None, "--held-malicious", data.allow_outside),
+            queries_at(held_benign, None, "--held-benign", data.allow_outside),
+        )
+    text = _text(text, is_shipped(name), as_published)
     lvlm: Any = lvlm_of(model, server, engine, requests, served)
     if as_published:
         ask_as_published(lvlm, model.template)
         layer = LAYER if layer is None and is_theirs(lvlm) else layer
     if not server:
         say_where(lvlm)
-    protocol = None if fitting else shipped_protocol(name, data.malicious, data.benign, seed)
-    fitting = fitting or (
-        queries_at(data.malicious, protocol.vector_malicious if protocol else None, "--malicious", data.allow_outside),
-        queries_at(data.benign, protocol.vector_benign if protocol else None, "--benign", data.allow_outside),
-    )
-    if layer is not None and not server:
-        lvlm.check_layer(layer)
-    if layer is not None and served and layer not in served.layers:
-        raise DavspError(
-            f"--layer {layer} is not among --states-layers {states.states_layers}; take one that the server writes."
-        )
-    text = _text(text, is_shipped(name), as_published)
-    held = None
-    if held_malicious and held_benign:
-        held = (
-            queries_at(held_malicious, None, "", data.allow_outside),
-            queries_at(held_benign, None, "", data.allow_outside),
-        )
-    elif protocol:
-        held = protocol.sweep_malicious, protocol.sweep_benign
+        if layer is not None:
+            lvlm.check_layer(layer)
     with nullcontext() if parallel.rank() > 0 else alone(out):  # the first process writes for all
-        fitted = HarmfulnessVector.fit(lvlm, *fitting, text=text)
+        fitted = HarmfulnessVector.fit(lvlm, malicious, benign, text=text)
         if held:
             fitted.sweep(lvlm, *held, text=text)
         else:
@@ -213,6 +202,7 @@ def train(
     from davsp.training import train as run
     from davsp.training.recipe import PUBLISHED, layer_and_margins
     from davsp.training.settings import DEED
+    from davsp.vector import HarmfulnessVector
 
     if kind not in ("border", "additive"):
         raise DavspError(f"--kind is border or additive, not {kind!r}.")
@@ -225,17 +215,6 @@ def train(
     as_published = published(recipe)
     model = in_processes(processes, model)
     shipped = is_shipped(model.name)
-    queries, own = split_queries(data, "train"), own_queries(canaries, data.allow_outside)
-    lvlm = load_lvlm(model)
-    if as_published:
-        ask_as_published(lvlm, model.template)
-    say_where(lvlm)
-    protocol = None if queries else shipped_protocol(model.name, data.malicious, data.benign, seed)
-    if vector is None and protocol is None:
-        raise DavspError("--vector is needed for your own data; make one with `davsp vector`.")
-    text = _text(text, shipped, as_published)
-    start = _start(lvlm, kind, padding, eps, text, as_published)
-    direction = direction_of(vector, protocol, lvlm, text, "this training puts")
     options: dict[str, Any] = {
         "lam": lam, "objective": objective, "layer": layer, "mu_plus": mu_plus, "mu_minus": mu_minus, "seed": seed,
         "benign_share": benign_share,
@@ -243,19 +222,30 @@ def train(
         "adversarial": adversarial, "adversarial_steps": adversarial_steps, "adversarial_target": adversarial_target,
     }  # fmt: skip
     usual = embedded.SETTINGS.model_dump() if shipped else {}
+    usual |= PUBLISHED if as_published else {}
     options = chosen(loop) | {name: value for name, value in options.items() if value is not None}
+    settings = settings_of(TrainSettings, usual | options)  # a value that is not possible is told before any work
+    bad, good, protocol = both_classes(data, "train", model.name, seed)
+    deeds = _deeds(bad, shipped) if adversarial_target == DEED else None
+    own = own_queries(canaries, data.allow_outside)
+    if vector is None and protocol is None:
+        raise DavspError("--vector is needed for your own data; make one with `davsp vector`.")
+    given = HarmfulnessVector.load(vector) if vector else None
+    text = _text(text, shipped, as_published)
+    lvlm = load_lvlm(model)
+    if as_published:
+        ask_as_published(lvlm, model.template)
+    say_where(lvlm)
+    start = _start(lvlm, kind, padding, eps, text, as_published)
+    if layer is not None:
+        lvlm.check_layer(layer)
+    direction = direction_of(given, protocol, lvlm, text, "this training puts")
     if as_published:
         aligned, note = layer_and_margins(lvlm, direction, layer)
-        usual |= PUBLISHED | aligned
+        settings = settings_of(TrainSettings, usual | aligned | options)
         if note and mu_plus is None and mu_minus is None:
             say(f"note: {note}.")
-    settings = settings_of(TrainSettings, usual | options)
-    bad, good = queries or (
-        queries_at(data.malicious, protocol.train_malicious if protocol else None, "--malicious", data.allow_outside),
-        queries_at(data.benign, protocol.train_benign if protocol else None, "--benign", data.allow_outside),
-    )
     probe = [*protocol.sweep_malicious, *protocol.sweep_benign] if protocol else None
-    deeds = _deeds(bad, shipped) if adversarial_target == DEED else None
     trained = run(
         lvlm, start, bad, good, direction, settings, out / "training", resume=resume, probe=probe, deeds=deeds
     )  # fmt: skip
@@ -269,29 +259,9 @@ def train(
     print(f"saved to {out}: {what}; `davsp eval --prompt {out}` measures it")
 
 
-def direction_of(
-    vector: Path | None, protocol: "Protocol | None", lvlm: "LVLM", text: str, who: str
-) -> "HarmfulnessVector":
-    """The vector of --vector; left out: one fitted and swept on the embedded protocol, which is there then."""
-    from davsp.vector import HarmfulnessVector
-
-    if vector:
-        direction = HarmfulnessVector.load(vector)
-        direction.check(lvlm)
-        compare_pictures(direction, lvlm)
-        compare_texts(direction, text, who)
-        compare_templates(lvlm, {"the vector": direction})
-        return direction
-    assert protocol is not None
-    direction = HarmfulnessVector.fit(lvlm, protocol.vector_malicious, protocol.vector_benign, text=text)
-    direction.sweep(lvlm, protocol.sweep_malicious, protocol.sweep_benign, text=text)
-    return direction
-
-
 def _deeds(queries: "list[Query]", shipped: bool) -> list[str]:
     """Of each malicious query the answer that does what it asks for."""
     from davsp.attacks.deeds import wanted
-    from davsp.cli.attack import default_target
 
     deeds = [wanted(query, default_target(shipped)) for query in queries]
     for query, deed in zip(queries, deeds, strict=True):

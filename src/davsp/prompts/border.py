@@ -69,11 +69,7 @@ class VisualSafetyPrompt(Prompt):
         self, delta: Float[Tensor, "3 s s"], padding: int, text: str = "", config: dict[str, Any] | None = None
     ):
         canvas = delta.shape[-1]
-        if padding < 1 or 2 * padding >= canvas:
-            raise DavspError(
-                f"padding {padding} leaves no room on a canvas of {canvas} pixels: "
-                f"it must be at least 1 and less than {(canvas + 1) // 2}"
-            )
+        check_padding(padding, canvas)
         fields = BorderConfig(canvas=canvas, padding=padding, safety_text=text).model_dump()
         super().__init__(delta, text, fields | (config or {}))
         self.padding = padding
@@ -291,6 +287,15 @@ class VisualSafetyPrompt(Prompt):
             raise DavspError(
                 f"{path}: its text '{other}' is not that of {path.with_name(CONFIG)}; save the prompt anew"
             )
+
+
+def check_padding(padding: int, canvas: int) -> None:
+    """Raises DavspError if a border of this width leaves no room for the picture."""
+    if padding < 1 or 2 * padding >= canvas:
+        raise DavspError(
+            f"padding {padding} leaves no room on a canvas of {canvas} pixels: "
+            f"it must be at least 1 and less than {(canvas + 1) // 2}"
+        )
 
 
 def border_mask(canvas: int, padding: int) -> Float[Tensor, "1 s s"]:

@@ -93,11 +93,14 @@ class Calibration(Beside):
     def _without_usual(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         return {name: value for name, value in dump(self).items() if name != "undefended" or value}
 
+    def lines(self) -> dict[str, Threshold]:
+        """Kind of gate -> its threshold."""
+        return {"states": self.states, "first": self.first}
+
     def described(self) -> str:
         """In a line: what it is made for, and what it caught of the held-out queries."""
         caught = " and ".join(
-            f"{name} {line.refused_malicious} of {line.malicious}"
-            for name, line in (("states", self.states), ("first", self.first))
+            f"{name} {line.refused_malicious} of {line.malicious}" for name, line in self.lines().items()
         )
         return (
             f"{FILE}: thresholds for at most {promise(self.rate, self.confidence)}; of malicious ones they "
@@ -135,6 +138,10 @@ class Served(Beside):
     @model_serializer(mode="wrap")
     def _without_usual(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         return {name: value for name, value in dump(self).items() if name != "template_kwargs" or value}
+
+    def lines(self) -> dict[str, Threshold]:
+        """As those of `Calibration`."""
+        return {"first": self.first}
 
     def described(self) -> str:
         """As that of `Calibration`."""

@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from davsp.defenses.base import Defense, batches
 from davsp.defenses.gate.scores import combined, look
-from davsp.defenses.gate.threshold import CONFIDENCE, RATE, counts, threshold
+from davsp.defenses.gate.threshold import CONFIDENCE, RATE, check_enough, counts
 from davsp.defenses.gate.through import seen_through
 from davsp.errors import DavspError
 from davsp.lvlm import LVLM, fingerprint, model_name
@@ -46,20 +46,12 @@ def calibrate(
         progress: called with the number of queries looked at since the last call.
 
     Raises:
-        DavspError: a query is in two of the sets, too few benign ones are held, or vector or `inner` and model do not go together.
+        DavspError: as `check_sets`, or vector or `inner` and model do not go together.
     """
     vector.check(lvlm)
     inner.check(lvlm)
     pixels, texts = seen_through(inner)
-    if fit:
-        check_classes(*fit)
-    check_classes(*held)
-    both = {q.id for part in fit or () for q in part} & {q.id for part in held for q in part}
-    if both:
-        raise DavspError(
-            f"query {min(both)!r} is in the fitting set and held out; a threshold needs queries of its own"
-        )
-    threshold([0.0] * len(held[1]), rate, confidence)  # says so if there are too few, before anything is computed
+    check_sets(fit, held, rate, confidence)
     *weighed, bad, good = [
         scored(lvlm, inner, part, vector, refusal_text, batch_size, progress) for part in (*(fit or ()), *held)
     ]
@@ -74,6 +66,24 @@ def calibrate(
         layer=vector.layer, direction=packed(vector.direction().tolist()), refusal_text=refusal_text,
         rate=rate, confidence=confidence, **lines,
     )  # fmt: skip
+
+
+def check_sets(
+    fit: tuple[Sequence[Query], Sequence[Query]] | None, held: tuple[Sequence[Query], Sequence[Query]], rate: float,
+    confidence: float | None,
+) -> None:  # fmt: skip
+    """What can be said of the sets before anything is computed; as of `calibrate`.
+
+    Raises:
+        DavspError: a class is empty, or holds queries of the other; a query is in both sets; too few benign ones are held.
+    """
+    for classes in filter(None, (fit, held)):
+        check_classes(*classes)
+    if both := {q.id for part in fit or () for q in part} & {q.id for part in held for q in part}:
+        raise DavspError(
+            f"query {min(both)!r} is in the fitting set and held out; a threshold needs queries of its own"
+        )
+    check_enough(len(held[1]), rate, confidence)
 
 
 def scored(

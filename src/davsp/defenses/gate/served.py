@@ -16,14 +16,14 @@ import numpy as np
 from jaxtyping import Float
 
 from davsp.defenses.base import Defense, batches
-from davsp.defenses.gate.threshold import CONFIDENCE, RATE, counts, threshold
+from davsp.defenses.gate.calibration import check_sets
+from davsp.defenses.gate.threshold import CONFIDENCE, RATE, counts
 from davsp.defenses.gate.through import seen_through
 from davsp.errors import DavspError
 from davsp.lvlm import Answer, AnsweringLVLM, Token
 from davsp.prompts.gate import Served, Threshold
 from davsp.query import Query
 from davsp.runtime.thought import split_thought
-from davsp.vector import check_classes
 
 TOKENS = 1
 TOP = 20
@@ -97,10 +97,9 @@ def calibrate_served(
         progress: called with the number of queries looked at since the last call.
 
     Raises:
-        DavspError: too few benign queries, or as `refusal_odds`.
+        DavspError: as `check_sets` or `refusal_odds`.
     """
-    check_classes(*held)
-    threshold([0.0] * len(held[1]), rate, confidence)  # says so if there are too few, before anything is asked
+    check_sets(None, held, rate, confidence)
     inner.check(lvlm)
     pixels, texts = seen_through(inner)
 

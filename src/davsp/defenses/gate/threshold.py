@@ -34,6 +34,16 @@ def needed(rate: float = RATE, confidence: float | None = CONFIDENCE) -> int:
     return math.ceil(round(math.log(1 - confidence) / math.log(1 - rate), 9))
 
 
+def check_enough(count: int, rate: float, confidence: float | None) -> None:
+    """Raises DavspError if there are too few benign queries; the sentence says how many are needed."""
+    if count < (least := needed(rate, confidence)):
+        promise = "on average" if confidence is None else f"with {confidence:.0%} confidence"
+        raise DavspError(
+            f"there are {count} benign queries to calibrate on, but false refusals of {rate:.2%} {promise} need "
+            f"at least {least}; give more, or allow a higher rate (--false-refusals)"
+        )
+
+
 def threshold(benign: Sequence[float], rate: float = RATE, confidence: float | None = CONFIDENCE) -> float:
     """The smallest threshold that keeps the promise of the head of this file.
 
@@ -43,15 +53,10 @@ def threshold(benign: Sequence[float], rate: float = RATE, confidence: float | N
         confidence: in (0, 1); None: on average over calibration sets.
 
     Raises:
-        DavspError: there are too few; the sentence says how many are needed.
+        DavspError: there are too few (`check_enough`).
     """
-    scores, least = np.sort(np.asarray(benign, dtype=float)), needed(rate, confidence)
-    if len(scores) < least:
-        promise = "on average" if confidence is None else f"with {confidence:.0%} confidence"
-        raise DavspError(
-            f"there are {len(scores)} benign queries to calibrate on, but false refusals of {rate:.2%} {promise} need "
-            f"at least {least}; give more, or allow a higher rate (--false-refusals)"
-        )
+    check_enough(len(benign), rate, confidence)
+    scores = np.sort(np.asarray(benign, dtype=float))
     if confidence is None:
         return float(scores[math.ceil(round((len(scores) + 1) * (1 - rate), 9)) - 1])
     # ppf is the first count whose probability of being reached from below exceeds 1 - confidence

@@ -45,6 +45,7 @@ from davsp.judges.keyword import caveat
 from davsp.judges.verdicts import judge_name
 from davsp.lvlm import LVLM, model_facts, model_name, undefended
 from davsp.lvlm.templates import CHECKPOINT, TEMPLATES
+from davsp.prompts.border import check_padding
 from davsp.query import Query
 from davsp.report import panels, plots, projections_by_label
 from davsp.report.cells import DEFENSES, OTHER_WAY, cut_note, find
@@ -101,9 +102,11 @@ def make_kit(
         published: by the authors' recipe (`davsp.training.recipe`): layer, margins, start and resizing of the borders.
         console: where lines and bars go; None is the terminal.
     """
+    usual = recipe.padding(lvlm.canvas) if published else round(lvlm.canvas / 12)
+    width = usual if padding is None else padding
+    check_padding(width, lvlm.canvas)  # before a vector is fitted
     stages = Stages(out, console or Console())
     vector = fitted_vector(stages, lvlm, data, text)
-    width = padding or (recipe.padding(lvlm.canvas) if published else round(lvlm.canvas / 12))
     changes: dict[str, Any] = {"seed": seed}
     if published:
         aligned, note = recipe.layer_and_margins(lvlm, vector, settings.layer)
