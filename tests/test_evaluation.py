@@ -106,6 +106,12 @@ def test_a_finished_run_is_not_answered_again(lvlm: LVLM, tmp_path: Path) -> Non
     assert again.responses == whole.responses and again.rows == whole.rows
 
 
+def test_a_folder_may_be_given_by_its_name(lvlm: LVLM, tmp_path: Path) -> None:
+    evaluation = evaluate(lvlm, DEFENSES, some(), f"{tmp_path}/run", batch_size=2, max_new_tokens=5)
+    assert texts(run(lvlm, tmp_path / "run")) == texts(evaluation)
+    assert len((tmp_path / "run" / "responses.jsonl").read_text().splitlines()) == len(DEFENSES) * len(some())
+
+
 def test_ctrl_c_says_how_to_go_on(lvlm: LVLM, tmp_path: Path) -> None:
     fragile: dict[str, Defense] = {"none": Fragile(KeyboardInterrupt)}
     with pytest.raises(Interrupted, match="go on"):

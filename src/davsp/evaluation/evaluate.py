@@ -48,7 +48,7 @@ def evaluate(
     lvlm: AnsweringLVLM,
     defenses: Mapping[str, Defense],
     queries: Sequence[Query],
-    out: Path | None = None,
+    out: str | Path | None = None,
     vector: HarmfulnessVector | None = None,
     judge: Judge = keyword,
     *,
@@ -90,6 +90,7 @@ def evaluate(
     Of several processes only the first judges, but for a guard that runs here, which all do; the others return the responses alone.
     """
     _check(queries, defenses)
+    out = None if out is None else Path(out)
     max_new_tokens = max_new_tokens or lvlm.longest
     fitting(lvlm, defenses, queries, max_new_tokens)
     console = console or Console(quiet=True)
