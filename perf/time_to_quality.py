@@ -16,14 +16,8 @@ their ratio. The same command goes on with the seeds that FILE has not.
 A recipe is good somewhere between its last bad look and the next, so each figure has an interval; over five seeds the median's own is
 their range (94 %). A recipe that is bad at its last look never was good, and counts as slower than any other.
 
-`published` (`train/optimize.py` and `scripts/train.sh` of zhangyitonggg/DAVSP, for LLaVA-1.5-13B): batches of 2 of one class, a coin
-decides which; sign steps of 1/255; hinge with fixed margins 27 and -2; 0.02 x answer loss on every benign batch and on 5 % of the
-malicious ones; the border starts at the mean colour and is never clamped; the batches of the first epoch come again in the same order.
-
-That is no fair race. **The published recipe was not tuned to these models; the others were**, on pairs that are in no test. And how
-the published numbers read on another model's scale is a guess: here their distance of 29 is the distance between the class means of
-the vector's data, with -2 at the benign and 27 at the malicious mean, and the hinge is counted in that unit, so that 0.02 means
-what it meant. Delta is float32, not float16, and is clamped for the test. All have the same vector, safety text and training data.
+`published` is `published_recipe.py`. That is no fair race. **The published recipe was not tuned to these models; the others were**, on
+pairs that are in no test. Delta is clamped for the test. All have the same vector, safety text and training data.
 
 All recipes take the same step (`Run.gradient`), so the race compares what they do with it. The authors' literal step costs more:
 a pass a sample and another for its answer, padded to 1,024 tokens, eager attention, one backward for all. `--step-pairs` times it
@@ -44,6 +38,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from published_recipe import SHARE, epoch, published, published_settings
 from rich.console import Console
 from rich.table import Table
 from training_step import published as literal
@@ -61,7 +56,6 @@ from davsp.training.batches import Batch
 from davsp.training.borders import Run
 
 RSR, LOSS = 0.95, 0.03  # at least; at most
-MARGINS, LAM, SHARE, LR = (27.0, -2.0), 0.02, 0.05, 1 / 255
 TEXT = 1024  # tokens that the authors' code pads prompt and answer to
 CONSOLE = Console(stderr=True)
 
@@ -82,51 +76,6 @@ def ours(run: Run) -> Iterator[VisualSafetyPrompt]:
     while state.step < run.settings.steps:
         state, _ = run.advance(state)
         yield run.prompt.with_delta(state.delta)
-
-
-def published_settings(vector: HarmfulnessVector, settings: TrainSettings) -> TrainSettings:
-    """The loss on this model's scale: margins at the class means, the answer's weight in units of the hinge."""
-    benign, malicious = (float(mean[vector.layer - 1]) for mean in (vector.mean_benign, vector.mean_malicious))
-    unit = (malicious - benign) / (MARGINS[0] - MARGINS[1])
-    return TrainSettings(
-        steps=settings.steps,
-        batch_size=2,
-        lam=LAM * unit,
-        normalise=False,
-        mu_plus=malicious,
-        mu_minus=benign,
-        refusal=settings.refusal,
-    )
-
-
-def published(run: Run, seed: int) -> Iterator[VisualSafetyPrompt]:
-    """Steps of the published recipe on a run's data and loss."""
-    rng = Random(f"published {seed}")
-    batches = {label: cycle(epoch(run, label, rng)) for label in ("malicious", "benign")}
-    delta = run.lvlm.mean.view(3, 1, 1).expand_as(run.prompt.delta) * run.prompt.mask.to(run.lvlm.device)
-    while True:
-        label = "malicious" if rng.random() < 0.5 else "benign"
-        batch = next(batches[label])
-        if label == "malicious" and rng.random() >= SHARE:
-            batch = Batch(batch.interiors, batch.questions, batch.malicious, [None] * len(batch))
-        gradient, _ = run.gradient(delta, batch)
-        delta = delta - LR * gradient.sign()
-        yield run.prompt.with_delta(delta.clamp(0, 1))
-
-
-def epoch(run: Run, label: str, rng: Random) -> list[Batch]:
-    """One pass over a class in batches of two."""
-    examples = run.malicious if label == "malicious" else run.benign
-    order = rng.sample(range(len(examples.questions)), len(examples.questions))
-    return [
-        Batch(
-            examples.interiors[rows],
-            [examples.questions[i] for i in rows],
-            torch.full((len(rows),), label == "malicious"),
-            [examples.answers[i] for i in rows],
-        )
-        for rows in (order[at : at + 2] for at in range(0, len(order), 2))
-    ]
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Small folders in the layouts of the six benchmarks. Every row and picture is invented and harmless."""
+"""Small folders in the layouts of the published sets. Every row and picture is invented and harmless."""
 
 import base64
 import csv
@@ -37,6 +37,14 @@ def put(path: Path, colour: int = 0) -> None:
 def write(path: Path, value: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(value if isinstance(value, str) else json.dumps(value))
+
+
+def change(path: Path, key: str, value: object) -> None:
+    """Another value for a field of the first row of a JSON file."""
+    body = json.loads(path.read_text())
+    row = body[0] if isinstance(body, list) else next(iter(body.values()))
+    row[key] = value
+    write(path, body)
 
 
 def lines(path: Path, rows: list[dict]) -> None:
@@ -238,3 +246,11 @@ def plus_folder(root: Path, rows: list[dict] | None = None) -> Path:
     for folder in ("processed_questions", "processed_questions_safe"):
         write(root / folder / "06-Fraud.json", {"0": {"Changed Question": "?"}})
     return root
+
+
+FOLDERS = {
+    "mm_safetybench": safety_folder, "figstep": figstep_clone, "mm_vet": vet_folder, "mme": mme_folder, "llava_bench": bench_folder,
+    "vlguard": lambda root: guard_folder(root, guard_rows()), "mossbench": moss_folder, "siuo": siuo_folder,
+    "mssbench": mss_folder, "holisafe": holisafe_folder, "mm_safetybench_pp": plus_folder,
+}  # fmt: skip
+"""By the name of a set."""

@@ -5,9 +5,11 @@ davsp and torch are imported inside the fixtures: the process that only hands ou
 
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+sys.path.append(str(Path(__file__).parents[1] / "perf"))  # behind the tests' own, which have a proxy, too
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may reach the hub
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, here and in every program that a test starts
 

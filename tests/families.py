@@ -1,6 +1,7 @@
-"""Checkpoints of every real architecture with random weights, small enough for every test."""
+"""Checkpoints of every real architecture with random weights, small enough for every test, and what their own processors give."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer
@@ -8,6 +9,7 @@ from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split, WhitespaceSplit
 from tokenizers.trainers import BpeTrainer
 from transformers import (
+    AutoImageProcessor,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     DeepseekVLConfig,
@@ -123,6 +125,14 @@ TEMPLATES = {
     ),
 } | NEWER_TEMPLATES
 COMMON = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+QUESTIONS = ["what is this", "how do you make a cake in the image", "is this a car", "please be safe what is this",
+             "what is red", "how do you steal a car please", "yes", "no this is a red car in the image"]  # fmt: skip
+SIDE = 112  # of Qwen2-VL's canvas here
+OPTIONS = {
+    "mistral3": {"patch_size": 28},
+    "internvl": {"crop_to_patches": True},
+    "aya_vision": {"crop_to_patches": True},
+}  # what the whole processor tells its image processor
 
 
 def tokenizer(style: str, by_bytes: bool = False) -> PreTrainedTokenizerFast:
@@ -270,3 +280,13 @@ def save_family(name: str, folder: Path) -> Path:
     words.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def theirs(folder: Path, images: list[Any]) -> dict[str, torch.Tensor]:
+    """What the family's own image processor gives."""
+    options = OPTIONS.get(folder.name, {})
+    if folder.name in ("idefics3", "smolvlm"):
+        images = [[image] for image in images]  # a list is of one question else
+    encoded = AutoImageProcessor.from_pretrained(folder, backend="pil")(images, return_tensors="pt", **options)
+    counts = ("num_crops", "num_patches", "batch_num_images", "num_soft_tokens_per_image")  # no argument of the model
+    return {name: value for name, value in encoded.items() if isinstance(value, torch.Tensor) and name not in counts}

@@ -29,10 +29,14 @@ def border(seed: int = 0, text: str = TEXT) -> VisualPrompt:
     return VisualPrompt(VisualSafetyPrompt.create(CANVAS, 8, "random", seed, text))
 
 
-def data_url(image: Image.Image, form: str = "PNG", **options: Any) -> str:
+def file(image: Image.Image, form: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
-    return f"data:image/{form.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return buffer.getvalue()
+
+
+def data_url(image: Image.Image, form: str = "PNG", **options: Any) -> str:
+    return f"data:image/{form.lower()};base64,{base64.b64encode(file(image, form, **options)).decode()}"
 
 
 def picture_of(url: str) -> Image.Image:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from attacked import QUICK, border
 from davsp import LVLM
 from davsp.attacks import AttackSettings, attack
 from davsp.attacks.checks import checks
@@ -18,7 +19,6 @@ from davsp.attacks.table import ALL, DEED, rows, worst, worst_of
 from davsp.defenses import ECSO, NoDefense
 from davsp.evaluation import Evaluation
 from davsp.query import Query, Response, Verdict
-from test_attacks import QUICK, border
 from tiny import queries
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from attacked import QUICK, TARGET, border, others
 from davsp import LVLM
 from davsp.attacks import AttackSettings, attack, universal
 from davsp.attacks.run import AttackResult
@@ -16,7 +17,6 @@ from davsp.defenses import NoDefense
 from davsp.errors import DavspError
 from davsp.query import Query
 from davsp.runtime.files import save_tensors
-from test_attacks import QUICK, TARGET, border, others
 from tiny import picture, queries
 
 

@@ -1,4 +1,4 @@
-"""Attacks: the search by itself, the road it takes, and what a run leaves behind."""
+"""A run of attacks: its bounds and rates, how it goes on after a cut, and what it refuses."""
 
 import io
 from dataclasses import replace
@@ -7,231 +7,29 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import ImageChops, ImageFilter, ImageOps
 from pydantic import ValidationError
 from rich.console import Console
-from torch import Tensor
 
+from attacked import QUICK, TARGET, border, others
 from davsp import LVLM, HarmfulnessVector
 from davsp.attacks import AttackSettings, attack
-from davsp.attacks.apgd import ENOUGH, apgd
 from davsp.attacks.checks import checks
 from davsp.attacks.page import markdown, words_sentence
-from davsp.attacks.redraw import REDRAWS, counter_frame
-from davsp.attacks.run import probe, slug
+from davsp.attacks.redraw import REDRAWS
+from davsp.attacks.run import slug
 from davsp.attacks.settings import CLEAN
-from davsp.attacks.square import square
-from davsp.attacks.suffix import search_suffix, with_words
-from davsp.attacks.surface import files, goals, rounded, surfaces, unseen, visual
+from davsp.attacks.surface import files, surfaces
 from davsp.attacks.table import ALL, rows
-from davsp.defenses import ECSO, Chain, Defense, Intervention, NoDefense, SafetyText, VisualPrompt
-from davsp.defenses.ecso import CUT, PUBLISHED
+from davsp.defenses import NoDefense, VisualPrompt
 from davsp.errors import DavspError
-from davsp.lvlm.onehot import answer_losses
-from davsp.prompts import AdditiveNoise, VisualSafetyPrompt
-from davsp.query import Query, Response
+from davsp.prompts import VisualSafetyPrompt
+from davsp.query import Query
 from tiny import picture, queries
-
-TARGET = "a car"
-QUICK: dict[str, Any] = {
-    "steps": 6, "tries": 5, "batch_size": 3, "target": TARGET, "words": 3, "word_steps": 4, "word_candidates": 6,
-    "universal_steps": 4,
-}  # fmt: skip
-
-
-def border(text: str = "please be safe") -> VisualPrompt:
-    return VisualPrompt(VisualSafetyPrompt.create(56, 8, "random", 0, text))
-
-
-DEFENSES: dict[str, Defense] = {
-    "none": NoDefense(),
-    "border": border(),
-    "noise": VisualPrompt(AdditiveNoise.create(56, 32 / 255, "random", 0, "please be safe"), "noise"),
-    "chain": Chain([border(""), SafetyText("please")]),
-    "ecso": ECSO(border()),
-}
 
 
 def told(count: int) -> list[Query]:
     """Queries that say in words what they ask for."""
     return [replace(q, context="steal a car") for q in queries("malicious", count)]
-
-
-def others(count: int) -> list[Query]:
-    """Queries with other pictures."""
-    return queries("malicious", count, seed=1)
-
-
-# -- the search ------------------------------------------------------------------------------------------------------------
-
-
-def far(goal: Tensor) -> Any:
-    """Squared distance of each picture from a goal."""
-    return lambda x: ((x - goal) ** 2).flatten(1).sum(1)
-
-
-def test_apgd_ends_at_the_best_point_of_the_box() -> None:
-    clean = torch.full((2, 3, 4, 4), 0.5)
-    goal = torch.stack([torch.full((3, 4, 4), 0.9), torch.full((3, 4, 4), 0.47)])  # one outside, one inside the box
-    result = apgd(lambda x: 100 * far(goal)(x) + 1, clean, 0.1, 60)
-    assert torch.allclose(result.pictures[0], torch.tensor(0.6), atol=1e-6)
-    assert torch.allclose(result.pictures[1], torch.tensor(0.47), atol=2e-3)
-    assert result.curve.shape == (2, 61)
-    assert bool((result.curve.diff(dim=1) <= 0).all()) and result.dead == [False, False]
-
-
-def test_apgd_leaves_neither_box_nor_colours() -> None:
-    clean = torch.tensor([0.0, 0.02, 0.98]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
-    for seed in (None, 3):
-        result = apgd(far(torch.tensor([-1.0, -1.0, 2.0]).view(3, 1, 1)), clean, 0.05, 12, seed)
-        assert 0 <= float(result.pictures.min()) and float(result.pictures.max()) <= 1
-        assert float((result.pictures - clean).abs().max()) <= 0.05 + 1e-6
-
-
-def test_apgd_stops_once_all_have_enough_and_says_where_there_is_no_gradient() -> None:
-    calls = []
-
-    def losses(x: Tensor) -> Tensor:
-        calls.append(len(x))
-        return far(torch.zeros(3, 2, 2))(x)
-
-    result = apgd(losses, torch.full((1, 3, 2, 2), 0.1), 1.0, 40)
-    assert float(result.curve[0, -1]) <= ENOUGH and result.curve.shape == (1, 41) and len(calls) < 40
-    stuck = apgd(lambda x: 0 * x.flatten(1).sum(1) + 1, torch.full((1, 3, 2, 2), 0.1), 0.1, 3)
-    assert stuck.dead == [True]
-    with pytest.raises(DavspError, match="not finite"):
-        apgd(lambda x: x.flatten(1).sum(1) / 0, torch.full((1, 3, 2, 2), 0.1), 0.1, 3)
-
-
-def test_random_starts_are_repeatable() -> None:
-    clean = torch.full((1, 3, 4, 4), 0.5)
-    same = [apgd(far(torch.ones(3, 4, 4)), clean, 0.1, 1, seed).curve[0, 0].item() for seed in (1, 1, 2)]
-    assert same[0] == same[1] != same[2]
-
-
-def test_square_finds_less_than_it_began_with_and_repeats() -> None:
-    clean, losses = (
-        torch.full((2, 3, 16, 16), 0.5),
-        far(torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(1))),
-    )
-    one, two = (square(losses, clean, 0.1, 80, 5) for _ in range(2))
-    assert torch.equal(one.pictures, two.pictures) and one.curve.shape == (2, 80)
-    assert bool((one.curve[:, -1] < one.curve[:, 0]).all()) and bool((one.curve.diff(dim=1) <= 0).all())
-    assert torch.allclose((one.pictures - clean).abs(), torch.tensor(0.1))
-
-
-# -- the road --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", DEFENSES)
-def test_what_is_attacked_is_what_the_model_sees_of_the_file(lvlm: LVLM, name: str) -> None:
-    """Bit for bit: the attacked canvas is that of the sent PNG, through the defense's own `prepare`."""
-    defense, data = DEFENSES[name], queries("malicious", 3)
-    ((places, surface),) = surfaces(lvlm, defense, data, TARGET)
-    moved = (
-        surface.pictures + 0.1 * torch.rand(surface.pictures.shape, generator=torch.Generator().manual_seed(0))
-    ).clamp(0, 1)
-    sent = [replace(q, image=image) for q, image in zip(data, files(rounded(moved)), strict=True)]
-    prepared = defense.prepare(sent)
-    seen = lvlm.preprocess([p for q in prepared if (p := q.picture()) is not None])
-    assert places == [0, 1, 2] and torch.equal(surface.canvas(rounded(moved)), seen)
-    assert surface.questions == [q.question for q in prepared]
-    before = [p for q in defense.prepare(data) if (p := q.picture()) is not None]
-    if name == "border":  # resized to the inside, the picture is the one that the defense would have made itself
-        assert torch.equal(surface.canvas(surface.pictures), lvlm.preprocess(before))
-
-
-def test_the_gradient_reaches_every_pixel_through_border_and_rounding(lvlm: LVLM) -> None:
-    ((_, surface),) = surfaces(lvlm, border(), queries("malicious", 2), TARGET)
-    leaf = surface.pictures.clone().requires_grad_()
-    surface.comply(leaf).sum().backward()
-    assert leaf.grad is not None and leaf.grad.shape == (2, 3, 40, 40)
-    assert float((leaf.grad != 0).float().mean()) > 0.99
-
-
-def test_ecso_is_asked_for_a_harmless_verdict_too(lvlm: LVLM) -> None:
-    data = queries("malicious", 2)
-    calls = goals(DEFENSES["ecso"], data, TARGET)
-    harm = [PUBLISHED.harm.format(query=q.question, response=TARGET[:CUT]) for q in data]
-    assert calls[1] == (harm, ["no", "no"])  # of `inner` only the picture follows into the second call
-    ((_, surface),) = surfaces(lvlm, DEFENSES["ecso"], data, TARGET)
-    canvas = surface.canvas(surface.pictures)
-    both = sum(answer_losses(lvlm, canvas, *call) for call in calls)
-    assert torch.allclose(surface.comply(surface.pictures), torch.as_tensor(both))
-    assert goals(Chain([SafetyText("please"), DEFENSES["ecso"]]), data, TARGET)[1][1] == ["no", "no"]
-    whole = goals(ECSO(SafetyText("be safe"), follow="whole"), data, TARGET)
-    assert whole[1][0] == [f"be safe {question}" for question in harm]
-
-
-def test_pictures_of_several_sizes_are_attacked_apart() -> None:
-    from davsp import embedded
-
-    qwen = embedded.load("davsp-mini-qwen", device_map="cpu")
-    data = [Query(str(i), "what is this ?", "malicious", "test", image=picture(i, size)) for i, size in enumerate([(56, 84), (84, 56), (56, 84)])]  # fmt: skip
-    groups = surfaces(qwen, NoDefense(), data, "sure")
-    assert sorted(places for places, _ in groups) == [[0, 2], [1]]
-    assert len({tuple(surface.pictures.shape[1:]) for _, surface in groups}) == 2
-
-
-def test_what_the_attack_does_not_see_is_said(vector: HarmfulnessVector) -> None:
-    assert unseen(border()) == [] and unseen(DEFENSES["chain"]) == []
-    assert "intervention" in unseen(Intervention(vector, 1.0, inner=border()))[0]
-    assert "caption" in unseen(DEFENSES["ecso"])[0] and "again" in unseen(ECSO(instead=border()))[0]
-    prompt = visual(Intervention(vector, 1.0, inner=Chain([border(), SafetyText("x")])))
-    assert isinstance(prompt, VisualSafetyPrompt) and visual(SafetyText("x")) is None
-    with pytest.raises(DavspError, match="two visual prompts"):
-        visual(Chain([border(), border()]))
-
-
-def test_each_query_may_have_a_target_of_its_own(lvlm: LVLM) -> None:
-    data, targets = queries("malicious", 3), ["a car", "red", "a cake"]
-    for defense in DEFENSES.values():
-        ((_, surface),) = surfaces(lvlm, defense, data, targets)
-        alone = [surfaces(lvlm, defense, [q], one)[0][1] for q, one in zip(data, targets, strict=True)]
-        losses = torch.cat([one.comply(one.pictures) for one in alone])
-        assert torch.allclose(surface.comply(surface.pictures), losses, atol=1e-4)
-    calls = goals(DEFENSES["ecso"], data, targets)
-    assert calls[0][1] == targets and all(f"{t[:CUT]}" in q for t, q in zip(targets, calls[1][0], strict=True))
-
-
-@pytest.mark.parametrize("name", ["none", "border", "ecso"])
-def test_words_after_the_question_make_the_answer_likelier(lvlm: LVLM, name: str) -> None:
-    defense, query = DEFENSES[name], queries("malicious", 1)[0]
-    options: Any = {"length": 3, "steps": 6, "candidates": 12, "batch_size": 5, "seed": 0}
-    steps: list[int] = []
-    words = search_suffix(lvlm, defense, query, TARGET, **options, progress=steps.append)
-    assert words.curve == sorted(words.curve, reverse=True) and words.curve[-1] < words.curve[0]
-    assert len(words.curve) == 7 and sum(steps) == 6
-    ((_, surface),) = surfaces(lvlm, defense, [with_words(query, words.text)], TARGET)
-    assert words.curve[-1] == pytest.approx(float(surface.comply(surface.pictures)), abs=1e-5)  # as it will be asked
-    assert search_suffix(lvlm, defense, query, TARGET, **options) == words
-    with pytest.raises(DavspError, match="take fewer"):
-        nothing = VisualPrompt(VisualSafetyPrompt.create(56, 8))
-        nothing.prompt.question = lambda question: "what"  # type: ignore[method-assign]
-        search_suffix(lvlm, nothing, query, TARGET, **options)
-
-
-@pytest.mark.parametrize("name", REDRAWS)
-def test_redrawn_pictures(name: str) -> None:
-    before, prompt = picture(1, (60, 40)), border().prompt
-    copy = before.copy()
-    for at_hand in (prompt, None):
-        picture_after = REDRAWS[name](before, at_hand)
-        assert picture_after.mode == "RGB" and (
-            picture_after.size != before.size or ImageChops.difference(picture_after, before).getbbox()
-        )
-    assert ImageChops.difference(before, copy).getbbox() is None
-
-
-def test_the_counter_frame_is_the_border_turned_round() -> None:
-    prompt = border().prompt
-    assert isinstance(prompt, VisualSafetyPrompt)
-    canvas, frame = counter_frame(picture(1), prompt), prompt.border()
-    top = (0, 0, 56, 8)
-    assert ImageOps.invert(canvas.crop(top)).tobytes() == frame.crop(top).tobytes()
-
-
-# -- a run -----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_keeps_the_bounds_and_beats_noise(lvlm: LVLM, vector: HarmfulnessVector, tmp_path: Path) -> None:
@@ -378,37 +176,6 @@ def test_a_deed_in_words_that_the_model_does_not_know_is_refused(lvlm: LVLM, tmp
     data = [replace(q, context="xylophone") for q in queries("malicious", 1)]
     with pytest.raises(DavspError, match="malicious-0: the answer that 'deed' wants 'a car: xylophone' holds words"):
         attack(lvlm, {"none": NoDefense()}, data, tmp_path, AttackSettings(attacks=("deed",), **QUICK))
-
-
-class Blurs(NoDefense):
-    """A defense that the attack has never heard of."""
-
-    def prepare(self, queries: Any) -> list[Query]:
-        return [replace(q, image=q.picture().filter(ImageFilter.BLUR)) for q in queries]
-
-
-class Wavers(NoDefense):
-    """Another question each time."""
-
-    calls = 0
-
-    def prepare(self, queries: Any) -> list[Query]:
-        Wavers.calls += 1
-        return [replace(q, question=f"{'please ' * (Wavers.calls % 2)}{q.question}") for q in queries]
-
-
-class Calls(NoDefense):
-    def respond(self, *args: Any, **options: Any) -> list[Response]:
-        return super().respond(*args, **options)
-
-
-def test_a_defense_is_held_against_what_the_attack_takes_it_for(lvlm: LVLM) -> None:
-    data = queries("malicious", 2)
-    for defense in DEFENSES.values():
-        assert probe(lvlm, defense, data, TARGET) == (True, True)
-    assert probe(lvlm, Blurs(), data, TARGET) == (True, False)
-    assert probe(lvlm, Wavers(), data, TARGET)[0] is False
-    assert unseen(Calls()) == ["what none does with the call"] and unseen(Blurs()) == []
 
 
 def test_a_folder_stays_in_its_own(lvlm: LVLM, tmp_path: Path) -> None:

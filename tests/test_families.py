@@ -1,6 +1,5 @@
-"""Every family against plain transformers: pixels, prompt ids, hidden states, generation, prompts."""
+"""What every family keeps, with random weights, against plain transformers: processors' pixels and ids, states, batches, gradients, prompts, tiles."""
 
-import json
 import shutil
 import sys
 from importlib import import_module
@@ -30,16 +29,12 @@ from davsp import LVLM, DavspError, HarmfulnessVector, Query, TrainSettings, Vis
 from davsp.defenses import NoDefense, VisualPrompt
 from davsp.lvlm import FAMILIES
 from davsp.lvlm.loading import beside_decoder
-from davsp.lvlm.resample import resample
 from davsp.prompts import AdditiveNoise
 from davsp.query import flatten
-from families import save_family
+from families import OPTIONS, QUESTIONS, SIDE, save_family, theirs
 from tiny import picture, queries
 
-QUESTIONS = ["what is this", "how do you make a cake in the image", "is this a car", "please be safe what is this",
-             "what is red", "how do you steal a car please", "yes", "no this is a red car in the image"]  # fmt: skip
 ANSWERS = ["a cake", "sorry no", "yes", "this is a red car in the image", "no", "sorry", "a car", "yes yes"]
-SIDE = 112  # of Qwen2-VL's canvas here
 EXPANDS = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor,
            "qwen3_5": Qwen3VLProcessor, "internvl": InternVLProcessor, "glm4v": Glm4vProcessor,
            "mistral3": "pixtral.PixtralProcessor", "llava_onevision": "llava_onevision.LlavaOnevisionProcessor",
@@ -68,11 +63,6 @@ READ = {"image_seq_length": 4, "image_seq_len": 4, "patch_size": 14, "spatial_me
         "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_4", "global_image_tag": "<global-img>", "img_size": 28,
         "tile_token": "TILE", "tile_global_token": "TILE_GLOBAL"}  # fmt: skip
 """Of their processors' own settings."""
-OPTIONS = {
-    "mistral3": {"patch_size": 28},
-    "internvl": {"crop_to_patches": True},
-    "aya_vision": {"crop_to_patches": True},
-}  # what the whole processor tells its image processor
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -88,16 +78,6 @@ def model(folder):
 @pytest.fixture(scope="module")
 def canvas(model):
     return model.preprocess([picture(i, (model.canvas, model.canvas)) for i in range(8)])
-
-
-def theirs(folder, images, **options):
-    """What the family's own image processor gives."""
-    options = OPTIONS.get(folder.name, {}) | options
-    if folder.name in ("idefics3", "smolvlm"):
-        images = [[image] for image in images]  # a list is of one question else
-    encoded = AutoImageProcessor.from_pretrained(folder, backend="pil")(images, return_tensors="pt", **options)
-    counts = ("num_crops", "num_patches", "batch_num_images", "num_soft_tokens_per_image")  # no argument of the model
-    return {name: value for name, value in encoded.items() if isinstance(value, torch.Tensor) and name not in counts}
 
 
 def its_rule(processor):
@@ -290,46 +270,6 @@ def test_a_processor_of_another_family_is_named(folder, tmp_path):
         LVLM.from_pretrained(mixed, device_map="cpu")
 
 
-def test_qwen_takes_prompts_of_many_sizes_and_pictures_of_their_own(tmp_path):
-    folder = save_family("qwen2_vl", tmp_path / "qwen2_vl")
-    model = LVLM.from_pretrained(folder, device_map="cpu", canvas=SIDE)
-    ragged = model.preprocess([picture(0, (100, 70)), picture(1, (57, 171))])
-    assert isinstance(ragged, list) and [tuple(x.shape[1:]) for x in ragged] == [(56, 112), (168, 56)]
-    together = model.states(ragged, QUESTIONS[:2], [2])
-    apart = torch.cat([model.states(one[None], [q], [2]) for one, q in zip(ragged, QUESTIONS[:2], strict=True)])
-    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
-    assert model.generate(ragged, QUESTIONS[:2], max_new_tokens=4) == [
-        model.generate(one[None], [q], max_new_tokens=4)[0] for one, q in zip(ragged, QUESTIONS[:2], strict=True)
-    ]
-    for side in (56, 84, 168):  # a prompt of another size than the model's own
-        VisualSafetyPrompt.create(side, 8).check(model)
-    with pytest.raises(DavspError, match="multiples of 28"):
-        LVLM.from_pretrained(folder, device_map="cpu", canvas=100)
-    with pytest.raises(DavspError, match=r"1x300 pixels is too thin: .*qwen2_vl takes up to 1:200"):
-        model.preprocess([picture(0, (1, 300))])
-    config = json.loads((folder / "preprocessor_config.json").read_text())
-    (folder / "preprocessor_config.json").write_text(json.dumps(config | {"merge_size": 1}))
-    with pytest.raises(DavspError, match="restore its files"):
-        LVLM.from_pretrained(folder, device_map="cpu")
-
-
-def test_an_undefended_picture_is_held_to_the_familys_rule_not_to_the_prompts(tmp_path):
-    """1:166 and small max_pixels: the processor's own smallest picture has more pixels than that, and the tower takes it."""
-    folder = save_family("qwen2_vl", tmp_path / "qwen2_vl")
-    model = LVLM.from_pretrained(folder, device_map="cpu", canvas=SIDE)
-    wide = picture(0, (10000, 60))
-    expected, got = theirs(folder, [wide]), model.preprocess([wide])
-    height, width = got.shape[-2:]
-    assert height * width > model.most and torch.equal(
-        model.pixel_inputs(got)["pixel_values"], expected["pixel_values"]
-    )
-    assert model.seen(10000, 60) == (height, width) and len(model.generate(got, ["what is this"], 2)) == 1
-    with pytest.raises(DavspError, match="use a prompt made for this model"):
-        model.check_canvas(height, width)
-    with pytest.raises(DavspError, match=r"60x56 pixels, but .* takes multiples of 28"):
-        model.states(torch.zeros(1, 3, 56, 60), ["yes"], [1])
-
-
 @pytest.mark.parametrize("size", [(100, 70), (41, 200), (300, 310), (3, 600), (5, 5), (2000, 30)])
 def test_the_size_of_an_undefended_picture_is_known_before_it_is_made(model, size):
     """Or that it is too thin."""
@@ -363,27 +303,6 @@ def test_tiles_of_an_undefended_picture_are_its_processors(folder, model, size):
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["internvl", "llava_next", "llava_onevision"])
-def test_a_border_is_trained_on_four_tiles_and_the_whole(tmp_path, name):
-    folder = save_family(name, tmp_path / name)
-    model = LVLM.from_pretrained(folder, device_map="cpu", canvas=2 * LVLM.from_pretrained(folder).canvas)
-    bad, good = queries("malicious", 4), queries("benign", 4)
-    vector = HarmfulnessVector.fit(model, bad, good, progress=False)
-    assert vector.undefended == "tile"
-    prompt = VisualSafetyPrompt.create(model.canvas, model.canvas // 8, text="please be safe")
-    settings = TrainSettings(steps=6, batch_size=4, lr=4 / 255, refusal="sorry no")
-    trained = train(model, prompt, bad, good, vector, settings, tmp_path / "out", progress=False)
-    assert (trained.delta - prompt.delta).abs().max() > 3 * 4 / 255
-    finished = trained.apply(trained.resize([picture(3)]))
-    levels = (finished[0] * 255).round().byte().permute(1, 2, 0).numpy()
-    encoded = theirs(folder, [Image.fromarray(levels)])
-    exact = torch.from_numpy(levels).permute(2, 0, 1)[None].float() / 255
-    got = model.pixel_inputs(exact)["pixel_values"]
-    assert torch.equal(got, encoded["pixel_values"]) and got.numel() // (3 * model.tile**2) == 5
-    with pytest.raises(DavspError, match=f"350x350 pixels, but .* takes squares of {model.tile} or {2 * model.tile}"):
-        LVLM.from_pretrained(folder, device_map="cpu", canvas=350)
-
-
 def test_a_picture_in_tiles_has_no_gradient_unless_it_is_a_canvas(model):
     if "tile" not in model.ways:
         return
@@ -397,45 +316,6 @@ def test_a_picture_in_tiles_has_no_gradient_unless_it_is_a_canvas(model):
     assert gradient.abs().sum() > 0
 
 
-def test_smolvlm_says_what_its_canvas_is(tmp_path):
-    folder = save_family("smolvlm", tmp_path / "smolvlm")
-    with pytest.raises(DavspError, match=r"its canvas is 56 and not 28; .* size\.longest_edge"):
-        LVLM.from_pretrained(folder, device_map="cpu", canvas=28)
-    config = json.loads((folder / "preprocessor_config.json").read_text())
-    for change in ({"size": {"longest_edge": 60}}, {"do_image_splitting": False}):
-        (folder / "preprocessor_config.json").write_text(json.dumps(config | change))
-        with pytest.raises(DavspError, match=r"it sees none as it is; set size\.longest_edge .* to 28"):
-            LVLM.from_pretrained(folder, device_map="cpu")
-
-
-def test_glm_says_what_is_too_thin(tmp_path):
-    model = LVLM.from_pretrained(save_family("glm4v", tmp_path / "glm4v"), device_map="cpu", canvas=SIDE)
-    with pytest.raises(DavspError, match="1x300 pixels is too thin"):
-        model.preprocess([picture(0, (1, 300))])
-    for width in range(1, 40):  # its own bound is the same, though it enlarges first
-        model.seen(width, 200 * width)
-
-
-def test_gemma_asks_and_ends_as_its_processor_and_template_do(tmp_path):
-    folder = save_family("gemma3", tmp_path / "gemma3")
-    model = LVLM.from_pretrained(folder, device_map="cpu")
-    text = model.prompt("what is this", True)
-    assert "user\n\n\n<start_of_image><image_soft_token><end_of_image>\n\nwhat is this<end_of_turn>" in text
-    ids = model.encode(["what"], False, ["a car"]).ids[0].tolist()
-    assert model.tokenizer.convert_ids_to_tokens(ids)[-3:] == ["a", "car", "<end_of_turn>"]
-    for mark in ("<start_of_image>", "<image_soft_token>"):
-        for pictures in (True, False) if mark == "<start_of_image>" else (True,):
-            with pytest.raises(DavspError, match=f"the question holds the image placeholder {mark}"):
-                model.encode([f"what is {mark}"], pictures)
-    config = json.loads((folder / "preprocessor_config.json").read_text())
-    (folder / "preprocessor_config.json").write_text(json.dumps(config | {"do_pan_and_scan": True}))
-    with pytest.raises(DavspError, match=r"do_pan_and_scan .* davsp does not; set it to false"):
-        LVLM.from_pretrained(folder, device_map="cpu")
-    (folder / "preprocessor_config.json").write_text(json.dumps(config | {"size": {"height": 70, "width": 70}}))
-    with pytest.raises(DavspError, match="makes 70x70 pixels, its tower takes 56x56: restore its files"):
-        LVLM.from_pretrained(folder, device_map="cpu")
-
-
 def test_what_is_not_the_decoder_stays_unquantised(folder, model):
     """Every linear layer is in the decoder or in what is named; the decoder is not."""
     keep = beside_decoder(AutoConfig.from_pretrained(folder))
@@ -444,29 +324,3 @@ def test_what_is_not_the_decoder_stays_unquantised(folder, model):
         if isinstance(module, torch.nn.Linear):
             assert should_convert_module(name, keep) == (id(module) in decoder), name
     assert "lm_head" in keep and len(keep) >= 2
-
-
-def test_quantization_says_what_it_needs(tmp_path, monkeypatch):
-    folder = save_family("llava", tmp_path / "llava")
-    with pytest.raises(DavspError, match="choose 4bit or 8bit"):
-        LVLM.from_pretrained(folder, device_map="cpu", quantization="3bit")
-    monkeypatch.setattr("davsp.lvlm.loading.find_spec", lambda name: None)
-    with pytest.raises(DavspError, match=r"needs bitsandbytes.*davsp\[quantization\]"):
-        LVLM.from_pretrained(folder, device_map="cpu", quantization="4bit")
-
-
-@pytest.mark.parametrize("kernel", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS])
-@pytest.mark.parametrize(("size", "side"), [(128, 56), (56, 128), (336, 276), (1024, 384), (100, 99)])
-def test_resample_is_pillows(kernel, size, side):
-    image = picture(3, (size, size))
-    canvas = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
-    expected = torch.from_numpy(np.array(image.resize((side, side), kernel))).permute(2, 0, 1)[None]
-    assert torch.equal((resample(canvas, side, kernel) * 255).round().byte(), expected)
-
-
-def test_the_gradient_of_a_resample_is_that_of_its_weights():
-    leaf = torch.rand(1, 3, 20, 20, requires_grad=True)
-    (gradient,) = torch.autograd.grad(resample(leaf, 10, Image.Resampling.BILINEAR).sum(), leaf)
-    torch.testing.assert_close(gradient.sum(), torch.tensor(300.0))  # every output's weights sum to 1
-    with pytest.raises(ValueError, match="no matrix for BOX"):
-        resample(leaf, 10, Image.Resampling.BOX)

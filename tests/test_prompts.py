@@ -262,6 +262,18 @@ def test_a_prompt_for_another_canvas_is_refused(lvlm):
         VisualSafetyPrompt.create(24, 5).check(lvlm)
 
 
+@pytest.mark.parametrize(("canvas", "padding"), [(192, 16), (168, 14), (84, 7)])
+def test_a_border_on_another_canvas_keeps_its_colours_and_its_share(canvas, padding):
+    border = VisualSafetyPrompt.create(168, 14, "white", text="look")
+    border.delta[0] *= 0.5  # half red everywhere on the border
+    other = border.resized(canvas)
+    assert (other.canvas, other.padding, other.text) == (canvas, padding, "look")
+    on = other.mask[0] > 0
+    torch.testing.assert_close(other.delta[0][on], torch.full((int(on.sum()),), 0.5))  # no zeros of the inside mixed in
+    torch.testing.assert_close(other.delta[1][on], torch.ones(int(on.sum())))
+    assert not other.delta[:, ~on].any()
+
+
 # -- additive noise
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from command import run
 from davsp import LVLM, DavspError
 from davsp.lvlm import fingerprint, model_facts
+from families import save_family
 from tiny import queries, save_tiny
 
 BLOCK, WEIGHTS = 16, "model.safetensors"
@@ -100,6 +101,15 @@ def test_what_cannot_be_loaded_is_named(
 def test_quantized_twice(folders: tuple[Path, Path]) -> None:
     with pytest.raises(DavspError, match=r"is quantized already \(fp8\); leave --quantization out"):
         LVLM.from_pretrained(folders[0], device_map="cpu", quantization="4bit")
+
+
+def test_quantization_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_family("llava", tmp_path / "llava")
+    with pytest.raises(DavspError, match="choose 4bit or 8bit"):
+        LVLM.from_pretrained(folder, device_map="cpu", quantization="3bit")
+    monkeypatch.setattr("davsp.lvlm.loading.find_spec", lambda name: None)
+    with pytest.raises(DavspError, match=r"needs bitsandbytes.*davsp\[quantization\]"):
+        LVLM.from_pretrained(folder, device_map="cpu", quantization="4bit")
 
 
 def test_the_attention_that_is_asked_for(tiny_folder: Path, lvlm: LVLM, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,19 +14,7 @@ import pytest
 from davsp import DavspError
 from davsp.serve.app import HASH, Proxy
 from davsp.serve.settings import ServeSettings
-from proxy import (
-    RED,
-    Events,
-    border,
-    client,
-    data_url,
-    error,
-    image_part,
-    listening,
-    picture_of,
-    text_part,
-    user,
-)
+from proxy import RED, Events, border, client, data_url, error, image_part, listening, picture_of, text_part, user
 from tiny import picture
 
 # -- names, hash, token, metrics, logs ---------------------------------------------------------------------------------
@@ -286,3 +274,12 @@ def test_half_a_surrogate_pair_is_a_400_in_shape(body):
         response = caller.raw(body.encode(), path=path)
         assert response.status_code == 400 and error(response)["code"] == "no_character"
     assert not caller.upstream.requests
+
+
+def test_of_a_large_reply_both_ends_are_looked_at(monkeypatch):
+    """The parser would stop all other requests meanwhile."""
+    monkeypatch.setattr("davsp.serve.upstream.CHECKED", 20)
+    caller = client()
+    for content, status in ((b' {"a": [1, 2, 3, 4, 5, 6]}\n', 200), (b'{"a": [1, 2, 3, 4, 5, 6]', 502)):
+        caller.upstream.answer = lambda number, body, content=content: httpx2.Response(200, content=content)
+        assert caller.post(user("q")).status_code == status

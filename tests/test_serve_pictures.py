@@ -20,16 +20,10 @@ from davsp.serve.fetch import Fetcher, is_public
 from davsp.serve.pictures import STORED, decode, from_data_url, png, quiet
 from davsp.serve.refusals import Refusal
 from davsp.serve.settings import ServeSettings
-from proxy import border, client, data_url, image_part, picture_of, text_part, user
+from proxy import border, client, data_url, file, image_part, picture_of, text_part, user
 from tiny import picture
 
 LIMITS = ServeSettings(upstream="http://u/v1")
-
-
-def file(image: Image.Image, form: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
 
 
 @settings(max_examples=30, deadline=None)
