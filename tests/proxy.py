@@ -6,6 +6,7 @@ import io
 import json
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -164,6 +165,14 @@ def listening(app: Any) -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join(10)
+
+
+def until(met: Callable[[], Any]) -> None:
+    """Wait for what must come soon; half a minute is for a machine with much to do."""
+    end = time.monotonic() + 30
+    while not met():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.01)
 
 
 RED = data_url(Image.new("RGB", (40, 30), "red"))

@@ -168,7 +168,7 @@ def test_retry_after_is_honoured(server: Judge, name: str, monkeypatch: pytest.M
     server.fault = lambda n, attempt: f"429 {name}" if attempt == 1 else ""
     assert labels(judge(server).judge_all(items(1))) == [truth(0)]
     (_, first), (_, second) = server.times
-    assert 1.0 <= second - first < 10
+    assert second - first >= 1.0
 
 
 def _in_two_seconds() -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from davsp.serve.admission import SMALL, Room
 from davsp.serve.refusals import Refusal
-from proxy import GOOD, border, client, data_url, image_part, user
+from proxy import GOOD, border, client, data_url, image_part, until, user
 from serve_wire import START, Slow, bodies, connected, everything, stopped
 from tiny import picture
 
@@ -116,16 +116,14 @@ def test_requests_that_hold_no_more_than_fits_are_answered_again():
         with connect() as first, connect() as second, connect() as third, connect() as fourth:
             for connection in (first, second):
                 connection.sendall(head)
-            time.sleep(0.2)
+            until(lambda: caller.proxy.room.left == 2**20 - 2 * len(body))
             third.sendall(head + body)
             assert b" 429 " in third.recv(65536)
             for connection in (first, second):
                 connection.sendall(body)
-            while len(caller.upstream.bodies) < 2:
-                time.sleep(0.01)
+            until(lambda: len(caller.upstream.bodies) == 2)
             fourth.sendall(head + body)  # what the others hold now is canvases of ten KB
-            while len(caller.upstream.bodies) < 3:
-                time.sleep(0.01)
+            until(lambda: len(caller.upstream.bodies) == 3)
             go.set()
             assert all(b" 200 " in connection.recv(65536) for connection in (first, second, fourth))
     assert caller.proxy.room.left == 2**20
@@ -151,10 +149,8 @@ def test_a_request_s_bytes_are_let_go_without_the_collector(messages, monkeypatc
     gc.disable()
     try:
         status = caller.post(*messages).status_code
-        end = time.monotonic() + 2  # the thread lets go a moment after its result is there
-        while held[1]() is not None and time.monotonic() < end:
-            time.sleep(0.01)
-        assert len(held) == 2 and held[1]() is None, status
+        assert len(held) == 2, status
+        until(lambda: held[1]() is None)  # the thread lets go a moment after its result is there
     finally:
         gc.enable()
 
@@ -168,18 +164,13 @@ def test_who_hangs_up_while_waiting_for_a_thread_leaves_no_bytes_behind(monkeypa
     with connected(caller.proxy.app) as connect, connect() as first:
         first.sendall(whole)
         assert defense.begun.wait(10)
-        for _ in range(5):
+        for number in range(5):
             with connect() as other:
                 other.sendall(whole)
-                time.sleep(0.1)
-        end = time.monotonic() + 5
-        while time.monotonic() < end and any(one() is not None for one in held[1:]):
-            time.sleep(0.01)
-        assert len(held) == 6 and not any(one() is not None for one in held[1:])
+                until(lambda read=number + 2: len(held) == read)
+        until(lambda: not any(one() is not None for one in held[1:]))
         first.close()
         time.sleep(0.2)
         assert caller.proxy.under_way == 1  # its thread still holds the bytes
         defense.go.set()
-        while caller.proxy.under_way and time.monotonic() < end + 5:
-            time.sleep(0.01)
-        assert caller.proxy.under_way == 0
+        until(lambda: caller.proxy.under_way == 0)

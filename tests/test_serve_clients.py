@@ -5,7 +5,6 @@ import json
 import logging
 import re
 import socket
-import time
 from typing import Any
 
 import httpx2
@@ -14,7 +13,20 @@ import pytest
 from davsp import DavspError
 from davsp.serve.app import HASH, Proxy
 from davsp.serve.settings import ServeSettings
-from proxy import RED, Events, border, client, data_url, error, image_part, listening, picture_of, text_part, user
+from proxy import (
+    RED,
+    Events,
+    border,
+    client,
+    data_url,
+    error,
+    image_part,
+    listening,
+    picture_of,
+    text_part,
+    until,
+    user,
+)
 from tiny import picture
 
 # -- names, hash, token, metrics, logs ---------------------------------------------------------------------------------
@@ -210,29 +222,24 @@ def test_a_client_that_hangs_up_stops_the_upstream():
                 if fields:
                     assert b"200 OK" in connection.recv(4096)
                 else:
-                    wait_for(lambda: waiting)
-            wait_for(events.closed.is_set if fields else lambda: waiting == ["begun", "stopped"])
-        wait_for(lambda: caller.proxy.under_way == 0)
-
-
-def wait_for(met: Any) -> None:
-    end = time.monotonic() + 8
-    while not met():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+                    until(lambda: waiting)
+            until(events.closed.is_set if fields else lambda: waiting == ["begun", "stopped"])
+        until(lambda: caller.proxy.under_way == 0)
 
 
 def test_slow_clients_and_too_many():
-    caller = client(body_timeout=0.3, concurrency=1)
+    caller = client(concurrency=1)
     with served(caller) as url, httpx2.Client(trust_env=False) as http:
-        with talk(url, head(1000) + b"{") as slow:
-            wait_for(lambda: caller.proxy.under_way == 1)
+        with talk(url, head(1000) + b"{"):
+            until(lambda: caller.proxy.under_way == 1)
             busy = http.post(f"{url}/chat/completions", json={})
             assert busy.status_code == 429 and busy.headers["retry-after"] == "1" and error(busy)["code"] == "busy"
-            assert b"408" in slow.recv(4096).splitlines()[0]
-        wait_for(lambda: caller.proxy.under_way == 0)
+        until(lambda: caller.proxy.under_way == 0)
         assert http.post(f"{url}/chat/completions", json={}).status_code == 400
-    assert not caller.upstream.requests
+    slower = client(body_timeout=0.3)
+    with served(slower) as url, talk(url, head(1000) + b"{") as slow:
+        assert b"408" in slow.recv(4096).splitlines()[0]
+    assert not caller.upstream.requests and not slower.upstream.requests
 
 
 def test_many_at_once_are_all_defended():
