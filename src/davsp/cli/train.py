@@ -1,7 +1,8 @@
 """`davsp demo`, `davsp vector` and `davsp train`: the road to a prompt. The paper's comparison: `cli.baseline`."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
@@ -39,6 +40,56 @@ if TYPE_CHECKING:
     from davsp.lvlm import LVLM
     from davsp.prompts import Prompt
     from davsp.query import Query
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What is minimised; what is left out stays as the recipe has it, or as the vector says."""
+
+    panel: ClassVar[str] = "What is minimised"
+    refusal: Annotated[str | None, typer.Option(help="The answer wanted for malicious queries.")] = None
+    lam: Annotated[float | None, typer.Option(help="Weight of the answer cross-entropy.")] = None
+    objective: Annotated[str | None, typer.Option(help="both, projection or answer.")] = None
+    layer: Annotated[int | None, typer.Option(help="Layer of the projection; left out: the vector's.")] = None
+    mu_plus: Annotated[float | None, typer.Option(help="Margin of malicious queries; left out: the vector's.")] = None
+    mu_minus: Annotated[float | None, typer.Option(help="Margin of benign queries; left out: the vector's.")] = None
+    benign_share: Annotated[
+        float | None, typer.Option(help="Share of a batch's rows that are benign; left out: 0.5.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class HardeningOptions:
+    """Whom and what the prompt is to withstand."""
+
+    panel: ClassVar[str] = "What the prompt is to withstand"
+    augment: Annotated[
+        str | None,
+        typer.Option(
+            help="Changes on the way to the model that the prompt is to survive, with commas: shift, resize, jpeg, crop, gamma."
+        ),
+    ] = None
+    adversarial: Annotated[
+        int | None,
+        typer.Option(
+            help="Levels of 255 by which an attacker changes the malicious pictures of every step, to a prompt that is to hold against him."
+        ),
+    ] = None
+    adversarial_steps: Annotated[
+        int | None, typer.Option(help="His gradients a picture; left out: 3. Needs --adversarial.")
+    ] = None
+    adversarial_target: Annotated[
+        str | None,
+        typer.Option(
+            help="Beginning of an answer that he makes likely, or deed for the whole answer that does what each query asks for; left out: he raises the loss that the prompt lowers. Needs --adversarial."
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        if not self.adversarial and (self.adversarial_steps or self.adversarial_target):
+            raise DavspError(
+                "--adversarial-steps and --adversarial-target are of an attacker; give --adversarial, too."
+            )
 
 
 def demo(
@@ -141,6 +192,8 @@ def train(
     model: ModelOptions,
     data: DataOptions,
     loop: LoopOptions,
+    loss: LossOptions,
+    hardening: HardeningOptions,
     processes: ProcessOptions,
     out: Out = Path("out/prompt"),
     vector: Annotated[
@@ -157,36 +210,6 @@ def train(
         str | None,
         typer.Option(
             help='Safety text before every question ("" for none); left out: the own one of a model that ships.'
-        ),
-    ] = None,
-    refusal: Annotated[str | None, typer.Option(help="The answer wanted for malicious queries.")] = None,
-    lam: Annotated[float | None, typer.Option(help="Weight of the answer cross-entropy.")] = None,
-    objective: Annotated[str | None, typer.Option(help="both, projection or answer.")] = None,
-    layer: Annotated[int | None, typer.Option(help="Layer of the projection; left out: the vector's.")] = None,
-    mu_plus: Annotated[float | None, typer.Option(help="Margin of malicious queries; left out: the vector's.")] = None,
-    mu_minus: Annotated[float | None, typer.Option(help="Margin of benign queries; left out: the vector's.")] = None,
-    benign_share: Annotated[
-        float | None, typer.Option(help="Share of a batch's rows that are benign; left out: 0.5.")
-    ] = None,
-    augment: Annotated[
-        str | None,
-        typer.Option(
-            help="Changes on the way to the model that the prompt is to survive, with commas: shift, resize, jpeg, crop, gamma."
-        ),
-    ] = None,
-    adversarial: Annotated[
-        int | None,
-        typer.Option(
-            help="Levels of 255 by which an attacker changes the malicious pictures of every step, to a prompt that is to hold against him."
-        ),
-    ] = None,
-    adversarial_steps: Annotated[
-        int | None, typer.Option(help="His gradients a picture; left out: 3. Needs --adversarial.")
-    ] = None,
-    adversarial_target: Annotated[
-        str | None,
-        typer.Option(
-            help="Beginning of an answer that he makes likely, or deed for the whole answer that does what each query asks for; left out: he raises the loss that the prompt lowers. Needs --adversarial."
         ),
     ] = None,
     recipe: Recipe = None,
@@ -210,23 +233,16 @@ def train(
         raise DavspError("--eps is the bound of noise; give it with --kind additive, or leave it out.")
     if kind == "additive" and canaries is not None:
         raise DavspError("--canaries are of a border; leave them out, or take --kind border.")
-    if not adversarial and (adversarial_steps or adversarial_target):
-        raise DavspError("--adversarial-steps and --adversarial-target are of an attacker; give --adversarial, too.")
     as_published = published(recipe)
     model = in_processes(processes, model)
     shipped = is_shipped(model.name)
-    options: dict[str, Any] = {
-        "lam": lam, "objective": objective, "layer": layer, "mu_plus": mu_plus, "mu_minus": mu_minus, "seed": seed,
-        "benign_share": benign_share,
-        "refusal": refusal, "augment": None if augment is None else [kind.strip() for kind in augment.split(",")],
-        "adversarial": adversarial, "adversarial_steps": adversarial_steps, "adversarial_target": adversarial_target,
-    }  # fmt: skip
-    usual = embedded.SETTINGS.model_dump() if shipped else {}
-    usual |= PUBLISHED if as_published else {}
-    options = chosen(loop) | {name: value for name, value in options.items() if value is not None}
+    usual = (embedded.SETTINGS.model_dump() if shipped else {}) | (PUBLISHED if as_published else {})
+    options = chosen(loop) | chosen(loss) | chosen(hardening) | {"seed": seed}
+    if hardening.augment is not None:
+        options["augment"] = [change.strip() for change in hardening.augment.split(",")]
     settings = settings_of(TrainSettings, usual | options)  # a value that is not possible is told before any work
     bad, good, protocol = both_classes(data, "train", model.name, seed)
-    deeds = _deeds(bad, shipped) if adversarial_target == DEED else None
+    deeds = _deeds(bad, shipped) if settings.adversarial_target == DEED else None
     own = own_queries(canaries, data.allow_outside)
     if vector is None and protocol is None:
         raise DavspError("--vector is needed for your own data; make one with `davsp vector`.")
@@ -237,13 +253,13 @@ def train(
         ask_as_published(lvlm, model.template)
     say_where(lvlm)
     start = _start(lvlm, kind, padding, eps, text, as_published)
-    if layer is not None:
-        lvlm.check_layer(layer)
+    if loss.layer is not None:
+        lvlm.check_layer(loss.layer)
     direction = direction_of(given, protocol, lvlm, text, "this training puts")
     if as_published:
-        aligned, note = layer_and_margins(lvlm, direction, layer)
+        aligned, note = layer_and_margins(lvlm, direction, loss.layer)
         settings = settings_of(TrainSettings, usual | aligned | options)
-        if note and mu_plus is None and mu_minus is None:
+        if note and loss.mu_plus is None and loss.mu_minus is None:
             say(f"note: {note}.")
     probe = [*protocol.sweep_malicious, *protocol.sweep_benign] if protocol else None
     trained = run(
