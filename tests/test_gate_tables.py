@@ -20,7 +20,7 @@ from davsp.embedded.ecso_templates import TEMPLATES
 from davsp.errors import DavspError
 from davsp.experiments.gate import figures, run
 from davsp.experiments.gate.figures import areas, auroc, gates, rates
-from davsp.experiments.gate.looks import _kth, scores, see
+from davsp.experiments.gate.looks import _kth, features, scores, see
 from davsp.experiments.gate.once import Once, answered
 from davsp.experiments.gate.table import LINES, TITLES, markdown, roc
 from davsp.metrics import Outcome
@@ -198,7 +198,7 @@ def test_looks_see_what_a_gate_sees(lvlm: LVLM, vector: Any):
     brute = np.sort(np.linalg.norm(x[:, None] - to[None], axis=-1), 1)[:, 7]
     np.testing.assert_allclose(_kth(x, to), brute, atol=1e-9)
     fit = [see(lvlm, defense, queries(label, 9), "sorry no") for label in ("malicious", "benign")]
-    with_fit = scores(*fit, 2, {"test": seen})
+    with_fit = scores(*fit, features(*fit, 2, {"test": seen}), {"test": seen})
     assert set(with_fit) == {"projection", "refusal", "both", "knn", "logit-lens"}
     assert all(np.isfinite(of["test"]).all() for of in with_fit.values())
 

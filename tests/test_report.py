@@ -19,7 +19,7 @@ from davsp.judges.verdicts import verdicts_of
 from davsp.report import Illustration, Report, build
 from davsp.report.cells import RateColumn, cell, number, p_value, points
 from davsp.report.html import headline, render, write_report
-from davsp.report.plots import colour
+from davsp.report.plots import COLOURS, colours
 from davsp.report.terminal import print_costs, print_scores, print_table
 from tiny import picture, queries
 
@@ -106,6 +106,13 @@ def test_the_page_is_one_file_without_script() -> None:
     assert names.count("svg") == 5  # scatter, histograms, sweep, loss, projections
 
 
+def test_no_two_rows_of_a_page_have_one_colour() -> None:
+    rows = ["none", "davsp", *(f"gate:{kind}+davsp" for kind in ("answer", "states", "first", "answer,ecso")), "mine"]
+    given = colours(rows)
+    assert len(set(given.values())) == len(rows) and given["davsp"] == COLOURS["davsp"]
+    assert len(set(colours([*COLOURS, *map(str, range(8))]).values())) >= len(set(COLOURS.values())) + 8
+
+
 @pytest.mark.parametrize("name", ["my border chosen", "_mine", "$\\frac$ of it", "[/]mine", "gate:first+mine"])
 def test_a_defense_may_have_any_name(name: str) -> None:
     """It stands in table, plots and legends as it is; its dot has the colour of its plots."""
@@ -115,7 +122,7 @@ def test_a_defense_may_have_any_name(name: str) -> None:
     text = render(replace(report, rows=rows, defense=name, projections=of))
     page, chosen = Page(text), [attrs for tag, attrs in Page(text).tags if attrs.get("class") == "chosen"]
     dots = [attrs["style"] for _, attrs in page.tags if attrs.get("class") == "dot"]
-    assert dots == [f"background:{colour('none')}", f"background:{colour(name)}"] * 2
+    assert dots == [f"background:{colours(['none', name])[row]}" for row in ("none", name)] * 2
     assert len(chosen) == 3 and all(name in svg for svg in text.split("<svg")[1:3])  # scatter and histograms
     terminal = Console(file=io.StringIO(), width=80)
     print_table(terminal, rows)

@@ -6,9 +6,9 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from davsp.report.plots import BENIGN, LINE, MALICIOUS, STYLE, colour, svg
+from davsp.report.plots import BENIGN, COLOURS, LINE, MALICIOUS, STYLE, svg
 
-UNDEFENDED, DEFENDED = colour("none"), colour("davsp")
+UNDEFENDED, DEFENDED = COLOURS["none"], COLOURS["davsp"]
 WIDTH = 3.05  # inches; the page stretches it to 296 pixels and more, so the smallest letters have 11
 
 

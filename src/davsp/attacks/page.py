@@ -19,7 +19,7 @@ from davsp.defenses import Defense
 from davsp.metrics import WORST as BOUND
 from davsp.report.cells import label
 from davsp.report.html import uri
-from davsp.report.plots import MARKERS, STYLE, colour, svg
+from davsp.report.plots import MARKERS, STYLE, colours, svg
 from davsp.report.terminal import print_caveat
 from davsp.runtime.files import write_text
 from davsp.runtime.table import TextTable
@@ -245,10 +245,11 @@ def by_size(rows: Rows, results: Sequence[AttackResult]) -> str:
         figure = Figure(figsize=(5.6, 3.2), layout="constrained")
         ax = figure.subplots()
         many = names(results)
+        shades = colours(many)
         for i, name in enumerate(many):
             rates = [rate(rows, name, WORST, eps, BOUND) for eps in at]
             x = [k + 0.07 * (i - (len(many) - 1) / 2) for k in range(len(at))]
-            _line(ax, x, rates, colour(name), MARKERS.get(name, "o"), label(name))
+            _line(ax, x, rates, shades[name], MARKERS.get(name, "o"), label(name))
         ax.set_xticks(range(len(at)), ["none" if eps == 0 else f"{eps}" for eps in at])
         ax.set_xlabel("largest change of a pixel, of 255 levels")
         ax.set_ylabel("RSR, %")

@@ -101,6 +101,16 @@ class LVLM(Generating):
         )
         self.keep_prompts()
 
+    def take_canvas(self, canvas: int) -> None:
+        """Set the side of the square that prompts make, where the family takes several.
+
+        Raises:
+            DavspError: it does not see such a square as it is.
+        """
+        self.canvas = canvas
+        self.check_canvas(canvas, canvas)
+        self.tokens_per_image = self.image_tokens(canvas, canvas)
+
     # -- loading ---------------------------------------------------------------------------------------------------
 
     @classmethod

@@ -38,7 +38,7 @@ class Idefics3LVLM(TiledLVLM):
             )
         self.fake = getattr(tokenizer, "fake_image_token", "<fake_token_around_image>")
         self.global_mark = getattr(tokenizer, "global_image_token", "<global-img>")
-        self.take(canvas)
+        self.take_canvas(canvas or self.squares[0])
 
     @classmethod
     def ways_of(cls, processor: Any) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ class InternVLLVLM(TiledLVLM):
                 f"{model_id}'s preprocessor_config.json cuts no square into as many tiles a row as a column (min_patches "
                 f"{processor.min_patches}, max_patches {processor.max_patches}); restore its files"
             )
-        self.take(canvas)
+        self.take_canvas(canvas or self.squares[0])
         self._put_marks()
 
     def _tiles(self) -> tuple[int, int]:

@@ -40,7 +40,7 @@ class LlavaNextLVLM(TiledLVLM):
             )
         sides = sorted({min(grid) for grid in self.grids})
         self.squares = tuple(side for side in sides if side % self.tile == 0 and min(self._grid(side, side)) == side)
-        self.take(canvas)
+        self.take_canvas(canvas or self.squares[0])
 
     @classmethod
     def ways_of(cls, processor: Any) -> tuple[str, ...]:

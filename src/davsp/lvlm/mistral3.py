@@ -35,9 +35,7 @@ class Mistral3LVLM(LVLM):
                 f"the tokenizer of {model_id} lacks {BREAK} or {END}, with which a picture's rows end: restore its files"
             )
         self.row_end, self.picture_end = marks
-        self.canvas = canvas or min(CANVAS, self.most // self.unit * self.unit)
-        self.check_canvas(self.canvas, self.canvas)
-        self.tokens_per_image = self.image_tokens(self.canvas, self.canvas)
+        self.take_canvas(canvas or min(CANVAS, self.most // self.unit * self.unit))
 
     @classmethod
     def ways_of(cls, processor: Any) -> tuple[str, ...]:

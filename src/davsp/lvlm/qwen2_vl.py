@@ -39,11 +39,8 @@ class Qwen2VLLVLM(LVLM):
             )
         self.least, self.most = self._bounds()
         unit = self.patch * self.merge
-        self.canvas = canvas or min(
-            CANVAS, math.isqrt(self.most) // unit * unit
-        )  # the largest square it takes, if less
-        self.check_canvas(self.canvas, self.canvas)
-        self.tokens_per_image = self.image_tokens(self.canvas, self.canvas)
+        largest = math.isqrt(self.most) // unit * unit
+        self.take_canvas(canvas or min(CANVAS, largest))
 
     @classmethod
     def ways_of(cls, processor: Any) -> tuple[str, ...]:
@@ -94,9 +91,8 @@ class Qwen2VLLVLM(LVLM):
     def pixel_inputs(self, canvas: Canvas) -> dict[str, Tensor]:
         """Normalised patches in the order that the tower merges them, and each picture's grid."""
         batches = [canvas] if isinstance(canvas, Tensor) else [one[None] for one in canvas]
-        patches = torch.cat(
-            [patchify((x - self.mean) / self.std, self.patch, self.merge, self.frames) for x in batches]
-        )
+        normal = [(one - self.mean) / self.std for one in batches]
+        patches = torch.cat([patchify(one, self.patch, self.merge, self.frames) for one in normal])
         grid = [[1, one.shape[-2] // self.patch, one.shape[-1] // self.patch] for one in canvas]
         return {"pixel_values": patches.to(self.dtype), "image_grid_thw": torch.tensor(grid, device=self.device)}
 

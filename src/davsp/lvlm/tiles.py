@@ -38,16 +38,6 @@ class TiledLVLM(LVLM):
                 "restore its files"
             )
 
-    def take(self, canvas: int | None) -> None:
-        """Set the canvas that prompts make.
-
-        Raises:
-            DavspError: it is none that the processor cuts exactly.
-        """
-        self.canvas = canvas or self.squares[0]
-        self.check_canvas(self.canvas, self.canvas)
-        self.tokens_per_image = self.image_tokens(self.canvas, self.canvas)
-
     def check_canvas(self, height: int, width: int) -> None:
         if height != width or width not in self.squares:
             raise DavspError(

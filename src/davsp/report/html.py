@@ -88,7 +88,7 @@ def render(report: Report, show_unsafe: bool = False) -> str:
         manifest=json.dumps(report.manifest, indent=2, ensure_ascii=False, default=str),
         undefended=note(report.manifest.get("undefended")),
         label=label,
-        colour=plots.colour,
+        colours=plots.colours(defenses(rows)),
         show_unsafe=show_unsafe,
         query_counts=_counts_in_words(report),
         unscored=any(c.unscored for _, cells in main[1] for _, c in cells),

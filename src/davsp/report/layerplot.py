@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from davsp.report.plots import colour
+from davsp.report.plots import COLOURS
 
 
 def layer_plot(rows: Sequence[Mapping[str, Any]], chosen: int, data: str) -> bytes:
@@ -21,8 +21,8 @@ def layer_plot(rows: Sequence[Mapping[str, Any]], chosen: int, data: str) -> byt
     figure = Figure(figsize=(8, 3), layout="constrained")
     layers = [row["layer"] for row in rows]
     for axis, key, name in zip(figure.subplots(1, 2), ("auroc", "gap"), ("AUROC", "d'"), strict=True):
-        axis.plot(layers, [row[key] for row in rows], color=colour("davsp"), marker="o", markersize=4)
-        axis.axvline(chosen, color=colour("none"), linestyle=(0, (4, 2)), label=f"layer {chosen}, in use")
+        axis.plot(layers, [row[key] for row in rows], color=COLOURS["davsp"], marker="o", markersize=4)
+        axis.axvline(chosen, color=COLOURS["none"], linestyle=(0, (4, 2)), label=f"layer {chosen}, in use")
         axis.axhline(0.5 if key == "auroc" else 0.0, color="lightgrey", zorder=0)  # no better than chance
         axis.set(xlabel="layer", ylabel=name)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))

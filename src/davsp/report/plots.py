@@ -2,7 +2,8 @@
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -32,7 +33,7 @@ MARKERS = {
 }  # fmt: skip
 MALICIOUS, BENIGN = "#d4552b", "#3d9ac9"
 INK, LINE = "#010203", "#030201"  # stand-ins that the page's own colours replace
-_SPARE = ("#8c6d46", "#5b8c3e", "#a04455", "#4b5fa8")
+_SPARE = ("#4b5fa8", "#00798c", "#c8577e", "#8a8300", "#b5482f", "#3f7d5a", "#6f5b8f", "#8c6d46")
 
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -60,9 +61,10 @@ STYLE: Any = {
 }
 
 
-def colour(defense: str) -> str:
-    """The colour of a defense, the same in all plots."""
-    return COLOURS.get(defense) or _SPARE[sum(defense.encode()) % len(_SPARE)]
+def colours(defenses: Iterable[str]) -> dict[str, str]:
+    """Defense -> its colour on a page: the known ones have their own everywhere, the others take the spare ones in turn."""
+    spare = cycle(_SPARE)
+    return {defense: COLOURS.get(defense) or next(spare) for defense in defenses}
 
 
 def named(defense: str) -> str:
@@ -78,9 +80,8 @@ def histograms(
     margins: tuple[float, float],
 ) -> str:
     """Projections by label before and after, on one axis, with the margins (mu_plus, mu_minus) drawn."""
-    everything = [s for projections in (before, after) for values in projections.values() for s in values] + list(
-        margins
-    )
+    everything = [s for projections in (before, after) for values in projections.values() for s in values]
+    everything += margins
     bins = np.linspace(min(everything), max(everything), 33)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6, 4.2), layout="constrained")
@@ -109,18 +110,10 @@ def sweep(layers: Sequence[Mapping[str, Any]], chosen: int) -> str:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6, 2.6), layout="constrained")
         ax = figure.subplots()
-        ax.plot(x, y, color=colour("davsp"), marker="o", markersize=4)
+        ax.plot(x, y, color=COLOURS["davsp"], marker="o", markersize=4)
         if chosen in x:
             at = y[x.index(chosen)]
-            ax.plot(
-                [chosen],
-                [at],
-                "o",
-                markersize=11,
-                markerfacecolor="none",
-                markeredgecolor=colour("davsp"),
-                markeredgewidth=1.8,
-            )
+            ax.plot(chosen, at, "o", color=COLOURS["davsp"], fillstyle="none", markersize=11, markeredgewidth=1.8)
             ax.annotate(f"layer {chosen}: {at:.3f}", (chosen, at), (0, -18), textcoords="offset points", ha="center")
         ax.axhline(0.5, color=LINE, linestyle=(0, (4, 2)))
         ax.set_xlabel("layer")
@@ -146,15 +139,14 @@ def curves(
     any_points = False
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6, 2.6), layout="constrained")
-        ax = figure.subplots()
+        ax, shades = figure.subplots(), colours(runs)
         for name, records in runs.items():
             for field, (text, style) in series.items():
                 points = [(r["step"], r[field]) for r in records if r.get(field) is not None]
                 if points:
                     x, y = np.array(points, float).T
-                    ax.plot(
-                        x, _smooth(y), style, color=colour(name), label=", ".join(t for t in (named(name), text) if t)
-                    )
+                    words = ", ".join(filter(None, (named(name), text)))
+                    ax.plot(x, _smooth(y), style, color=shades[name], label=words)
                     any_points = True
         if not any_points:
             return None
@@ -180,11 +172,8 @@ def lines(records: Sequence[Mapping[str, Any]], axis: str) -> str:
             if not shown:
                 continue
             x, y = [i for i, _ in shown], [100 * r["value"] for _, r in shown]
-            spread = [
-                [100 * (r["value"] - r["low"]) for _, r in shown],
-                [100 * (r["high"] - r["value"]) for _, r in shown],
-            ]
-            ax.errorbar(x, y, yerr=spread, marker="o", markersize=5, capsize=2, color=colour(colour_of), label=name)
+            spread = _spread([r for _, r in shown])
+            ax.errorbar(x, y, yerr=spread, marker="o", markersize=5, capsize=2, color=COLOURS[colour_of], label=name)
         ax.set_xticks(range(len(records)), [str(r["value"]) for r in records])
         ax.set_xlabel(axis)
         ax.set_ylabel("%")
@@ -205,13 +194,8 @@ def scatter(
         figure = Figure(figsize=(4.6, 2.9 * len(attacks)), layout="constrained")
         panels = np.atleast_1d(figure.subplots(len(attacks), 1, sharex=True))
         for ax, (benchmark, title) in zip(panels, attacks.items(), strict=True):
-            for name in defenses(rows):
-                _point(
-                    ax,
-                    name,
-                    find(rows, name, *utility),
-                    find(rows, name, benchmark, "total", "rsr"),
-                )
+            for name, shade in colours(defenses(rows)).items():
+                _point(ax, name, shade, find(rows, name, *utility), find(rows, name, benchmark, "total", "rsr"))
             ax.set_title(title)
             ax.set_ylabel("RSR, %")
             ax.set_ylim(top=103)
@@ -221,21 +205,20 @@ def scatter(
         return svg(figure, "scatter")
 
 
-def _point(ax: Axes, defense: str, x: Mapping[str, Any] | None, y: Mapping[str, Any] | None) -> None:
+def _point(
+    ax: Axes, defense: str, shade: str, x: Mapping[str, Any] | None, y: Mapping[str, Any] | None
+) -> None:  # fmt: skip
     if x is None or y is None or x["value"] is None or y["value"] is None:
         return
-    bars = [[[100 * (r["value"] - r["low"])], [100 * (r["high"] - r["value"])]] for r in (x, y)]
-    place = 100 * x["value"], 100 * y["value"]
-    ax.errorbar(*place, xerr=bars[0], yerr=bars[1], fmt="none", ecolor=colour(defense), elinewidth=1, alpha=0.55)
-    marker = MARKERS.get(defense, "o")
-    ax.plot(
-        *place,
-        marker,
-        color=colour(defense),
-        markersize=11 if marker == "*" else 7,
-        linestyle="none",
-        label=named(defense),
-    )
+    place, marker = (100 * x["value"], 100 * y["value"]), MARKERS.get(defense, "o")
+    ax.errorbar(*place, _spread([y]), _spread([x]), fmt="none", ecolor=shade, elinewidth=1, alpha=0.55)
+    ax.plot(*place, marker, color=shade, markersize=11 if marker == "*" else 7, linestyle="none", label=named(defense))
+
+
+def _spread(rates: Rows) -> list[list[float]]:
+    """How far the intervals of some rates reach below and above them, in percent."""
+    below, above = ([100 * abs(r[end] - r["value"]) for r in rates] for end in ("low", "high"))
+    return [below, above]
 
 
 def _smooth(y: np.ndarray) -> np.ndarray:

@@ -68,7 +68,7 @@ def plot(runs: Sequence[Mapping[str, Any]]) -> str:
         panels = figure.subplots(len(runs), 1, sharex=True, squeeze=False)[:, 0]
         for ax, run in zip(panels, runs, strict=True):
             of = {r["change"]: r["rsr"]["pictures"] for r in run["records"]}
-            _level(ax, of["text"], "the text alone", plots.colour("safety-text"))
+            _level(ax, of["text"], "the text alone", plots.COLOURS["safety-text"])
             points = [(0.0, of["png"]), *((_pixels(name), f) for name, f in of.items() if _pixels(name))]
             points = sorted(points, key=lambda point: point[0])
             x, y = [at for at, _ in points], [100 * f["value"] for _, f in points]
@@ -83,7 +83,7 @@ def plot(runs: Sequence[Mapping[str, Any]]) -> str:
                 marker="o",
                 markersize=4,
                 capsize=2,
-                color=plots.colour("davsp"),
+                color=plots.COLOURS["davsp"],
                 label="the border and its text",
             )
             ax.axvline(run["patch"], color=plots.INK, linewidth=0.8, linestyle=(0, (4, 2)), label="a patch")

@@ -31,6 +31,8 @@ from davsp.query import Query
 from davsp.runtime import parallel
 
 NEAREST = 8
+FIT = "fit-malicious", "fit-benign"
+Features = dict[str, Float[np.ndarray, "_ k"]]
 
 
 class Seen(NamedTuple):
@@ -93,15 +95,16 @@ def _lens(lvlm: LVLM, states: Float[Tensor, "b l d"], refusal_text: str) -> Floa
     return torch.nn.functional.cosine_similarity(logits, wanted, dim=-1).cpu().numpy()
 
 
-def scores(fit_bad: Seen, fit_good: Seen, layer: int, others: Mapping[str, Seen]) -> dict[str, dict[str, np.ndarray]]:
+def scores(
+    fit_bad: Seen, fit_good: Seen, pairs: Features, others: Mapping[str, Seen]
+) -> dict[str, dict[str, np.ndarray]]:  # fmt: skip
     """Look -> name of the set -> a score a query.
 
     Args:
         fit_bad, fit_good: what the looks are fitted on.
-        layer: of the projection.
+        pairs: s(x) and r(x) of all sets (`features`).
         others: the sets to be scored.
     """
-    pairs = features(fit_bad, fit_good, layer, others)
     flat = [part.states.reshape(len(part.states), -1) for part in (fit_bad, fit_good)]
     mean, spread = np.concatenate(flat).mean(0), np.concatenate(flat).std(0) + 1e-6
     bad, good = ((part - mean) / spread for part in flat)
@@ -117,10 +120,6 @@ def scores(fit_bad: Seen, fit_good: Seen, layer: int, others: Mapping[str, Seen]
         "knn": {which: nearest(seen) for which, seen in others.items()},
         "logit-lens": {which: seen.lens.mean(1) for which, seen in others.items()},
     }
-
-
-FIT = "fit-malicious", "fit-benign"
-Features = dict[str, Float[np.ndarray, "_ k"]]
 
 
 def features(fit_bad: Seen, fit_good: Seen, layer: int, others: Mapping[str, Seen]) -> Features:

@@ -181,9 +181,9 @@ def _look(
                 advance = partial(shown.advance, shown.add_task(f"look: {name}", total=sum(map(len, queries))))
                 seen = [see(lvlm, defense, part, refusal_text, batch_size, advance) for part in queries]
                 others = {"held-malicious": seen[2], "held-benign": seen[3], "test": seen[4]}
-                every = scores(seen[0], seen[1], layer, others)
-                arrays |= {f"{name} {look}/{which}": s for look, sets in every.items() for which, s in sets.items()}
                 pairs[name] = features(seen[0], seen[1], layer, others)
+                every = scores(seen[0], seen[1], pairs[name], others)
+                arrays |= {f"{name} {look}/{which}": s for look, sets in every.items() for which, s in sets.items()}
         two = {which: np.concatenate([pairs["none"][which], pairs["davsp"][which]], 1) for which in pairs["none"]}
         arrays |= {f"none+davsp both/{which}": s for which, s in weighed(two).items()}
         if parallel.rank() > 0:

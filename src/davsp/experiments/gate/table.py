@@ -133,7 +133,7 @@ def roc(looks: Sequence[Mapping[str, np.ndarray]], model: str) -> str:
         for key, style in LINES.items():
             curves = [_curve(one[f"{key}/test"], one["malicious"], grid) for one in looks]
             through, _, look = key.partition(" ")
-            colour = plots.colour("davsp" if look == "refusal" else "additive")
+            colour = plots.COLOURS["davsp" if look == "refusal" else "additive"]
             ax.plot(100 * grid, 100 * np.mean(curves, 0), style, color=colour, label=f"{look}, {THROUGH[through]}")
         ax.axvline(0.5, color=plots.INK, linewidth=0.8, linestyle=(0, (1, 2)))
         ax.set(
