@@ -52,7 +52,7 @@ def test_a_canary_is_the_same_canvas_as_the_query_that_it_was(plain: VisualSafet
     lines = watched.canaries.canaries
     from davsp.prompts.canaries import canaries_of
 
-    (line,) = canaries_of(plain, [query])
+    (line,) = canaries_of([query], plain.inside)
     picture = query.picture()
     assert picture is not None and picture.size != (14, 14)
     assert plain.image(line.image()).tobytes() == plain.image(picture).tobytes()

@@ -123,7 +123,7 @@ def canaried(border: VisualSafetyPrompt, malicious: int = 24, benign: int = 8) -
     border.canaries = Canaries(
         pixels=border.pixels_sha256(), texts=texts(border), model="m", judge=judge_name(keyword),
         malicious=Refused(asked=40, none=1, text=4, prompt=38), benign=Refused(asked=8, none=0, text=0, prompt=0),
-        canaries=canaries_of(border, queries),
+        canaries=canaries_of(queries, border.inside),
     )  # fmt: skip
     return border
 

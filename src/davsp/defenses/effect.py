@@ -122,7 +122,7 @@ def choose(
     return Canaries(
         pixels=prompt.pixels_sha256(), texts=texts(prompt), model=model_name(lvlm), revision=lvlm.revision,
         weights=fingerprint(lvlm), judge=judge_name(keyword), max_new_tokens=max_new_tokens,
-        malicious=counts["malicious"], benign=counts["benign"], canaries=canaries_of(prompt, chosen),
+        malicious=counts["malicious"], benign=counts["benign"], canaries=canaries_of(chosen, prompt.inside),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from davsp.runtime.config import read_config
 from davsp.runtime.files import check_regular, sha256_bytes, to_json
 
 if TYPE_CHECKING:
-    from davsp.prompts.border import VisualSafetyPrompt
+    from davsp.prompts.base import Prompt
 
 B = TypeVar("B", bound="Beside")
 
@@ -26,7 +26,7 @@ UNTOUCHED = ""
 """In place of a border's pixels: pictures are left as they are."""
 
 
-def texts(prompt: "VisualSafetyPrompt") -> tuple[str, str, str]:
+def texts(prompt: "Prompt") -> tuple[str, str, str]:
     """What the prompt puts around a question."""
     return prompt.text, prompt.separator, prompt.suffix
 
@@ -59,12 +59,12 @@ class Beside(BaseModel):
         """The file's bytes, with its hash."""
         return to_json(self.model_copy(update={"sha256": self.digest()}).model_dump()).encode()
 
-    def belong(self, prompt: "VisualSafetyPrompt") -> bool:
+    def belong(self, prompt: "Prompt") -> bool:
         """Whether it was measured with this very prompt."""
         return (self.pixels, self.texts) == (prompt.pixels_sha256(), texts(prompt))
 
     @classmethod
-    def read(cls: "type[B]", path: Path, prompt: "VisualSafetyPrompt | None") -> "B":
+    def read(cls: "type[B]", path: Path, prompt: "Prompt | None") -> "B":
         """The file in a prompt's folder, or, with None, in one without a border.
 
         Raises:

@@ -266,7 +266,7 @@ class VisualSafetyPrompt(Prompt):
         prompt._check_picture(folder / PICTURE)
         check_files(folder, config.files, free=[CARD])  # last: what is wrong inside a file says more than its hash
         if (folder / CANARIES).exists():
-            prompt.canaries = read_canaries(folder / CANARIES, prompt)
+            prompt.canaries = read_canaries(folder / CANARIES, prompt, prompt.canvas - 2 * prompt.padding)
         if (folder / GATE).exists():
             prompt.gate = Calibration.read(folder / GATE, prompt)
         if (folder / SERVED).exists():

@@ -6,7 +6,7 @@ The file is no part of the prompt (`davsp.prompts.beside`). Of each picture it h
 import base64
 import binascii
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -19,7 +19,7 @@ from davsp.query import Query
 from davsp.runtime.files import check_regular
 
 if TYPE_CHECKING:
-    from davsp.prompts.border import VisualSafetyPrompt
+    from davsp.prompts.base import Prompt
 
 FILE = "canaries.json"
 MOST, LEAST, BENIGN = 24, 8, 8
@@ -87,21 +87,28 @@ class Canaries(Beside):
         return [Query(c.id, c.question, c.label, "canaries", image=c.image().convert("RGB")) for c in self.canaries]
 
 
-def canaries_of(prompt: "VisualSafetyPrompt", queries: Sequence[Query]) -> list[Canary]:
-    """Queries, which have pictures, as they stand in the file."""
+def canaries_of(queries: Sequence[Query], inside: Callable[[Image.Image], Image.Image]) -> list[Canary]:
+    """Queries, which have pictures, as they stand in the file.
+
+    Args:
+        inside: a picture -> what stands of it inside the border (`VisualSafetyPrompt.inside`).
+    """
     lines = []
     for query in queries:
         picture = query.picture()
         assert picture is not None
         buffer = io.BytesIO()
-        prompt.inside(picture).save(buffer, "PNG", optimize=True)
+        inside(picture).save(buffer, "PNG", optimize=True)
         data = base64.b64encode(buffer.getvalue()).decode()
         lines.append(Canary(id=query.id, question=query.question, label=query.label, picture=data))
     return lines
 
 
-def read_canaries(path: Path, prompt: "VisualSafetyPrompt") -> Canaries:
-    """The canaries in a prompt's folder.
+def read_canaries(path: Path, prompt: "Prompt", side: int) -> Canaries:
+    """The canaries in a border's folder.
+
+    Args:
+        side: of what stands inside the border, in pixels.
 
     Raises:
         DavspError: the file is broken, was changed, is of another border or text, or holds a picture that does not fit inside.
@@ -114,7 +121,6 @@ def read_canaries(path: Path, prompt: "VisualSafetyPrompt") -> Canaries:
         raise DavspError(f"{path} holds two canaries of one id; {MEND}")
     if sum(canary.label == "malicious" for canary in content.canaries) < LEAST:
         raise DavspError(f"{path} holds fewer than {LEAST} malicious canaries; {MEND}")
-    side = prompt.canvas - 2 * prompt.padding
     for number, canary in enumerate(content.canaries):
         if not _fits(canary, side):
             raise DavspError(f"{path}: field 'canaries.{number}.picture' is no RGB PNG of {side}x{side} pixels; {MEND}")
