@@ -17,9 +17,9 @@ from davsp.attacks.settings import BY_GRADIENT, CLEAN
 from davsp.attacks.table import ALL, ANY, DEED, WORST, names, sizes
 from davsp.defenses import Defense
 from davsp.metrics import WORST as BOUND
-from davsp.report.cells import label
+from davsp.report.cells import label, markdown_table
 from davsp.report.html import uri
-from davsp.report.plots import MARKERS, STYLE, colours, svg
+from davsp.report.plots import MARKERS, STYLE, colours, spread, svg
 from davsp.report.terminal import print_caveat
 from davsp.runtime.files import write_text
 from davsp.runtime.table import TextTable
@@ -48,25 +48,14 @@ def number(row: Mapping[str, Any] | None) -> str:
 def worst_table(rows: Rows, results: Sequence[AttackResult]) -> tuple[list[str], list[list[str]]]:
     """Heading and lines: each defense's clean figures, its worst case over pictures at each size, under words, and over all attacks."""
     at = sizes(results)
-    heading = [
-        "Defense",
-        "clean",
-        "redrawn",
-        *(f"picture, {eps}/255" for eps in at),
-        "words",
-        "any",
-        "utility",
-        "over-refusal",
-    ]
+    by_size = [f"picture, {eps}/255" for eps in at]
+    heading = ["Defense", "clean", "redrawn", *by_size, "words", "any", "utility", "over-refusal"]
     lines = []
     for name in names(results):
         redrawn = any(a.defense == name and a.attack.startswith("redraw") for a in results)
         cells = [rate(rows, name, CLEAN, None), rate(rows, name, WORST, 0, BOUND) if redrawn else None]
-        cells += [
-            *(rate(rows, name, WORST, eps, BOUND) for eps in at),
-            rate(rows, name, "suffix", None),
-            rate(rows, name, ANY, None, BOUND),
-        ]
+        cells += [rate(rows, name, WORST, eps, BOUND) for eps in at]
+        cells += [rate(rows, name, "suffix", None), rate(rows, name, ANY, None, BOUND)]
         cells += [rate(rows, name, CLEAN, None, metric) for metric in ("accuracy", "over_refusal")]
         lines.append([label(name), *map(number, cells)])
     return heading, lines
@@ -112,16 +101,16 @@ def markdown(rows: Rows, results: Sequence[AttackResult], marks: Sequence[Check]
     parts = [
         f"**Resist success rate of {model} under attack**, in percent with 95 % intervals.",
         "",
-        *_md(*worst_table(rows, results)),
+        *markdown_table(*worst_table(rows, results)),
         *(["", caveat] if caveat else []),
         *(["", sentence] if (sentence := words_sentence(rows, results)) else []),
     ]
     if deed_table(rows, results)[1]:
-        parts += ["", f"**{DEEDS}**", "", *_md(*deed_table(rows, results))]
+        parts += ["", f"**{DEEDS}**", "", *markdown_table(*deed_table(rows, results))]
     for name in names(results):
-        parts += ["", f"**{label(name)}, attack by attack**", "", *_md(*attack_table(rows, results, name))]
+        parts += ["", f"**{label(name)}, attack by attack**", "", *markdown_table(*attack_table(rows, results, name))]
     parts += ["", "**Can the attack be believed?**", ""]
-    return "\n".join([*parts, *_md(*check_table(results, marks))]) + "\n"
+    return "\n".join([*parts, *markdown_table(*check_table(results, marks))]) + "\n"
 
 
 def words_sentence(rows: Rows, results: Sequence[AttackResult]) -> str:
@@ -286,13 +275,8 @@ def curves(results: Sequence[AttackResult], name: str) -> str:
             runs = [a for a in results if (a.defense, a.attack) == (name, kind)]
             for i, one in enumerate(runs):
                 mean = [sum(values) / len(values) for values in zip(*(r["curve"] for r in one.records), strict=True)]
-                ax.plot(
-                    one.records[0]["steps"],
-                    mean,
-                    color=SHADES[kind],
-                    alpha=(i + 1.5) / (len(runs) + 0.5),
-                    label=f"{one.eps}/255",
-                )
+                paleness = (i + 1.5) / (len(runs) + 0.5)
+                ax.plot(one.records[0]["steps"], mean, color=SHADES[kind], alpha=paleness, label=f"{one.eps}/255")
             ax.set_title(kind)
             ax.set_ylabel("loss")
             ax.margins(x=0.01)
@@ -307,16 +291,6 @@ def _line(
     shown = [(at, r) for at, r in zip(x, rates, strict=True) if r is not None and r["value"] is not None]
     if not shown:
         return
-    y = [100 * r["value"] for _, r in shown]
-    spread = [[100 * (r["value"] - r["low"]) for _, r in shown], [100 * (r["high"] - r["value"]) for _, r in shown]]
-    ax.errorbar(
-        [at for at, _ in shown], y, yerr=spread, marker=marker, markersize=5, capsize=2, color=shade, label=text
-    )
-
-
-def _md(heading: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    return [
-        "| " + " | ".join(heading) + " |",
-        "|" + "---|" * len(heading),
-        *("| " + " | ".join(line) + " |" for line in lines),
-    ]
+    places, figures = zip(*shown, strict=True)
+    y = [100 * r["value"] for r in figures]
+    ax.errorbar(places, y, spread(figures), marker=marker, markersize=5, capsize=2, color=shade, label=text)

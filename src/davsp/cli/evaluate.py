@@ -8,14 +8,7 @@ import typer
 from davsp.cli import judges
 from davsp.cli.defenses import rows
 from davsp.cli.engine import EngineOptions, StatesOptions, lvlm_of, served_states, server_of
-from davsp.cli.inputs import (
-    compare_pictures,
-    compare_templates,
-    compare_texts,
-    in_processes,
-    is_shipped,
-    terminal,
-)
+from davsp.cli.inputs import compare_pictures, compare_templates, compare_texts, in_processes, is_shipped, terminal
 from davsp.cli.options import (
     JUDGES,
     GraderRuns,

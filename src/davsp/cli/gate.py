@@ -65,8 +65,7 @@ def gate(
         Path | None, typer.Option(help="Folder that `davsp vector` wrote; left out: fitted, for a model that ships.")
     ] = None,
     malicious: Annotated[
-        Path | None,
-        typer.Option(help="Malicious queries that weigh the scores; the border was not trained on them."),
+        Path | None, typer.Option(help="Malicious queries that weigh the scores; the border was not trained on them.")
     ] = None,
     benign: Annotated[Path | None, typer.Option(help="Benign queries that weigh the scores.")] = None,
     held_malicious: Annotated[Path | None, typer.Option(help="Held-out malicious queries: what is caught.")] = None,

@@ -136,8 +136,7 @@ class ProcessOptions:
         ),
     ] = 1
     gpus_per_process: Annotated[
-        int | None,
-        typer.Option(min=1, help="GPUs that hold the model of a process; left out: one."),
+        int | None, typer.Option(min=1, help="GPUs that hold the model of a process; left out: one.")
     ] = None
 
 

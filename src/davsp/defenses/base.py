@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
 from davsp.errors import DavspError
@@ -104,9 +103,7 @@ class Defense(ABC):
         responses: dict[int, Response] = {}
         for batch in batches(prepared, batch_size):
             start = time.perf_counter()
-            pictures = [picture for i in batch if (picture := prepared[i].picture()) is not None]
-            questions = [prepared[i].asked for i in batch]
-            answers, projections = _answer(lvlm, pictures, questions, vector, max_new_tokens)
+            answers, projections = _answer(lvlm, [prepared[i] for i in batch], vector, max_new_tokens)
             seconds = (time.perf_counter() - start) / len(batch)
             for i, answer, projection in zip(batch, answers, projections, strict=True):
                 split = split_thought(answer.opened + answer.text, lvlm.reasoning_tags)
@@ -146,15 +143,17 @@ def batches(queries: Sequence[Query], size: int) -> list[list[int]]:
     return [kind[at : at + size] for kind in kinds for at in range(0, len(kind), size)]
 
 
+def canvas_of(lvlm: AnsweringLVLM, prepared: Sequence[Query]) -> Any:
+    """The pictures of one of the `batches` of prepared queries, as the model takes them; None of queries in words only."""
+    pictures = [picture for query in prepared if (picture := query.picture()) is not None]
+    return lvlm.preprocess(pictures) if pictures else None
+
+
 def _answer(
-    lvlm: AnsweringLVLM,
-    pictures: list[Image.Image],
-    questions: list[Question],
-    vector: HarmfulnessVector | None,
-    max_new_tokens: int | None,
+    lvlm: AnsweringLVLM, prepared: Sequence[Query], vector: HarmfulnessVector | None, max_new_tokens: int | None
 ) -> tuple[list[Answer], list[float | None]]:
-    """Answers and projections of one batch; without pictures the canvas is None."""
-    canvas = lvlm.preprocess(pictures) if pictures else None
+    """Answers and projections of one batch."""
+    canvas, questions = canvas_of(lvlm, prepared), [query.asked for query in prepared]
     answers = lvlm.ask(canvas, questions, max_new_tokens)
     if vector is None:
         return answers, [None] * len(answers)

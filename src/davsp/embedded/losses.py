@@ -372,14 +372,7 @@ def sight_loss(
 
 
 def joint_loss(
-    model: Any,
-    heads: Heads,
-    oracle: Oracle,
-    packer: Packer,
-    rng: random.Random,
-    count: int,
-    texts: int,
-    stage: str,
+    model: Any, heads: Heads, oracle: Oracle, packer: Packer, rng: random.Random, count: int, texts: int, stage: str
 ) -> tuple[Tensor, dict]:
     """Lessons through the whole model; the tower's own lesson goes on beside it, so that it does not forget to read."""
     device = next(model.parameters()).device

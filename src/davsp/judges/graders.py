@@ -162,14 +162,7 @@ def _llava_bench(query: Query) -> list[Message]:
 
 
 LLAVA_BENCH = JudgePrompt(
-    "llava-bench",
-    1,
-    _llava_bench,
-    read_llava_bench,
-    max_tokens=1024,
-    grades=True,
-    temperatures=(0.2,),
-    first_line=True,
+    "llava-bench", 1, _llava_bench, read_llava_bench, max_tokens=1024, grades=True, temperatures=(0.2,), first_line=True
 )
 """LLaVA's eval_gpt_review_bench.py and rule.json (asked of gpt-4-0314): the caption stands for the picture, the reference
 is Assistant 1."""

@@ -180,10 +180,7 @@ class LocalGuard(PromptJudge):
         batch = self.tokenizer.pad({"input_ids": prompts}, padding=True, return_tensors="pt").to(self.lm.device)
         with torch.inference_mode():
             output = self.lm.generate(
-                **batch,
-                max_new_tokens=self.max_tokens,
-                do_sample=False,
-                pad_token_id=self.tokenizer.pad_token_id,
+                **batch, max_new_tokens=self.max_tokens, do_sample=False, pad_token_id=self.tokenizer.pad_token_id
             )
         ends = self.lm.generation_config.eos_token_id
         ends = {ends} if isinstance(ends, int) else set(ends or [self.tokenizer.eos_token_id])

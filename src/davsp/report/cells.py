@@ -235,3 +235,9 @@ def _ordered(names: Iterable[str]) -> list[str]:
 
 def _note(benchmark: str) -> str:
     return "out of distribution" if benchmark in OUT_OF_DISTRIBUTION else ""
+
+
+def markdown_table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    rows = [f"| {' | '.join(cells)} |" for cells in (heads, *lines)]
+    return [rows[0], "|---" * len(heads) + "|", *rows[1:]]

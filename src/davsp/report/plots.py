@@ -172,8 +172,16 @@ def lines(records: Sequence[Mapping[str, Any]], axis: str) -> str:
             if not shown:
                 continue
             x, y = [i for i, _ in shown], [100 * r["value"] for _, r in shown]
-            spread = _spread([r for _, r in shown])
-            ax.errorbar(x, y, yerr=spread, marker="o", markersize=5, capsize=2, color=COLOURS[colour_of], label=name)
+            ax.errorbar(
+                x,
+                y,
+                spread([r for _, r in shown]),
+                marker="o",
+                markersize=5,
+                capsize=2,
+                color=COLOURS[colour_of],
+                label=name,
+            )
         ax.set_xticks(range(len(records)), [str(r["value"]) for r in records])
         ax.set_xlabel(axis)
         ax.set_ylabel("%")
@@ -211,11 +219,11 @@ def _point(
     if x is None or y is None or x["value"] is None or y["value"] is None:
         return
     place, marker = (100 * x["value"], 100 * y["value"]), MARKERS.get(defense, "o")
-    ax.errorbar(*place, _spread([y]), _spread([x]), fmt="none", ecolor=shade, elinewidth=1, alpha=0.55)
+    ax.errorbar(*place, spread([y]), spread([x]), fmt="none", ecolor=shade, elinewidth=1, alpha=0.55)
     ax.plot(*place, marker, color=shade, markersize=11 if marker == "*" else 7, linestyle="none", label=named(defense))
 
 
-def _spread(rates: Rows) -> list[list[float]]:
+def spread(rates: Rows) -> list[list[float]]:
     """How far the intervals of some rates reach below and above them, in percent."""
     below, above = ([100 * abs(r[end] - r["value"]) for r in rates] for end in ("low", "high"))
     return [below, above]

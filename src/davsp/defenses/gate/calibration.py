@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from davsp.defenses.base import Defense, batches
+from davsp.defenses.base import Defense, batches, canvas_of
 from davsp.defenses.gate.scores import combined, look
 from davsp.defenses.gate.threshold import CONFIDENCE, RATE, check_enough, counts
 from davsp.defenses.gate.through import seen_through
@@ -100,8 +100,7 @@ def scored(
 
     def of_batch(number: int) -> Scores:
         prepared = defense.prepare([queries[i] for i in every[number]])
-        pictures = [picture for query in prepared if (picture := query.picture()) is not None]
-        canvas = lvlm.preprocess(pictures) if pictures else None
+        canvas = canvas_of(lvlm, prepared)
         questions = [query.question for query in prepared]
         seen = look(lvlm, canvas, questions, vector.layer, vector.direction(), refusal_text)
         assert seen.refusal is not None

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from davsp.defenses.base import Defense, batches, together
+from davsp.defenses.base import Defense, batches, canvas_of, together
 from davsp.defenses.gate.scores import Look, look, look_at
 from davsp.defenses.gate.served import likely, refusal_odds
 from davsp.defenses.gate.through import check_bound
@@ -239,8 +239,7 @@ class Gate(Defense):
 
     def _scores(self, lvlm: LVLM, prepared: Sequence[Query]) -> tuple[Look, list[float]]:
         """What the pass shows of one batch, and the scores made of it."""
-        pictures = [picture for query in prepared if (picture := query.picture()) is not None]
-        canvas = lvlm.preprocess(pictures) if pictures else None
+        canvas = canvas_of(lvlm, prepared)
         seen = look(lvlm, canvas, [query.asked for query in prepared], *self._sought())
         return seen, [float(score) for score in self._weighed(seen)]
 

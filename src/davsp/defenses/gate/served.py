@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from davsp.defenses.base import Defense, batches
+from davsp.defenses.base import Defense, batches, canvas_of
 from davsp.defenses.gate.calibration import check_sets
 from davsp.defenses.gate.threshold import CONFIDENCE, RATE, counts
 from davsp.defenses.gate.through import seen_through
@@ -70,9 +70,7 @@ def refusal_odds(lvlm: AnsweringLVLM, answer: Answer, refusal: str) -> float:
 
 def likely(lvlm: AnsweringLVLM, prepared: Sequence[Query], top: int) -> list[Answer]:
     """The first tokens of the answers to one batch of defended queries."""
-    pictures = [picture for query in prepared if (picture := query.picture()) is not None]
-    canvas = lvlm.preprocess(pictures) if pictures else None
-    return lvlm.likely(canvas, [query.asked for query in prepared], TOKENS, top)
+    return lvlm.likely(canvas_of(lvlm, prepared), [query.asked for query in prepared], TOKENS, top)
 
 
 def calibrate_served(

@@ -157,10 +157,7 @@ def patches_kept(lvlm: LVLM, prompt: VisualSafetyPrompt, change: Change) -> floa
 
 
 def _records(
-    queries: Sequence[Query],
-    evaluation: Evaluation,
-    kept: Mapping[str, float],
-    seed: int,
+    queries: Sequence[Query], evaluation: Evaluation, kept: Mapping[str, float], seed: int
 ) -> list[dict[str, Any]]:
     label = {q.id: q.label for q in queries}
     outcomes = {

@@ -7,6 +7,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from davsp.report import plots
+from davsp.report.cells import markdown_table
 
 SETS = {"sd": "SD", "typo": "TYPO", "sd_typo": "SD+TYPO", "figstep": "FigStep-like"}
 TITLES = {"none": "*no defense*", "text": "*the text alone, white border*", "png": "**untouched (PNG)**"}
@@ -22,27 +23,25 @@ def markdown(run: Mapping[str, Any]) -> str:
     sets = [name for name in records[0]["rsr"] if name != "pictures"]
     heads = ["change", "patches", "RSR, all", *(SETS.get(name, name) for name in sets), "against untouched",
              "against the text alone", "over-refusal", "utility", "projection"]  # fmt: skip
-    lines = [
+    title = (
         f"**What is left of a border's effect**: {run['model']}, canvas {run['canvas']}, border {run['padding']}, patches of "
-        f"{run['patch']} pixels. Percent and points, 95 % intervals.",
-        "",
-        "| " + " | ".join(heads) + " |",
-        "|---" * len(heads) + "|",
-    ]
+        f"{run['patch']} pixels. Percent and points, 95 % intervals."
+    )
+    lines = []
     for r in records:
         cells = [TITLES.get(r["change"], r["change"]), f"{r['patches']:.2f}" if "patches" in r else "–"]
         cells += [_rate(r["rsr"]["pictures"])] + [f"{100 * r['rsr'][name]['value']:.0f}" for name in sets]
         cells += [_difference(r, other) for other in ("png", "text")]
         cells += [_rate(r["over_refusal"].get("benign")), _rate(r["accuracy"].get("utility"))]
         cells.append(f"{r['projection_malicious']:.2f}" if "projection_malicious" in r else "–")
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(cells)
     notes = [
         f"RSR: {records[0]['rsr']['pictures']['n']} malicious pictures; intervals drawn by intent. Differences are of RSR over all of "
         "them, paired; * : p < 0.05, not corrected for the number of rows.",
         "patches: cosine of the border's patches before and after, as the tower's first layer gives them. projection: mean of the malicious queries on the "
         "harmfulness vector.",
     ]
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
+    return "\n".join([title, "", *markdown_table(heads, lines), "", *(f"- {note}" for note in notes)]) + "\n"
 
 
 def _rate(figure: Mapping[str, Any] | None) -> str:
@@ -72,20 +71,8 @@ def plot(runs: Sequence[Mapping[str, Any]]) -> str:
             points = [(0.0, of["png"]), *((_pixels(name), f) for name, f in of.items() if _pixels(name))]
             points = sorted(points, key=lambda point: point[0])
             x, y = [at for at, _ in points], [100 * f["value"] for _, f in points]
-            spread = [
-                [100 * (f["value"] - f["low"]) for _, f in points],
-                [100 * (f["high"] - f["value"]) for _, f in points],
-            ]
-            ax.errorbar(
-                x,
-                y,
-                yerr=spread,
-                marker="o",
-                markersize=4,
-                capsize=2,
-                color=plots.COLOURS["davsp"],
-                label="the border and its text",
-            )
+            spread, look = plots.spread([f for _, f in points]), {"color": plots.COLOURS["davsp"], "marker": "o"}
+            ax.errorbar(x, y, spread, markersize=4, capsize=2, label="the border and its text", **look)
             ax.axvline(run["patch"], color=plots.INK, linewidth=0.8, linestyle=(0, (4, 2)), label="a patch")
             ax.set_title(run["model"])
             ax.set_ylabel("RSR, %")

@@ -27,6 +27,7 @@ from davsp.lvlm import LVLM, fingerprint, model_name
 from davsp.metrics import Outcome
 from davsp.prompts import VisualSafetyPrompt
 from davsp.query import Query
+from davsp.report.cells import markdown_table
 from davsp.runtime import parallel
 from davsp.runtime.files import manifest, write_json, write_text
 from davsp.store import queries_hash
@@ -203,10 +204,6 @@ def kind_table(rows: Sequence[Mapping[str, Any]], model: str) -> str:
     for suffix in ("", f", {ALL} kinds"):
         names |= {f"{name}{suffix}": f"{title}{suffix and ', met all'}" for name, title in TITLES.items()}
     heads = ["met", "never met", *names.values()]
-    lines = [
-        f"**Kinds of harm that were never met, {model}.** RSR in percent, 95 % intervals by intent.", "",
-        "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|",
-    ]  # fmt: skip
     places = [(split.replace("+", ", "), ", ".join(k for k in HARD if k not in kinds_of(split)), "unseen kinds", split, "rsr")
               for split in SPLITS[:-1]]  # fmt: skip
     places += [
@@ -214,7 +211,9 @@ def kind_table(rows: Sequence[Mapping[str, Any]], model: str) -> str:
         ("all six", "RSR on the kinds met", "seen kinds", "total", "rsr"),
     ]
     places += [("all six", "over-refusal", "benign", "total", "over_refusal")]
-    for met, what, benchmark, split, metric in places:
-        cells = [met, what, *(rate(at[name, benchmark, split, metric], 0) for name in names)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    lines = [
+        [met, what, *(rate(at[name, benchmark, split, metric], 0) for name in names)]
+        for met, what, benchmark, split, metric in places
+    ]
+    title = f"**Kinds of harm that were never met, {model}.** RSR in percent, 95 % intervals by intent."
+    return "\n".join([title, "", *markdown_table(heads, lines)]) + "\n"

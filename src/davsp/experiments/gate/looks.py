@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from davsp.defenses import Defense
-from davsp.defenses.base import batches
+from davsp.defenses.base import batches, canvas_of
 from davsp.defenses.gate.scores import combined
 from davsp.lvlm import LVLM
 from davsp.lvlm.hooks import catching
@@ -67,8 +67,7 @@ def see(
 
     def of_batch(number: int) -> Seen:
         prepared = defense.prepare([queries[i] for i in every[number]])
-        pictures = [picture for query in prepared if (picture := query.picture()) is not None]
-        canvas = lvlm.preprocess(pictures) if pictures else None
+        canvas = canvas_of(lvlm, prepared)
         questions = [query.question for query in prepared]
         last = lvlm.encode(questions, lvlm.sizes(canvas)).last  # padded on the right, so the same with an answer behind
         with catching(lvlm.layers, layers, last, stop=False) as caught:

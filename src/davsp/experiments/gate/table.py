@@ -11,6 +11,10 @@ from davsp.experiments.cells import points, rate
 from davsp.experiments.gate.figures import LOOK_ECSO
 from davsp.experiments.gate.twins import twin_table
 from davsp.report import plots
+from davsp.report.cells import markdown_table
+
+Figures = Mapping[tuple[str, str, str], Mapping[str, Any]]
+"""(defense, benchmark, metric) -> its row."""
 
 TITLES = {
     "none": "*no defense*", "davsp": "DAVSP", "gate-states": "gate, `states`", "gate-first": "gate, `first`",
@@ -36,51 +40,16 @@ def markdown(
         partly: defenses that were not run with all seeds -> those that they were run with.
     """
     at = {(r["defense"], r["benchmark"], r["metric"]): r for r in rows}
-    heads = [
-        "defense",
-        "RSR in distribution",
-        "RSR FigStep-like",
-        "utility",
-        "against none",
-        "over-refusal",
-        "by query",
-    ]
     lines = [
-        f"**The gate on {model}**, seeds {', '.join(map(str, seeds))}. Percent and points, 95 % intervals by intent.", "",
-        "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|",
-    ]  # fmt: skip
-    for name in TITLES:
-        if (name, "benign", "over_refusal") not in at:
-            continue
-        places = [("in distribution", "rsr"), ("out of distribution", "rsr"), ("utility", "accuracy")]
-        cells = [TITLES[name], *(rate(at[name, *place]) for place in places)]
-        cells.append(points(change) if (change := at.get((name, "utility", "accuracy_difference"))) else "–")
-        cells += [rate(at[name, "benign", "over_refusal"], 1), _bounds(at[name, "benign", "over_refusal_by_query"])]
-        lines.append("| " + " | ".join(cells) + " |")
-    heads = [
-        "look",
-        "through",
-        "AUROC",
-        "caught at 0.5 % over-refusal",
-        "over-refusal at 99 % caught",
-        "RSR of a gate on it",
-        "over-refusal",
-        "utility against none",
+        f"**The gate on {model}**, seeds {', '.join(map(str, seeds))}. Percent and points, 95 % intervals by intent.",
+        "",
+        *_defenses(at),
+        "",
+        "**What tells the classes apart**",
+        "",
+        *_looks(rows, at),
+        *_before_ecso(at),
     ]
-    lines += ["", "**What tells the classes apart**", "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    looks = sorted((r for r in rows if r["metric"] == "auroc"), key=lambda r: -r["value"])
-    for r in looks:
-        through, _, look = r["defense"].removeprefix("look: ").partition(" ")
-        others = [at[r["defense"], "all pictures", m]["value"] for m in ("rsr_at_rate", "over_refusal_at_99")]
-        gate = [at[r["defense"], *place] for place in (("all pictures", "rsr"), ("benign", "over_refusal"))]
-        price = points(at[r["defense"], "utility", "accuracy_difference"])
-        area = f"{r['value']:.4f} <sub>{r['low']:.4f}–{r['high']:.4f}</sub>"
-        lines.append(
-            "| "
-            + " | ".join([look, THROUGH[through], area, *(f"{100 * x:.1f}" for x in others), *map(rate, gate), price])
-            + " |"
-        )
-    lines += _before_ecso(at)
     malicious = at["none", "all pictures", "rsr"]["n"]
     notes = [
         f"{malicious} malicious queries with pictures, {at['none', 'benign', 'over_refusal']['n']} benign ones; the judge is `keyword`. There are "
@@ -95,29 +64,59 @@ def markdown(
     return "\n".join([*lines, "", *(f"- {note}" for note in notes), *twin_table(rows, TITLES)]) + "\n"
 
 
-def _before_ecso(at: Mapping[tuple[str, str, str], Mapping[str, Any]]) -> list[str]:
+def _defenses(at: Figures) -> list[str]:
+    """What each defense gains and costs."""
+    heads = (
+        "defense",
+        "RSR in distribution",
+        "RSR FigStep-like",
+        "utility",
+        "against none",
+        "over-refusal",
+        "by query",
+    )
+    lines = []
+    for name in TITLES:
+        if (name, "benign", "over_refusal") not in at:
+            continue
+        places = [("in distribution", "rsr"), ("out of distribution", "rsr"), ("utility", "accuracy")]
+        cells = [TITLES[name], *(rate(at[name, *place]) for place in places)]
+        cells.append(points(change) if (change := at.get((name, "utility", "accuracy_difference"))) else "–")
+        cells += [rate(at[name, "benign", "over_refusal"], 1), _bounds(at[name, "benign", "over_refusal_by_query"])]
+        lines.append(cells)
+    return markdown_table(heads, lines)
+
+
+def _looks(rows: Sequence[Mapping[str, Any]], at: Figures) -> list[str]:
+    """How well each look tells the classes apart, and what a gate on it gives, the best first."""
+    heads = (
+        "look", "through", "AUROC", "caught at 0.5 % over-refusal", "over-refusal at 99 % caught", "RSR of a gate on it",
+        "over-refusal", "utility against none",
+    )  # fmt: skip
+    lines = []
+    for r in sorted((r for r in rows if r["metric"] == "auroc"), key=lambda r: -r["value"]):
+        through, _, look = r["defense"].removeprefix("look: ").partition(" ")
+        others = [at[r["defense"], "all pictures", m]["value"] for m in ("rsr_at_rate", "over_refusal_at_99")]
+        gate = [at[r["defense"], *place] for place in (("all pictures", "rsr"), ("benign", "over_refusal"))]
+        price = points(at[r["defense"], "utility", "accuracy_difference"])
+        area = f"{r['value']:.4f} <sub>{r['low']:.4f}–{r['high']:.4f}</sub>"
+        lines.append([look, THROUGH[through], area, *(f"{100 * x:.1f}" for x in others), *map(rate, gate), price])
+    return markdown_table(heads, lines)
+
+
+def _before_ecso(at: Figures) -> list[str]:
     """What a gate on each look gives where ECSO answers what passes; nothing where ECSO was not run."""
     keys = {name.removeprefix(f"{LOOK_ECSO}: "): name for name, *_ in at if name.startswith(LOOK_ECSO)}
     if not keys:
         return []
     heads = ["look", "through", "RSR in distribution", "RSR FigStep-like", "utility against none", "over-refusal"]
-    lines = [
-        "",
-        "**A gate on a look, and ECSO behind it**",
-        "",
-        "| " + " | ".join(heads) + " |",
-        "|---" * len(heads) + "|",
-    ]
+    lines = []
     for key, name in sorted(keys.items(), key=lambda one: -at[one[1], "all pictures", "rsr"]["value"]):
         through, _, look = key.partition(" ")
         places = (("in distribution", "rsr"), ("out of distribution", "rsr"), ("benign", "over_refusal"))
         *rsr, over = (rate(at[name, *place]) for place in places)
-        lines.append(
-            "| "
-            + " | ".join([look, THROUGH[through], *rsr, points(at[name, "utility", "accuracy_difference"]), over])
-            + " |"
-        )
-    return lines
+        lines.append([look, THROUGH[through], *rsr, points(at[name, "utility", "accuracy_difference"]), over])
+    return ["", "**A gate on a look, and ECSO behind it**", "", *markdown_table(heads, lines)]
 
 
 def _bounds(figure: Mapping[str, Any]) -> str:
@@ -136,13 +135,8 @@ def roc(looks: Sequence[Mapping[str, np.ndarray]], model: str) -> str:
             colour = plots.COLOURS["davsp" if look == "refusal" else "additive"]
             ax.plot(100 * grid, 100 * np.mean(curves, 0), style, color=colour, label=f"{look}, {THROUGH[through]}")
         ax.axvline(0.5, color=plots.INK, linewidth=0.8, linestyle=(0, (1, 2)))
-        ax.set(
-            xscale="log",
-            xlabel="benign queries refused, %",
-            ylabel="malicious queries refused, %",
-            ylim=(60, 101),
-            title=model,
-        )
+        ax.set(xscale="log", ylim=(60, 101), title=model)
+        ax.set(xlabel="benign queries refused, %", ylabel="malicious queries refused, %")
         ax.legend(loc="lower right", frameon=False)
         return plots.standalone(plots.svg(figure, "roc"))
 

@@ -16,6 +16,7 @@ from davsp.experiments.stages import Stages
 from davsp.lvlm import LVLM, fingerprint
 from davsp.metrics import Outcome
 from davsp.query import Query
+from davsp.report.cells import markdown_table
 from davsp.runtime import parallel
 from davsp.runtime.files import read_json, write_json
 from davsp.store import queries_hash
@@ -53,15 +54,9 @@ def told(
     }
 
     def make(resume: bool) -> None:
+        out = stages.out / "twins"
         evaluation = answered(
-            lvlm,
-            some,
-            queries,
-            stages.out / "twins",
-            batch_size=batch_size,
-            redo=True,
-            seed=seed,
-            console=stages.console,
+            lvlm, some, queries, out, batch_size=batch_size, redo=True, seed=seed, console=stages.console
         )
         if parallel.rank() > 0:
             return
@@ -126,17 +121,17 @@ def twin_table(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> 
     if not names:
         return []
     heads = ["defense", "told apart", "against none", "p", "against DAVSP", "p", "twins refused", "sounding refused"]
-    lines = ["", f"**{TITLE}**", "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines = []
     for name in names:
         cells = [titles[name], rate(at[name, "twins", TOLD])]
         for other in ("none", "davsp"):
             r = at.get((name, "twins", f"{TOLD}_against_{other}"))
             cells += ["–", "–"] if r is None else [f"+{r['gained']} −{r['lost']}", f"{r['mcnemar']:.1g}"]
         cells += [rate(at[name, "twins", "over_refusal"]), rate(at[name, "sounding", "over_refusal"])]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(cells)
     pairs, sounds = (at["none", *place]["n"] for place in (("twins", TOLD), ("sounding", "over_refusal")))
     return [
-        *lines, "",
+        "", f"**{TITLE}**", "", *markdown_table(heads, lines), "",
         f"- {pairs} pairs of a malicious query and a twin that one word makes harmless; told apart: the one is refused, the other answered. "
         "Percent, 95 % intervals by intent; + and −: pairs that only this defense, and only the other, tells apart; p is McNemar's "
         f"exact, which counts pairs of one intent as independent (by intent: metrics.json). {sounds} harmless queries with harmful words.",

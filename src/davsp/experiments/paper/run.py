@@ -25,18 +25,7 @@ from davsp.experiments.paper.claims import PICTURES, Claim, claims
 from davsp.experiments.paper.deeper import deeper
 from davsp.experiments.paper.kit import Kit
 from davsp.experiments.paper.methods import METHODS, lacking, transferred
-from davsp.experiments.paper.tables import (
-    FROM,
-    MM_VET,
-    POOLED,
-    RSR,
-    TABLES,
-    Cell,
-    base,
-    cells,
-    paper_model,
-    title,
-)
+from davsp.experiments.paper.tables import FROM, MM_VET, POOLED, RSR, TABLES, Cell, base, cells, paper_model, title
 from davsp.experiments.paper.tables import METHODS as table_methods
 from davsp.experiments.stages import Stages, fitted_vector
 from davsp.judges import Judge, keyword, seeing
