@@ -118,12 +118,8 @@ def _items(path: Path, task: str, rows: list[Any], problems: Problems) -> Iterat
 def _query(task: str, half: str, group: str, wording: int, request: str, row: Record) -> Query:
     label: Literal["benign", "malicious"] = "benign" if half == "safe" else "malicious"
     caption = formats.text(row, _CAPTIONS[task][half])
+    group, question, category = f"{NAME}/{group}", PROMPTS[task] + request, formats.text(row, _CATEGORY[task])
+    context = f"{request}\nThe picture shows: {caption}" if caption else request
     return Query(
-        f"{NAME}/{group}/{wording}/{half}",
-        PROMPTS[task] + request,
-        label,
-        f"{NAME}_{task}_{half}",
-        formats.text(row, _CATEGORY[task]),
-        f"{NAME}/{group}",
-        context=f"{request}\nThe picture shows: {caption}" if caption else request,
+        f"{group}/{wording}/{half}", question, label, f"{NAME}_{task}_{half}", category, group, context=context
     )

@@ -82,15 +82,7 @@ def _items(path: Path, problems: Problems) -> Iterator[Item]:
             continue
         name, warning = f"{NAME}/{row['question_id']}", formats.text(row, "safety_warning")
         context = f"{row['question']}\n{warning}" if warning else ""
-        query = Query(
-            name,
-            row["question"],
-            "malicious",
-            NAME,
-            row["category"],
-            name,
-            formats.text(row, "reference_answer"),
-            context=context,
-        )
+        reference = formats.text(row, "reference_answer")
+        query = Query(name, row["question"], "malicious", NAME, row["category"], name, reference, context=context)
         picture = formats.first(path.parent, *(f"{folder}/{row['image']}" for folder in _PICTURES))
         yield Item(query, picture or path.parent / "images" / row["image"], where, (row["category"],))

@@ -73,15 +73,9 @@ def _print(border: "VisualSafetyPrompt", report: "Report") -> None:
     seen, canaries = report.effect, border.canaries
     assert seen is not None and canaries is not None
     chosen = {label: sum(c.label == label for c in canaries.canaries) for label in ("malicious", "benign")}
-    table = TextTable(
-        "refused",
-        "malicious",
-        "benign",
-        "when chosen",
-        "of all candidates",
-        title=f"canaries, asked of the upstream's {report.model}",
-        caption=f"nothing and text alone: with a grey frame in the border's place; chosen on {canaries.model}",
-    )
+    heads = ("refused", "malicious", "benign", "when chosen", "of all candidates")
+    caption = f"nothing and text alone: with a grey frame in the border's place; chosen on {canaries.model}"
+    table = TextTable(*heads, title=f"canaries, asked of the upstream's {report.model}", caption=caption)
     for arm in seen.malicious:
         refused = arm == "prompt"
         then = f"{chosen['malicious'] * refused} of {chosen['malicious']}, 0 of {chosen['benign']}"

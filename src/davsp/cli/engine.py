@@ -69,15 +69,8 @@ def server_of(engine: EngineOptions, model: ModelOptions, processes: int = 1) ->
     name = engine.api_model or model.name
     if not engine.base_url or not name:
         raise DavspError("--engine openai needs --base-url and --api-model (or --model), as the server calls it.")
-    if (
-        model.revision
-        or model.device
-        or model.dtype
-        or model.quantization
-        or model.template
-        or model.attn_implementation
-        or processes > 1
-    ):
+    loading = model.revision or model.device or model.dtype or model.quantization or model.attn_implementation
+    if loading or model.template or processes > 1:
         raise DavspError(
             "--revision, --device, --dtype, --quantization, --attn-implementation, --template and --num-processes go with a model loaded here."
         )
@@ -114,14 +107,8 @@ def lvlm_of(
     from davsp.lvlm.remote import RemoteLVLM
     from davsp.lvlm.templates import read_extra, read_kwargs
 
+    told, extra = read_kwargs(model.template_kwargs), read_extra(engine.extra_body)
     return RemoteLVLM(
-        *server,
-        engine.api_key_env,
-        canvas=model.canvas,
-        template_kwargs=read_kwargs(model.template_kwargs),
-        extra_body=read_extra(engine.extra_body),
-        concurrency=requests.concurrency,
-        timeout=requests.timeout,
-        trust_env=requests.trust_env,
-        served=served,
-    )
+        *server, engine.api_key_env, canvas=model.canvas, template_kwargs=told, extra_body=extra,
+        concurrency=requests.concurrency, timeout=requests.timeout, trust_env=requests.trust_env, served=served,
+    )  # fmt: skip

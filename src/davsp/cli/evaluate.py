@@ -194,15 +194,9 @@ def _finish(
     shown = [name for name in defenses if name != "none"] or list(defenses)
     facts = read_json(out / MANIFEST)
     page = report.build(
-        facts["model"],
-        queries,
-        evaluation,
-        defenses,
-        defense=shown[-1],
-        manifest=facts,
-        published=bool(facts["benchmarks"]),
-        caveat=caveat,
-    )
+        facts["model"], queries, evaluation, defenses, defense=shown[-1], published=bool(facts["benchmarks"]),
+        manifest=facts, caveat=caveat,
+    )  # fmt: skip
     write_report(out / "report.html", page, show_unsafe)
     print_table(Console(), evaluation.rows, caveat=caveat)
     print_caveat(Console(), undefended.note(facts["undefended"]))

@@ -48,15 +48,8 @@ def load_lvlm(model: "ModelOptions") -> "LVLM":
     if model.dtype not in (None, "float32", "bfloat16", "float16"):
         raise DavspError(f"--dtype {model.dtype!r} is not known: choose float32, bfloat16 or float16.")
     if model.name is None or model.name in embedded.MODELS:
-        loading = (
-            model.revision
-            or model.dtype
-            or model.quantization
-            or model.canvas
-            or model.template_kwargs
-            or model.attn_implementation
-        )
-        if loading or model.template not in (None, "checkpoint"):
+        loading = model.revision or model.dtype or model.quantization or model.canvas or model.attn_implementation
+        if loading or model.template_kwargs or model.template not in (None, "checkpoint"):
             raise DavspError(
                 "--revision, --dtype, --quantization, --attn-implementation, --canvas, --template and --template-kwargs are for other models; those that "
                 "ship have their own."

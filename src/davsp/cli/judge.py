@@ -75,18 +75,8 @@ def judge(
         help_judge(scorer)
         return
     benchmark = judges.GRADER_OF.get(judge)
-    if benchmark:
-        scores = rescore(
-            run,
-            queries,
-            None,
-            seed=seed,
-            graders={benchmark: scorer},
-            mode=mode,
-            reasoning_tags=settings.reasoning_tags,
-        )
-    else:
-        scores = rescore(run, queries, scorer, seed=seed, mode=mode, reasoning_tags=settings.reasoning_tags)
+    who: dict[str, Any] = {"graders": {benchmark: scorer}, "judge": None} if benchmark else {"judge": scorer}
+    scores = rescore(run, queries, **who, seed=seed, mode=mode, reasoning_tags=settings.reasoning_tags)
     end_help(scorer)
     asked = {verdict.query_id for verdicts in scores.verdicts.values() for verdict in verdicts}
     _print(Console(), scores, judges.caveat_of([scorer], _shipped(run), [q for q in queries if q.id in asked]))

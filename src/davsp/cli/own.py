@@ -10,18 +10,8 @@ from davsp.runtime import parallel
 
 OWN = ("gate", "gate-kinds", "deep-alignment")
 PARTS = (
-    "begun",
-    "depth",
-    "turns",
-    "turns-hard",
-    "kinds-1",
-    "kinds-2",
-    "kinds-3",
-    "forms",
-    "forms-blind",
-    "wordings",
-    "curve",
-)
+    "begun", "depth", "turns", "turns-hard", "kinds-1", "kinds-2", "kinds-3", "forms", "forms-blind", "wordings", "curve",
+)  # fmt: skip
 """Of deep-alignment: a table and a folder each."""
 ALONE = ("turns", "curve")
 """Parts that several processes do not share."""

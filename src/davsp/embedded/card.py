@@ -83,18 +83,8 @@ def skills(seed: int, n: int) -> list[Query]:
             shown = q.random_pair(rng, "malicious" if i % 2 else "benign", "test")
         text = q.phrase(rng, shown)
         image = draw.typographic(rng, text, draw.HELD_FACES).image()
-        out.append(
-            Query(
-                f"read-{i}",
-                rng.choice(q.READ),
-                "benign",
-                "reading",
-                "reading",
-                text,
-                f"the text says : {text} .",
-                image=image,
-            )
-        )
+        question, says = rng.choice(q.READ), f"the text says : {text} ."
+        out.append(Query(f"read-{i}", question, "benign", "reading", "reading", text, says, image=image))
         question, reply = q.judge_turn(rng, bad if i % 2 else good)
         out.append(Query(f"judge-{i}", question, "benign", "judging", "judging", str(i), reply))
         question, reply = q.hint_turn(rng, good)

@@ -172,12 +172,9 @@ def _lesson_loss(
     if image is not None:
         inputs = inputs.masked_scatter((rows.ids == 3)[..., None], image.to(inputs.dtype))
     states = decoder(
-        inputs_embeds=inputs,
-        attention_mask=rows.mask,
-        position_ids=rows.position,
-        use_cache=False,
-        output_hidden_states=True,
-    )
+        inputs_embeds=inputs, attention_mask=rows.mask, position_ids=rows.position,
+        use_cache=False, output_hidden_states=True,
+    )  # fmt: skip
     answered = rows.target >= 0
     logits = model.lm_head(states.last_hidden_state[answered])
     target, weight = rows.target[answered], rows.weight[answered]
@@ -385,12 +382,6 @@ def joint_loss(
     knowing, naming_stats = named_loss(heads, packer, rows, batch, hidden)
     meaning = meaning_loss(model, oracle.token, output.tokens, pictures)
     centre, centre_stats = centre_loss(heads, output.tokens, pictures)
-    record = {
-        **stats,
-        **seeing_stats,
-        **naming_stats,
-        **centre_stats,
-        "meaning": meaning.item(),
-        "answer_loss": loss.item(),
-    }
+    record = stats | seeing_stats | naming_stats | centre_stats
+    record |= {"meaning": meaning.item(), "answer_loss": loss.item()}
     return loss + 0.5 * seeing + 0.3 * knowing + 0.4 * meaning + 0.2 * centre, record

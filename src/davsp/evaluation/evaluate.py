@@ -172,12 +172,8 @@ def _answers(
         _answer(lvlm, defenses, plan, responses, store, vector, batch_size, max_new_tokens, console)
         responses = parallel.shared(responses)
     except KeyboardInterrupt:
-        so_far = (
-            f"the answers so far are in {out / RESPONSES}: give the same command again to go on"
-            if out
-            else "nothing was kept"
-        )
-        raise Interrupted(f"stopped; {so_far}") from None
+        kept = out and f"the answers so far are in {out / RESPONSES}: give the same command again to go on"
+        raise Interrupted(f"stopped; {kept or 'nothing was kept'}") from None
     responses = _ordered(queries, responses)
     if store is not None:
         store.finish(responses)

@@ -161,40 +161,18 @@ def trained_prompt(
             shutil.rmtree(folder)  # a checkpoint without its metrics can't be gone on from
         parallel.wait()
         progress = not stages.console.quiet
-        prompt: Prompt = train(
-            lvlm,
-            start,
-            data.train_malicious,
-            data.train_benign,
-            vector,
-            settings,
-            folder,
-            resume,
-            progress,
-            _pictured(probe),
-        )
+        sets = data.train_malicious, data.train_benign
+        prompt: Prompt = train(lvlm, start, *sets, vector, settings, folder, resume, progress, _pictured(probe))
         if parallel.rank() == 0:
             prompt.save_pretrained(saved)
 
-    kind = {
-        "kind": start.kind,
-        "text": start.text,
-        "padding": getattr(start, "padding", None),
-        "eps": getattr(start, "eps", None),
-    }
+    sizes = {name: getattr(start, name, None) for name in ("padding", "eps")}
+    kind = {"kind": start.kind, "text": start.text, **sizes}
     if getattr(start, "resizes", 1) != 1:
         kind["resizes"] = 2
-    queries = [
-        queries_hash(part)
-        for part in (data.train_malicious, data.train_benign, data.sweep_malicious, data.sweep_benign)
-    ]
-    inputs = [
-        fingerprint(lvlm),
-        kind,
-        settings.model_dump(),
-        file_hash(vector_file or stages.out / "vector" / "vector.safetensors"),
-        *queries,
-    ]
+    vector_hash = file_hash(vector_file or stages.out / "vector" / "vector.safetensors")
+    sets = data.train_malicious, data.train_benign, data.sweep_malicious, data.sweep_benign
+    inputs = [fingerprint(lvlm), kind, settings.model_dump(), vector_hash, *map(queries_hash, sets)]
 
     def load() -> P:
         records(folder / METRICS)  # the report draws them

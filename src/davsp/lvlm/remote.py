@@ -210,18 +210,8 @@ class RemoteLVLM:
         if picture is not None:
             messages[0]["content"] = [part(picture), {"type": "text", "text": messages[0]["content"]}]
         told = {"chat_template_kwargs": self.template_kwargs} if self.template_kwargs else {}
-        return (
-            {
-                "model": self.model_id,
-                "messages": messages,
-                "max_tokens": max_new_tokens,
-                "temperature": 0.0,
-                "top_p": 1.0,
-                "repetition_penalty": 1.0,
-            }
-            | told
-            | self.extra_body
-        )
+        body = {"model": self.model_id, "messages": messages, "max_tokens": max_new_tokens}
+        return body | {"temperature": 0.0, "top_p": 1.0, "repetition_penalty": 1.0} | told | self.extra_body
 
 
 def _answer_and_written(body: Any) -> tuple[Answer, Any] | Failure:

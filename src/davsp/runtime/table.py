@@ -125,13 +125,6 @@ def _text(cell: str | Text) -> Text:
 
 def _print_line(console: Console, line: str, style: str, indent: str = "") -> None:
     """Print a line broken between words; a word longer than the terminal is left whole."""
-    broken = textwrap.wrap(
-        line,
-        console.width,
-        initial_indent=indent,
-        subsequent_indent=2 * indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-    for text in broken:
+    wrapper = textwrap.TextWrapper(console.width, indent, 2 * indent, break_long_words=False, break_on_hyphens=False)
+    for text in wrapper.wrap(line):
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
