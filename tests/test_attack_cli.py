@@ -58,7 +58,8 @@ def test_files_tables_and_page(
     assert "warning: keyword is the only judge here" in said
     for table in (output, (out / "attack.md").read_text(), (out / "attack.html").read_text()):
         assert "on 58 % of 6,108 real answers" in " ".join(table.split())
-    assert "worst, 4/255" in output.replace("\n", " ") or "worst" in output
+    heads = output.split("┡")[0].replace("┃", " ").split()
+    assert {"clean", "redrawn", "4/255", "255/255", "words", "any"} <= set(heads) and heads.count("picture,") == 2
     assert f"are in {out}" in output.replace("\n", "")
     assert json.loads((out / "manifest.json").read_text())["judge"] == "keyword/1"
     metrics = json.loads((out / "metrics.json").read_text())

@@ -129,9 +129,9 @@ def test_a_reply_of_hundreds_of_megabytes_is_hung_up_on(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "packing", "label"),
+    ("data", "packing", "says"),
     [
-        (gzip.compress(json.dumps(choice("safe")).encode()), "gzip", "safe"),
+        (gzip.compress(json.dumps(choice("safe")).encode()), "gzip", ""),
         (gzip.compress(b" " * 2**28 + json.dumps(choice("safe")).encode()), "gzip", "sent more than 8 MB"),
         (gzip.compress(json.dumps(choice("safe")).encode())[:-12], "gzip", "packed reply that is broken"),
         (b"not packed", "gzip", "packed reply that is broken"),
@@ -139,11 +139,11 @@ def test_a_reply_of_hundreds_of_megabytes_is_hung_up_on(server: Server) -> None:
     ],
     ids=["good", "bomb", "cut", "none", "other"],
 )
-def test_packed_replies(server: Server, data: bytes, packing: str, label: str) -> None:
+def test_packed_replies(server: Server, data: bytes, packing: str, says: str) -> None:
     """None is asked for; some proxies pack all the same."""
     (verdict,) = judged(server, (200, data, {"Content-Encoding": packing}))
     assert server.bodies[0]["encoding"] == "identity"
-    assert verdict.label == label or (verdict.label == "unscored" and label in verdict.reason)
+    assert verdict.label == ("unscored" if says else "safe") and says in verdict.reason
 
 
 @pytest.mark.parametrize("wait", ["1e999", "inf", "9" * 400, "Mon, 01 Jan 2300 00:00:00 GMT"])

@@ -137,6 +137,7 @@ def roc(looks: Sequence[Mapping[str, np.ndarray]], model: str) -> str:
         ax.axvline(0.5, color=plots.INK, linewidth=0.8, linestyle=(0, (1, 2)))
         ax.set(xscale="log", ylim=(60, 101), title=model)
         ax.set(xlabel="benign queries refused, %", ylabel="malicious queries refused, %")
+        ax.xaxis.set_major_formatter("{x:g}")  # powers of ten would need the mathematics that STYLE leaves off
         ax.legend(loc="lower right", frameon=False)
         return plots.standalone(plots.svg(figure, "roc"))
 
