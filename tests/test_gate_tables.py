@@ -138,7 +138,9 @@ def test_table_and_curve_hold_what_is_there():
     assert "the border" in table and "undefended" in table
     page = roc(made, "m")
     assert page.startswith("<svg") and all(f">{percent}</text>" in page for percent in ("0.1", "1", "10", "100"))
-    assert all(f">{look}, {through}</text>" in page for look in ("refusal", "both") for through in ("the border", "undefended"))
+    assert all(
+        f">{look}, {through}</text>" in page for look in ("refusal", "both") for through in ("the border", "undefended")
+    )
 
 
 def test_answers_are_asked_for_once(lvlm: LVLM, monkeypatch: pytest.MonkeyPatch):

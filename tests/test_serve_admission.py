@@ -22,6 +22,8 @@ def test_a_room_is_full_at_once_but_never_for_small_requests():
         with pytest.raises(Refusal, match="busy"):
             other.resize(3 * SMALL)
         assert other.size == 0
+        large.resize(10 * SMALL)  # what it holds already is its own
+        large.resize(8 * SMALL)
         other.resize(SMALL)
         with room.seat() as small:
             small.resize(SMALL)

@@ -13,7 +13,7 @@ from PIL import Image
 from davsp.serve.pictures import Budget, decode, decoded
 from davsp.serve.refusals import Refusal
 from davsp.serve.settings import ServeSettings
-from proxy import client, data_url, file, image_part, user
+from proxy import client, data_url, file, image_part, until, user
 from tiny import picture
 
 
@@ -35,6 +35,17 @@ def test_a_budget_is_kept_in_turn_and_what_is_too_large_goes_alone():
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(len(sizes)), sizes))
     assert most[0] <= 100 and budget.left == 100 and sorted(order) == list(range(60))
+
+    order.clear()
+    with ThreadPoolExecutor(2) as pool:
+        with budget.hold(90):
+            large = pool.submit(work, 1, 50)
+            until(budget.turn.locked)
+            small = pool.submit(work, 2, 5)  # there is room for it, and it came later
+            time.sleep(0.1)
+            assert not small.done() and not large.done()
+        large.result(), small.result()
+    assert order == [1, 2]
 
 
 def test_a_picture_is_decoded_when_it_is_asked_for_and_given_back_before_the_next():
