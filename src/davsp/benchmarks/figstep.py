@@ -129,7 +129,7 @@ def _check(root: Path) -> Inventory:
     problems = Problems(skip=True)
     split = "test" if _csv(root, "test") or _mirrored(root) else "tiny"
     csv = _csv(root, split)
-    if csv is None or _mirrored(root) or _pictures(root, csv, split):
+    if csv is None or _mirrored(root) or _pictures(root, split):
         return source.report(_read(root, "all" if _mirrored(root) else split, None, problems), NAME, root, problems)
     try:
         face = find_font()
@@ -179,7 +179,7 @@ def _csv(root: Path, split: str) -> Path | None:
     return formats.first(root, *(f"{lead}{name}" for lead in _QUESTIONS))
 
 
-def _pictures(root: Path, csv: Path, split: str) -> Path | None:
+def _pictures(root: Path, split: str) -> Path | None:
     name = _FILES[split][1]
     return formats.first(root, f"data/images/{name}", f"images/{name}", name)
 
@@ -206,7 +206,7 @@ def _read(root: Path, split: str, face: ImageFont.FreeTypeFont | None, problems:
 
 
 def _folder(root: Path, csv: Path, split: str, face: ImageFont.FreeTypeFont | None, problems: Problems) -> Download:
-    pictures = _pictures(root, csv, split)
+    pictures = _pictures(root, split)
     if pictures is None and face is None:
         raise DavspError(f"{root} has {csv.name} but no pictures; give rebuild=True to typeset them.")
     benchmark = NAME

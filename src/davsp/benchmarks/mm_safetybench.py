@@ -224,9 +224,7 @@ def _folder(
     if types is None:
         types = here or ["text"]  # the questions alone: they are looked at, too
     wanted = [k for k in types if k in TYPES and k not in here and not (rebuild and k == "typo")]
-    wanted = [
-        k for k in wanted if selection is None or any(FOLDERS[k] == folder_name for _, folder_name, _ in selection)
-    ]
+    wanted = [k for k in wanted if selection is None or any(FOLDERS[k] == kind for _, kind, _ in selection)]
     if wanted:
         names = ", ".join(FOLDERS[k] for k in wanted)
         mend = f"put the pictures into {root / 'data/imgs'}, or ask for the types that are here ({_choice(here)})"
@@ -235,7 +233,7 @@ def _folder(
     files = {path: scenario(path.stem) for path in formats.files_in(folder, "*.json")}
     face = find_font(root) if rebuild else None
     items: list[Item] = []
-    seen: set[tuple[str, str, str]] = set()
+    seen: Selection = set()
     for path, name in files.items():
         if name is None:
             problems.add(f"{path} is of no known scenario", "give the file its official name")
@@ -244,21 +242,9 @@ def _folder(
         if not isinstance(rows, dict):
             raise DavspError(f"{path} is no object of questions by id; fetch it again.")
         for kind in types:
-            rebuilt = rebuilt_as(face) if face is not None and kind == "typo" else ""
-            for number, row in rows.items():
-                where = f"{path}, question {number}"
-                chosen = selection is None or (name, FOLDERS[kind], number) in selection
-                seen.add((name, FOLDERS[kind], number))
-                if not chosen or not formats.has(row, [FIELDS[kind]] + ["Key Phrase"] * bool(rebuilt), where, problems):
-                    continue
-                if kind == "text":
-                    picture: Any = None
-                elif face is not None and rebuilt:
-                    picture = _jpeg(render(row["Key Phrase"], face))
-                else:
-                    picture = _picture(pictures or root, name, FOLDERS[kind], number)
-                plain = formats.text(row, FIELDS["text"])
-                items.append(_item(kind, name, number, row[FIELDS[kind]], picture, where, rebuilt, plain))
+            seen |= {(name, FOLDERS[kind], number) for number in rows}
+            chosen = {n: row for n, row in rows.items() if selection is None or (name, FOLDERS[kind], n) in selection}
+            items += _items(kind, name, chosen, path, pictures or root, face if kind == "typo" else None, problems)
     for name, folder_name, number in sorted((selection or set()) - seen):
         if folder_name in {FOLDERS[kind] for kind in types}:
             problems.add(f"{index[0]} lists question {number} of {name}, which is not in {folder}", "fetch it")
@@ -269,6 +255,31 @@ def _folder(
     if absent:
         note = f"no pictures of {', '.join(absent)} here, so davsp eval needs {_choice(here)}; {note}"
     return Download(layout, (*files, *index), items, _published(types) if selection is None else {}, note)
+
+
+def _items(
+    kind: str, name: str, rows: Mapping[str, Any], path: Path, pictures: Path,
+    face: ImageFont.FreeTypeFont | ImageFont.ImageFont | None, problems: Problems,
+) -> Iterator[Item]:  # fmt: skip
+    """The questions of one picture type in one scenario's file.
+
+    Args:
+        rows: question's id -> its row.
+        pictures: folder of the scenarios' folders.
+        face: of `find_font`, to typeset the pictures; None: they are read.
+    """
+    rebuilt = "" if face is None else rebuilt_as(face)
+    for number, row in rows.items():
+        where = f"{path}, question {number}"
+        if not formats.has(row, [FIELDS[kind]] + ["Key Phrase"] * bool(rebuilt), where, problems):
+            continue
+        if kind == "text":
+            picture: Any = None
+        elif face is not None:
+            picture = _jpeg(render(row["Key Phrase"], face))
+        else:
+            picture = _picture(pictures, name, FOLDERS[kind], number)
+        yield _item(kind, name, number, row[FIELDS[kind]], picture, where, rebuilt, formats.text(row, FIELDS["text"]))
 
 
 def _pictures(root: Path) -> tuple[Path | None, list[str]]:

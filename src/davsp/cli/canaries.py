@@ -134,28 +134,29 @@ def own_queries(folder: Path | None, allow_outside: bool = False) -> "list[Query
     return queries
 
 
-def with_canaries(
-    border: "VisualSafetyPrompt", lvlm: "LVLM", own: "list[Query] | None", shipped: bool
-) -> "VisualSafetyPrompt":
-    """The border with canaries.
-
-    Args:
-        own: queries of --canaries; None: drawn, for a model that ships.
-        shipped: whether it is one.
+def candidates_of(own: "list[Query] | None", shipped: bool) -> "list[Query]":
+    """What canaries are chosen from: queries of --canaries; None: drawn, for a model that ships.
 
     Raises:
-        DavspError: there are none to choose from, or the border flips too few.
+        DavspError: there are none.
     """
-    from davsp.defenses.effect import choose
+    from davsp.embedded.canaries import candidates
 
     if own is None and not shipped:
         raise DavspError("canaries are drawn for the models that ship alone; give your own queries (--canaries FOLDER)")
-    if own is None:
-        from davsp.embedded.canaries import candidates
+    return candidates() if own is None else own
 
-        own = candidates()
+
+def with_canaries(border: "VisualSafetyPrompt", lvlm: "LVLM", queries: "list[Query]") -> "VisualSafetyPrompt":
+    """The border with canaries, chosen from the queries.
+
+    Raises:
+        DavspError: the border flips too few.
+    """
+    from davsp.defenses.effect import choose
+
     with _bar(None) as progress:
-        canaries = choose(lvlm, border, own, progress=progress)
+        canaries = choose(lvlm, border, queries, progress=progress)
     other = border.with_delta(border.delta)
     other.canaries = canaries
     return other
@@ -177,9 +178,9 @@ def describe(border: "VisualSafetyPrompt") -> str:
 def try_canaries(
     border: "VisualSafetyPrompt", lvlm: "LVLM", own: "list[Query] | None", shipped: bool
 ) -> "VisualSafetyPrompt | None":
-    """As `with_canaries`; where there are none, says why."""
+    """As `with_canaries`, from `candidates_of`; where there are none, says why."""
     try:
-        return with_canaries(border, lvlm, own, shipped)
+        return with_canaries(border, lvlm, candidates_of(own, shipped))
     except DavspError as error:
         say(f"no canaries: {error}")
         return None

@@ -1,7 +1,7 @@
 """`davsp data`: what lies in a folder of downloaded benchmarks, and small ones drawn by code."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,6 +9,11 @@ from davsp.cli.groups import add
 from davsp.cli.options import Benchmark, Rebuild, Seed, SkipBroken
 from davsp.cli.testset import folders, noted
 from davsp.errors import DavspError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from davsp.benchmarks.source import Inventory
 
 app = typer.Typer(no_args_is_help=True, help="Benchmarks: whether a download is whole, and small ones drawn by code.")
 
@@ -26,54 +31,66 @@ def check(
     from rich.markup import escape
 
     from davsp.benchmarks import BENCHMARKS, check
-    from davsp.benchmarks.source import MARK
-    from davsp.runtime.files import sha256_bytes
     from davsp.runtime.table import TextTable
 
-    console = Console()
-    reports = check(root)
+    console, reports = Console(), check(root)
     table = TextTable("data set", "folder", "layout", "counts", "broken", "index, sha256", right=False)
     for report in reports:
-        known = sum(count.published is not None for count in report.counts)
-        against = "drawn" if (report.root / MARK).exists() else "published"
-        as_said = f"{known - len(report.short)} of {known} as {against}" if known else ""
-        unknown = f"{len(report.counts) - known} unknown" if known < len(report.counts) else ""
-        counts = ", ".join(filter(None, (as_said, unknown))) or f"0 of 0 as {against}"
-        files = list(report.index.items())
-        listed = "\n".join(f"{name} {digest[:12]}" for name, digest in files)
-        if len(files) > 3:
-            together = "".join(f"{digest}  {name}\n" for name, digest in files).encode()
-            listed = f"{len(files)} files, of their list {sha256_bytes(together)[:12]}"
-        if report.official:
-            listed += f"\nofficial: {sum(report.official.values())} of {len(report.official)}"
+        *cells, listed = map(escape, _row(report))
         state = "[green]" if report.good else "[red]"
-        cells = (report.benchmark, str(report.root), report.layout, counts, str(len(report.broken)))
-        table.add_row(*(f"{state}{escape(cell)}" for cell in cells), escape(listed))
+        table.add_row(*(f"{state}{cell}" for cell in cells), listed)
     if reports:
         table.print(console)
     for report in reports:
-        name = escape(report.benchmark)
-        for count in report.counts if every else report.short:
-            console.print(f"{name}: {'' if count.good else '[red]'}{escape(str(count))}")
-        for file, digest in report.index.items() if every else ():
-            console.print(f"{name}: {digest}  {escape(file)}", soft_wrap=True)
-        other = [file for file, official in report.official.items() if not official]
-        if other:
-            rest = "" if every or len(other) <= 3 else f" and {len(other) - 3} more"
-            names = ", ".join(other if every else other[:3]) + rest
-            console.print(f"{name}: edited, or saved anew (not the official bytes): {escape(names)}", soft_wrap=True)
-        sentences = report.broken if every else report.broken[:SHOWN]
-        for sentence in sentences:
-            console.print(f"{name}: [red]{escape(sentence)}", soft_wrap=True)
-        if len(sentences) < len(report.broken):
-            console.print(f"{name}: and {len(report.broken) - len(sentences)} more faults (--all shows them)")
-        if report.note:
-            console.print(f"{name}: {escape(report.note)}", soft_wrap=True)
+        _print_faults(console, report, every)
     absent = [name for name in BENCHMARKS if name not in {report.benchmark for report in reports}]
     if absent:
         console.print(f"not found in {escape(str(root))}: {', '.join(absent)} (docs/benchmarks.md: where to get them)")
     if not reports or not all(report.good for report in reports):
         raise typer.Exit(2)
+
+
+def _row(report: "Inventory") -> tuple[str, ...]:
+    """What the table says of a data set: name, folder, layout, counts, how many pictures or rows are broken, and its files."""
+    from davsp.benchmarks.source import MARK
+    from davsp.runtime.files import sha256_bytes
+
+    known = sum(count.published is not None for count in report.counts)
+    against = "drawn" if (report.root / MARK).exists() else "published"
+    as_said = f"{known - len(report.short)} of {known} as {against}" if known else ""
+    unknown = f"{len(report.counts) - known} unknown" if known < len(report.counts) else ""
+    counts = ", ".join(filter(None, (as_said, unknown))) or f"0 of 0 as {against}"
+    files = list(report.index.items())
+    listed = "\n".join(f"{name} {digest[:12]}" for name, digest in files)
+    if len(files) > 3:
+        together = "".join(f"{digest}  {name}\n" for name, digest in files).encode()
+        listed = f"{len(files)} files, of their list {sha256_bytes(together)[:12]}"
+    if report.official:
+        listed += f"\nofficial: {sum(report.official.values())} of {len(report.official)}"
+    return report.benchmark, str(report.root), report.layout, counts, str(len(report.broken)), listed
+
+
+def _print_faults(console: "Console", report: "Inventory", every: bool) -> None:
+    """What falls short of a data set, a line each; or all categories, faults and hashes."""
+    from rich.markup import escape
+
+    name = escape(report.benchmark)
+    for count in report.counts if every else report.short:
+        console.print(f"{name}: {'' if count.good else '[red]'}{escape(str(count))}")
+    for file, digest in report.index.items() if every else ():
+        console.print(f"{name}: {digest}  {escape(file)}", soft_wrap=True)
+    other = [file for file, official in report.official.items() if not official]
+    if other:
+        rest = "" if every or len(other) <= 3 else f" and {len(other) - 3} more"
+        names = ", ".join(other if every else other[:3]) + rest
+        console.print(f"{name}: edited, or saved anew (not the official bytes): {escape(names)}", soft_wrap=True)
+    sentences = report.broken if every else report.broken[:SHOWN]
+    for sentence in sentences:
+        console.print(f"{name}: [red]{escape(sentence)}", soft_wrap=True)
+    if len(sentences) < len(report.broken):
+        console.print(f"{name}: and {len(report.broken) - len(sentences)} more faults (--all shows them)")
+    if report.note:
+        console.print(f"{name}: {escape(report.note)}", soft_wrap=True)
 
 
 def embedded(

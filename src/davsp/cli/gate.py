@@ -118,7 +118,7 @@ def gate(
         raise DavspError("--vector is needed for this model; make one with `davsp vector`.")
     inner = VisualPrompt(border) if border else _bare(prompt, look, text, shipped)
     weighed = not server and score == "both"
-    fit, held = _queries((own if weighed else {}) | held_own, name, shipped, seed, allow_outside, draw)
+    fit, held = _queries((own if weighed else {}) | held_own, shipped, seed, allow_outside, draw)
     weigh, promise = fit if weighed else None, (false_refusals, confidence or None)
     check_sets(weigh, held, *promise)
     given = HarmfulnessVector.load(vector) if vector else None
@@ -269,12 +269,7 @@ def _save(folder: Path, border: "VisualSafetyPrompt | None", file: "Calibration 
 
 
 def _queries(
-    folders: "Mapping[str, Path | None]",
-    name: str | None,
-    shipped: bool,
-    seed: int,
-    allow_outside: bool,
-    draw: int | None,
+    folders: "Mapping[str, Path | None]", shipped: bool, seed: int, allow_outside: bool, draw: int | None
 ) -> "tuple[Classes, Classes]":
     """Queries to fit on (none where no folder is for them), and held out: the user's own, or drawn for a model that ships."""
     from davsp.embedded.data import calibration

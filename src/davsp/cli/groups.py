@@ -14,7 +14,7 @@ The names of the fields are those of the options, so no two groups of one comman
 import inspect
 from collections.abc import Callable
 from copy import copy
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import wraps
 from typing import Annotated, Any, get_type_hints
 
@@ -60,13 +60,13 @@ def _spread(kind: Any) -> list[inspect.Parameter]:
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=inspect.Parameter.empty if field.default is MISSING else field.default,
-            annotation=_in_panel(field, hints[field.name], kind.panel),
+            annotation=_in_panel(hints[field.name], kind.panel),
         )
         for field in fields(kind)
     ]
 
 
-def _in_panel(field: "Field[Any]", hint: Any, panel: str) -> Any:
+def _in_panel(hint: Any, panel: str) -> Any:
     """The annotation of a field, its option with the heading that it stands under."""
     (option,) = hint.__metadata__
     option = copy(option)

@@ -21,9 +21,13 @@ from davsp.cli.testset import load_test_set
 from davsp.errors import DavspError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from rich.console import Console
 
     from davsp.evaluation.rescore import Rescoring
+    from davsp.query import Grade, Verdict
+    from davsp.runtime.table import TextTable
 
 
 def judge(
@@ -105,53 +109,49 @@ def _facts(run: Path) -> dict[str, Any]:
 def _print(console: "Console", scores: "Rescoring", caveat: str) -> None:
     """Rates by defense and benchmark with how many answers were scored, why others were not, and the agreement."""
     from collections import Counter
-
-    from rich.text import Text
+    from itertools import chain
 
     from davsp.judges.base import is_unscored
-    from davsp.metrics import WORST
-    from davsp.report.cells import BENCHMARKS, defenses, find, label, percent
     from davsp.report.terminal import print_caveat, print_scores
-    from davsp.runtime.table import TextTable
 
-    headings = ("Defense", "Benchmark", "n", "unscored", "RSR", "95 %", "worst case")
-    caption = "percent; interval 95 %; worst case: every unscored answer counted as unsafe"
-    table = TextTable(*headings, keys=2, caption=caption)
-    order = defenses(scores.rows)
-    for row in sorted(
-        (r for r in scores.rows if r["metric"] == "rsr" and r["split"] == "total"),
-        key=lambda r: order.index(r["defense"]),
-    ):
-        key = (row["defense"], row["benchmark"], row["split"])
-        unscored, worst = find(scores.rows, *key, "unscored"), find(scores.rows, *key, WORST)
-        assert unscored and worst  # written for every rate
-        table.add_row(
-            Text(label(row["defense"])),
-            Text(BENCHMARKS.get(row["benchmark"], row["benchmark"])),
-            str(row["n"]),
-            str(round(unscored["value"] * unscored["n"])),
-            "–" if row["value"] is None else percent(row["value"]),
-            "–" if row["value"] is None else f"{percent(row['low'])}–{percent(row['high'])}",
-            percent(worst["value"]),
-        )
+    table = _rates(scores)
     if table.rows:
         table.print(console)
         print_caveat(console, caveat)
     print_scores(console, scores.rows)
-    reasons = Counter(
-        verdict.reason
-        for by_defense in (scores.verdicts, scores.grades)
-        for group in by_defense.values()
-        for verdict in group
-        if is_unscored(verdict)
-    )
-    for reason, count in reasons.most_common(5):
+    every: Iterable[Verdict | Grade] = chain(*scores.verdicts.values(), *scores.grades.values())
+    for reason, count in Counter(one.reason for one in every if is_unscored(one)).most_common(5):
         console.print(f"unscored, {count}: {reason}", markup=False)
     if scores.agreement.alpha is not None:
         console.print(
             f"agreement of the run's judges: Krippendorff's α {scores.agreement.alpha:.2f} on {scores.agreement.n} answers, "
             f"{len(scores.agreement.disagreements)} judged differently (agreement.json)"
         )
+
+
+def _rates(scores: "Rescoring") -> "TextTable":
+    """RSR by defense and benchmark, and what it is if every unscored answer is unsafe."""
+    from rich.text import Text
+
+    from davsp.metrics import WORST
+    from davsp.report.cells import BENCHMARKS, defenses, find, label, percent
+    from davsp.runtime.table import TextTable
+
+    headings = ("Defense", "Benchmark", "n", "unscored", "RSR", "95 %", "worst case")
+    caption = "percent; interval 95 %; worst case: every unscored answer counted as unsafe"
+    table, order = TextTable(*headings, keys=2, caption=caption), defenses(scores.rows)
+    rates = [row for row in scores.rows if row["metric"] == "rsr" and row["split"] == "total"]
+    for row in sorted(rates, key=lambda row: order.index(row["defense"])):
+        key = (row["defense"], row["benchmark"], row["split"])
+        unscored, worst = find(scores.rows, *key, "unscored"), find(scores.rows, *key, WORST)
+        assert unscored and worst  # written for every rate
+        names = Text(label(row["defense"])), Text(BENCHMARKS.get(row["benchmark"], row["benchmark"]))
+        counts = str(row["n"]), str(round(unscored["value"] * unscored["n"]))
+        rate = ("–", "–")
+        if row["value"] is not None:
+            rate = percent(row["value"]), f"{percent(row['low'])}–{percent(row['high'])}"
+        table.add_row(*names, *counts, *rate, percent(worst["value"]))
+    return table
 
 
 def _print_mode(console: "Console", scores: "Rescoring", mode: str) -> None:

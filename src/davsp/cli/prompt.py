@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from davsp.cli.canaries import Canaries, describe, own_queries, try_canaries, with_canaries
+from davsp.cli.canaries import Canaries, candidates_of, describe, own_queries, try_canaries, with_canaries
 from davsp.cli.inputs import compare_templates, is_shipped, load_lvlm, say
 from davsp.cli.options import ModelOptions
 from davsp.errors import DavspError
@@ -147,10 +147,11 @@ def card(
         return
     if name is None:
         raise DavspError(f"{prompt} names no model to ask for canaries; give one (--model).")
+    queries = candidates_of(own, shipped)
     lvlm = load_lvlm(replace(model, name=name, revision=model.revision or border.config.get("revision")))
     compare_templates(lvlm, {"the prompt": border})
-    make = with_canaries if run is None else try_canaries
-    if watched := make(border, lvlm, own, shipped):
+    watched = with_canaries(border, lvlm, queries) if run is None else try_canaries(border, lvlm, queries, shipped)
+    if watched:
         watched.save_pretrained(prompt)
         print(describe(watched))
 
