@@ -139,6 +139,7 @@ def reproduce(
         own(names, model, methods.steps, out, batch_size, seed, ecso, part, bool(benchmark or split))
         return
     tables, sweeps = _tables_and_sweeps(names)
+    published(methods.recipe)  # an unknown one is told before the queries are drawn
     if not dry_run:
         model = in_processes(processes, model)
     embedded_data = not benchmark and split is None
