@@ -48,7 +48,9 @@ CURVES: dict[str, dict[str, Any]] = {
     "answer": {"objective": "answer"}, "both, λ 2.5": {"objective": "both", "lam": 2.5}, "projection": {"objective": "projection"},
     "both, λ 6": {"objective": "both", "lam": 6.0}, "both, λ 1": {"objective": "both", "lam": 1.0},
     "both, λ 0.3": {"objective": "both", "lam": 0.3},
+    "both, λ 6, every row": {"objective": "both", "lam": 6.0, "malicious_answer_share": 1.0},
 }  # fmt: skip
+"""Every malicious row carries the refusal in "answer" and in the last, a quarter of them in the others."""
 ANY = "both, any λ"
 LOSSES = (1, 3, 5, 10)
 """Points of utility that may be lost."""
@@ -118,7 +120,7 @@ def _placed(o: Outcome, seed: int) -> Outcome:
 
 
 def _folder(name: str) -> str:
-    return name.replace(", λ ", "-")
+    return name.replace(", λ ", "-").replace(", ", "-").replace(" ", "-")
 
 
 def looked_at(
@@ -276,7 +278,7 @@ def figure(rows: Sequence[Mapping[str, Any]]) -> str:
         for r in rows
         if r["metric"] in ("rsr", "accuracy") and r["split"] == "total"
     }
-    styles = {"both, λ 2.5": "-", "both, λ 6": ":", "both, λ 1": "--", "both, λ 0.3": "-."}
+    styles = {"both, λ 2.5": "-", "both, λ 6": ":", "both, λ 1": "--", "both, λ 0.3": "-.", "both, λ 6, every row": (0, (5, 1))}
     with matplotlib.rc_context(plots.STYLE):
         drawn = Figure(figsize=(5.4, 3.8), layout="constrained")
         ax = drawn.subplots()
