@@ -278,7 +278,13 @@ def figure(rows: Sequence[Mapping[str, Any]]) -> str:
         for r in rows
         if r["metric"] in ("rsr", "accuracy") and r["split"] == "total"
     }
-    styles = {"both, λ 2.5": "-", "both, λ 6": ":", "both, λ 1": "--", "both, λ 0.3": "-.", "both, λ 6, every row": (0, (5, 1))}
+    styles = {
+        "both, λ 2.5": "-",
+        "both, λ 6": ":",
+        "both, λ 1": "--",
+        "both, λ 0.3": "-.",
+        "both, λ 6, every row": (0, (5, 1)),
+    }
     with matplotlib.rc_context(plots.STYLE):
         drawn = Figure(figsize=(5.4, 3.8), layout="constrained")
         ax = drawn.subplots()
