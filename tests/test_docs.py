@@ -107,6 +107,19 @@ def test_every_option_is_one_of_some_command(page: Path) -> None:
     assert [o for o in options if o not in known | OTHERS and o[2:].replace("-", "_") not in scripts] == []
 
 
+def test_the_pages_hold_what_is_looked_for() -> None:
+    """A pattern that finds nothing would find every page right."""
+    text = "\n".join(page.read_text() for page in PAGES)
+    patterns = (
+        r"`([\w/]+\.py)::([\w.]+)",
+        r"`(--[\w-]+)",
+        r"^```python\n",
+        r"(?<![\w/.-])(?:src|tests|docs|results)/[\w./-]",
+    )
+    assert min(len(re.findall(pattern, text, re.MULTILINE)) for pattern in patterns) >= 10
+    assert len(_commands(text)) > 100
+
+
 def _all(command: Any) -> list[Any]:
     """A command and those below it."""
     inner = getattr(command, "commands", {}).values()

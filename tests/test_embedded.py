@@ -58,11 +58,14 @@ def test_the_vocabulary_holds_every_word_and_the_tokenizer_gives_text_back():
 
 
 def test_test_phrases_are_in_no_question_that_trains_the_model():
-    held = {p.phrase for p in words.pairs("malicious", "test") + words.pairs("benign", "test")}
-    rng = random.Random(1)
+    held, met = (
+        {p.phrase for p in words.pairs("malicious", part) + words.pairs("benign", part)} for part in ("test", "mini")
+    )
+    rng, found = random.Random(1), set[str]()
     for _ in range(400):
         text = " ".join(f"{a} {b}" for a, b in q.picture_lesson(rng).turns + [q.word_turn(rng)])
-        assert not [phrase for phrase in held if f" {phrase} " in f" {text} ".replace(".", " ")]
+        found |= {phrase for phrase in held | met if f" {phrase} " in f" {text} ".replace(".", " ")}
+    assert found <= met and len(found) > 20
 
 
 def test_the_protocol_is_disjoint_and_seeded():

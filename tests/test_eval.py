@@ -141,19 +141,13 @@ def test_a_key_in_place_of_its_variable_gets_nowhere(option: str, data: Path, tm
     assert "sk-secret" not in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def options(data: Path, model: Path, out: Path) -> list[Any]:
+    """Of a run that takes two seconds."""
+    return ["--queries", data, "--model", model, "--max-new-tokens", 2, "--out", out, "--max-unscored", 1]
+
+
 def test_a_folder_of_another_run_is_refused(data: Path, tiny_folder: Path, tmp_path: Path, capsys) -> None:
-    same = [
-        "--queries",
-        data,
-        "--model",
-        tiny_folder,
-        "--max-new-tokens",
-        2,
-        "--out",
-        tmp_path / "out",
-        "--max-unscored",
-        1,
-    ]
+    same = options(data, tiny_folder, tmp_path / "out")
     assert davsp("eval", *same) == 0
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert read(tmp_path / "out" / "manifest.json")["queries"]["count"] == 7
@@ -175,18 +169,7 @@ def test_broken_pictures_are_named_or_skipped(data: Path, tiny_folder: Path, tmp
     Image.new("CMYK", (8, 8)).save(data / "images" / "benign-0.jpg")
     text = (data / "queries.jsonl").read_text().replace("benign-0.png", "benign-0.jpg")
     (data / "queries.jsonl").write_text(text + text.splitlines()[-1] + "\n")
-    same = [
-        "--queries",
-        data,
-        "--model",
-        tiny_folder,
-        "--max-new-tokens",
-        2,
-        "--out",
-        tmp_path / "out",
-        "--max-unscored",
-        1,
-    ]
+    same = options(data, tiny_folder, tmp_path / "out")
     assert davsp("eval", *same) == 2
     assert "malicious-0.png', which is not there" in capsys.readouterr().err
     assert davsp("eval", *same, "--skip-broken") == 0

@@ -224,6 +224,12 @@ def test_a_prompt_defends_and_is_measured(model, tmp_path):
     result = evaluate(model, {"none": NoDefense(), "davsp": VisualPrompt(prompt)}, queries, max_new_tokens=5)
     texts = {name: [r.text for r in result.responses[name]] for name in ("none", "davsp")}
     assert texts["none"] != texts["davsp"]
+    counted = {(row["defense"], row["metric"]): row["n"] for row in result.rows}
+    assert [counted[name, metric] for name in texts for metric in ("unscored", "over_refusal", "calls")] == [
+        2,
+        2,
+        4,
+    ] * 2
 
 
 def test_a_border_is_trained_six_steps(model, tmp_path):

@@ -48,8 +48,9 @@ def test_cluster_bootstrap_of_equal_groups_is_that_of_their_means() -> None:
 
 
 def test_bootstrap_is_seeded() -> None:
-    values, groups = [0.0, 1.0, 1.0, 0.0, 1.0], ["a", "a", "b", "b", "c"]
-    assert metrics.cluster_bootstrap(values, groups, 3) == metrics.cluster_bootstrap(values, groups, 3)
+    values, groups = [(number * 37 % 101) / 101 for number in range(60)], [f"g{number // 2}" for number in range(60)]
+    one, again, other = (metrics.cluster_bootstrap(values, groups, seed) for seed in (3, 3, 4))
+    assert one == again != other
 
 
 @settings(max_examples=25, deadline=None)

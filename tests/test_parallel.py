@@ -217,11 +217,7 @@ def test_a_mistake_is_one_sentence_and_code_2_in_two_processes_as_well(tiny_fold
     command = [
         *common(tiny_folder, data), "--vector", tmp_path / "none", "--out", tmp_path / "x", "--num-processes", "2"
     ]  # fmt: skip
-    if fresh:
-        done = davsp(*command)
-        code, said = done.returncode, done.stderr
-    else:
-        code, said = forked(*command), capfd.readouterr().err
+    code, said = outcome(command, fresh, capfd)
     assert code == 2 and "Traceback" not in said
     # on a busy machine the second process may have said the same before it was ended
     assert len({line for line in said.splitlines() if line.startswith("davsp: ")}) == 1, said
@@ -233,12 +229,16 @@ def test_a_batch_smaller_than_the_processes_is_refused(tiny_folder, data, tmp_pa
         *common(tiny_folder, data), "--vector", data / "vector", "--out", tmp_path / "y", "--batch-size", "2",
         "--padding", "9", "--text", "please be safe", "--num-processes", "3",
     ]  # fmt: skip
-    if fresh:
-        done = davsp(*command)
-        code, said = done.returncode, done.stderr
-    else:
-        code, said = forked(*command), capfd.readouterr().err
+    code, said = outcome(command, fresh, capfd)
     assert code == 2 and "batch_size 2 is less than the 3 processes" in said
+
+
+def outcome(command: list[str | Path], fresh: bool, capfd: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit code and what was said, of new processes or of forks."""
+    if not fresh:
+        return forked(*command), capfd.readouterr().err
+    done = davsp(*command)
+    return done.returncode, done.stderr
 
 
 def common(tiny_folder: Path, data: Path) -> list[str | Path]:

@@ -88,6 +88,7 @@ def test_rsr_modes_are_of_their_own_judges():
 def test_a_worst_case_has_no_difference():
     """With the unscored answers of No Defense as unsafe, too, any defense would gain."""
     rows = score("s" * 9, baseline="?" * 9).rows
+    assert {r["metric"] for r in rows} >= {"rsr_worst_case", "unscored"}
     assert not [r for r in rows if r["metric"] in ("rsr_worst_case_difference", "unscored_difference")]
 
 
