@@ -142,15 +142,24 @@ def test_a_stumble_is_asked_again_and_a_pair_without_an_answer_left_out(monkeypa
 
 
 def test_a_slow_upstream_is_not_waited_for(monkeypatch):
-    fake = Fake()
-    sees_it = fake.upstream.answer
+    """Its time is up when forty requests are answered and no more will be."""
+    fake, hour = Fake(), 3600.0
+    sees_it, timeout, bounds = fake.upstream.answer, asyncio.timeout, []
+
+    def noted(seconds: float | None) -> asyncio.Timeout:
+        bounds.extend([timeout(seconds)] if seconds == hour else [])
+        return bounds[-1] if seconds == hour else timeout(seconds)
 
     async def slowly(number: int, body: dict[str, Any]) -> dict[str, Any]:
-        await asyncio.sleep(0.002 if number < 40 else 60)
+        if number >= 40:
+            if number == 43:  # four are asked at a time
+                bounds[0].reschedule(asyncio.get_running_loop().time())
+            await asyncio.sleep(hour)
         return sees_it(number, body)
 
+    monkeypatch.setattr(asyncio, "timeout", noted)
     fake.upstream.answer = slowly
-    report = looked(fake.border, fake.upstream, seconds=1.0)
+    report = looked(fake.border, fake.upstream, seconds=hour)
     assert report.state == "holds" and report.effect.asked["malicious"] in (19, 20)
 
 
