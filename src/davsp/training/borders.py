@@ -110,7 +110,9 @@ class Run(Loop):
             data["deeds"] = sha256_bytes("\n".join(self.goals).encode())
         self.checkpoint = self._checkpoint(out, data)
 
-    def _losses(self, delta: Tensor, part: Batch, whole: Batch) -> tuple[Float[Tensor, " b"], dict[str, Tensor]]:
+    def _losses(
+        self, delta: Float[Tensor, "3 s s"], part: Batch, whole: Batch
+    ) -> tuple[Float[Tensor, " b"], dict[str, Tensor]]:
         """Projections of a part of the batch, and what it adds to the losses, which are means over the whole batch."""
         canvas = self._canvas(delta, self._interiors(delta.detach(), part), part)
         answers = part.answers if part.answered else None
@@ -126,12 +128,14 @@ class Run(Loop):
             loss = loss + self.weight_answer * losses["answer_loss"]
         return s, losses | {"loss": loss}
 
-    def _canvas(self, delta: Tensor, interiors: Float[Tensor, "b 3 s s"], part: Batch) -> Float[Tensor, "b 3 s s"]:
+    def _canvas(
+        self, delta: Float[Tensor, "3 s s"], interiors: Float[Tensor, "b 3 s s"], part: Batch
+    ) -> Float[Tensor, "b 3 s s"]:
         """What the model sees of a part."""
         canvas = self.prompt.with_delta(delta).apply(interiors)
         return changed(canvas, part.changes) if part.changes else canvas
 
-    def _interiors(self, delta: Tensor, part: Batch) -> Float[Tensor, "b 3 s s"]:
+    def _interiors(self, delta: Float[Tensor, "3 s s"], part: Batch) -> Float[Tensor, "b 3 s s"]:
         """The pictures of a part, those of the attacker as he makes them against delta."""
         interiors = pixels(part.interiors, delta.device)
         rows, attacked = part.attacked()
@@ -145,7 +149,9 @@ class Run(Loop):
         interiors[rows] = found
         return interiors
 
-    def _resistance(self, delta: Tensor, pictures: Float[Tensor, "b 3 s s"], part: Batch) -> Float[Tensor, " b"]:
+    def _resistance(
+        self, delta: Float[Tensor, "3 s s"], pictures: Float[Tensor, "b 3 s s"], part: Batch
+    ) -> Float[Tensor, " b"]:
         """What the attacker raises."""
         settings, canvas = self.settings, self._canvas(delta, pictures, part)
         if part.goals:

@@ -99,7 +99,9 @@ class Loop:
         """The rows of a step."""
         raise NotImplementedError
 
-    def _losses(self, delta: Tensor, part: Batch, whole: Batch) -> tuple[Float[Tensor, " b"] | None, dict[str, Tensor]]:
+    def _losses(
+        self, delta: Float[Tensor, "3 s s"], part: Batch, whole: Batch
+    ) -> tuple[Float[Tensor, " b"] | None, dict[str, Tensor]]:
         """Projections of a part of the batch, if any, and what it adds to the losses, which are means over the whole batch.
 
         The one called "loss" is what is minimised.
@@ -147,7 +149,7 @@ class Loop:
                     terms[name] += value.item()
         return parallel.total(gradient), _together(projections, dict(terms))
 
-    def _move(self, state: TrainState, gradient: Tensor, lr: float) -> TrainState:
+    def _move(self, state: TrainState, gradient: Float[Tensor, "3 s s"], lr: float) -> TrainState:
         """Sign step, or Adam with the usual constants; then back to what is allowed."""
         step, first, second = state.step + 1, state.first, state.second
         if self.settings.optimizer == "sign":

@@ -94,7 +94,7 @@ class SentenceRun(Loop):
             rows_of_step(f"{self.settings.seed} sentences", len(self.sentences), self.settings.batch_size, step)
         )
 
-    def _losses(self, delta: Tensor, part: Batch, whole: Batch) -> tuple[None, dict[str, Tensor]]:
+    def _losses(self, delta: Float[Tensor, "3 s s"], part: Batch, whole: Batch) -> tuple[None, dict[str, Tensor]]:
         """L = 1/B sum_j CE(s_j | question, picture + delta), to fall (ESIII) or to rise (UniGuard: minus L is minimised)."""
         mean = self.cross_entropy(delta, part).sum() / len(whole)
         return None, {"cross_entropy": mean, "loss": mean if self.settings.likely else -mean}
