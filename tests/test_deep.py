@@ -253,7 +253,7 @@ def test_the_attacker_asks_on_after_a_refusal_and_stops_at_an_answer(made, mini,
 
 def test_a_curve_has_a_border_at_every_look_and_goes_on(mini, tmp_path, monkeypatch):
     monkeypatch.setattr(curve, "LOOKS", (0, 1, 2))
-    monkeypatch.setattr(curve, "CURVES", {name: curve.CURVES[name] for name in ("answer", "both, λ 2.5")})
+    monkeypatch.setattr(curve, "CURVES", {name: curve.CURVES[name] for name in ("answer", "both, λ 6, every row")})
     monkeypatch.setattr(curve, "DRAWS", 20)
     lvlm = mini.told({})
     lvlm.longest = 6

@@ -278,13 +278,9 @@ def figure(rows: Sequence[Mapping[str, Any]]) -> str:
         for r in rows
         if r["metric"] in ("rsr", "accuracy") and r["split"] == "total"
     }
-    styles = {
-        "both, λ 2.5": "-",
-        "both, λ 6": ":",
-        "both, λ 1": "--",
-        "both, λ 0.3": "-.",
-        "both, λ 6, every row": (0, (5, 1)),
-    }
+    styles: dict[str, Any] = {
+        "both, λ 6": ":", "both, λ 1": "--", "both, λ 0.3": "-.", "both, λ 6, every row": (0, (5, 1))
+    }  # fmt: skip
     with matplotlib.rc_context(plots.STYLE):
         drawn = Figure(figsize=(5.4, 3.8), layout="constrained")
         ax = drawn.subplots()
@@ -294,7 +290,8 @@ def figure(rows: Sequence[Mapping[str, Any]]) -> str:
             if steps:
                 x, y = ([at[one, metric] for one in steps] for metric in ("accuracy", "rsr"))
                 colour = COLOURS[name.partition(",")[0]]
-                ax.plot(x, y, styles.get(name, "-"), marker="o", markersize=3.5, color=colour, label=name)
+                style = styles.get(name, "-")
+                ax.plot(x, y, linestyle=style, marker="o", markersize=3.5, color=colour, label=name)
                 ax.plot(x[-1], y[-1], "o", markersize=7, color=colour)
         ax.set_xlabel("utility, %")
         ax.set_ylabel("RSR, %")
