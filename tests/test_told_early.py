@@ -19,6 +19,7 @@ GATE = ["gate", "looks", "--look", "none", *OWN]
     ("arguments", "says"),
     [
         (["train", "--benign-share", "0.99", "--batch-size", "4"], "--benign-share 0.99 is not possible"),
+        (["train", "--malicious-answer-share", "1.5"], "--malicious-answer-share 1.5 is not possible"),
         (["train", "--recipe", "published", "--lr", "0"], "--lr 0.0 is not possible"),
         (["train", *OWN], "--vector is needed"),
         (["train", *OWN, "--vector", "nowhere"], "nowhere"),

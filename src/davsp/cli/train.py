@@ -56,6 +56,12 @@ class LossOptions:
     benign_share: Annotated[
         float | None, typer.Option(help="Share of a batch's rows that are benign; left out: 0.5.")
     ] = None
+    malicious_answer_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of malicious rows that carry the refusal in both; left out: 0.05, or 0.25 for the models that ship."
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
