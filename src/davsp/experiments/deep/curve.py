@@ -291,9 +291,10 @@ def figure(rows: Sequence[Mapping[str, Any]]) -> str:
                 x, y = ([at[one, metric] for one in steps] for metric in ("accuracy", "rsr"))
                 colour = COLOURS[name.partition(",")[0]]
                 style = styles.get(name, "-")
-                ax.plot(x, y, linestyle=style, marker="o", markersize=3.5, color=colour, label=name)
-                ax.plot(x[-1], y[-1], "o", markersize=7, color=colour)
+                marker = "s" if name.endswith("every row") else "o"
+                ax.plot(x, y, linestyle=style, marker=marker, markersize=3.5, color=colour, label=name)
+                ax.plot(x[-1], y[-1], marker, markersize=7, color=colour)
         ax.set_xlabel("utility, %")
         ax.set_ylabel("RSR, %")
-        drawn.legend(loc="outside lower center", ncols=3, handlelength=1.8)
+        drawn.legend(loc="outside lower center", ncols=3, handlelength=2.8)
         return plots.standalone(plots.svg(drawn, "curve"))
