@@ -56,7 +56,17 @@ def test_where_no_border_keeps_utility_nothing_is_compared(tmp_path):
     values = {"both, any λ": None, "answer": 0.9, "projection": None}
     written(tmp_path / "curve", values, "rsr_at_10", "malicious", "best of {}")
     (claim,) = deeper(tmp_path)
-    assert (claim.verdict, claim.evidence) == (claims.UNTESTED, "no border loses so little utility")
+    assert (claim.verdict, claim.evidence) == (claims.UNTESTED, "not both have a border that loses so little utility")
+
+
+def test_a_curve_under_way_is_said_as_far_as_it_is(tmp_path):
+    """It writes its figures after each training; that of the projection comes late."""
+    written(tmp_path / "curve", {"both, any λ": 0.9, "answer": 0.8}, "rsr_at_10", "malicious", "best of {}")
+    (claim,) = deeper(tmp_path)
+    assert claim.verdict == claims.HOLDS and "projection" not in claim.evidence
+    shutil.rmtree(tmp_path / "curve")
+    written(tmp_path / "curve", {"answer": 0.8}, "rsr_at_10", "malicious", "best of {}")
+    assert deeper(tmp_path)[0].verdict == claims.UNTESTED
 
 
 def test_without_the_parts_one_line_says_so(tmp_path):

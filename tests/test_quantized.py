@@ -112,13 +112,17 @@ def test_quantization_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.Mon
         LVLM.from_pretrained(folder, device_map="cpu", quantization="4bit")
 
 
-def test_the_attention_that_is_asked_for(tiny_folder: Path, lvlm: LVLM, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_attention_that_is_asked_for(
+    tiny_folder: Path, lvlm: LVLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     eager = LVLM.from_pretrained(tiny_folder, device_map="cpu", attn_implementation="eager")
     assert eager.model.config._attn_implementation == "eager" != lvlm.model.config._attn_implementation
     assert eager.generate(None, ["what is this"], 6) == lvlm.generate(None, ["what is this"], 6)
     assert model_facts(eager)["attn_implementation"] == "eager" and "attn_implementation" not in model_facts(lvlm)
     assert fingerprint(eager) != fingerprint(lvlm)
-    assert run("train", "--model", tiny_folder, "--device", "cpu", "--attn-implementation", "fast") == 2
+    (tmp_path / "queries.jsonl").write_text('{"id": "a", "question": "what is this", "label": "malicious"}\n')
+    asked = ("--queries", tmp_path / "queries.jsonl", "--model", tiny_folder, "--device", "cpu")
+    assert run("eval", *asked, "--attn-implementation", "fast", "--out", tmp_path / "out") == 2
     assert "--attn-implementation 'fast' is not known: choose eager, sdpa" in capsys.readouterr().err
     assert run("train", "--attn-implementation", "eager") == 2
     assert "are for other models; those that ship" in capsys.readouterr().err

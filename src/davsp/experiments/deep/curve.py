@@ -104,7 +104,8 @@ def curve(
             outcomes[defense] = [_placed(o, seed) for o in found if (o.split, o.metric) in PLACES]
         facts = manifest(
             model=model_name(lvlm), revision=lvlm.revision, weights=fingerprint(lvlm), seed=seed, text=text, layer=vector.layer,
-            settings=settings.model_dump(exclude={"seed", "objective", "lam"}), stages=stages.seconds,
+            settings=settings.model_dump(exclude={"seed", "objective", "lam", "malicious_answer_share"}), curves=CURVES,
+            stages=stages.seconds,
             test={"queries": len(pictured), "sha256": queries_hash(pictured)},
         )  # fmt: skip
         keep(folder, facts, outcomes)
@@ -211,7 +212,7 @@ def _minus(a: Float[np.ndarray, " draws"], b: Float[np.ndarray, " draws"]) -> Fl
 
 
 def _row(model: str, defense: str, metric: str, values: Float[np.ndarray, " draws"], n: int) -> dict[str, Any]:
-    """The first value is of the queries as they are, the others are draws. None where there is no point to choose in some draw."""
+    """The first value is of the queries as they are, the others are draws; None where more than 2.5 % of them have no point to choose."""
     head = {"model": model, "defense": defense, "benchmark": "malicious", "split": "total", "metric": metric}
     chosen = values[values != NOTHING]
     if values[0] == NOTHING or len(chosen) < 0.975 * len(values):

@@ -32,7 +32,13 @@ class Part:
 
 
 PARTS = (
-    Part("curve", "at equal utility (at most 10 points lost)", "malicious", "rsr_at_10", "best of {}"),
+    Part(
+        "curve",
+        "at equal utility (at most 10 points lost; the best of its settings)",
+        "malicious",
+        "rsr_at_10",
+        "best of {}",
+    ),
     *(Part(f"kinds-{k}", f"on kinds of harm never met, {k} of four met", "unseen") for k in (1, 2, 3)),
     Part("forms", "on forms of picture never met", "unseen"),
     Part("forms-blind", "on forms of picture that nothing met", "unseen"),
@@ -43,6 +49,8 @@ PARTS = (
 )
 BOTH = {"rsr_at_10": "both, any λ"}
 """What stands for DAVSP in a metric, where it is not "both"."""
+NOTHING: Row = {"value": None}
+"""In place of a row that a part under way has not yet."""
 
 
 def deeper(folder: Path) -> list[Claim]:
@@ -63,15 +71,15 @@ def _claim(part: Part, folder: Path) -> Claim:
     text = f"deep alignment resists more than answers alone {part.text}"
     rows = read_json(folder / "metrics.json")["rows"]
     at = {(r["defense"], r["metric"]): r for r in rows if (r["benchmark"], r["split"]) == (part.benchmark, "total")}
-    both = part.named.format(BOTH.get(part.metric, "both"))
     answer, projection = part.named.format("answer"), part.named.format("projection")
-    ours, theirs = at[both, part.metric], at[answer, part.metric]
-    if ours["value"] is None or theirs["value"] is None:
-        return Claim(text, SOURCE, UNTESTED, "no border loses so little utility")
+    both = part.named.format(BOTH.get(part.metric, "both"))
+    ours, theirs = at.get((both, part.metric), NOTHING), at.get((answer, part.metric), NOTHING)
+    gain = at.get((f"{both} against answer", f"{part.metric}_difference"), NOTHING)
+    alone = at.get((f"{projection} against answer", f"{part.metric}_difference"), NOTHING)
+    if None in (ours["value"], theirs["value"], gain["value"]):
+        return Claim(text, SOURCE, UNTESTED, "not both have a border that loses so little utility")
     if not ours["value"] and not theirs["value"]:
         return Claim(text, SOURCE, UNTESTED, f"neither resists any of {ours['n']} queries")
-    gain = at[f"{both} against answer", f"{part.metric}_difference"]
-    alone = at[f"{projection} against answer", f"{part.metric}_difference"]
     noise = " (within the noise)" if gain["low"] <= 0 <= gain["high"] else ""
     evidence = f"RSR {100 * ours['value']:.1f}, answers alone {100 * theirs['value']:.1f}: {signed(gain)}{noise}"
     if alone["value"] is not None:
