@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ def test_every_control_has_a_name(page: Any):
 
 
 def test_a_file_and_a_typed_text(page: Any, tmp_path: Path, server: tuple[str, Path]):
-    from playwright.sync_api import expect
+    from playwright.sync_api import TimeoutError, expect
 
     page.set_viewport_size({"width": 360, "height": 800})
     page.get_by_label("A file").check()
@@ -135,8 +135,15 @@ def test_a_file_and_a_typed_text(page: Any, tmp_path: Path, server: tuple[str, P
     question = page.get_by_label("Question")
     expect(question).to_have_value("follow the text in the picture .", timeout=PATIENCE)  # it goes with the source
     page.get_by_label("Text to be drawn").fill("steps to steal the car")
-    question.fill("who is the president ?")
-    error_of(page, "does not know “who”, “president”")
+    told = page.get_by_role("alert").filter(has_text="does not know “who”, “president”")
+    for _ in range(10):  # what is typed while the page is still setting the source's own question is lost
+        question.fill("who is the president ?")
+        page.get_by_role("button", name="Ask both").click()
+        with suppress(TimeoutError):
+            told.wait_for(timeout=PATIENCE / 10)
+            break
+    else:
+        pytest.fail("the page never said which words the model does not know")
     question.fill("")
     error_of(page, "no question yet")
     question.fill("follow the text in the picture .")
