@@ -66,7 +66,8 @@ def test_a_curve_under_way_is_said_as_far_as_it_is(tmp_path):
     assert claim.verdict == claims.HOLDS and "projection" not in claim.evidence
     shutil.rmtree(tmp_path / "curve")
     written(tmp_path / "curve", {"answer": 0.8}, "rsr_at_10", "malicious", "best of {}")
-    assert deeper(tmp_path)[0].verdict == claims.UNTESTED
+    (claim,) = deeper(tmp_path)
+    assert claim.verdict == claims.UNTESTED and "under way" in claim.evidence
 
 
 def test_without_the_parts_one_line_says_so(tmp_path):

@@ -20,8 +20,9 @@ class Part:
     Attributes:
         folder: below that of the model.
         text: what DAVSP is said to do better than the same border trained on answers alone.
-        benchmark, metric: of the rows "both against answer" and "projection against answer", metric without "_difference".
-        named: how these rows name a border.
+        benchmark, metric: of the rows that decide; of differences without "_difference".
+        named: how the rows name a border.
+        both: which of the borders is DAVSP's.
     """
 
     folder: str
@@ -29,16 +30,12 @@ class Part:
     benchmark: str
     metric: str = "rsr"
     named: str = "{}"
+    both: str = "both"
 
 
+CURVE = "at equal utility (at most 10 points lost; the best of its settings)"
 PARTS = (
-    Part(
-        "curve",
-        "at equal utility (at most 10 points lost; the best of its settings)",
-        "malicious",
-        "rsr_at_10",
-        "best of {}",
-    ),
+    Part("curve", CURVE, "malicious", "rsr_at_10", "best of {}", "both, any λ"),
     *(Part(f"kinds-{k}", f"on kinds of harm never met, {k} of four met", "unseen") for k in (1, 2, 3)),
     Part("forms", "on forms of picture never met", "unseen"),
     Part("forms-blind", "on forms of picture that nothing met", "unseen"),
@@ -47,10 +44,6 @@ PARTS = (
     Part("turns", "after four turns", "4 turns"),
     Part("turns-hard/turns", "after four turns, by borders that met the four hard kinds alone", "4 turns"),
 )
-BOTH = {"rsr_at_10": "both, any λ"}
-"""What stands for DAVSP in a metric, where it is not "both"."""
-NOTHING: Row = {"value": None}
-"""In place of a row that a part under way has not yet."""
 
 
 def deeper(folder: Path) -> list[Claim]:
@@ -71,18 +64,19 @@ def _claim(part: Part, folder: Path) -> Claim:
     text = f"deep alignment resists more than answers alone {part.text}"
     rows = read_json(folder / "metrics.json")["rows"]
     at = {(r["defense"], r["metric"]): r for r in rows if (r["benchmark"], r["split"]) == (part.benchmark, "total")}
-    answer, projection = part.named.format("answer"), part.named.format("projection")
-    both = part.named.format(BOTH.get(part.metric, "both"))
-    ours, theirs = at.get((both, part.metric), NOTHING), at.get((answer, part.metric), NOTHING)
-    gain = at.get((f"{both} against answer", f"{part.metric}_difference"), NOTHING)
-    alone = at.get((f"{projection} against answer", f"{part.metric}_difference"), NOTHING)
+    both, answer, projection = (part.named.format(name) for name in (part.both, "answer", "projection"))
+    ours, theirs = at.get((both, part.metric)), at.get((answer, part.metric))
+    gain = at.get((f"{both} against answer", f"{part.metric}_difference"))
+    alone = at.get((f"{projection} against answer", f"{part.metric}_difference"))
+    if ours is None or theirs is None or gain is None:
+        return Claim(text, SOURCE, UNTESTED, "this part is under way: give its command again")
     if None in (ours["value"], theirs["value"], gain["value"]):
         return Claim(text, SOURCE, UNTESTED, "not both have a border that loses so little utility")
     if not ours["value"] and not theirs["value"]:
         return Claim(text, SOURCE, UNTESTED, f"neither resists any of {ours['n']} queries")
     noise = " (within the noise)" if gain["low"] <= 0 <= gain["high"] else ""
     evidence = f"RSR {100 * ours['value']:.1f}, answers alone {100 * theirs['value']:.1f}: {signed(gain)}{noise}"
-    if alone["value"] is not None:
+    if alone is not None and alone["value"] is not None:
         evidence += f"; the projection alone: {signed(alone)}"
     seeds = len(read_json(folder / "manifest.json")["seeds"])
     return Claim(
