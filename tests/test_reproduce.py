@@ -12,7 +12,7 @@ from davsp.embedded import recipes
 from davsp.embedded.ecso_templates import TEMPLATES
 from davsp.errors import DavspError
 from davsp.evaluation import Evaluation
-from davsp.experiments.paper import baselines, run, tables
+from davsp.experiments.paper import baselines, claims, run, tables
 from davsp.experiments.stages import Stages
 from davsp.judges import keyword
 from davsp.judges.keyword import AGREEMENT
@@ -89,6 +89,16 @@ def test_a_second_run_answers_and_trains_nothing(made, monkeypatch):
     second = again([name])[0]
     assert second.tables == first.tables  # one table asked for again leaves the answers of the others where they are
     assert (out / f"{name}.csv").read_text() == before
+
+
+def test_what_deep_alignment_left_beside_the_tables_stands_among_the_claims(made, monkeypatch):
+    out, again, _, _, names = made
+    asked, claim = [], claims.Claim("it is deep", "said in words", claims.HOLDS, "some figures")
+    monkeypatch.setattr(run, "deeper", lambda folder: asked.append(folder) or [claim])
+    again([names[0]])
+    assert asked == [out.parents[1] / "deep-alignment" / out.name]
+    assert "| it is deep | said in words | **holds** | some figures |" in (out / "claims.md").read_text()
+    assert "it is deep" in (out / "tables.html").read_text()
 
 
 def test_the_transferred_border_stands_resized_before_the_models_own_text(made):
