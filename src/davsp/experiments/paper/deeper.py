@@ -19,7 +19,7 @@ class Part:
 
     Attributes:
         folder: below that of the model.
-        text: what DAVSP is said to do better than the same border trained on answers alone.
+        text: where DAVSP is said to resist more than a border trained on answers alone.
         benchmark, metric: of the rows that decide; of differences without "_difference".
         named: how the rows name a border.
         both: which of the borders is DAVSP's.
