@@ -212,6 +212,23 @@ def test_fresh_processes_run_the_command(capfd):
     assert launch.launch(["nonsense"], 2) == 2 and "nonsense" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("left", "said"),
+    [
+        ("╭─ Error ──╮\n│ No such command 'nonsense'.   │\n╰──────────╯\n", "failed: No such command 'nonsense'."),
+        ("a warning\ndavsp: there is no such file.\n\n", "davsp: there is no such file."),
+        ("\n────\n", "failed: it left no word"),
+    ],
+)
+def test_the_last_words_of_a_process_without_the_terminal_are_told(tmp_path, left, said, capsys):
+    """If it ends before process 0, which makes the same mistake, has said so."""
+    log = tmp_path / "run" / "attempt_0" / "1" / "stderr.log"
+    log.parent.mkdir(parents=True)
+    log.write_text(left)
+    assert launch._ended({1: 2}, 2, tmp_path) == 2
+    assert capsys.readouterr().err.rstrip("\n").endswith(said)
+
+
 @pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_mistake_is_one_sentence_and_code_2_in_two_processes_as_well(tiny_folder, data, tmp_path, fresh, capfd):
     command = [

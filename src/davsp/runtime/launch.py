@@ -93,7 +93,8 @@ def _ended(codes: Mapping[int, int], count: int, logs: Path) -> int:
         words = [
             line for path in logs.rglob(f"{rank}/stderr.log") for line in path.read_text(errors="replace").splitlines()
         ]
-        last = next((line for line in reversed(words) if line.strip()), "it left no word")
+        words = [line.strip(" │") for line in words if any(map(str.isalnum, line))]  # a panel's last line is its frame
+        last = words[-1] if words else "it left no word"
         print(last if last.startswith("davsp: ") else f"davsp: {who} failed: {last}", file=sys.stderr)
     elif code == LOST:
         print(f"davsp: {who} lost the others; give the same command again to go on.", file=sys.stderr)
