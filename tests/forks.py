@@ -22,6 +22,10 @@ from davsp.runtime import launch, parallel
 
 T = TypeVar("T")
 
+# transformers loads weights in threads, and threads of a fork that start torch's own pool at once now and then fail or hang there
+# (torch 2.13: "Invalid thread pool!").
+ALONE = {"OMP_NUM_THREADS": "1", "HF_DEACTIVATE_ASYNC_LOAD": "1"}
+
 
 def _work(*command: str) -> None:
     """What `davsp COMMAND` does in a fork, whose output goes where the launcher has put it."""
@@ -41,7 +45,8 @@ def forked(*command: str | Path) -> int:
     sys.stdout.flush()
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forks where there are threads, from Python 3.12 on
-        patch.setenv("OMP_NUM_THREADS", "1")
+        for name, value in ALONE.items():
+            patch.setenv(name, value)
         patch.setattr(launch, "_entry", lambda words: (_work, tuple(words), "fork"))
         return run(*command)
 
@@ -60,6 +65,7 @@ def _node(port: int, number: int, command: tuple[str | Path, ...]) -> int:
     if agent:
         return agent
     logging.disable(logging.CRITICAL)
+    os.environ |= ALONE
     config = LaunchConfig(
         min_nodes=2, max_nodes=2, nproc_per_node=1, run_id="nodes", rdzv_backend="static", rdzv_endpoint=f"127.0.0.1:{port}",
         rdzv_configs={"rank": number, "timeout": 60}, local_addr="127.0.0.1", max_restarts=0, start_method="fork",

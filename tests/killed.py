@@ -8,6 +8,7 @@ falls on a flush, a random part of what was not flushed yet is lost, as with a p
 is noted in a file beside.
 """
 
+import faulthandler
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -24,7 +26,7 @@ import torch
 
 from davsp import LVLM, Query, cli
 from davsp.benchmarks.custom import save_queries
-from davsp.cli import evaluate as command
+from davsp.cli import engine
 from davsp.judges import cache, chat, keyword_lists  # noqa: F401  # so that no fork imports them anew
 from davsp.report import html, terminal  # noqa: F401
 from davsp.runtime import files as davsp_files
@@ -36,8 +38,11 @@ BATCH = 3
 def main(folder: Path, rounds: int, seed: int) -> None:
     torch.set_num_threads(1)
     lvlm = LVLM.from_pretrained(save_tiny(folder / "tiny"), device_map="cpu")
-    command.load_lvlm = lambda *_: lvlm  # loaded once
-    davsp_files._commit = lambda: {}  # git is slow, and somebody may commit in between
+    for module, name, value in (
+        (engine, "load_lvlm", lambda *_: lvlm),  # loaded once
+        (davsp_files, "_commit", dict),  # git is slow, and somebody may commit in between
+    ):
+        patch.object(module, name, value).start()  # tells if there is no such name
     bad, good = queries("malicious", 6), queries("benign", 4)
     save_queries(folder / "data", [*bad, *good, Query("w", "what is this", "benign", "test", reference="red")])
     rng = random.Random(seed)
@@ -95,6 +100,7 @@ def fork(folder: Path, out: Path, log: Path, at: int, after: float, seed: int) -
 
 
 def run(folder: Path, out: Path, log: Path, at: int, rng: random.Random) -> None:
+    faulthandler.dump_traceback_later(120, exit=True)  # one that hangs tells where
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     notes = log.open("a", buffering=1)

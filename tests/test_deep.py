@@ -11,7 +11,7 @@ from davsp.embedded.words import HARMFUL_VERBS
 from davsp.experiments.deep import begun as deep
 from davsp.experiments.deep import curve, depth, splits, turns, unseen
 from davsp.experiments.deep.begun import PLAIN, beginnings
-from davsp.experiments.deep.borders import NOISE_TITLES, OBJECTIVES, TITLES
+from davsp.experiments.deep.borders import BORDERS, NOISE_TITLES, OBJECTIVES, TITLES
 from davsp.experiments.gate import kinds
 from davsp.experiments.gate.kinds import HARD
 from davsp.experiments.gate.run import Once
@@ -61,16 +61,16 @@ def test_two_seeds_are_pooled_and_every_cell_is_there(made):
 
 def test_objectives_give_other_borders_and_answers_begin_as_told(made):
     out, _ = made
-    pixels = {one: (out / "seed-0" / "prompts" / one / "vsp.png").read_bytes() for one in OBJECTIVES}
-    assert len(set(pixels.values())) == 3
+    pixels = {one: (out / "seed-0" / "prompts" / one / "vsp.png").read_bytes() for one in BORDERS}
+    assert len(set(pixels.values())) == 4
     lines = (out / "seed-0" / "begun-3" / "responses.jsonl").read_text().splitlines()
-    assert len(lines) == 5 * 8 and all(json.loads(line)["text"].startswith("sure , here") for line in lines)
+    assert len(lines) == 6 * 8 and all(json.loads(line)["text"].startswith("sure , here") for line in lines)
 
 
 def test_the_table_has_a_line_a_border_and_what_the_projection_adds(made):
     text = (made[0] / "deep-alignment.md").read_text()
     assert all(title in text for title in TITLES.values())
-    assert text.count("less answers alone") == 2 and "seeds 0, 1" in text
+    assert text.count("less answers alone") == 3 and "seeds 0, 1" in text
 
 
 def test_splits_train_on_what_they_name_and_test_on_all(monkeypatch):
@@ -145,7 +145,7 @@ def test_unseen_forms_are_apart_from_the_one_that_was_met(mini, tmp_path, monkey
     assert at["additive-both against additive-answer", "unseen", "total", "rsr_difference"]["n"] == 6
     assert at["answer against answer, all", "unseen", "total", "rsr_difference"]["n"] == 6
     text = (out / "unseen.md").read_text()
-    assert text.count("less answers alone") == 4 and "RSR, figstep" in text
+    assert text.count("less answers alone") == 5 and "RSR, figstep" in text
     noises = {
         (out / "seed-0" / "sd" / "prompts" / f"additive-{one}" / "noise.safetensors").read_bytes() for one in OBJECTIVES
     }
@@ -161,7 +161,7 @@ def untrained(monkeypatch, mini):
 
     def borders(stages, *_):
         folders.append(stages.out)
-        return dict.fromkeys(OBJECTIVES, white)
+        return dict.fromkeys(BORDERS, white)
 
     monkeypatch.setattr(unseen, "borders", borders)
     return lvlm, settings, folders
@@ -177,7 +177,7 @@ def test_blind_to_forms_goes_without_what_met_everything(untrained, tmp_path):
         at[name, "unseen", "total", "rsr"]["n"] == 3 and at[name, "met", "total", "rsr"]["n"] == 1 for name in TITLES
     )
     text = (out / "unseen.md").read_text()
-    assert text.count("less answers alone") == 2 and "met all" not in text and "noise" not in text
+    assert text.count("less answers alone") == 3 and "met all" not in text and "noise" not in text
 
 
 def test_wordings_share_what_met_everything_with_forms(untrained, tmp_path):
@@ -191,7 +191,7 @@ def test_wordings_share_what_met_everything_with_forms(untrained, tmp_path):
     # what one split met the other did not, so undefended rates of the two are the same
     assert at["none", "met", "total", "rsr"]["value"] == at["none", "unseen", "total", "rsr"]["value"]
     text = (out / "unseen.md").read_text()
-    assert text.count("less answers alone") == 2 and text.count("RSR, new to the model") == 2
+    assert text.count("less answers alone") == 3 and text.count("RSR, new to the model") == 2
 
 
 def test_depth_looks_at_every_layer_of_the_borders_that_are_there(made, mini):
@@ -210,7 +210,7 @@ def test_depth_looks_at_every_layer_of_the_borders_that_are_there(made, mini):
     answers = (out / "depth" / "seed-0" / "barred" / "responses.jsonl").read_text().splitlines()
     assert not any(json.loads(line)["text"].startswith("i ") for line in answers)
     text = (out / "depth" / "depth.md").read_text()
-    assert text.count("less answers alone") == 2 and "`i` barred" in text
+    assert text.count("less answers alone") == 3 and "`i` barred" in text
     assert (out / "depth" / "depth.svg").read_text().startswith("<svg")
 
 
@@ -246,7 +246,7 @@ def test_the_attacker_asks_on_after_a_refusal_and_stops_at_an_answer(made, mini,
     }
     assert ids[1] == safe <= ids[0]
     assert at["text", "read in turn 1", "accuracy"]["n"] == at["text", "read in turn 2", "accuracy"]["n"] > 0
-    assert (out / "turns" / "turns.md").read_text().count("less answers alone") == 2
+    assert (out / "turns" / "turns.md").read_text().count("less answers alone") == 3
     unknown = lvlm.tokenizer.unk_token_id
     assert not any(unknown in lvlm.tokenizer(one)["input_ids"] for one in (*turns.FOLLOW_UPS, turns.READ))
 

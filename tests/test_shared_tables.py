@@ -25,7 +25,7 @@ from davsp.embedded.twins import sounding, twins
 from davsp.experiments.corruptions.run import Corrupted
 from davsp.experiments.deep import splits, unseen
 from davsp.experiments.deep.begun import begun
-from davsp.experiments.deep.borders import OBJECTIVES
+from davsp.experiments.deep.borders import BORDERS
 from davsp.experiments.deep.depth import depth
 from davsp.experiments.gate import figures, kinds, run
 from davsp.experiments.gate.looks import see
@@ -182,8 +182,8 @@ def test_looks(tiny_folder: Path, tmp_path: Path) -> None:
     [
         (gate_table, ["seed-0"], ["davsp"]),
         (kinds_table, ["theft+fraud", "all"], ["davsp"]),
-        (deep_table, ["seed-0"], list(OBJECTIVES)),
-        (unseen_table, ["kinds-1/seed-0/all", "kinds-1/seed-0/theft"], list(OBJECTIVES)),
+        (deep_table, ["seed-0"], list(BORDERS)),
+        (unseen_table, ["kinds-1/seed-0/all", "kinds-1/seed-0/theft"], list(BORDERS)),
     ],
 )
 @pytest.mark.slow

@@ -20,13 +20,14 @@ from davsp.evaluation import evaluate
 from davsp.experiments.cells import rate
 from davsp.experiments.deep.borders import (
     MANIFEST,
-    TITLES,
     Outcomes,
+    against,
     borders,
     compared,
     difference,
     keep,
     kept,
+    titled,
     unmoved,
 )
 from davsp.experiments.stages import Stages, fitted_vector
@@ -55,7 +56,7 @@ def begun(
     lvlm: LVLM, data: "Protocol", out: Path, *, text: str, beginning: str, settings: TrainSettings, seed: int = 0,
     batch_size: int = 32, console: Console | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Train the three borders and ask the test's queries with pictures under each beginning.
+    """Train the borders and ask the test's queries with pictures under each beginning.
 
     Args:
         data: who trains vector and borders, and the test. Benign queries are asked without a beginning only.
@@ -125,11 +126,11 @@ def markdown(rows: Sequence[Mapping[str, Any]], model: str, seeds: Sequence[int]
         "| | " + " | ".join(columns.values()) + " | utility | over-refusal |", "|---" * (len(columns) + 3) + "|",
     ]  # fmt: skip
     places = [*((name, "rsr") for name in columns), ("utility", "accuracy"), ("benign", "over_refusal")]
-    for name, title in TITLES.items():
+    for name, title in titled(rows).items():
         lines.append("| " + " | ".join([title, *(rate(at[name, *place]) for place in places)]) + " |")
-    for name in ("projection", "both"):
+    for name, title in against(rows).items():
         cells = [difference(at[f"{name} against answer", b, f"{m}_difference"]) for b, m in places]
-        lines.append("| " + " | ".join([f"{TITLES[name]}, less answers alone", *cells]) + " |")
+        lines.append("| " + " | ".join([title, *cells]) + " |")
     return "\n".join([*lines, "", NOTE]) + "\n"
 
 

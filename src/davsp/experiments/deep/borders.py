@@ -1,4 +1,4 @@
-"""The three borders that the parts compare, additive noise by the same objectives, and the outcomes of several seeds as one table."""
+"""The borders that the parts compare, additive noise by the three objectives, and the outcomes of several seeds as one table."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -21,9 +21,16 @@ if TYPE_CHECKING:
 
 Objective = Literal["projection", "answer", "both"]
 OBJECTIVES: tuple[Objective, ...] = ("projection", "answer", "both")
+EVERY = "every"
+BORDERS: dict[str, dict[str, Any]] = {
+    **{objective: {"objective": objective} for objective in OBJECTIVES},
+    EVERY: {"objective": "both", "lam": 6.0, "malicious_answer_share": 1.0},
+}
+"""What a border of each name is trained by. Both carries the refusal on a quarter of the malicious rows, answers alone on all of them, as
+the last one does: it differs from answers alone in the projection alone."""
 TITLES = {
     "none": "*no defense*", "text": "*the text alone, white border*", "projection": "border, projection alone",
-    "answer": "border, answers alone", "both": "border, both (DAVSP)",
+    "answer": "border, answers alone", "both": "border, both (DAVSP)", EVERY: "border, both, λ 6, every row refused",
 }  # fmt: skip
 NOISE = "additive-"
 NOISE_TITLES = {
@@ -47,13 +54,12 @@ def unmoved(lvlm: LVLM, text: str) -> dict[str, Defense]:
 def borders(
     stages: Stages, lvlm: LVLM, data: "Protocol", vector: HarmfulnessVector, settings: TrainSettings, text: str
 ) -> dict[str, Defense]:
-    """The border of each objective, trained or kept, in `prompts/OBJECTIVE` of the stages' folder."""
+    """The borders of `BORDERS`, trained or kept, in `prompts/NAME` of the stages' folder."""
     found: dict[str, Defense] = {}
-    for objective in OBJECTIVES:
-        chosen = settings.model_copy(update={"objective": objective})
-        saved = stages.out / "prompts" / objective
-        border = trained_prompt(stages, objective, start(lvlm, text), lvlm, data, vector, chosen, saved)
-        found[objective] = VisualPrompt(border, objective)
+    for name, how in BORDERS.items():
+        chosen, saved = settings.model_copy(update=how), stages.out / "prompts" / name
+        border = trained_prompt(stages, name, start(lvlm, text), lvlm, data, vector, chosen, saved)
+        found[name] = VisualPrompt(border, name)
     return found
 
 
@@ -76,12 +82,14 @@ def keep(folder: Path, facts: Mapping[str, Any], outcomes: Mapping[str, Sequence
 
 
 def kept(out: Path) -> tuple[list[dict[str, Any]], Outcomes]:
-    """Facts and outcomes of all seeds in a folder, in the order of their names."""
+    """Facts and outcomes of all seeds in a folder, in the order of their names; of the defenses that every seed has."""
     folders = sorted(path.parent for path in out.glob(f"seed-*/{OUTCOMES}"))
-    outcomes: Outcomes = {}
-    for folder in folders:
-        for name, rows in read_json(folder / OUTCOMES).items():
-            outcomes.setdefault(name, []).extend(Outcome(**row) for row in rows)
+    found = [read_json(folder / OUTCOMES) for folder in folders]
+    outcomes: Outcomes = {
+        name: [Outcome(**row) for one in found for row in one[name]]
+        for name in found[0]
+        if all(name in one for one in found)
+    }
     return [read_json(folder / MANIFEST) for folder in folders], outcomes
 
 
@@ -92,11 +100,24 @@ def compared(model: str, outcomes: Mapping[str, Sequence[Outcome]]) -> list[dict
     for name, rows in outcomes.items():
         table += metrics.rows(model, name, rows, None if name == "none" else outcomes["none"])
     for kind in ("", NOISE):
-        for name in (f"{kind}projection", f"{kind}both"):
+        for name in (f"{kind}projection", f"{kind}both", f"{kind}{EVERY}"):
             if name in outcomes:
                 against = metrics.rows(model, f"{name} against {kind}answer", outcomes[name], outcomes[f"{kind}answer"])
                 table += [row for row in against if row["metric"].endswith("_difference")]
     return table
+
+
+def titled(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The defenses that a table has a line of, and what they are called there."""
+    there = {row["defense"] for row in rows}
+    return {name: title for name, title in TITLES.items() if name in there}
+
+
+def against(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The borders that are compared with answers alone, and what the line is called."""
+    return {
+        n: f"{title}, less answers alone" for n, title in titled(rows).items() if n in ("projection", "both", EVERY)
+    }
 
 
 def difference(figure: Mapping[str, Any]) -> str:

@@ -30,14 +30,16 @@ from davsp.evaluation import evaluate
 from davsp.experiments.cells import rate
 from davsp.experiments.deep.begun import NOTE, PLAIN
 from davsp.experiments.deep.borders import (
+    EVERY,
     MANIFEST,
-    TITLES,
     Outcomes,
+    against,
     borders,
     compared,
     difference,
     keep,
     kept,
+    titled,
     unmoved,
 )
 from davsp.experiments.stages import Stages, fitted_vector
@@ -207,21 +209,28 @@ def markdown(
     for metric, head in heads.items():
         splits = list(dict.fromkeys(r["split"] for r in rows if r["metric"] == metric))
         lines += ["", f"| {head} | " + " | ".join(splits) + " |", "|---" * (len(splits) + 1) + "|"]
-        for name, title in TITLES.items():
+        for name, title in titled(rows).items():
             pairs = [[at[name, label, split, metric]["value"] for label in ("malicious", "benign")] for split in splits]
             lines.append(
                 "| " + " | ".join([title, *(f"{bad:.1f} / {good:.1f}".replace("-", "−") for bad, good in pairs)]) + " |"
             )
     lines += ["", f"| RSR, percent | {PLAIN} | `{barred}` barred from the first place |", "|---|---|---|"]
-    for name, title in TITLES.items():
+    for name, title in titled(rows).items():
         lines.append("| " + " | ".join([title, *(rate(at[name, b, "total", "rsr"]) for b in (PLAIN, BARRED))]) + " |")
-    for name in ("projection", "both"):
+    for name, title in against(rows).items():
         cells = [difference(at[f"{name} against answer", b, "total", "rsr_difference"]) for b in (PLAIN, BARRED)]
-        lines.append("| " + " | ".join([f"{TITLES[name]}, less answers alone", *cells]) + " |")
+        lines.append("| " + " | ".join([title, *cells]) + " |")
     return "\n".join([*lines, "", NOTE]) + "\n"
 
 
-COLOURS = {"none": "#7d8590", "text": "#c8860d", "projection": "#2a9d8f", "answer": "#b0509f", "both": "#2f6fde"}
+COLOURS = {
+    "none": "#7d8590",
+    "text": "#c8860d",
+    "projection": "#2a9d8f",
+    "answer": "#b0509f",
+    "both": "#2f6fde",
+    EVERY: "#0b2a6b",
+}
 
 
 def figure(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -231,7 +240,7 @@ def figure(rows: Sequence[Mapping[str, Any]]) -> str:
         for ax, metric, title in zip(
             drawn.subplots(1, 2), SEEN, ("projection", "log-odds of the refusal's first token"), strict=True
         ):
-            for name in TITLES:
+            for name in titled(rows):
                 for label, style in (("malicious", "-"), ("benign", "--")):
                     values = [
                         r["value"] for r in rows if (r["defense"], r["benchmark"], r["metric"]) == (name, label, metric)
@@ -242,5 +251,5 @@ def figure(rows: Sequence[Mapping[str, Any]]) -> str:
             ax.set_xlabel("layer")
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         handles, names = ax.get_legend_handles_labels()
-        drawn.legend(handles, names, loc="outside lower center", ncols=5, handlelength=1.2)
+        drawn.legend(handles, names, loc="outside lower center", ncols=6, handlelength=1.2)
         return plots.standalone(plots.svg(drawn, "depth"))

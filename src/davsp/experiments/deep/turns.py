@@ -26,13 +26,14 @@ from davsp.experiments.cells import rate
 from davsp.experiments.deep.begun import NOTE
 from davsp.experiments.deep.borders import (
     MANIFEST,
-    TITLES,
     Outcomes,
+    against,
     borders,
     compared,
     difference,
     keep,
     kept,
+    titled,
     unmoved,
 )
 from davsp.experiments.stages import Stages, fitted_vector
@@ -157,10 +158,10 @@ def markdown(rows: Sequence[Mapping[str, Any]], model: str, seeds: Sequence[int]
         "| | " + " | ".join([*TURNS, *READS]) + " |", "|---" * (len(TURNS) + len(READS) + 1) + "|",
     ]  # fmt: skip
     places = [*((name, "rsr") for name in TURNS), *((name, "accuracy") for name in READS)]
-    for name, title in TITLES.items():
+    for name, title in titled(rows).items():
         cells = [rate(at[name, *place]) if (name, *place) in at else "–" for place in places]  # nothing was refused
         lines.append("| " + " | ".join([title, *cells]) + " |")
-    for name in ("projection", "both"):
+    for name, title in against(rows).items():
         cells = [difference(at[f"{name} against answer", b, "rsr_difference"]) for b in TURNS]
-        lines.append("| " + " | ".join([f"{TITLES[name]}, less answers alone", *cells, *["" for _ in READS]]) + " |")
+        lines.append("| " + " | ".join([title, *cells, *["" for _ in READS]]) + " |")
     return "\n".join([*lines, "", NOTE]) + "\n"

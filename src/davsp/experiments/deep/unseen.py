@@ -1,6 +1,6 @@
 """Kinds of harm, forms of picture and wordings that training never met: does what it was supervised by matter there?
 
-A *split* says what a border meets in training (splits.py). All that it never met is in the test. Of each split vector, layer and three
+A *split* says what a border meets in training (splits.py). All that it never met is in the test. Of each split vector, layer and the
 borders are made, for `NOISY` parts three noises as well; beside them stands the split that met everything, the same for `forms` and
 `wordings`. `forms-blind` goes without: the test is that of `forms`, where it stands.
 
@@ -23,10 +23,11 @@ from davsp.evaluation import evaluate
 from davsp.experiments.cells import rate
 from davsp.experiments.deep.begun import NOTE
 from davsp.experiments.deep.borders import (
+    BORDERS,
+    EVERY,
     MANIFEST,
     NOISE,
     NOISE_TITLES,
-    OBJECTIVES,
     TITLES,
     Outcomes,
     borders,
@@ -35,6 +36,7 @@ from davsp.experiments.deep.borders import (
     keep,
     kept,
     noises,
+    titled,
     unmoved,
 )
 from davsp.experiments.deep.splits import FORM, NEW, data_of, place, splits_of
@@ -57,7 +59,7 @@ def unseen(
     lvlm: LVLM, out: Path, part: str, *, text: str, settings: TrainSettings, seed: int = 0, batch_size: int = 32,
     console: Console | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Train the three borders of each split of a part, and answer its test under all of them.
+    """Train the borders of each split of a part, and answer its test under all of them.
 
     Args:
         out: the part's folder.
@@ -141,7 +143,7 @@ def pool(out: Path, model: str, part: str) -> list[dict[str, Any]]:
     """Rows and table of all seeds in a part's folder."""
     facts, outcomes = kept(out)
     table = compared(model, outcomes)
-    for name in OBJECTIVES if f"answer, {ALL}" in outcomes else ():
+    for name in (name for name in BORDERS if f"{name}, {ALL}" in outcomes):
         lost = metrics.rows(model, f"{name} against {name}, {ALL}", outcomes[name], outcomes[f"{name}, {ALL}"])
         table += [row for row in lost if row["metric"].endswith("_difference")]
     seeds = [one["seed"] for one in facts]
@@ -157,8 +159,10 @@ def pool(out: Path, model: str, part: str) -> list[dict[str, Any]]:
 def markdown(rows: Sequence[Mapping[str, Any]], model: str, seeds: Sequence[int], part: str) -> str:
     """RSR on what was never met, a line a split and a column a border; below, of all splits, on what was met, and the price."""
     at = {(r["defense"], r["benchmark"], r["split"], r["metric"]): r for r in rows}
-    titles = TITLES | {name: title for name, title in NOISE_TITLES.items() if (name, "unseen", "total", "rsr") in at}
-    controls = {name: f"{name}, {ALL}" for name in OBJECTIVES if ALL in splits_of(part)}
+    titles = titled(rows) | {
+        name: title for name, title in NOISE_TITLES.items() if (name, "unseen", "total", "rsr") in at
+    }
+    controls = {name: f"{name}, {ALL}" for name in BORDERS if (f"{name}, {ALL}", "unseen", "total", "rsr") in at}
     names = titles | {control: f"{TITLES[name]}, met all" for name, control in controls.items()}
     lines = [
         f"**What training never met: {part}, {model}**, seeds {', '.join(map(str, seeds))}. Percent, 95 % intervals by intent.", "",
@@ -186,7 +190,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], model: str, seeds: Sequence[int]
     pairs = {
         f"{name} against {NOISE if name.startswith(NOISE) else ''}answer": f"{title}, less answers alone"
         for name, title in titles.items()
-        if name.endswith(("projection", "both"))
+        if name.endswith(("projection", "both", EVERY))
     }
     pairs |= {
         f"{name} against {control}": f"{TITLES[name]}, less the same that met all" for name, control in controls.items()
