@@ -11,7 +11,7 @@ from davsp.embedded.words import HARMFUL_VERBS
 from davsp.experiments.deep import begun as deep
 from davsp.experiments.deep import curve, depth, splits, turns, unseen
 from davsp.experiments.deep.begun import PLAIN, beginnings
-from davsp.experiments.deep.borders import BORDERS, NOISE_TITLES, OBJECTIVES, TITLES
+from davsp.experiments.deep.borders import BORDERS, NOISE_TITLES, OBJECTIVES, TITLES, keep, kept
 from davsp.experiments.gate import kinds
 from davsp.experiments.gate.kinds import HARD
 from davsp.experiments.gate.run import Once
@@ -19,6 +19,16 @@ from davsp.metrics import Outcome
 
 TRAINED_ON = ("vector_malicious", "vector_benign", "sweep_malicious", "sweep_benign", "train_malicious", "train_benign")
 SIZES = {"harm": 2, "utility": 1, "mme": 1, "llava_bench": 1, "vector": 4, "sweep": 2, "train": 8}
+
+
+def test_seeds_are_pooled_over_the_borders_that_all_of_them_have(tmp_path):
+    """A folder may hold a seed of an earlier version, which had a border less."""
+    one = Outcome("q", "4 turns", "total", "rsr", "g", 1.0)
+    for seed, names in ((0, ("none", "answer")), (1, ("none", "answer", "every"))):
+        keep(tmp_path / f"seed-{seed}", {"seed": seed}, {name: [one] for name in names})
+    facts, outcomes = kept(tmp_path)
+    assert [fact["seed"] for fact in facts] == [0, 1]
+    assert outcomes == {"none": [one, one], "answer": [one, one]}
 
 
 def test_beginnings_grow_from_nothing_to_the_whole_text():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from davsp.experiments.deep.borders import EVERY
 from davsp.experiments.paper import claims
 from davsp.experiments.paper.deeper import PARTS, deeper
 from davsp.experiments.paper.write import claims_markdown
@@ -44,6 +45,14 @@ def test_a_part_holds_where_both_has_more_than_answers_alone(tmp_path, both, ver
     (claim,) = deeper(tmp_path)
     assert (claim.text, claim.verdict) == (TURNS, verdict)
     assert said in claim.evidence and claim.evidence.endswith("; 2 seeds")
+
+
+def test_the_border_that_refuses_on_every_row_is_told_apart(tmp_path):
+    values = {"both": 0.25, "answer": 0.5, "projection": 0.9, EVERY: 0.75}
+    written(tmp_path / "turns", values, "rsr", "4 turns")
+    (claim,) = deeper(tmp_path)
+    assert claim.verdict == claims.FAILS  # DAVSP's own share of refusals decides
+    assert "as answers alone have it: +25.0 [+15.0, +35.0]" in claim.evidence
 
 
 def test_where_nobody_resists_nothing_is_said_for_or_against(tmp_path):

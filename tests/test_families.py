@@ -63,6 +63,16 @@ READ = {"image_seq_length": 4, "image_seq_len": 4, "patch_size": 14, "spatial_me
         "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_4", "global_image_tag": "<global-img>", "img_size": 28,
         "tile_token": "TILE", "tile_global_token": "TILE_GLOBAL"}  # fmt: skip
 """Of their processors' own settings."""
+WAYS = {
+    "tile": ["internvl", "llava_next", "llava_onevision", "idefics3", "smolvlm", "aya_vision"],
+    "resize": ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "gemma4", "glm4v", "glm4v_moe", "glm46v", "mistral3"],
+}  # fmt: skip
+"""How a picture is shown by its authors' code -> the families; in the others it is padded or stretched to the one canvas."""
+
+
+def showing_by(way):
+    """A test that is of these families alone."""
+    return pytest.mark.parametrize("folder", WAYS[way], indirect=True)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -282,10 +292,14 @@ def test_the_size_of_an_undefended_picture_is_known_before_it_is_made(model, siz
     assert model.preprocess([picture(0, size)]).shape[-2:] == model.seen(*size)
 
 
+def test_the_families_show_pictures_as_listed(folder, model):
+    assert ("tile" in model.ways) == (folder.name in WAYS["tile"])
+    assert (model.ways == ("resize",)) == (folder.name in WAYS["resize"])
+
+
+@showing_by("resize")
 def test_a_canvas_is_taken_exactly_where_the_processor_would_leave_it_alone(model):
-    """Of families that take many sizes; GLM counts every pixel twice."""
-    if model.ways != ("resize",):
-        pytest.skip("takes one size of canvas")
+    """GLM counts every pixel twice."""
     for side in range(14, 400, 2):
         try:
             model.check_canvas(side, side)
@@ -295,11 +309,10 @@ def test_a_canvas_is_taken_exactly_where_the_processor_would_leave_it_alone(mode
         assert taken == (model.seen(side, side) == (side, side)), side
 
 
+@showing_by("tile")
 @pytest.mark.parametrize("size", [(100, 70), (310, 300), (56, 56), (112, 112), (168, 168), (600, 30)])
 def test_tiles_of_an_undefended_picture_are_its_processors(folder, model, size):
     """Tiles and the whole, to the bit, and as many features as placeholders; a canvas of k x k tiles gives the same from its own pixels."""
-    if "tile" not in model.ways:
-        pytest.skip("cuts no picture into tiles")
     assert model.undefended == "tile"
     images = [picture(1, size), picture(2, (90, 60))]
     made, expected = model.preprocess(images), theirs(folder, images)
@@ -311,9 +324,8 @@ def test_tiles_of_an_undefended_picture_are_its_processors(folder, model, size):
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
 
 
+@showing_by("tile")
 def test_a_picture_in_tiles_has_no_gradient_unless_it_is_a_canvas(model):
-    if "tile" not in model.ways:
-        pytest.skip("cuts no picture into tiles")
     wrong = torch.rand(1, 3, model.canvas + 14, model.canvas + 14, requires_grad=True)
     with pytest.raises(DavspError, match="use a prompt made for this model"):
         model.states(wrong, ["yes"], [1])

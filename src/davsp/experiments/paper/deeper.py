@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from davsp.experiments.cells import signed
+from davsp.experiments.deep.borders import EVERY
 from davsp.experiments.paper.claims import FAILS, HOLDS, UNTESTED, Claim
 from davsp.runtime.files import read_json
 
@@ -64,10 +65,13 @@ def _claim(part: Part, folder: Path) -> Claim:
     text = f"deep alignment resists more than answers alone {part.text}"
     rows = read_json(folder / "metrics.json")["rows"]
     at = {(r["defense"], r["metric"]): r for r in rows if (r["benchmark"], r["split"]) == (part.benchmark, "total")}
-    both, answer, projection = (part.named.format(name) for name in (part.both, "answer", "projection"))
+    both, answer = (part.named.format(name) for name in (part.both, "answer"))
     ours, theirs = at.get((both, part.metric)), at.get((answer, part.metric))
     gain = at.get((f"{both} against answer", f"{part.metric}_difference"))
-    alone = at.get((f"{projection} against answer", f"{part.metric}_difference"))
+    alone, every = (
+        at.get((f"{part.named.format(name)} against answer", f"{part.metric}_difference"))
+        for name in ("projection", EVERY)
+    )
     if ours is None or theirs is None or gain is None:
         return Claim(text, SOURCE, UNTESTED, "this part is under way: give its command again")
     if None in (ours["value"], theirs["value"], gain["value"]):
@@ -78,6 +82,8 @@ def _claim(part: Part, folder: Path) -> Claim:
     evidence = f"RSR {100 * ours['value']:.1f}, answers alone {100 * theirs['value']:.1f}: {signed(gain)}{noise}"
     if alone is not None and alone["value"] is not None:
         evidence += f"; the projection alone: {signed(alone)}"
+    if every is not None and every["value"] is not None:
+        evidence += f"; both with every malicious row refused, as answers alone have it: {signed(every)}"
     seeds = len(read_json(folder / "manifest.json")["seeds"])
     return Claim(
         text, SOURCE, HOLDS if gain["value"] > 0 else FAILS, f"{evidence}; {seeds} seed{'s' if seeds > 1 else ''}"
