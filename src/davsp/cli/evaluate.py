@@ -110,7 +110,10 @@ def evaluate(
         lvlm = loaded(lvlm, "--prefill goes with a model loaded here: not every server goes on with an answer.").begun(
             prefill
         )
-        notes = [*notes, f"every answer was made to begin with {prefill!r}"]
+        notes = [
+            *notes,
+            f"every answer was made to begin with {prefill!r}; kept and judged is what the model says behind it",
+        ]
     if not row.defense:  # of a model that looks at tiles, No Defense on one tile as well
         defenses = baselines(lvlm) | defenses
     _check(lvlm, defenses, direction)

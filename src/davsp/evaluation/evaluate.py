@@ -158,7 +158,8 @@ def _answers(
         "published": published,
         "template": None if template_of(lvlm) == CHECKPOINT else template_of(lvlm),  # older runs know of none
         "reasoning_tags": None if lvlm.reasoning_tags == TAGS else lvlm.reasoning_tags,  # older runs know of none
-        "prefill": facts.get("prefill"),  # older runs know of none
+        "prefill": (begun := facts.get("prefill"))
+        and {"text": begun, "kept": "what follows"},  # older runs know of none
         "barred": facts.get("barred"),  # older runs know of none
         "undefended_picture": None,
     } | undefended.in_records(lvlm, queries)

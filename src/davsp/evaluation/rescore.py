@@ -70,6 +70,11 @@ def rescore(
     record = recorded(run)
     if record is None:
         raise DavspError(f"{run} does not say which queries were asked (run.json); run davsp eval.")
+    if isinstance(record.get("prefill"), str):
+        raise DavspError(
+            f"{run} is of an older davsp, whose answers hold the beginning that --prefill gave them, and a judge would take it for the "
+            "model's own words; run davsp eval anew in another folder."
+        )
     run_queries, model = _run_queries(run, record, responses, queries), _model(run)
     if record.get("published"):
         judgement = judge_published(run_queries, responses, judge, graders or {}, model, baseline, seed, mode)

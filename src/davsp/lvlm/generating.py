@@ -130,9 +130,8 @@ class Generating(Asking):
         return output.sequences[:, tokens.ids.shape[1] :], output.logits or ()
 
     def _texts(self, said: Int[Tensor, "b t"]) -> list[tuple[str, str]]:
-        """Texts of answers, with how they were made to begin, each with its finish."""
-        begun = self._answer_ids(self.beginning, False) if self.beginning else []
-        texts = self.tokenizer.batch_decode([begun + row for row in said.tolist()], skip_special_tokens=True)
+        """Texts of answers, each with its finish."""
+        texts = self.tokenizer.batch_decode(said, skip_special_tokens=True)
         ended = torch.isin(said, torch.tensor(self._ends(), device=said.device)).any(1).tolist()
         return [(text.strip(), "stop" if end else "length") for text, end in zip(texts, ended, strict=True)]
 
@@ -155,7 +154,8 @@ class Generating(Asking):
 
     def begun(self: G, beginning: str) -> G:
         """The same model, whose every answer begins with this text, as if it had said so itself (a prefilled answer); nothing is
-        copied but the reference to its weights.
+        copied but the reference to its weights. What it answers is what it says behind that: the beginning is not its own, and whoever
+        judges answers must not take it for a part of them.
 
         Raises:
             DavspError: the text is blank, or holds a special token or a word that the tokenizer does not know; or the chat template

@@ -122,7 +122,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], model: str, seeds: Sequence[int]
     columns = {name: f"`{words}`" if words else name for name, words in beginnings(beginning).items()}
     lines = [
         f"**How deep is a refusal? {model}**, seeds {', '.join(map(str, seeds))}. RSR on {at['none', PLAIN, 'rsr']['n']} malicious pictures "
-        "where every answer is made to begin so; percent, 95 % intervals by intent.", "",
+        "where every answer is made to begin so, judged by what follows; percent, 95 % intervals by intent.", "",
         "| | " + " | ".join(columns.values()) + " | utility | over-refusal |", "|---" * (len(columns) + 3) + "|",
     ]  # fmt: skip
     places = [*((name, "rsr") for name in columns), ("utility", "accuracy"), ("benign", "over_refusal")]
