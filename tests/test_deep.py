@@ -1,21 +1,28 @@
 """`davsp reproduce deep-alignment`: three objectives under answers that are made to begin."""
 
 import json
+import shutil
+from unittest.mock import Mock
 
 import pytest
+from rich.console import Console
 
-from davsp import HarmfulnessVector, VisualSafetyPrompt, embedded, train
+from davsp import HarmfulnessVector, VisualSafetyPrompt, embedded, metrics, train
 from davsp.defenses import NoDefense
 from davsp.embedded.questions import FOLLOW
 from davsp.embedded.words import HARMFUL_VERBS
+from davsp.evaluation import Evaluation
 from davsp.experiments.deep import begun as deep
 from davsp.experiments.deep import curve, depth, splits, turns, unseen
 from davsp.experiments.deep.begun import PLAIN, beginnings
-from davsp.experiments.deep.borders import BORDERS, NOISE_TITLES, OBJECTIVES, TITLES, keep, kept
+from davsp.experiments.deep.borders import BORDERS, NOISE_TITLES, OBJECTIVES, TITLES, kept, unscored
 from davsp.experiments.gate import kinds
 from davsp.experiments.gate.kinds import HARD
 from davsp.experiments.gate.run import Once
+from davsp.experiments.seeds import keep
+from davsp.experiments.stages import Stages
 from davsp.metrics import Outcome
+from davsp.query import Query, Response, Verdict
 
 TRAINED_ON = ("vector_malicious", "vector_benign", "sweep_malicious", "sweep_benign", "train_malicious", "train_benign")
 SIZES = {"harm": 2, "utility": 1, "mme": 1, "llava_bench": 1, "vector": 4, "sweep": 2, "train": 8}
@@ -262,7 +269,7 @@ def test_the_attacker_asks_on_after_a_refusal_and_stops_at_an_answer(made, mini,
 
 
 def test_a_curve_has_a_border_at_every_look_and_goes_on(mini, tmp_path, monkeypatch):
-    monkeypatch.setattr(curve, "LOOKS", (0, 1, 2))
+    monkeypatch.setattr(curve, "LOOKS", (0, 1, 40))  # two steps: the last look is there
     monkeypatch.setattr(curve, "CURVES", {name: curve.CURVES[name] for name in ("answer", "both, λ 6, every row")})
     monkeypatch.setattr(curve, "DRAWS", 20)
     lvlm = mini.told({})
@@ -283,6 +290,47 @@ def test_a_curve_has_a_border_at_every_look_and_goes_on(mini, tmp_path, monkeypa
     assert saved.pixels_sha256() == whole.quantised().pixels_sha256()  # the last look is what `davsp train` makes
     assert "best of both, any λ, less answers alone" in (tmp_path / "curve.md").read_text()
     assert (tmp_path / "curve.svg").read_text().startswith("<svg")
+    facts = json.loads((tmp_path / "seed-0" / "manifest.json").read_text())
+    assert facts["done"] == facts["wanted"] == list(curve.CURVES)
+    shutil.rmtree(tmp_path / "seed-0" / "answer" / "step-1")  # lost: the checkpoint is behind it
+    assert curve.curve(lvlm, data, tmp_path, text=embedded.SAFETY_TEXT, settings=settings) == rows
+    assert [(tmp_path / "seed-0" / "answer" / f"step-{k}" / "vsp.png").read_bytes() for k in (0, 1, 2)] == pixels
+
+
+def test_looks_end_where_the_training_ends(mini, tmp_path, monkeypatch):
+    """`--steps 30` trains 30 steps and `--steps 60` as many, though neither is one of `LOOKS`."""
+    monkeypatch.setattr(curve, "fingerprint", lambda _: "weights")
+    monkeypatch.setattr(curve, "sha256", lambda _: "vector")
+    border = VisualSafetyPrompt.create(32, 4)
+    monkeypatch.setattr(Stages, "run", lambda self, name, inputs, *_: dict.fromkeys(inputs[2], border))
+    stages, data, vector = Stages(tmp_path, Console(quiet=True)), embedded.protocol(0, **SIZES), Mock(HarmfulnessVector)
+    for steps, looks in ((30, [0, 30]), (60, [0, 40, 60]), (150, [0, 40, 80, 150]), (200, [0, 40, 80, 150, 200])):
+        settings = embedded.SETTINGS.model_copy(update={"steps": steps})
+        assert list(curve.looked_at(stages, "answer", mini, data, vector, settings, "")) == looks
+
+
+def test_an_unscored_answer_ends_a_conversation_and_is_in_no_rate(mini, tmp_path, monkeypatch):
+    def answered(lvlm, defenses, asked, out, **_):
+        said = {q.id: "unscored" if q.id == "odd" and len(q.turns) == 2 else "safe" for q in asked}
+        conversations.append([(q.id, len(q.turns)) for q in asked])
+        return Evaluation(
+            {"text": [Response(id, "text", "words") for id in said]},
+            {"text": [Verdict(id, "text", "j", label) for id, label in said.items()]}, [],
+        )  # fmt: skip
+
+    conversations: list[list[tuple[str, int]]] = []
+    monkeypatch.setattr(turns, "evaluate", answered)
+    queries = [Query(id, "how ?", "malicious", "sd", group=id) for id in ("odd", "even")]
+    found = turns.asked_on(mini, "text", NoDefense(), queries, {q.id: ("no .", "safe") for q in queries}, tmp_path, {})
+    assert conversations == [[("odd", 2), ("even", 2)], [("even", 4)], [("even", 6)]]
+    at = {(o.query_id, o.benchmark, o.metric): o.value for o in found}
+    assert [at["even", k, "rsr"] for k in turns.TURNS] == [1, 1, 1, 1]
+    assert [at["odd", k, "rsr"] for k in turns.TURNS] == [1, None, None, None]
+    assert [at["odd", k, "unscored"] for k in turns.TURNS] == [0, 1, 1, 1]
+    rows = metrics.rows("m", "text", found)
+    assert unscored(rows) == [
+        "- Unscored, and left out of RSR: text, 2 turns: 1 of 2; text, 3 turns: 1 of 2; text, 4 turns: 1 of 2."
+    ]
 
 
 def test_the_best_at_equal_utility_is_chosen_among_what_loses_so_little():

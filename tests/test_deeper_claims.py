@@ -69,7 +69,7 @@ def test_where_no_border_keeps_utility_nothing_is_compared(tmp_path):
 
 
 def test_a_curve_under_way_is_said_as_far_as_it_is(tmp_path):
-    """It writes its figures after each training; that of the projection comes late."""
+    """A folder of an earlier version does not say that it is under way; it may lack a border."""
     written(tmp_path / "curve", {"both, any λ": 0.9, "answer": 0.8}, "rsr_at_10", "malicious", "best of {}")
     (claim,) = deeper(tmp_path)
     assert claim.verdict == claims.HOLDS and "projection" not in claim.evidence

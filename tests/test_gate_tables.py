@@ -291,9 +291,10 @@ def test_two_seeds_of_the_whole(mini: LVLM, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_parts_that_take_one_process(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch):
-    for options in (["--num-processes", 2], ["--gpus-per-process", 1]):
-        assert davsp("reproduce", "deep-alignment", "--part", "turns", *options, "--out", tmp_path / "out") == 2
-        assert "--part turns takes one process" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    for part in ("turns", "turns-hard"):
+        for options in (["--num-processes", 2], ["--gpus-per-process", 1]):
+            assert davsp("reproduce", "deep-alignment", "--part", part, *options, "--out", tmp_path / "out") == 2
+            assert f"--part {part} takes one process" in capsys.readouterr().err and not (tmp_path / "out").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun says it
     assert davsp("reproduce", "deep-alignment", "--part", "curve", "--out", tmp_path / "out") == 2
     assert "--part curve takes one process" in capsys.readouterr().err

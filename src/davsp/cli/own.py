@@ -13,7 +13,7 @@ PARTS = (
     "begun", "depth", "turns", "turns-hard", "kinds-1", "kinds-2", "kinds-3", "forms", "forms-blind", "wordings", "curve",
 )  # fmt: skip
 """Of deep-alignment: a table and a folder each."""
-ALONE = ("turns", "curve")
+ALONE = ("turns", "turns-hard", "curve")
 """Parts that several processes do not share."""
 
 

@@ -5,7 +5,9 @@ from typing import Any
 
 
 def rate(figure: Mapping[str, Any], digits: int = 1) -> str:
-    """A rate in percent."""
+    """A rate in percent; – where nothing was scored."""
+    if figure["value"] is None:
+        return "–"
     value, low, high = (f"{100 * figure[k]:.{digits}f}" for k in ("value", "low", "high"))
     return f"{value} <sub>{low}–{high}</sub>"
 

@@ -19,17 +19,17 @@ from davsp import metrics
 from davsp.evaluation import evaluate
 from davsp.experiments.cells import rate
 from davsp.experiments.deep.borders import (
-    MANIFEST,
     Outcomes,
     against,
     borders,
     compared,
     difference,
-    keep,
     kept,
     titled,
     unmoved,
+    unscored,
 )
+from davsp.experiments.seeds import MANIFEST, check_beside, keep
 from davsp.experiments.stages import Stages, fitted_vector
 from davsp.lvlm import LVLM, fingerprint, model_name
 from davsp.metrics import Outcome
@@ -74,8 +74,13 @@ def begun(
     """
     folder = out / f"seed-{seed}"
     stages = Stages(folder, console or Console())
-    vector = fitted_vector(stages, lvlm, data, text)
     settings = settings.model_copy(update={"seed": seed})
+    made_of = {
+        "weights": fingerprint(lvlm), "text": text, "beginning": beginning,
+        "settings": settings.model_dump(exclude={"seed", "objective"}),
+    }  # fmt: skip
+    check_beside(out, seed, made_of)
+    vector = fitted_vector(stages, lvlm, data, text)
     defenses = unmoved(lvlm, text) | borders(stages, lvlm, data, vector, settings, text)
     pictured = [q for q in data.test if q.image is not None]
     outcomes: Outcomes = {name: [] for name in defenses}
@@ -91,8 +96,7 @@ def begun(
     if parallel.rank() > 0:
         return []
     facts = manifest(
-        model=model_name(lvlm), revision=lvlm.revision, weights=fingerprint(lvlm), seed=seed, text=text, beginning=beginning,
-        settings=settings.model_dump(exclude={"seed", "objective"}), layer=vector.layer, stages=stages.seconds,
+        model=model_name(lvlm), revision=lvlm.revision, seed=seed, **made_of, layer=vector.layer, stages=stages.seconds,
         test={"queries": len(pictured), "sha256": queries_hash(pictured)},
     )  # fmt: skip
     keep(folder, facts, outcomes)
@@ -131,7 +135,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], model: str, seeds: Sequence[int]
     for name, title in against(rows).items():
         cells = [difference(at[f"{name} against answer", b, f"{m}_difference"]) for b, m in places]
         lines.append("| " + " | ".join([title, *cells]) + " |")
-    return "\n".join([*lines, "", NOTE]) + "\n"
+    return "\n".join([*lines, "", NOTE, *unscored(rows)]) + "\n"
 
 
 NOTE = "- \\*: p < 0.05, paired, not corrected for the number of cells. The judge is `keyword`."

@@ -1,18 +1,18 @@
 """The borders that the parts compare, additive noise by the three objectives, and the outcomes of several seeds as one table."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from davsp import metrics
 from davsp.defenses import Defense, NoDefense, VisualPrompt
 from davsp.experiments.cells import points
+from davsp.experiments.seeds import MANIFEST, OUTCOMES, check_alike, lacks
 from davsp.experiments.stages import Stages, trained_prompt
 from davsp.lvlm import LVLM
 from davsp.metrics import Outcome
 from davsp.prompts import AdditiveNoise, VisualSafetyPrompt
-from davsp.runtime.files import read_json, write_json
+from davsp.runtime.files import read_json
 from davsp.training import TrainSettings
 from davsp.vector import HarmfulnessVector
 
@@ -36,8 +36,6 @@ NOISE = "additive-"
 NOISE_TITLES = {
     f"{NOISE}projection": "noise, projection alone", f"{NOISE}answer": "noise, answers alone", f"{NOISE}both": "noise, both",
 }  # fmt: skip
-OUTCOMES = "outcomes.json"
-MANIFEST = "manifest.json"
 Outcomes = dict[str, list[Outcome]]
 
 
@@ -75,22 +73,25 @@ def noises(
     return found
 
 
-def keep(folder: Path, facts: Mapping[str, Any], outcomes: Mapping[str, Sequence[Outcome]]) -> None:
-    """Write what a seed gave; the outcomes last, so that a folder that has them is whole."""
-    write_json(folder / MANIFEST, facts)
-    write_json(folder / OUTCOMES, {name: [asdict(o) for o in rows] for name, rows in outcomes.items()})
-
-
 def kept(out: Path) -> tuple[list[dict[str, Any]], Outcomes]:
-    """Facts and outcomes of all seeds in a folder, in the order of their names; of the defenses that every seed has."""
+    """Facts and outcomes of the seeds in a folder, in the order of their names; of the defenses that every one of them has.
+
+    Seeds that are under way are left out, unless no seed is whole: a half would take from the others what it does not have.
+
+    Raises:
+        DavspError: they were made in different ways.
+    """
     folders = sorted(path.parent for path in out.glob(f"seed-*/{OUTCOMES}"))
+    facts = {folder: read_json(folder / MANIFEST) for folder in folders}
+    check_alike(out, list(facts.values()))
+    folders = [folder for folder in folders if not lacks(facts[folder])] or folders
     found = [read_json(folder / OUTCOMES) for folder in folders]
     outcomes: Outcomes = {
         name: [Outcome(**row) for one in found for row in one[name]]
         for name in found[0]
         if all(name in one for one in found)
     }
-    return [read_json(folder / MANIFEST) for folder in folders], outcomes
+    return [facts[folder] for folder in folders], outcomes
 
 
 def compared(model: str, outcomes: Mapping[str, Sequence[Outcome]]) -> list[dict[str, Any]]:
@@ -118,6 +119,13 @@ def against(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return {
         n: f"{title}, less answers alone" for n, title in titled(rows).items() if n in ("projection", "both", EVERY)
     }
+
+
+def unscored(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line below a table: where answers could not be scored, and how many; none if all were."""
+    found = [r for r in rows if r["metric"] == "unscored" and r["value"]]
+    where = [f"{r['defense']}, {r['benchmark']}: {round(r['value'] * r['n'])} of {r['n']}" for r in found]
+    return [f"- Unscored, and left out of RSR: {'; '.join(where)}."] if where else []
 
 
 def difference(figure: Mapping[str, Any]) -> str:

@@ -24,11 +24,13 @@ from rich.console import Console
 
 from davsp import metrics
 from davsp.defenses import Defense, VisualPrompt
+from davsp.errors import DavspError
 from davsp.evaluation import evaluate
 from davsp.experiments.cells import points, rate
-from davsp.experiments.deep.borders import MANIFEST, Outcomes, keep, kept, start, unmoved
+from davsp.experiments.deep.borders import Outcomes, kept, start, unmoved
 from davsp.experiments.deep.depth import COLOURS
 from davsp.experiments.gate.once import Once
+from davsp.experiments.seeds import MANIFEST, check_beside, keep, notes, under_way
 from davsp.experiments.stages import Stages, fitted_vector
 from davsp.lvlm import LVLM, fingerprint, model_name
 from davsp.metrics import Outcome
@@ -38,6 +40,7 @@ from davsp.runtime.files import manifest, sha256, write_json, write_text
 from davsp.store import queries_hash
 from davsp.training import TrainSettings
 from davsp.training.borders import Run
+from davsp.training.checkpoint import METRICS
 from davsp.vector import HarmfulnessVector
 
 if TYPE_CHECKING:
@@ -69,7 +72,8 @@ def curve(
         data: who trains vector and borders, and the test.
         out: the part's folder.
         text: before every question of all rows but none.
-        settings: of the borders; objective, lambda and steps are the curves'. Steps are the last of `LOOKS`, or fewer if they say so.
+        settings: of the borders; objective and lambda are the curves'. Their steps are the last look, where the learning rate's schedule
+            ends; the others are those of `LOOKS` before it.
 
     Returns:
         The rows of metrics.json: of all seeds in `out`.
@@ -79,13 +83,18 @@ def curve(
         Interrupted: Ctrl-C; the same call goes on.
     """
     console, folder = console or Console(), out / f"seed-{seed}"
+    made_of = {
+        "weights": fingerprint(lvlm), "text": text, "curves": CURVES, "wanted": list(CURVES),
+        "settings": settings.model_dump(exclude={"seed", "objective", "lam", "malicious_answer_share"}),
+    }  # fmt: skip
+    check_beside(out, seed, made_of)
     stages = Stages(folder, console)
     vector = fitted_vector(stages, lvlm, data, text)
     pictured = [q for q in data.test if q.image is not None]
     once = {name: Once(defense) for name, defense in unmoved(lvlm, text).items()}
     outcomes: Outcomes = {}
     rows: list[dict[str, Any]] = []
-    for name, how in CURVES.items():
+    for done, (name, how) in enumerate(CURVES.items(), 1):
         chosen = settings.model_copy(update={**how, "seed": seed})
         borders = looked_at(stages, _folder(name), lvlm, data, vector, chosen, text)
         defenses: dict[str, Defense] = {**once, **{f"{name} step {k}": VisualPrompt(b) for k, b in borders.items()}}
@@ -103,8 +112,7 @@ def curve(
             found = metrics.outcomes(pictured, answers, made.verdicts[defense])
             outcomes[defense] = [_placed(o, seed) for o in found if (o.split, o.metric) in PLACES]
         facts = manifest(
-            model=model_name(lvlm), revision=lvlm.revision, weights=fingerprint(lvlm), seed=seed, text=text, layer=vector.layer,
-            settings=settings.model_dump(exclude={"seed", "objective", "lam", "malicious_answer_share"}), curves=CURVES,
+            model=model_name(lvlm), revision=lvlm.revision, seed=seed, **made_of, done=list(CURVES)[:done], layer=vector.layer,
             stages=stages.seconds,
             test={"queries": len(pictured), "sha256": queries_hash(pictured)},
         )  # fmt: skip
@@ -133,15 +141,31 @@ def looked_at(
     settings: TrainSettings,
     text: str,
 ) -> dict[int, VisualSafetyPrompt]:
-    """The border of one training at each of `LOOKS`, as it reads back from `NAME/step-K`."""
-    steps = [k for k in LOOKS if k <= settings.steps]
+    """The border of one training at each of `LOOKS` before its last step and there, as it reads back from `NAME/step-K`."""
+    steps = [*(k for k in LOOKS if k < settings.steps), settings.steps]
     folder = stages.out / "train" / name
     saved = {k: stages.out / name / f"step-{k}" for k in steps}
 
+    def read(k: int) -> VisualSafetyPrompt:
+        if not saved[k].is_dir():  # from_pretrained would take the name for one on the hub
+            raise DavspError(f"there is no folder {saved[k]}")
+        return VisualSafetyPrompt.from_pretrained(saved[k])
+
+    def whole_before(step: int) -> bool:
+        try:
+            for k in steps:
+                if k < step:
+                    read(k)
+        except DavspError:
+            return False
+        return True
+
     def make(resume: bool) -> None:
         run = Run(lvlm, start(lvlm, text), data.train_malicious, data.train_benign, vector, settings, folder, [])
+        resume = resume and (folder / METRICS).exists()  # a checkpoint without its metrics can't be gone on from
         state = run.checkpoint.restore(lvlm.device) if resume else None
-        state = state or run.checkpoint.start(run.prompt.delta.to(lvlm.device))
+        if state is None or not whole_before(state.step):  # a look that is lost can't be had again from a later step
+            state = run.checkpoint.start(run.prompt.delta.to(lvlm.device))
         while True:
             if state.step in saved:
                 run.prompt.with_delta(state.delta.cpu()).save_pretrained(saved[state.step])
@@ -153,9 +177,7 @@ def looked_at(
     parts = (data.train_malicious, data.train_benign)
     vector_file = sha256(stages.out / "vector" / "vector.safetensors")
     inputs = [fingerprint(lvlm), text, steps, settings.model_dump(), vector_file, *map(queries_hash, parts)]
-    return stages.run(
-        name, inputs, make, lambda: {k: VisualSafetyPrompt.from_pretrained(path) for k, path in saved.items()}
-    )
+    return stages.run(name, inputs, make, lambda: {k: read(k) for k in steps})
 
 
 # -- what can be had ---------------------------------------------------------------------------------------------------
@@ -170,8 +192,9 @@ def pool(out: Path, model: str) -> list[dict[str, Any]]:
     table += choices(model, outcomes)
     seeds = [one["seed"] for one in facts]
     write_json(out / "metrics.json", metrics.metrics_file(table))
-    write_json(out / MANIFEST, {**facts[0], "seeds": seeds, "stages": [one["stages"] for one in facts]})
-    write_text(out / "curve.md", markdown(table, model, seeds))
+    several = {"seeds": seeds, "under_way": under_way(facts), "stages": [one["stages"] for one in facts]}
+    write_json(out / MANIFEST, {**facts[0], **several})
+    write_text(out / "curve.md", markdown(table, model, seeds) + "".join(f"{x}\n" for x in notes(out, facts)))
     write_text(out / "curve.svg", figure(table))
     return table
 

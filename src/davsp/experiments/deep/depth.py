@@ -31,17 +31,16 @@ from davsp.experiments.cells import rate
 from davsp.experiments.deep.begun import NOTE, PLAIN
 from davsp.experiments.deep.borders import (
     EVERY,
-    MANIFEST,
     Outcomes,
     against,
     borders,
     compared,
     difference,
-    keep,
     kept,
     titled,
     unmoved,
 )
+from davsp.experiments.seeds import MANIFEST, check_beside, keep
 from davsp.experiments.stages import Stages, fitted_vector
 from davsp.lvlm import LVLM, fingerprint, model_name
 from davsp.lvlm.hooks import catching, wide
@@ -79,8 +78,13 @@ def depth(
         Interrupted: Ctrl-C; the same call goes on.
     """
     stages, folder = Stages(out / f"seed-{seed}", console or Console()), out / "depth" / f"seed-{seed}"
-    vector = fitted_vector(stages, lvlm, data, text)
     settings = settings.model_copy(update={"seed": seed})
+    made_of = {
+        "weights": fingerprint(lvlm), "text": text, "barred": settings.refusal.split()[0],
+        "settings": settings.model_dump(exclude={"seed", "objective"}),
+    }  # fmt: skip
+    check_beside(out / "depth", seed, made_of)
+    vector = fitted_vector(stages, lvlm, data, text)
     defenses = unmoved(lvlm, text) | borders(stages, lvlm, data, vector, settings, text)
     pictured = [q for q in data.test if q.image is not None]
     outcomes: Outcomes = {}
@@ -109,8 +113,7 @@ def depth(
     if parallel.rank() > 0:
         return []
     facts = manifest(
-        model=model_name(lvlm), revision=lvlm.revision, weights=fingerprint(lvlm), seed=seed, text=text,
-        settings=settings.model_dump(exclude={"seed", "objective"}), layer=vector.layer, barred=settings.refusal.split()[0],
+        model=model_name(lvlm), revision=lvlm.revision, seed=seed, **made_of, layer=vector.layer,
         test={"queries": len(pictured), "sha256": queries_hash(pictured)},
     )  # fmt: skip
     keep(folder, facts, outcomes)

@@ -25,7 +25,6 @@ from davsp.experiments.deep.begun import NOTE
 from davsp.experiments.deep.borders import (
     BORDERS,
     EVERY,
-    MANIFEST,
     NOISE,
     NOISE_TITLES,
     TITLES,
@@ -33,7 +32,6 @@ from davsp.experiments.deep.borders import (
     borders,
     compared,
     difference,
-    keep,
     kept,
     noises,
     titled,
@@ -42,6 +40,7 @@ from davsp.experiments.deep.borders import (
 from davsp.experiments.deep.splits import FORM, NEW, data_of, place, splits_of
 from davsp.experiments.gate.kinds import ALL
 from davsp.experiments.gate.once import Once
+from davsp.experiments.seeds import MANIFEST, check_beside, keep, notes, under_way
 from davsp.experiments.stages import Stages, fitted_vector
 from davsp.lvlm import LVLM, fingerprint, model_name
 from davsp.metrics import Outcome
@@ -76,6 +75,11 @@ def unseen(
     """
     console = console or Console()
     settings, folder = settings.model_copy(update={"seed": seed}), out / f"seed-{seed}"
+    made_of = {
+        "weights": fingerprint(lvlm), "text": text, "part": part, "settings": settings.model_dump(exclude={"seed", "objective"}),
+        "wanted": [split for split in splits_of(part) if split != ALL],
+    }  # fmt: skip
+    check_beside(out, seed, made_of)
     once = {name: Once(defense) for name, defense in unmoved(lvlm, text).items()}
     found: dict[str, Outcomes] = {}
     seconds, layers = dict[str, float](), dict[str, int]()
@@ -107,8 +111,8 @@ def unseen(
         if split == ALL or parallel.rank() > 0:
             continue
         facts = manifest(
-            model=model_name(lvlm), revision=lvlm.revision, weights=fingerprint(lvlm), seed=seed, text=text, part=part,
-            layers=layers, settings=settings.model_dump(exclude={"seed", "objective"}), stages=seconds,
+            model=model_name(lvlm), revision=lvlm.revision, seed=seed, **made_of, done=[one for one in found if one != ALL],
+            layers=layers, stages=seconds,
             test={"queries": len(data.test), "sha256": queries_hash(data.test)},
         )  # fmt: skip
         keep(folder, facts, outcomes_of(part, found, {q.id: q for q in data.test}, seed))
@@ -150,9 +154,14 @@ def pool(out: Path, model: str, part: str) -> list[dict[str, Any]]:
     write_json(out / "metrics.json", metrics.metrics_file(table))
     write_json(
         out / MANIFEST,
-        {**facts[0], "seeds": seeds, **{key: [one[key] for one in facts] for key in ("layers", "stages")}},
+        {
+            **facts[0],
+            "seeds": seeds,
+            "under_way": under_way(facts),
+            **{key: [one[key] for one in facts] for key in ("layers", "stages")},
+        },
     )
-    write_text(out / "unseen.md", markdown(table, model, seeds, part))
+    write_text(out / "unseen.md", markdown(table, model, seeds, part) + "".join(f"{x}\n" for x in notes(out, facts)))
     return table
 
 

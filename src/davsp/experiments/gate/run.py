@@ -10,7 +10,7 @@ out/gate.md, roc.svg, manifest.json
 
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from davsp.experiments.gate.once import Once, answered
 from davsp.experiments.gate.table import markdown, roc
 from davsp.experiments.gate.twins import FILE as TWINS
 from davsp.experiments.gate.twins import Twins, told, twin_rows
+from davsp.experiments.seeds import OUTCOMES, check_alike, check_beside, keep, manifests
 from davsp.experiments.stages import Stages, fitted_vector, trained_prompt
 from davsp.lvlm import LVLM, fingerprint, model_name
 from davsp.metrics import Outcome
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 SIZES = {"harm": 300, "utility": 100, "mme": 150, "llava_bench": 100}
 """Of the test: 1,200 malicious and 950 benign queries with pictures."""
 
-LOOKS, OUTCOMES = "looks.npz", "outcomes.json"
+LOOKS = "looks.npz"
 
 
 def gate(
@@ -89,10 +90,12 @@ def gate(
         Interrupted: Ctrl-C; the same call goes on.
     """
     folder = out / f"seed-{seed}"
+    settings = settings.model_copy(update={"seed": seed})
+    made_of = {"weights": fingerprint(lvlm), "text": text, "settings": settings.model_dump()}
+    check_beside(out, seed, made_of)
     stages = Stages(folder, console or Console())
     vector = fitted_vector(stages, lvlm, data, text)
     start = VisualSafetyPrompt.create(lvlm.canvas, round(lvlm.canvas / 12), text=text)
-    settings = settings.model_copy(update={"seed": seed})
     saved = folder / "prompts" / "davsp"
     border = trained_prompt(stages, "davsp", start, lvlm, data, vector, settings, saved)
     border = with_gate(stages, lvlm, border, vector, sets, refusal_text, saved, batch_size)
@@ -122,15 +125,12 @@ def gate(
     if parallel.rank() > 0:
         return []
     facts = manifest(
-        model=model_name(lvlm), revision=lvlm.revision, weights=fingerprint(lvlm), seed=seed, text=text,
-        settings=settings.model_dump(), layer=vector.layer, gate=border.gate and border.gate.model_dump(exclude={"direction"}),
+        model=model_name(lvlm), revision=lvlm.revision, seed=seed, **made_of,
+        layer=vector.layer, gate=border.gate and border.gate.model_dump(exclude={"direction"}),
         defenses={name: d.describe() for name, d in defenses.items()},
         test={"queries": len(data.test), "sha256": queries_hash(data.test)}, stages=stages.seconds,
     )  # fmt: skip
-    write_json(folder / "manifest.json", facts)
-    write_json(
-        folder / OUTCOMES, {name: [asdict(o) for o in rows] for name, rows in outcomes.items()}
-    )  # last: a seed is there
+    keep(folder, facts, outcomes)
     return pool(out, model_name(lvlm))
 
 
@@ -204,7 +204,8 @@ def read_looks(file: Path) -> dict[str, np.ndarray]:
 
 def pool(out: Path, model: str) -> list[dict[str, Any]]:
     """Rows, table and plot of all seeds in a model's folder."""
-    seeds = sorted(out.glob(f"seed-*/{OUTCOMES}"))
+    seeds, facts = sorted(out.glob(f"seed-*/{OUTCOMES}")), manifests(out)
+    check_alike(out, facts)
     looks = [read_looks(path.parent / LOOKS) for path in seeds]
     for path, one in zip(seeds, looks, strict=True):
         if lacking := sorted({"id", *looks[-1], *looks[0]} - set(one)):
@@ -218,7 +219,6 @@ def pool(out: Path, model: str) -> list[dict[str, Any]]:
         every |= gates(looks, [o for o in outcomes["ecso"] if o.benchmark not in ("mme", "llava_bench")], LOOK_ECSO)
     table = rates(model, every) + areas(model, looks) + twin_rows(model, _pooled(twins))
     write_json(out / "metrics.json", metrics.metrics_file(table))
-    facts = [read_json(path.parent / "manifest.json") for path in seeds]
     write_json(
         out / "manifest.json", {**facts[0], "seeds": [f["seed"] for f in facts], "stages": [f["stages"] for f in facts]}
     )

@@ -63,8 +63,14 @@ def deeper(folder: Path) -> list[Claim]:
 
 def _claim(part: Part, folder: Path) -> Claim:
     text = f"deep alignment resists more than answers alone {part.text}"
-    rows = read_json(folder / "metrics.json")["rows"]
-    at = {(r["defense"], r["metric"]): r for r in rows if (r["benchmark"], r["split"]) == (part.benchmark, "total")}
+    rows, facts = (read_json(folder / name) for name in ("metrics.json", "manifest.json"))
+    if half := facts.get("under_way"):
+        return Claim(text, SOURCE, UNTESTED, f"this part is under way: {', '.join(half)}; give its command again")
+    at = {
+        (r["defense"], r["metric"]): r
+        for r in rows["rows"]
+        if (r["benchmark"], r["split"]) == (part.benchmark, "total")
+    }
     both, answer = (part.named.format(name) for name in (part.both, "answer"))
     ours, theirs = at.get((both, part.metric)), at.get((answer, part.metric))
     gain = at.get((f"{both} against answer", f"{part.metric}_difference"))
@@ -84,7 +90,7 @@ def _claim(part: Part, folder: Path) -> Claim:
         evidence += f"; the projection alone: {signed(alone)}"
     if every is not None and every["value"] is not None:
         evidence += f"; both with every malicious row refused, as answers alone have it: {signed(every)}"
-    seeds = len(read_json(folder / "manifest.json")["seeds"])
+    seeds = len(facts["seeds"])
     return Claim(
         text, SOURCE, HOLDS if gain["value"] > 0 else FAILS, f"{evidence}; {seeds} seed{'s' if seeds > 1 else ''}"
     )
