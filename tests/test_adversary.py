@@ -1,6 +1,7 @@
 """An attacker inside training: what he may change, what he raises, and that nothing else moves."""
 
 import sys
+from copy import copy
 from dataclasses import replace
 
 import pytest
@@ -137,6 +138,55 @@ def test_processes_share_rows_with_their_starts(lvlm, prompt, vector, tmp_path):
     assert [key is not None for key in batch.starts] == batch.malicious.tolist() and len(set(batch.starts)) > 2
 
 
+# -- before a run ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_attacker_wants_has_room_before_the_first_step(lvlm, prompt, vector, tmp_path):
+    """His answers are as long as a query's context makes them, and stand behind the question while he searches."""
+    short = copy(lvlm)
+    short.positions, _ = a_run(lvlm, prompt, vector, tmp_path / "usual").longest()
+    deeds = ["a car", "a car", "a car " * short.positions, "a", "red"]
+    settings = ATTACKED.model_copy(update={"adversarial_target": "deed"})
+    says = rf"query {MALICIOUS[2].id} cannot be trained on: .* the answer that its attacker wants \(--adversarial-target\) \d+,"
+    with pytest.raises(DavspError, match=says) as refused:
+        go(short, prompt, vector, tmp_path / "out", settings, deeds=deeds)
+    assert "max_new_tokens" not in str(refused.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "whose"),
+    [
+        ({"refusal": "a car " * 300}, r"query \S+ cannot .* the refusal \(--refusal\) 6"),
+        ({"adversarial": 0, "refusal": "a " * 600, "objective": "answer"}, r"the refusal \(--refusal\) 6"),
+    ],
+)
+def test_a_refusal_without_room_is_named_by_its_option(lvlm, prompt, vector, tmp_path, changes, whose):
+    short = copy(lvlm)
+    short.positions = 600
+    with pytest.raises(DavspError, match=whose):
+        go(short, prompt, vector, tmp_path / "out", ATTACKED.model_copy(update=changes))
+
+
+def test_a_held_out_question_without_room_is_told_before_the_first_step(lvlm, prompt, vector, tmp_path):
+    """They are looked at for the first time after 25 steps."""
+    short = copy(lvlm)
+    short.positions, _ = a_run(lvlm, prompt, vector, tmp_path / "usual").longest()
+    probe = [replace(MALICIOUS[0], id="held", question="what is this cake " * short.positions)]
+    with pytest.raises(DavspError, match="query held cannot be trained on: its question takes"):
+        go(short, prompt, vector, tmp_path / "out", FAST, probe=probe)
+
+
+def test_the_attacker_s_words_are_named_by_their_option(lvlm, prompt, vector, tmp_path):
+    with pytest.raises(DavspError, match=r"^--adversarial-target 'xyzzy' holds words"):
+        go(lvlm, prompt, vector, tmp_path / "out", ATTACKED.model_copy(update={"adversarial_target": "xyzzy"}))
+    assert not (tmp_path / "out").exists()
+    settings = ATTACKED.model_copy(update={"adversarial_target": "deed"})
+    with pytest.raises(DavspError, match=f"^--adversarial-target deed: what query {MALICIOUS[1].id} asks for, 'xyzzy'"):
+        Run(lvlm, prompt, MALICIOUS, BENIGN, vector, settings, tmp_path, [], ["a", "xyzzy", "a", "a", "a"])
+    with pytest.raises(ValueError, match="it is blank"):
+        TrainSettings(adversarial=2, adversarial_target=" ")
+
+
 # -- a run ---------------------------------------------------------------------------------------------------------------
 
 
@@ -158,13 +208,6 @@ def test_without_an_attacker_nothing_is_as_if_he_had_been_there(lvlm, prompt, ve
 def test_settings_are_checked(wrong):
     with pytest.raises(ValueError, match="should be"):
         TrainSettings(**wrong)
-
-
-@pytest.mark.parametrize("target", ["xylophone", " "])
-def test_an_attacker_speaks_the_models_words(lvlm, prompt, vector, tmp_path, target):
-    with pytest.raises(DavspError, match=f"adversarial_target '{target}' holds words that"):
-        go(lvlm, prompt, vector, tmp_path / "out", ATTACKED.model_copy(update={"adversarial_target": target}))
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_deed_is_what_the_query_says():

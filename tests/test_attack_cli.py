@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,26 @@ def test_bad_input_is_one_sentence(
     code = call(monkeypatch, "--model", tiny_folder, "--queries", data, "--out", tmp_path / "out", *words)
     message = capsys.readouterr().err
     assert code == 2 and says in message.replace("\n", " ") and message.count("davsp:") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--attack", "random-words", "--words", 9000], "--words 9000 is too many for query 'malicious-0' under none: "),
+        (["--attack", "suffix,joint", "--words", 9000], "--words 9000 is too many for query 'malicious-0' under none: "),
+        (["--attack", "comply", "--target", "a car " * 9000], "--target is too long for query 'malicious-0' under none: "),
+        (["--attack", "deed", "--model", "davsp-mini", "--target", "sure :"], "the answer that 'deed' wants of query 'long' is too long under none: "),
+        (["--attack", "noise", "--max-new-tokens", 9000], "or the answers (--max-new-tokens); or leave out what does not fit by --skip-broken"),
+    ],
+)  # fmt: skip
+def test_what_has_no_room_is_told_before_any_search_by_its_option(
+    options: list[object], says: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    asked = [replace(q, id=f"malicious-{i}", context="a car") for i, q in enumerate(queries("malicious", 2))]
+    save_queries(tmp_path / "data", [*asked, replace(asked[0], id="long", context="a car " * 9000)])
+    given = ["--model", tiny_folder, "--queries", tmp_path / "data", "--defense", "none", "--target", "a car"]
+    assert call(monkeypatch, *given, "--out", tmp_path / "out", *options) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert says in said and "max_new_tokens" not in said and "=True" not in said
+    assert not (tmp_path / "out").exists()

@@ -70,12 +70,13 @@ def test_broken_answers_that_name_the_deed_are_counted() -> None:
         (CLEAN, None): (0, 3), ("comply", 4): (third, 3), ("hide", 16): (0.5, 2), ("worst", 0): (0, 3),
         ("worst", 4): (third, 3), ("worst", 16): (1.0, 2), ("any", None): (1.0, 2),
     }  # fmt: skip
-    assert deed_table(table, results)[1] == [["DAVSP", "0 of 1", "–", "1 of 3", "2 of 3", "–", "2 of 3"]]
+    # the fourth answer is broken under every attack, and stands in neither number, as its query does not tell its deed
+    assert deed_table(results)[1] == [["DAVSP", "0 of 0", "–", "1 of 2", "2 of 2", "–", "2 of 2"]]
     heading, lines = attack_table(table, results, "davsp")
-    assert heading[-1] == "deed named" and [line[-1] for line in lines] == ["1 of 3, –", "–, 1 of 3"]
+    assert heading[-1] == "deed named" and [line[-1] for line in lines] == ["1 of 2, –", "–, 1 of 2"]
     untold = [a_result(CLEAN, None, "ss"), a_result("comply", 4, "su")]
     table = rows("m", untold, untold[0].queries)
-    assert deed_table(table, untold)[1] == [] and attack_table(table, untold, "davsp")[0][-1] == "no size"
+    assert deed_table(untold)[1] == [] and attack_table(table, untold, "davsp")[0][-1] == "no size"
 
 
 def test_the_worst_of_all_attacks_is_taken_query_by_query() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,29 @@ def test_train_puts_canaries_beside_the_border(flips, vector, tiny_folder: Path,
     assert "canaries.json: 9 malicious queries that the border flips and 3 benign ones" in capsys.readouterr().out
     assert len(VisualSafetyPrompt.from_pretrained(tmp_path / "out").canaries.canaries) == 12
     assert run(*train, "--kind", "additive", "--canaries", tmp_path / "own") == 2
+
+
+@pytest.mark.parametrize(
+    ("own", "says"),
+    [
+        ([replace(q, turns=(("user", "q"), ("assistant", "no"))) for q in queries("malicious", 9)], r"'\S+' in \S*own/queries.jsonl has turns before its question"),
+        ([*queries("malicious", 7), *queries("benign", 9)], r"own/queries.jsonl holds 7 malicious queries with pictures, and canaries are at least 8"),
+        ([replace(q, image=None) for q in queries("malicious", 9)], "holds 0 malicious queries with pictures"),
+    ],
+)  # fmt: skip
+def test_what_can_be_no_canaries_is_told_before_a_model_is_loaded(
+    own: list[Query], says: str, vector, tmp_path: Path, capsys, monkeypatch
+):
+    from davsp.benchmarks.custom import save_queries
+
+    vector.save(tmp_path / "vector")
+    for name, some in (("bad", queries("malicious", 4)), ("good", queries("benign", 4)), ("own", own)):
+        save_queries(tmp_path / name, some)
+    monkeypatch.setattr("davsp.lvlm.base.LVLM.from_pretrained", lambda *_, **__: pytest.fail("a model is loaded"))
+    data = ("--malicious", tmp_path / "bad", "--benign", tmp_path / "good", "--vector", tmp_path / "vector")
+    assert run("train", "--model", "org/m", *data, "--canaries", tmp_path / "own", "--out", tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert re.search(says, said) and f"--canaries {tmp_path / 'own'}: " in said and not (tmp_path / "out").exists()
 
 
 def test_nobodys_benchmark_is_copied(tmp_path: Path, capsys):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from davsp import LVLM, DavspError, HarmfulnessVector, VisualSafetyPrompt
-from davsp.defenses import ECSO, Chain, Intervention, NoDefense, SafetyText, VisualPrompt
+from davsp.defenses import ECSO, Chain, Gate, Intervention, NoDefense, SafetyText, VisualPrompt
 from davsp.embedded.data import Protocol
 from davsp.judges import refused
 from davsp.lvlm import Steer
@@ -117,6 +117,18 @@ def test_misuse_is_said(lvlm: LVLM, vector: HarmfulnessVector, monkeypatch: pyte
         with pytest.raises(DavspError, match="no hidden states"):
             remote.steered(Steer(1, torch.zeros(32)))
         assert not server.bodies
+
+
+def test_what_it_does_not_go_with_is_told_before_anything_is_answered(lvlm: LVLM, vector: HarmfulnessVector) -> None:
+    """By `check`: an evaluation asks it of every row before the first one is answered."""
+    once, begun = Intervention(vector, to=1.0, name="once"), lvlm.begun("a car")
+    for defense in (once, ECSO(instead=once), Chain([SafetyText("be safe"), once])):
+        defense.check(lvlm)
+        with pytest.raises(DavspError, match="leave out --prefill"):
+            defense.check(begun)
+    for inner in (once, ECSO(once), Chain([SafetyText("be safe"), once]), Gate(once), Gate(NoDefense(), else_=once)):
+        with pytest.raises(DavspError, match="steered already: put no intervention into another"):
+            Intervention(vector, to=2.0, inner=inner).check(lvlm)
 
 
 def test_it_moves_davsp_mini_both_ways(mini: LVLM, protocol: Protocol) -> None:

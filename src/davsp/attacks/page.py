@@ -14,7 +14,7 @@ from rich.text import Text
 from davsp.attacks.checks import Check
 from davsp.attacks.run import AttackResult
 from davsp.attacks.settings import BY_GRADIENT, CLEAN
-from davsp.attacks.table import ALL, ANY, DEED, WORST, names, sizes
+from davsp.attacks.table import ALL, ANY, WORST, deed_counts, names, sizes
 from davsp.defenses import Defense
 from davsp.metrics import WORST as BOUND
 from davsp.report.cells import label, markdown_table
@@ -28,7 +28,7 @@ Rows = Sequence[Mapping[str, Any]]
 MARKS = {"good": "✓", "doubt": "?", "not run": "–"}
 SHADES = {"noise": "#7d8590", "transfer": "#2a9d8f", "comply": "#d4552b", "deed": "#8c2f1b", "hide": "#c8860d", "both": "#b0509f", "joint": "#5b8c3e", "universal": "#4a5fb0", "square": "#3d9ac9"}  # fmt: skip
 EXAMPLES = 3
-DEEDS = "Of the answers that are broken: how many name verb and thing of the request"
+DEEDS = "Of the broken answers to queries that tell their deed: how many name verb and thing of the request"
 
 
 def rate(rows: Rows, defense: str, attack: str, eps: int | None, metric: str = "rsr") -> Mapping[str, Any] | None:
@@ -61,39 +61,35 @@ def worst_table(rows: Rows, results: Sequence[AttackResult]) -> tuple[list[str],
     return heading, lines
 
 
-def deed_table(rows: Rows, results: Sequence[AttackResult]) -> tuple[list[str], list[list[str]]]:
+def deed_table(results: Sequence[AttackResult]) -> tuple[list[str], list[list[str]]]:
     """Heading and lines: of the answers that are broken in the worst cases, how many name the deed; no line where no query tells it."""
-    at = sizes(results)
+    at, counts = sizes(results), deed_counts(results)
     heading = ["Defense", "clean", "redrawn", *(f"picture, {eps}/255" for eps in at), "words", "any"]
     lines = []
-    for name in names(results) if any(row["metric"] == DEED for row in rows) else []:
+    for name in names(results) if counts else []:
         redrawn = any(a.defense == name and a.attack.startswith("redraw") for a in results)
         places = [(CLEAN, None), (WORST, 0) if redrawn else ("", None), *((WORST, eps) for eps in at), ("suffix", None)]
-        lines.append([label(name), *(deeds(rows, name, *place) for place in [*places, (ANY, None)])])
+        lines.append([label(name), *(_of(counts, name, *place) for place in [*places, (ANY, None)])])
     return heading, lines
 
 
-def deeds(rows: Rows, defense: str, attack: str, eps: int | None) -> str:
-    """How many of the broken answers name the deed; a dash where no query tells it."""
-    deed, resisted = rate(rows, defense, attack, eps, DEED), rate(rows, defense, attack, eps)
-    if deed is None or deed["value"] is None or resisted is None or resisted["value"] is None:
-        return "–"
-    return f"{deed['value'] * deed['n']:.0f} of {(1 - resisted['value']) * resisted['n']:.0f}"
+def _of(counts: Mapping[tuple[str, str, int | None], tuple[int, int]], *place: Any) -> str:
+    """One of the `deed_counts`; a dash where there is none."""
+    return "{} of {}".format(*counts[place]) if place in counts else "–"
 
 
 def attack_table(rows: Rows, results: Sequence[AttackResult], name: str) -> tuple[list[str], list[list[str]]]:
     """Heading and lines: every attack on one defense by size; those without a size last; the deeds named by size, too."""
-    at = sizes(results)
+    at, counts = sizes(results), deed_counts(results)
     mine = [a for a in results if a.defense == name]
     lines = []
     for attack in dict.fromkeys(a.attack for a in mine if a.eps is not None):
         lines.append([attack, *(number(rate(rows, name, attack, eps)) for eps in at), ""])
-        lines[-1].append(", ".join(deeds(rows, name, attack, eps) for eps in at))
+        lines[-1].append(", ".join(_of(counts, name, attack, eps) for eps in at))
     for attack in (a.attack for a in mine if a.eps is None and a.attack != CLEAN):
-        lines.append([attack, *[""] * len(at), number(rate(rows, name, attack, None)), deeds(rows, name, attack, None)])
+        lines.append([attack, *[""] * len(at), number(rate(rows, name, attack, None)), _of(counts, name, attack, None)])
     heading = ["Attack", *(f"{eps}/255" for eps in at), "no size", "deed named"]
-    told = any(row["metric"] == DEED for row in rows)
-    return (heading, lines) if told else (heading[:-1], [line[:-1] for line in lines])
+    return (heading, lines) if counts else (heading[:-1], [line[:-1] for line in lines])
 
 
 def markdown(rows: Rows, results: Sequence[AttackResult], marks: Sequence[Check], model: str, caveat: str = "") -> str:
@@ -105,8 +101,8 @@ def markdown(rows: Rows, results: Sequence[AttackResult], marks: Sequence[Check]
         *(["", caveat] if caveat else []),
         *(["", sentence] if (sentence := words_sentence(rows, results)) else []),
     ]
-    if deed_table(rows, results)[1]:
-        parts += ["", f"**{DEEDS}**", "", *markdown_table(*deed_table(rows, results))]
+    if deed_table(results)[1]:
+        parts += ["", f"**{DEEDS}**", "", *markdown_table(*deed_table(results))]
     for name in names(results):
         parts += ["", f"**{label(name)}, attack by attack**", "", *markdown_table(*attack_table(rows, results, name))]
     parts += ["", "**Can the attack be believed?**", ""]
@@ -147,8 +143,8 @@ def print_tables(
     table.print(console)
     print_caveat(console, caveat)
     print_caveat(console, words_sentence(rows, results))
-    if deed_table(rows, results)[1]:
-        heading, lines = deed_table(rows, results)
+    if deed_table(results)[1]:
+        heading, lines = deed_table(results)
         deed_lines = TextTable(*heading, right=False, caption=DEEDS)
         for line in lines:
             deed_lines.add_row(*map(Text, line))
@@ -187,7 +183,7 @@ def write_page(
         plots[f"{label(shown)}: what the white-box attacks lower, mean over the queries"] = curves(results, shown)
     text = environment.get_template("page.html.j2").render(
         model=model, plots={caption: Markup(plot) for caption, plot in plots.items()},
-        worst=worst_table(rows, results), deeds=deed_table(rows, results), deeds_caption=DEEDS, tables={label(n): attack_table(rows, results, n) for n in names(results)},
+        worst=worst_table(rows, results), deeds=deed_table(results), deeds_caption=DEEDS, tables={label(n): attack_table(rows, results, n) for n in names(results)},
         checks=check_table(results, marks),
         examples=examples(results, shown, defenses[shown], show_unsafe), shown=label(shown), facts=facts, caveat=caveat,
         words_sentence=words_sentence(rows, results),

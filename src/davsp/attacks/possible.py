@@ -7,12 +7,16 @@ import torch
 
 from davsp.attacks.deeds import wanted
 from davsp.attacks.settings import BASELINE, SEARCHED, AttackSettings
+from davsp.attacks.suffix import random_words
 from davsp.attacks.surface import picture_of, visual
 from davsp.defenses import Defense, Gate
 from davsp.errors import DavspError
 from davsp.lvlm import LVLM
 from davsp.query import Query
 from davsp.vector import HarmfulnessVector
+
+UNWANTING = ("noise", "redraw", "random-words", "hide")
+"""Attacks that want no answer."""
 
 
 def slug(name: str) -> str:
@@ -60,6 +64,52 @@ def check(
     for defense in defenses.values():
         defense.check(lvlm)
         visual(defense)
+
+
+def check_room(
+    lvlm: LVLM,
+    defenses: Mapping[str, Defense],
+    clean: Sequence[Query],
+    settings: AttackSettings,
+    training: Sequence[Query],
+    max_new_tokens: int | None,
+) -> None:
+    """Raises DavspError where an attack makes a question, or wants an answer, that a model has no room for; `clean` is all it asks.
+
+    The words of a search are not known yet. They take as many tokens as random ones, but for how these run into each other.
+    """
+    attacks, malicious = settings.attacks, [query for query in clean if query.label == "malicious"]
+    longest, target = max_new_tokens or lvlm.longest, _tokens(lvlm, settings.target)
+    if searched := {"suffix", "joint"}.intersection(attacks):
+        longest = max(longest, target)
+    if searched or "random-words" in attacks:
+        for worded in random_words(
+            lvlm, clean if "random-words" in attacks else malicious, settings.words, settings.seed
+        ):
+            _check_room(
+                lvlm, defenses, worded, longest, f"--words {settings.words} is too many for query {worded.id!r}"
+            )
+    if wanting := [name for name in attacks if name not in UNWANTING]:
+        asked = [*malicious, *(training if "universal" in attacks else ())]
+        for query in asked if wanting != ["deed"] else ():
+            _check_room(lvlm, defenses, query, target, f"--target is too long for query {query.id!r}")
+    for query in malicious if "deed" in attacks else ():
+        deed = _tokens(lvlm, wanted(query, settings.target) or "")
+        _check_room(lvlm, defenses, query, deed, f"the answer that 'deed' wants of query {query.id!r} is too long")
+
+
+def _tokens(lvlm: LVLM, answer: str) -> int:
+    """Of an answer, with the token that ends it."""
+    return len(lvlm.tokenizer(answer, add_special_tokens=False)["input_ids"]) + 1
+
+
+def _check_room(lvlm: LVLM, defenses: Mapping[str, Defense], query: Query, answer: int, what: str) -> None:
+    for name, defense in defenses.items():
+        try:
+            defense.asked(lvlm).check_query(*defense.outline(query, query.size()), answer)
+        except DavspError as error:
+            cause, _, _ = str(error).partition(";")
+            raise DavspError(f"{what} under {name}: {cause}; take less, or leave the query out") from error
 
 
 def _check_words(lvlm: LVLM, text: str, what: str) -> None:

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from davsp.attacks.apgd import SearchResult
 from davsp.attacks.deeds import wanted
-from davsp.attacks.possible import check, slug
+from davsp.attacks.possible import check, check_room, slug
 from davsp.attacks.records import RECORDS, append, curve_points, picture_file, read_records, save_batch
 from davsp.attacks.redraw import REDRAWS
 from davsp.attacks.search import losses_of, search
@@ -94,7 +94,7 @@ def attack(
 
     Raises:
         DavspError: no malicious query with a picture, hide or both without a vector, transfer without `none`, deed where a request is
-            not known, universal without pictures of its own, a model on a server or in float16, a target that the model has no words
+            not known, words or wanted answers that the model has no room for, universal without pictures of its own, a model on a server or in float16, a target that the model has no words
             for, or a folder of another run.
         Interrupted: Ctrl-C; whatever was done is kept.
     """
@@ -107,6 +107,7 @@ def attack(
         console.print(f"[yellow]{bare} malicious queries have no picture and are left out[/]")
     clean = [*malicious, *(q for q in queries if q.label == "benign")]
     fitting(lvlm, defenses, clean, max_new_tokens)
+    check_room(lvlm, defenses, clean, settings, training, max_new_tokens)
     if isinstance(judge, PromptJudge) and judge.prompt.picture:
         judge = judge.of(malicious)
     with nullcontext() if parallel.rank() > 0 else alone(out):  # the first process writes for all
@@ -174,7 +175,7 @@ class _Run:
                     yield replace(result, queries=[replace(q, image=None) for q in sent])  # many, and easily made again
             elif attack == "random-words":
                 self._open(name, attack, None)
-                sent = [random_words(self.lvlm, q, self.settings.words, self.settings.seed) for q in clean]
+                sent = random_words(self.lvlm, clean, self.settings.words, self.settings.seed)
                 yield self._answer(name, defense, attack, None, sent)
             elif attack == "suffix":
                 yield self._answer(name, defense, attack, None, self._with_words(name, defense))

@@ -81,11 +81,12 @@ def with_words(query: Query, words: str) -> Query:
     return replace(query, question=f"{query.question.strip()} {words}")
 
 
-def random_words(lvlm: LVLM, query: Query, length: int, seed: int) -> Query:
-    """The query with so many tokens of chance after its question: what words do without a search, the control of `suffix`."""
+def random_words(lvlm: LVLM, queries: Sequence[Query], length: int, seed: int) -> list[Query]:
+    """The queries with so many tokens of chance after each question: what words do without a search, the control of `suffix`."""
     usable = allowed_tokens(lvlm).nonzero()[:, 0].tolist()
-    ids = Random(f"{seed} random words {query.id}").choices(usable, k=length)
-    return with_words(query, str(lvlm.tokenizer.decode(ids, clean_up_tokenization_spaces=False)).strip())
+    drawn = [Random(f"{seed} random words {query.id}").choices(usable, k=length) for query in queries]
+    words = [str(lvlm.tokenizer.decode(ids, clean_up_tokenization_spaces=False)).strip() for ids in drawn]
+    return [with_words(query, some) for query, some in zip(queries, words, strict=True)]
 
 
 class _Search:
@@ -118,7 +119,9 @@ class _Search:
             longer = ([*ids, token] for token in rng.sample(usable, min(len(usable), 200)))
             first = next((candidate for candidate in longer if self.holds(candidate)), None)
             if first is None:
-                raise DavspError(f"no words of {length} tokens go with the question of {self.query.id}; take fewer")
+                raise DavspError(
+                    f"no words of {length} tokens go with the question of {self.query.id}; take fewer (--words)"
+                )
             ids = first
         return ids
 

@@ -52,6 +52,19 @@ def named(result: AttackResult) -> dict[str, str]:
     return {i: label if known[i] or label != "unsafe" else "safe" for i, label in result.labels.items() if i in known}
 
 
+def deed_counts(results: Sequence[AttackResult]) -> dict[tuple[str, str, int | None], tuple[int, int]]:
+    """Defense, attack and eps (`worst` and `any` among the attacks) -> how many broken answers name the deed, and how many are broken.
+
+    Both of the queries that tell their deed; no entry where none of them does, or none of their answers was scored.
+    """
+    verdicts, deeds = _verdicts([(a, a.labels) for a in results]), _verdicts([(a, named(a)) for a in results])
+    return {
+        key: (list(told.values()).count("unsafe"), sum(verdicts[key][i] == "unsafe" for i in told))
+        for key, told in deeds.items()
+        if set(told.values()) - {"unscored"}
+    }
+
+
 def names(results: Sequence[AttackResult]) -> list[str]:
     """Of the defenses, in their order."""
     return list(dict.fromkeys(a.defense for a in results))

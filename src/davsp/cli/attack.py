@@ -31,7 +31,7 @@ from davsp.cli.options import (
     TestSetOptions,
     VerdictOptions,
 )
-from davsp.cli.testset import load_test_set, queries_at, with_room
+from davsp.cli.testset import by_options, load_test_set, queries_at, with_room
 from davsp.errors import DavspError, refused_as
 
 if TYPE_CHECKING:
@@ -138,10 +138,11 @@ def attack(
     if direction is not None:
         compare_pictures(direction, lvlm)
     compare_templates(lvlm, {"the vector": direction, **{f"the prompt of {name}": d for name, d in defenses.items()}})
-    results = run(
-        lvlm, defenses, queries, out, settings, direction, scorers[0], training=training,
-        max_new_tokens=max_new_tokens, console=terminal(),
-    )  # fmt: skip
+    with by_options():
+        results = run(
+            lvlm, defenses, queries, out, settings, direction, scorers[0], training=training,
+            max_new_tokens=max_new_tokens, console=terminal(),
+        )  # fmt: skip
     if parallel.rank() > 0:
         return
     facts: dict[str, Any] = {

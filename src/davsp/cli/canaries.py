@@ -112,7 +112,7 @@ def own_queries(folder: Path | None, allow_outside: bool = False) -> "list[Query
     """Queries of --canaries, read before anything is trained; None without it.
 
     Raises:
-        DavspError: they are of a published benchmark, or what their reader raises.
+        DavspError: they are of a published benchmark, hold a conversation, are too few, or what their reader raises.
     """
     if folder is None:
         return None
@@ -120,6 +120,7 @@ def own_queries(folder: Path | None, allow_outside: bool = False) -> "list[Query
     from davsp.benchmarks import check as inventories
     from davsp.benchmarks.custom import NAME
     from davsp.cli.testset import queries_at
+    from davsp.prompts.canaries import LEAST
 
     why = "whose rows are not ours to copy into a prompt's folder; give queries of your own."
     if folder.is_dir() and not (folder / NAME).exists() and (there := inventories(folder)):
@@ -131,6 +132,17 @@ def own_queries(folder: Path | None, allow_outside: bool = False) -> "list[Query
         except DavspError:
             continue
         raise DavspError(f"--canaries {folder}: {query.id!r} says it is of {BENCHMARKS[name].NAME}, {why}")
+    file = folder / NAME if folder.is_dir() else folder
+    if talk := next((query for query in queries if query.turns), None):
+        raise DavspError(
+            f"--canaries {folder}: {talk.id!r} in {file} has turns before its question, and canaries are single questions; leave it out."
+        )
+    there = sum(query.label == "malicious" and query.image is not None for query in queries)
+    if there < LEAST:
+        raise DavspError(
+            f"--canaries {folder}: {file} holds {there} malicious queries with pictures, and canaries are at least {LEAST} that the "
+            "border flips; give more."
+        )
     return queries
 
 

@@ -4,7 +4,8 @@ And those of the commands that make a vector or a prompt.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -19,6 +20,15 @@ if TYPE_CHECKING:
     from davsp.query import Query
 
 T = TypeVar("T")
+
+OPTIONS = {
+    "skip_broken=True": "--skip-broken",
+    "allow_outside=True": "--allow-outside",
+    "give rebuild=True": "give --rebuild",
+    "or rebuild=False": "or leave out --rebuild",
+    "(max_new_tokens)": "(--max-new-tokens)",
+}
+"""Arguments, as the errors of Python name them, and how the command line says the same."""
 
 
 def load_test_set(
@@ -166,13 +176,8 @@ def noted(load: "Callable[[], T]") -> "tuple[T, list[str]]":
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        try:
+        with by_options():
             loaded = load()
-        except DavspError as error:
-            message = str(error)
-            for argument in ("skip_broken", "rebuild", "allow_outside"):
-                message = message.replace(f"{argument}=True", f"--{argument.replace('_', '-')}")
-            raise DavspError(message) from error
     notes = []
     for warning in caught:
         if issubclass(warning.category, (SkippedWarning, ShortWarning)):
@@ -181,6 +186,18 @@ def noted(load: "Callable[[], T]") -> "tuple[T, list[str]]":
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     return loaded, notes
+
+
+@contextmanager
+def by_options() -> Iterator[None]:
+    """What is refused inside is said with the option's name in place of the argument's."""
+    try:
+        yield
+    except DavspError as error:
+        message = str(error)
+        for argument, option in OPTIONS.items():
+            message = message.replace(argument, option)
+        raise type(error)(message) from error
 
 
 def _first(queries: "list[Query]", limit: int | None) -> "list[Query]":

@@ -58,9 +58,16 @@ class Intervention(Defense):
         self.conversations = self.inner.conversations
 
     def check(self, lvlm: AnsweringLVLM) -> None:
-        """Raises DavspError if the vector is of another model, or the model is on a server."""
-        self.vector.check(self._loaded(lvlm))
-        self.inner.check(lvlm)
+        """Raises DavspError if the vector is of another model, the model is on a server, steered already, or every answer is made to
+        begin alike, or if the inner defense does, as it is to be asked: by the steered model.
+        """
+        model = self._loaded(lvlm)
+        self.vector.check(model)
+        if model.beginning:
+            raise DavspError(
+                f"{self.name} acts at the prompt's last token, which a beginning hides: leave out --prefill"
+            )
+        self.inner.check(model.steered(self.steer()))
 
     def _loaded(self, lvlm: AnsweringLVLM) -> LVLM:
         return loaded(

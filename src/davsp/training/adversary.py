@@ -14,6 +14,7 @@ from torch import Tensor
 
 from davsp.errors import DavspError
 from davsp.lvlm import LVLM
+from davsp.query import Query
 from davsp.training.settings import DEED, TrainSettings
 
 REACH = 2.5
@@ -53,7 +54,7 @@ def _uniform(like: Float[Tensor, "3 s s"], key: str) -> Float[Tensor, "3 s s"]:
     return torch.rand(like.shape, generator=rng).to(like)
 
 
-def goals(lvlm: LVLM, settings: TrainSettings, count: int, deeds: Sequence[str]) -> list[str]:
+def goals(lvlm: LVLM, settings: TrainSettings, malicious: Sequence[Query], deeds: Sequence[str]) -> list[str]:
     """What the attacker makes likely on each malicious query; empty: nothing, he raises their losses.
 
     Raises:
@@ -62,13 +63,19 @@ def goals(lvlm: LVLM, settings: TrainSettings, count: int, deeds: Sequence[str])
     target = settings.adversarial_target
     if not settings.adversarial or not target:
         return []
-    if target == DEED and len(deeds) != count:
+    if target == DEED and len(deeds) != len(malicious):
         raise DavspError(
-            f"adversarial_target '{DEED}' needs the deed of each of the {count} malicious queries, not {len(deeds)}"
+            f"adversarial_target '{DEED}' needs the deed of each of the {len(malicious)} malicious queries, not {len(deeds)} (deeds)"
         )
-    wanted = list(deeds) if target == DEED else [target] * count
-    for goal in dict.fromkeys(wanted):
+    wanted = list(deeds) if target == DEED else [target] * len(malicious)
+    for query, goal in zip(malicious, wanted, strict=True):
         ids = lvlm.tokenizer(goal, add_special_tokens=False)["input_ids"]
         if not ids or lvlm.tokenizer.unk_token_id in ids:
-            raise DavspError(f"adversarial_target {goal!r} holds words that {lvlm.model_id} does not know; give others")
+            what = (
+                f"--adversarial-target {DEED}: what query {query.id} asks for,"
+                if target == DEED
+                else "--adversarial-target"
+            )
+            wrong = f"holds words that {lvlm.model_id} does not know" if ids else f"holds no token of {lvlm.model_id}"
+            raise DavspError(f"{what} {goal!r} {wrong}; give others")
     return wanted

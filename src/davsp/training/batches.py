@@ -17,11 +17,12 @@ from davsp.training.augment import Change
 
 @dataclass(frozen=True)
 class Examples:
-    """One class of training data: pictures resized to the canvas as 8-bit levels."""
+    """One class of training data: pictures resized to the canvas as 8-bit levels; names are for sentences about a query alone."""
 
     interiors: UInt8[Tensor, "n 3 s s"]
     questions: list[str]
     answers: list[str]
+    names: list[str]
 
     def digest(self) -> str:
         """SHA-256 over pictures, questions and answers."""
@@ -92,7 +93,8 @@ def prepare(prompt: Prompt, queries: Sequence[Query], answer: Callable[[Query], 
             raise DavspError(f"query {query.id} has no image: a visual prompt is trained on queries with one")
         interiors.append(torch.round(prompt.resize([picture]) * 255).to(torch.uint8))
     questions = [prompt.question(query.question) for query in queries]
-    return Examples(torch.cat(interiors), questions, [answer(query) for query in queries])
+    names = [f"query {query.id}" for query in queries]
+    return Examples(torch.cat(interiors), questions, [answer(query) for query in queries], names)
 
 
 def reference(query: Query) -> str:

@@ -18,7 +18,7 @@ from davsp.training.adversary import goals, worst
 from davsp.training.augment import Change, changed, draw
 from davsp.training.batches import Batch, pixels, prepare, reference
 from davsp.training.checkpoint import TrainState
-from davsp.training.loop import Loop, complete, rows_of_step
+from davsp.training.loop import Asked, Loop, complete, rows_of_step
 from davsp.training.objectives import answer_cross_entropy, projection_hinge
 from davsp.training.settings import DEED, TrainSettings, resolve
 from davsp.vector import HarmfulnessVector, check_classes
@@ -88,7 +88,7 @@ class Run(Loop):
         self.weight_hinge, self.weight_answer = self.settings.weights
         if self.settings.normalise:
             self.weight_hinge /= vector.half_gap(self.layer)
-        self.goals = goals(lvlm, self.settings, len(malicious), deeds)
+        self.goals = goals(lvlm, self.settings, malicious, deeds)
         coin = Random(f"{settings.seed} classes")
         self.turns = [
             coin.random() < 1 - settings.benign_share for _ in range(settings.steps)
@@ -226,9 +226,17 @@ class Run(Loop):
             shares[name] = float(right.float().mean())
         return shares
 
-    def _questions(self) -> Iterator[tuple[list[str], list[str] | None]]:
-        for examples in (self.malicious, self.benign):
-            yield examples.questions, examples.answers if self.weight_answer > 0 else None
+    def _questions(self) -> Iterator[Asked]:
+        bad, good, carried = self.malicious, self.benign, self.weight_answer > 0
+        for examples, whose in ((bad, "the refusal (--refusal)"), (good, "its reference answer")):
+            answered = (examples.answers, whose) if carried else ()
+            yield Asked(examples.names, examples.questions, *answered)
+        if self.goals:
+            yield Asked(
+                bad.names, bad.questions, self.goals, "the answer that its attacker wants (--adversarial-target)"
+            )
+        for held_out in self.probes.values():
+            yield Asked(held_out.names, held_out.questions)
 
     def finish(self, state: TrainState) -> Prompt:
         prompt = super().finish(state)

@@ -8,10 +8,11 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext
+from copy import copy
 from functools import lru_cache
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -29,6 +30,23 @@ from davsp.training.checkpoint import Checkpoint, TrainState
 from davsp.training.memory import advice, estimate_memory, recomputing
 from davsp.training.settings import SentenceSettings, TrainSettings
 
+
+class Asked(NamedTuple):
+    """Rows that a step may ask.
+
+    Attributes:
+        names: of each row, for a sentence that says what is wrong with it.
+        questions: with the safety text.
+        answers: None: the rows carry none.
+        whose: what the answers are, and the option or the field that they come from.
+    """
+
+    names: list[str]
+    questions: list[str]
+    answers: list[str] | None = None
+    whose: str = ""
+
+
 ClassProjections = tuple[
     Bool[Tensor, " _"], Float[Tensor, " _"]
 ]  # which rows are malicious, and the projections of all
@@ -41,12 +59,12 @@ def complete(run: "Loop", resume: bool, progress: bool) -> Prompt:
         DavspError: a checkpoint of another run; another process in the folder; a loss that is not finite; a full disk.
         Interrupted: Ctrl-C; the state has been saved.
     """
+    run.longest()  # what is too long is better refused now than when it is drawn
     with nullcontext() if parallel.rank() > 0 else alone(run.checkpoint.out):  # the first process writes for all
         return _complete(run, resume, progress)
 
 
 def _complete(run: "Loop", resume: bool, progress: bool) -> Prompt:
-    run.longest()  # a question that is too long is better refused now than when it is drawn
     checkpoint, settings, device = run.checkpoint, run.settings, run.lvlm.device
     state = checkpoint.restore(device) if resume else None
     state = state or checkpoint.start(run.prompt.delta.detach().clone().to(device))
@@ -112,8 +130,8 @@ class Loop:
         """What else goes into the metrics of a step."""
         return {}
 
-    def _questions(self) -> Iterator[tuple[list[str], list[str] | None]]:
-        """All questions that a step may ask, and their answers if there are any: the longest decides about memory."""
+    def _questions(self) -> Iterator[Asked]:
+        """All that a step may ask: the longest decides about memory."""
         raise NotImplementedError
 
     # -- the step --------------------------------------------------------------------------------------------------
@@ -167,14 +185,29 @@ class Loop:
         """Tokens of the longest row that a step may draw, and whether rows have answers.
 
         Raises:
-            DavspError: a row has more tokens than the model has positions.
+            DavspError: a row has more tokens than the model has positions, or an answer has none.
         """
         longest, answered = 0, False
-        for questions, answers in self._questions():
-            images = [(self.prompt.canvas, self.prompt.canvas)] * len(questions)
-            longest = max(longest, self.lvlm.encode(questions, images, answers).ids.shape[1])
+        unbounded = copy(self.lvlm)
+        unbounded.positions = None  # so that the row is named here, with what makes it shorter
+        for names, questions, answers, whose in self._questions():
+            tokens = unbounded.encode(questions, [(self.prompt.canvas, self.prompt.canvas)] * len(questions), answers)
+            of_answer, of_all = tokens.answer_mask.sum(1).tolist(), tokens.mask.sum(1).tolist()
+            for name, told, whole in zip(names, of_answer, of_all, strict=True):
+                self._check_room(name, whole - told, told, whose)
+            longest = max(longest, *of_all)
             answered |= answers is not None
         return longest, answered
+
+    def _check_room(self, name: str, prompt: int, answer: int, whose: str) -> None:
+        """Raises DavspError if the tokens of a row are more than the model takes, or those of its answer no more than the end token."""
+        positions, model = self.lvlm.positions, self.lvlm.model_id
+        if whose and answer < 2:
+            raise DavspError(f"{name}: {whose} holds no token of {model}; give words")
+        if positions is not None and prompt + answer > positions:
+            takes = f"question takes {prompt} tokens" + (f", and {whose} {answer}" if whose else "")
+            mend = f"shorten one of the two, or leave {name} out" if whose else f"shorten it, or leave {name} out"
+            raise DavspError(f"{name} cannot be trained on: its {takes}, but {model} has {positions} positions; {mend}")
 
     def memory_advice(self, free: int) -> str | None:
         """A sentence if the activations of a step will crowd a device with `free` bytes."""

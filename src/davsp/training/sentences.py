@@ -19,7 +19,7 @@ from davsp.lvlm.onehot import answer_losses
 from davsp.prompts.base import P, Prompt
 from davsp.runtime.files import read_text, sha256_bytes
 from davsp.training.batches import Batch, pixels
-from davsp.training.loop import Loop, complete, rows_of_step
+from davsp.training.loop import Asked, Loop, complete, rows_of_step
 from davsp.training.settings import SentenceSettings
 
 
@@ -114,8 +114,9 @@ class SentenceRun(Loop):
         """The sentences of a batch: every row has one."""
         return [answer or "" for answer in batch.answers]
 
-    def _questions(self) -> Iterator[tuple[list[str], list[str] | None]]:
-        yield [self.question] * len(self.sentences), self.sentences
+    def _questions(self) -> Iterator[Asked]:
+        names = [f"sentence {number} ({one[:40]!r})" for number, one in enumerate(self.sentences, 1)]
+        yield Asked(names, [self.question] * len(self.sentences), self.sentences, "the sentence itself (--corpus)")
 
 
 def blank(size: int) -> Image.Image:

@@ -78,7 +78,7 @@ class TrainSettings(BaseModel):
     checkpoint_every: int = Field(25, ge=1)
     probe_every: int = Field(25, ge=1)
 
-    @field_validator("refusal")
+    @field_validator("refusal", "adversarial_target")
     @classmethod
     def _has_words(cls, value: str) -> str:
         if value and not value.strip():
