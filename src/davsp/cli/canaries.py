@@ -137,10 +137,10 @@ def own_queries(folder: Path | None, allow_outside: bool = False) -> "list[Query
         raise DavspError(
             f"--canaries {folder}: {talk.id!r} in {file} has turns before its question, and canaries are single questions; leave it out."
         )
-    there = sum(query.label == "malicious" and query.image is not None for query in queries)
-    if there < LEAST:
+    count = sum(query.label == "malicious" and query.image is not None for query in queries)
+    if count < LEAST:
         raise DavspError(
-            f"--canaries {folder}: {file} holds {there} malicious queries with pictures, and canaries are at least {LEAST} that the "
+            f"--canaries {folder}: {file} holds {count} malicious queries with pictures, and canaries are at least {LEAST} that the "
             "border flips; give more."
         )
     return queries
