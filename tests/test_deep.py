@@ -38,6 +38,21 @@ def test_seeds_are_pooled_over_the_borders_that_all_of_them_have(tmp_path):
     assert outcomes == {"none": [one, one], "answer": [one, one]}
 
 
+def test_of_several_seeds_each_has_its_own_rows_of_later_turns(tmp_path):
+    """One draw may carry the pool's difference."""
+    for seed, resists in ((0, 1.0), (1, 0.0)):
+        found = {
+            name: [Outcome(f"{seed} q", turn, "total", "rsr", "g", value) for turn in turns.TURNS]
+            for name, value in (("none", 0.0), ("answer", 0.0), ("both", resists))
+        }
+        keep(tmp_path / f"seed-{seed}", {"seed": seed}, found)
+    rows = turns.pool(tmp_path, "m")
+    at = {(r["split"], r["defense"]): r["value"] for r in rows if r["benchmark"] == "4 turns" and "rsr" in r["metric"]}
+    gain = "both against answer"
+    assert (at["total", gain], at["seed 0", gain], at["seed 1", gain]) == (0.5, 1.0, 0.0)
+    assert "seed 0" not in (tmp_path / "turns.md").read_text().partition("\n")[2]
+
+
 def test_beginnings_grow_from_nothing_to_the_whole_text():
     assert beginnings("sure , here are") == {
         PLAIN: "",

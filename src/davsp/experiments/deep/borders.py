@@ -123,7 +123,7 @@ def against(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 def unscored(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line below a table: where answers could not be scored, and how many; none if all were."""
-    found = [r for r in rows if r["metric"] == "unscored" and r["value"]]
+    found = [r for r in rows if (r["split"], r["metric"]) == ("total", "unscored") and r["value"]]
     where = [f"{r['defense']}, {r['benchmark']}: {round(r['value'] * r['n'])} of {r['n']}" for r in found]
     return [f"- Unscored, and left out of RSR: {'; '.join(where)}."] if where else []
 

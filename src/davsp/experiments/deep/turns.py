@@ -9,7 +9,7 @@ That a model refuses in a second turn says little if it says nothing else there.
 besides what the text in the picture says (`READ`): of pictures of lettering, how often the words are in the answer, there and in a first turn.
 
 out/seed-N/DEFENSE/turn-K, read-K   answers as `davsp eval` leaves them; borders and first answers are those of `begun`, in the folder above
-out/metrics.json                    rows of all seeds: benchmark "2 turns"; "read in turn 1", "read in turn 2"
+out/metrics.json                    rows of all seeds: benchmark "2 turns"; "read in turn 1", "read in turn 2"; of several seeds each has a split
 out/turns.md, manifest.json
 """
 
@@ -151,10 +151,17 @@ def pool(out: Path, model: str) -> list[dict[str, Any]]:
     facts, outcomes = kept(out)
     table = compared(model, outcomes)
     seeds = [one["seed"] for one in facts]
+    for seed in seeds if len(seeds) > 1 else ():  # one draw can carry a pooled difference
+        table += compared(model, {name: _of(seed, rows) for name, rows in outcomes.items()})
     write_json(out / "metrics.json", metrics.metrics_file(table))
     write_json(out / MANIFEST, {**facts[0], "seeds": seeds})
     write_text(out / "turns.md", markdown(table, model, seeds))
     return table
+
+
+def _of(seed: int, outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Those of a seed, in a split of its own."""
+    return [replace(o, split=f"seed {seed}") for o in outcomes if o.query_id.startswith(f"{seed} ")]
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], model: str, seeds: Sequence[int]) -> str:
