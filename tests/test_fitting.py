@@ -164,11 +164,12 @@ def test_a_prompt_makes_a_thin_picture_a_square(qwen: Path) -> None:
 
 def test_making_refuses_at_once(model: LVLM, tmp_path: Path) -> None:
     bad, good = queries("malicious", 4), queries("benign", 4)
-    refused = pytest.raises(DavspError, match=r"has 500 positions; shorten the question '.*what is this cake")
-    with refused:
+    with pytest.raises(DavspError, match=r"has 500 positions; shorten the question '.*what is this cake"):
         HarmfulnessVector.fit(model, [*bad, LONG], good, progress=False)
     vector = HarmfulnessVector.fit(model, bad, good, progress=False)
     settings = TrainSettings(steps=1, layer=2, mu_plus=1.0, mu_minus=0.0)
-    with refused:
+    with pytest.raises(
+        DavspError, match=r"query long cannot be trained on: .*refusal \(--refusal\) 9, but .* has 500 positions"
+    ):
         train(model, BORDER, [*bad, LONG], good, vector, settings, tmp_path / "out")
     assert not (tmp_path / "out" / "metrics.jsonl").exists()

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -131,7 +132,7 @@ def test_above_the_threshold_is_refused_and_the_rest_is_answered_undefended(
     plain = NoDefense().respond(lvlm, some, max_new_tokens=5)
     assert calibrated.gate is not None
     scores = Gate(VisualPrompt(calibrated), kind, calibrated.gate).scores(lvlm, some, 3)  # type: ignore[arg-type]
-    at = sorted(scores)[4]
+    at = mean(sorted(scores)[4:6])  # between two: a score moves in its last digits with its batch
     gate = Gate(VisualPrompt(calibrated), kind, moved(calibrated.gate, kind, at))  # type: ignore[arg-type]
     responses = gate.respond(lvlm, some, batch_size=4, max_new_tokens=5)
     assert [r.text == REFUSAL for r in responses] == [s > at for s in scores] and 3 < sum(s > at for s in scores) < 9
@@ -151,13 +152,12 @@ def test_ecso_behind_a_gate_judges_what_passes_and_nothing_else(lvlm: LVLM, cali
     plain, ecso = Gate(VisualPrompt(calibrated), "first", calibrated.gate), ECSO()
     assert calibrated.gate is not None
     scores = plain.scores(lvlm, some)
-    gate = Gate(VisualPrompt(calibrated), "first", moved(calibrated.gate, "first", sorted(scores)[2])).then(
-        ecso, "both"
-    )
+    at = mean(sorted(scores)[2:4])
+    gate = Gate(VisualPrompt(calibrated), "first", moved(calibrated.gate, "first", at)).then(ecso, "both")
     answers = gate.respond(lvlm, some, max_new_tokens=6)
     alone = ecso.respond(lvlm, some, max_new_tokens=6)
     for score, answer, other in zip(scores, answers, alone, strict=True):
-        refused = score > sorted(scores)[2]
+        refused = score > at
         assert (answer.text, answer.calls) == ((REFUSAL, 1) if refused else (other.text, other.calls + 1))
     assert gate.name == "both" and plain.else_.name == "none" and not gate.conversations and plain.conversations
     assert gate.describe()["else"] == ecso.describe()
