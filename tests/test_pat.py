@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -29,7 +30,9 @@ TEXT = "be safe"
 
 def search(lvlm: LVLM, **changes: object) -> Search:
     settings = SETTINGS.model_copy(update=changes)
-    return Search(lvlm, queries("malicious", 4), queries("benign", 3), ["a red cake"] * 3, TEXT, settings)
+    search = Search(lvlm, queries("malicious", 4), TEXT, settings)
+    search.keep(queries("benign", 3), ["a red cake"] * 3)
+    return search
 
 
 def test_accepted_only_if_better_the_loss_falls_and_never_rises(lvlm: LVLM) -> None:
@@ -92,6 +95,21 @@ def test_candidates_are_ordinary_words_one_away_from_the_present_ones(lvlm: LVLM
     allowed = allowed_tokens(mini)
     words = {mini.tokenizer.decode([i]) for i in allowed.nonzero().flatten().tolist()}
     assert {"!", "picture", "sorry"} <= words and not words & {"<image>", "<unk>", "user:", "assistant:", "<s>"}
+
+
+@pytest.mark.parametrize(
+    ("start", "pictured", "message"),
+    [("xylophonist", True, "start 'xylophonist' is no token"), ("please", False, "has no image: PAT is trained here")],
+)
+def test_what_cannot_be_searched_is_told_before_the_model_is_asked(
+    lvlm, tmp_path, monkeypatch, start, pictured, message
+) -> None:
+    monkeypatch.setattr(type(lvlm), "generate", lambda *_: pytest.fail("the model was asked"))
+    bad = [q if pictured else replace(q, image=None) for q in queries("malicious", 4)]
+    settings = SETTINGS.model_copy(update={"start": start, "benign_answers": "model"})
+    with pytest.raises(DavspError, match=message):
+        train_pat(lvlm, bad, queries("benign", 3), TEXT, settings, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.json"))
 
 
 def test_saved_and_read_again(lvlm: LVLM, tmp_path: Path) -> None:

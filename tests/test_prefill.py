@@ -81,6 +81,12 @@ def test_an_older_run_whose_answers_hold_the_beginning_is_not_judged_again(mini,
         evaluate(mini.begun(BEGINNING), {"none": NoDefense()}, queries, tmp_path, max_new_tokens=8, redo=False)
 
 
+def test_a_defense_that_does_not_go_with_it_is_told_before_any_other_answers(mini, queries, tmp_path):
+    with pytest.raises(DavspError, match="leave out --prefill"):
+        evaluate(mini.begun(BEGINNING), {"none": NoDefense(), "ecso": ECSO(NoDefense())}, queries, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_does_not_go_together_is_refused(mini):
     with pytest.raises(DavspError, match=r"ecso\+none asks the model"):
         ECSO(NoDefense()).check(mini.begun(BEGINNING))

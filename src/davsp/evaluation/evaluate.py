@@ -84,12 +84,14 @@ def evaluate(
 
     Raises:
         DavspError: no queries, an id twice, an unreadable picture, a query that the model has no room for, responses in `out` that belong to another
-            run and `redo` is False, or another process writes there.
+            run and `redo` is False, another process writes there, or a defense does not go with the model.
         Interrupted: Ctrl-C; what was answered is kept.
 
     Of several processes only the first judges, but for a guard that runs here, which all do; the others return the responses alone.
     """
     _check(queries, defenses)
+    for defense in defenses.values():  # all before the first is asked
+        defense.check(lvlm)
     out = None if out is None else Path(out)
     max_new_tokens = max_new_tokens or lvlm.longest
     fitting(lvlm, defenses, queries, max_new_tokens)

@@ -44,28 +44,32 @@ class Rows:
 
 
 class Search:
-    """One search: what is fixed, and the step."""
+    """One search: what is fixed, and the step. `keep` gives it the benign side, which the model has to answer first.
 
-    def __init__(
-        self,
-        lvlm: LVLM,
-        malicious: Sequence[Query],
-        benign: Sequence[Query],
-        benign_answers: Sequence[str],
-        text: str,
-        settings: PatSettings,
-    ) -> None:
+    Raises:
+        DavspError: a malicious query without a picture, or one that the model has no room for.
+    """
+
+    def __init__(self, lvlm: LVLM, malicious: Sequence[Query], text: str, settings: PatSettings) -> None:
         self.lvlm, self.text, self.settings = lvlm, text, settings
         count = min(settings.behaviours, len(malicious))
         chosen = Random(f"{settings.seed} behaviours").sample(range(len(malicious)), count)
         self.bad = rows_of(lvlm, [malicious[i] for i in chosen], [settings.refusal] * count)
-        answered = [(q, a) for q, a in zip(benign, benign_answers, strict=True) if not withheld(a)]
-        if not answered:
-            raise DavspError(f"{lvlm.model_id} answers none of the benign queries undefended; give others")
-        self.good = rows_of(lvlm, [q for q, _ in answered], [a for _, a in answered])
+        self.good = rows_of(lvlm, [], [])
         self.allowed = allowed_tokens(lvlm, settings.ascii_only)
         weight = settings.refuse_weight
         self.refuse_weight = max(0.0, 1 - settings.benign_weight) if weight is None else weight
+
+    def keep(self, benign: Sequence[Query], answers: Sequence[str]) -> None:
+        """Benign queries, and the model's own answers to them, which are to stay.
+
+        Raises:
+            DavspError: it answers none of them.
+        """
+        answered = [(q, a) for q, a in zip(benign, answers, strict=True) if not withheld(a)]
+        if not answered:
+            raise DavspError(f"{self.lvlm.model_id} answers none of the benign queries undefended; give others")
+        self.good = rows_of(self.lvlm, [q for q, _ in answered], [a for _, a in answered])
 
     def start(self) -> TokenPair:
         """`start` over and over.

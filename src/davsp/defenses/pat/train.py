@@ -100,13 +100,14 @@ def _train(
     state = parallel.shared(
         journal.restore(out / FILE, identity, benign_answers=list, history=list) if resume and first else None
     )
+    search = Search(lvlm, malicious, text, settings)
+    tokens = search.start()  # before the model is asked anything
     if state is None:
         state = {"identity": identity, "benign_answers": _benign_answers(lvlm, benign, settings), "history": []}
         if first:
             write_json(out / FILE, state)  # a folder one can't write to is known before the work
-    search, history = Search(lvlm, malicious, benign, state["benign_answers"], text, settings), state["history"]
-    tokens = search.start()
-    if history:
+    search.keep(benign, state["benign_answers"])
+    if history := state["history"]:
         tokens = TokenPair(len(history), history[-1]["defence"], history[-1]["attack"])
     with bar(console) as bars:
         task = bars.add_task("pat", total=settings.steps, completed=tokens.step)
