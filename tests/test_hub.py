@@ -192,7 +192,7 @@ def test_a_folders_path_is_no_base_model(tmp_path):
     assert [hub_name(name) for name in (None, str(tmp_path), "/gone/model", "a/b/c")] == [None] * 4
 
 
-@pytest.mark.parametrize("model_id", ["/models/secret/llava-ft/", "secret/work/llava-ft", r"C:\secret\llava-ft"])
+@pytest.mark.parametrize("model_id", ["/secret/llava-ft/", "secret/work/llava-ft", r"C:\secret\llava-ft"])
 def test_a_card_names_a_folder_without_its_path(two, model_id):
     text = card(two[0].config | {"model_id": model_id, "revision": None})
     assert "secret" not in text and "# Visual safety prompt for llava-ft (a folder)\n" in text
