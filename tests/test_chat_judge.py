@@ -5,13 +5,11 @@ import logging
 import math
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,7 +18,7 @@ import pytest
 from davsp import DavspError, Query, Response, Verdict
 from davsp.errors import Interrupted
 from davsp.judges.base import check_unscored
-from davsp.judges.cache import Ruling, VerdictCache
+from davsp.judges.cache import VerdictCache
 from davsp.judges.chat import ChatJudge
 from davsp.judges.guard import HARMBENCH, LLAMA_GUARD_3
 from davsp.judges.prompts import CHAT, DAVSP
@@ -335,42 +333,6 @@ def test_evaluate_hands_over_all_answers_at_once(server: Judge) -> None:
     verdicts = verdicts_of([benign, *(q for q, _ in pairs)], [Response("b", "none", "x"), *(r for _, r in pairs)], chat)
     assert verdicts == chat.judge_all(pairs) and len(verdicts) == 30
     assert judge_name(chat) == "davsp/1:m" == verdicts[0].judge
-
-
-def test_threads_and_processes_share_a_cache(tmp_path: Path) -> None:
-    """Each object stands for a process: it has its own connection."""
-    caches = [VerdictCache(tmp_path / "c") for _ in range(3)]
-    first = Ruling("safe", "r", "raw")
-
-    def work(i: int) -> None:
-        for n in range(40):
-            caches[i % 3].put(f"{n}", "j", "p", first if n % 2 else Ruling("unsafe", f"{i}"))
-
-    with ThreadPoolExecutor(9) as pool:
-        list(pool.map(work, range(9)))
-    again = VerdictCache(tmp_path / "c")
-    assert [again.get(f"{n}") for n in range(1, 40, 2)] == [first] * 20
-    first_ruling = again.get("0")
-    again.put("0", "j", "p", first)
-    assert (
-        again.get("0") == first_ruling and first_ruling is not None and first_ruling.label == "unsafe"
-    )  # the first one stays
-    assert again.get("40") is None
-    with pytest.raises(ValueError, match="not kept"):
-        again.put("41", "j", "p", Ruling("unscored", "no reply"))
-
-
-def test_a_file_that_is_no_cache(tmp_path: Path) -> None:
-    (tmp_path / "text").write_text("a kite " * 1000)
-    with pytest.raises(DavspError, match="cannot be used to keep verdicts"):
-        VerdictCache(tmp_path / "text")
-    with pytest.raises(DavspError, match="cannot be used to keep verdicts"):
-        VerdictCache(tmp_path / "text" / "below")
-    with sqlite3.connect(tmp_path / "later") as file:
-        file.execute("PRAGMA user_version=99")
-    file.close()
-    with pytest.raises(DavspError, match="another version"):
-        VerdictCache(tmp_path / "later")
 
 
 def test_in_a_notebook(server: Judge) -> None:

@@ -54,10 +54,10 @@ def cache_key(
 class VerdictCache:
     """The file. Threads share one object; processes share the file, each with its own object.
 
-    Every verdict is a transaction of its own (write-ahead log), so a kill loses none that was stored.
+    Every verdict is a transaction of its own, so a kill loses none that was stored.
 
     Args:
-        path: made if missing, with its folder; on a local disk, as the log does not work over a network.
+        path: made if missing, with its folder; on a disk whose locks hold (not every network file system's do).
 
     Raises:
         DavspError: not such a file, or one of another version.
@@ -68,13 +68,15 @@ class VerdictCache:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
-            self._file.execute("PRAGMA journal_mode=WAL")
-            self._file.execute("PRAGMA synchronous=NORMAL")
-            version = self._file.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, SCHEMA):
-                raise DavspError(f"{path} was written by another version of davsp; give another --cache.")
-            self._file.execute(_TABLE)
-            self._file.execute(f"PRAGMA user_version={SCHEMA}")
+            # One transaction, so of several processes that make the file one does and the others wait. A write-ahead log
+            # would not: whoever asks for that mode while another does is refused at once, whatever the timeout.
+            with self._file:
+                self._file.execute("BEGIN IMMEDIATE")
+                version = self._file.execute("PRAGMA user_version").fetchone()[0]
+                if version not in (0, SCHEMA):
+                    raise DavspError(f"{path} was written by another version of davsp; give another --cache.")
+                self._file.execute(_TABLE)
+                self._file.execute(f"PRAGMA user_version={SCHEMA}")
         except (sqlite3.Error, OSError) as error:
             raise DavspError(f"{path} cannot be used to keep verdicts ({error}); give another --cache.") from error
 
