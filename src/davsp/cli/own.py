@@ -1,5 +1,6 @@
-"""Tables of `davsp reproduce` that are not the paper's: the gate, and deep alignment."""
+"""Tables of `davsp reproduce` that are not the paper's: the gate, deep alignment, and a border of several models."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from davsp.cli.options import ModelOptions
 from davsp.errors import DavspError
 from davsp.runtime import parallel
 
-OWN = ("gate", "gate-kinds", "deep-alignment")
+OWN = ("gate", "gate-kinds", "deep-alignment", "leave-one-out")
 PARTS = (
     "begun", "depth", "turns", "turns-hard", "kinds-1", "kinds-2", "kinds-3", "forms", "forms-blind", "wordings", "curve",
 )  # fmt: skip
@@ -40,16 +41,20 @@ def own(
         raise DavspError(
             f"reproduce {table} is for the models that ship; take davsp train, gate and eval with your own queries."
         )
+    if table == "leave-one-out" and model.name is not None:
+        raise DavspError(f"reproduce {table} asks all models that ship; leave --model out.")
     from davsp import embedded
 
     name = (model.name or "davsp-mini").rstrip("/").split("/")[-1]
-    out = out or Path("out") / table / name
+    out = out or (Path("out") / table if table == "leave-one-out" else Path("out") / table / name)
     how: dict[str, Any] = {
         "text": embedded.SAFETY_TEXT, "settings": embedded.SETTINGS.model_copy(update={"steps": steps} if steps else {}),
         "seed": seed, "batch_size": batch_size,
     }  # fmt: skip
     if table == "deep-alignment":
         pages = _deep(model, out, part, how)
+    elif table == "leave-one-out":
+        pages = [_leave_one_out(model, out, how)]
     else:
         pages = [_gate(model, out, ecso, how) if table == "gate" else _kinds(model, out, how)]
     for page in pages if parallel.rank() == 0 else ():
@@ -78,6 +83,19 @@ def _kinds(model: ModelOptions, out: Path, how: dict[str, Any]) -> Path:
 
     kinds(load_lvlm(model), out, refusal_text=embedded.REFUSAL, **how)
     return out / "kinds.md"
+
+
+def _leave_one_out(model: ModelOptions, out: Path, how: dict[str, Any]) -> Path:
+    from davsp import embedded
+    from davsp.experiments.deep.borders import BORDERS, EVERY
+    from davsp.experiments.leave_one_out import leave_one_out
+
+    lvlms = {name: load_lvlm(replace(model, name=name)) for name in embedded.MODELS}
+    how["settings"] = how["settings"].model_copy(
+        update=BORDERS[EVERY]
+    )  # of all, the one that comes out alike each time
+    leave_one_out(lvlms, embedded.protocol(how["seed"]), out, **how)
+    return out / "leave-one-out.md"
 
 
 def _deep(model: ModelOptions, out: Path, part: str | None, how: dict[str, Any]) -> list[Path]:

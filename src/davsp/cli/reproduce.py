@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 TABLES = (
     "utility (Table 1), resistance (2), transfer (3), ablation (4), intervention (5), ecso (6), or all; and one setting at a "
-    "time: sweep-padding, -layer, -lam, -margins, -data, -steps, -text, or sweeps; and gate and gate-kinds (docs/gate.md) and deep-alignment (docs/deep-alignment.md), one --seed a call"
+    "time: sweep-padding, -layer, -lam, -margins, -data, -steps, -text, or sweeps; and gate and gate-kinds (docs/gate.md), deep-alignment (docs/deep-alignment.md) and leave-one-out (docs/siblings.md), one --seed a call"
 )
 
 
@@ -131,10 +131,9 @@ def reproduce(
         for group in (methods, defender, access, requests):
             unused |= changed(group)
         only_of_tables({name: value for name, value in unused.items() if name != "steps"})
-        if part in ALONE and (changed(processes) or parallel.processes() > 1):
-            raise DavspError(
-                f"--part {part} takes one process; leave --num-processes, --gpus-per-process and torchrun out."
-            )
+        what = f"--part {part}" if part in ALONE else "reproduce leave-one-out" if "leave-one-out" in names else ""
+        if what and (changed(processes) or parallel.processes() > 1):
+            raise DavspError(f"{what} takes one process; leave --num-processes, --gpus-per-process and torchrun out.")
         model = in_processes(processes, model)
         own(names, model, methods.steps, out, batch_size, seed, ecso, part, bool(benchmark or split))
         return

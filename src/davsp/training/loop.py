@@ -138,7 +138,7 @@ class Loop:
 
     def advance(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """One step: draw a batch, one gradient, move delta, write the metrics."""
-        gradient, terms = self.gradient(state.delta, self._batch(state.step))
+        gradient, terms = self._step(state)
         metrics: dict[str, Any] = {"step": state.step + 1, "lr": self._lr(state.step), **terms}
         if not math.isfinite(metrics["loss"]):
             raise DavspError(f"the loss is not finite at step {metrics['step']}: lower lr or lam, or use dtype float32")
@@ -146,6 +146,10 @@ class Loop:
         metrics |= self._probe(after)
         self.checkpoint.log(metrics)
         return after, metrics
+
+    def _step(self, state: TrainState) -> tuple[Float[Tensor, "3 s s"], dict[str, float]]:
+        """The gradient of a step's batch, and its losses."""
+        return self.gradient(state.delta, self._batch(state.step))
 
     def gradient(self, delta: Float[Tensor, "3 s s"], batch: Batch) -> tuple[Float[Tensor, "3 s s"], dict[str, float]]:
         """The gradient of the loss at delta, and the losses (of DAVSP also the mean projection of each class).
