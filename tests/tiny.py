@@ -29,8 +29,8 @@ TEMPLATE = (
 )
 
 
-def save_tiny(folder: Path) -> Path:
-    """Save the model as a hub-like folder: 4 layers of width 32, canvas 56, patch 14."""
+def save_tiny(folder: Path, canvas: int = 56) -> Path:
+    """Save the model as a hub-like folder: 4 layers of width 32, patch 14."""
     words = Tokenizer(WordLevel({word: i for i, word in enumerate(SPECIAL + WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -45,7 +45,7 @@ def save_tiny(folder: Path) -> Path:
     torch.manual_seed(0)
     common = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**common, num_hidden_layers=2, image_size=56, patch_size=14),
+        vision_config=CLIPVisionConfig(**common, num_hidden_layers=2, image_size=canvas, patch_size=14),
         text_config=LlamaConfig(
             **common, num_hidden_layers=4, vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2
         ),
@@ -58,8 +58,8 @@ def save_tiny(folder: Path) -> Path:
             torch.nn.init.normal_(weight, std=0.3)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    size = {"height": 56, "width": 56}
-    CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size=size).save_pretrained(folder)
+    size = {"height": canvas, "width": canvas}
+    CLIPImageProcessorPil(size={"shortest_edge": canvas}, crop_size=size).save_pretrained(folder)
     return folder
 
 

@@ -188,12 +188,8 @@ def markdown(rows: Sequence[Mapping[str, Any]], models: Sequence[str], seeds: Se
             lines.append(f"| {asked} | {title} | " + " | ".join(rate(at[asked, label, m]) for m in PLACES) + " |")
         lines += _gains(at, asked)
     lines += _gains(at, ALL)
-    return (
-        "\n".join(
-            [*lines, "", '- Differences are in points and paired; "of one" is each query under either single source.']
-        )
-        + "\n"
-    )
+    note = '- Differences are in points and paired; "of one" is each query under either single source. The judge is `keyword`.'
+    return "\n".join([*lines, "", note, *unscored(rows)]) + "\n"
 
 
 def _gains(at: Mapping[tuple[str, str, str], Mapping[str, Any]], asked: str) -> list[str]:
