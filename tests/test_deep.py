@@ -13,7 +13,7 @@ from davsp.embedded.questions import FOLLOW
 from davsp.embedded.words import HARMFUL_VERBS
 from davsp.evaluation import Evaluation
 from davsp.experiments.deep import begun as deep
-from davsp.experiments.deep import curve, depth, splits, turns, unseen
+from davsp.experiments.deep import curve, curve_table, depth, splits, turns, unseen
 from davsp.experiments.deep.begun import PLAIN, beginnings
 from davsp.experiments.deep.borders import BORDERS, NOISE_TITLES, OBJECTIVES, TITLES, kept, unscored
 from davsp.experiments.gate import kinds
@@ -286,7 +286,7 @@ def test_the_attacker_asks_on_after_a_refusal_and_stops_at_an_answer(made, mini,
 def test_a_curve_has_a_border_at_every_look_and_goes_on(mini, tmp_path, monkeypatch):
     monkeypatch.setattr(curve, "LOOKS", (0, 1, 40))  # two steps: the last look is there
     monkeypatch.setattr(curve, "CURVES", {name: curve.CURVES[name] for name in ("answer", "both, λ 6, every row")})
-    monkeypatch.setattr(curve, "DRAWS", 20)
+    monkeypatch.setattr(curve_table, "DRAWS", 20)
     lvlm = mini.told({})
     lvlm.longest = 6
     settings = embedded.SETTINGS.model_copy(update={"steps": 2, "batch_size": 2})
@@ -304,6 +304,8 @@ def test_a_curve_has_a_border_at_every_look_and_goes_on(mini, tmp_path, monkeypa
     saved = VisualSafetyPrompt.from_pretrained(tmp_path / "seed-0" / "answer" / "step-2")
     assert saved.pixels_sha256() == whole.quantised().pixels_sha256()  # the last look is what `davsp train` makes
     assert "best of both, any λ, less answers alone" in (tmp_path / "curve.md").read_text()
+    assert ("both, λ 6, every row step 2 against answer", "accuracy_difference") in at
+    assert "both, λ 6, every row step 2, less answers alone" in (tmp_path / "curve.md").read_text()
     assert (tmp_path / "curve.svg").read_text().startswith("<svg")
     facts = json.loads((tmp_path / "seed-0" / "manifest.json").read_text())
     assert facts["done"] == facts["wanted"] == list(curve.CURVES)
@@ -348,6 +350,22 @@ def test_an_unscored_answer_ends_a_conversation_and_is_in_no_rate(mini, tmp_path
     ]
 
 
+def test_at_the_same_step_curves_are_compared_query_by_query():
+    def made(*values: float) -> list[Outcome]:
+        return [Outcome(f"{i}", "malicious", "total", "rsr", f"{i}", value) for i, value in enumerate(values)]
+
+    quarter, every = curve_table.QUARTER, curve_table.EVERY_ROW
+    outcomes = {
+        "none": made(0, 0), "answer step 0": made(0, 0), "answer step 40": made(1, 0), f"{quarter} step 40": made(0, 1),
+        f"{every} step 40": made(1, 1), f"{every} step 80": made(1, 1),
+    }  # fmt: skip
+    rows = curve_table.at_equal_steps("m", outcomes)
+    assert {r["defense"]: r["value"] for r in rows} == {
+        f"{quarter} step 40 against answer": 0.0, f"{every} step 40 against answer": 0.5,
+        f"{every} step 40 against {quarter}": 0.5,
+    }  # fmt: skip
+
+
 def test_the_best_at_equal_utility_is_chosen_among_what_loses_so_little():
     def made(rsr: float, utility: float) -> list[Outcome]:
         bad = [Outcome(f"b{i}", "malicious", "total", "rsr", f"b{i}", float(i < 100 * rsr)) for i in range(100)]
@@ -361,7 +379,7 @@ def test_the_best_at_equal_utility_is_chosen_among_what_loses_so_little():
         "answer step 40": made(0.9, 0.96),
         "both, λ 1 step 40": made(1.0, 0.8),
     }
-    at = {(r["defense"], r["metric"]): r for r in curve.choices("m", outcomes)}
+    at = {(r["defense"], r["metric"]): r for r in curve_table.choices("m", outcomes)}
     assert at["best of answer", "rsr_at_1"]["value"] == 0.5 and at["best of answer", "rsr_at_5"]["value"] == 0.9
     assert at["best of answer", "rsr_at_1"]["low"] < 0.5 < at["best of answer", "rsr_at_1"]["high"]
     assert at["best of both, λ 1", "rsr_at_10"]["value"] is None  # it loses 20

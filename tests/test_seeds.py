@@ -10,7 +10,7 @@ import pytest
 from davsp import LVLM, embedded
 from davsp.embedded.ecso_templates import TEMPLATES
 from davsp.errors import DavspError
-from davsp.experiments.deep import begun, curve, depth, splits, turns, unseen
+from davsp.experiments.deep import begun, curve, curve_table, depth, splits, turns, unseen
 from davsp.experiments.deep.borders import TITLES
 from davsp.experiments.gate import run as gate
 from davsp.experiments.gate.kinds import ALL
@@ -72,7 +72,7 @@ def test_seeds_of_other_settings_are_not_pooled(tmp_path: Path):
         keep(tmp_path / f"seed-{seed}", facts, {})
     for pool in (
         begun.pool,
-        curve.pool,
+        curve_table.pool,
         depth.pool,
         turns.pool,
         gate.pool,
@@ -110,7 +110,7 @@ def row(seed: int, benchmark: str, metric: str, good: int, split: str = "total")
 def curves(seed: int, names: list[str]) -> tuple[dict[str, Any], dict[str, list[Outcome]]]:
     """A seed of `curve` with these of its curves, each of two points."""
     defenses = {"none": 1, "text": 2} | {f"{name} step {k}": 2 + (k > 0) for name in names for k in (0, 40)}
-    facts = {"seed": seed, "stages": {}, "wanted": list(curve.CURVES), "done": names}
+    facts = {"seed": seed, "stages": {}, "wanted": list(curve_table.CURVES), "done": names}
     return facts, {
         name: [*row(seed, "malicious", "rsr", good), *row(seed, "utility", "accuracy", 4), *row(seed, "benign", "over_refusal", 0)]
         for name, good in defenses.items()
@@ -119,25 +119,25 @@ def curves(seed: int, names: list[str]) -> tuple[dict[str, Any], dict[str, list[
 
 def test_a_seed_that_is_whole_keeps_all_of_its_curves_beside_one_that_is_under_way(tmp_path: Path):
     out = tmp_path / "curve"
-    keep(out / "seed-0", *curves(0, list(curve.CURVES)))
-    rows = curve.pool(out, "m")
+    keep(out / "seed-0", *curves(0, list(curve_table.CURVES)))
+    rows = curve_table.pool(out, "m")
     page, before = (out / "curve.md").read_text(), deeper(tmp_path)
     keep(out / "seed-1", *curves(1, ["answer"]))
-    assert curve.pool(out, "m") == rows and deeper(tmp_path) == before
+    assert curve_table.pool(out, "m") == rows and deeper(tmp_path) == before
     assert before[0].verdict == claims.FAILS and before[0].evidence.endswith("; 1 seed")
     said = "- Under way, and in none of the figures: seed 1 has 1 of 7 (answer).\n"
     assert (out / "curve.md").read_text() == page + said
-    keep(out / "seed-1", *curves(1, list(curve.CURVES)))
-    curve.pool(out, "m")
+    keep(out / "seed-1", *curves(1, list(curve_table.CURVES)))
+    curve_table.pool(out, "m")
     assert "seeds 0, 1" in (out / "curve.md").read_text() and "Under way" not in (out / "curve.md").read_text()
 
 
 def test_seeds_that_are_under_way_give_a_table_and_no_verdict(tmp_path: Path):
     out = tmp_path / "curve"
-    done = list(curve.CURVES)[:3]
+    done = list(curve_table.CURVES)[:3]
     keep(out / "seed-0", *curves(0, done))
     keep(out / "seed-1", *curves(1, done[:2]))
-    curve.pool(out, "m")
+    curve_table.pool(out, "m")
     page = (out / "curve.md").read_text()
     assert (
         "seeds 0, 1" in page

@@ -10,6 +10,6 @@ depth.py    what a border moves at each layer; what is said when the refusal's f
 turns.py    asking on after a refusal
 unseen.py   kinds of harm, forms of picture and wordings that training never met
 splits.py   what borders train on there, and what they are tested on
-curve.py    resistance over utility, by lambda and steps
+curve.py    resistance over utility, by lambda and steps; curve_table.py: its figures
 borders.py  the four borders, additive noise by the three objectives, and outcomes of several seeds as one table
 """
