@@ -69,6 +69,7 @@ def leave_one_out(
     check_beside(out, seed, made_of)
     pupils, alone = dict[str, Pupil](), dict[str, VisualSafetyPrompt]()
     for name, lvlm in lvlms.items():
+        console.print(f"[bold]{name}[/], alone", highlight=False)
         stages = Stages(folder / name, console)
         vector = fitted_vector(stages, lvlm, data, text)
         pupils[name] = Pupil(lvlm, vector, data.train_malicious, data.train_benign)
@@ -78,6 +79,7 @@ def leave_one_out(
     outcomes: Outcomes = {}
     for name, lvlm in lvlms.items():
         sources = [other for other in lvlms if other != name]
+        console.print(f"[bold]{' and '.join(sources)}[/], then {name} is asked", highlight=False)
         found = {ALONE: alone[name], **{source: alone[source] for source in sources}}
         found[BOTH] = _of_two(folder, {source: pupils[source] for source in sources}, text, settings, console)
         defenses: dict[str, Defense] = unmoved(lvlm, text)
