@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
@@ -135,6 +135,7 @@ def asked(flipped: int, back: int = 0, both: int = 0, neither: int = 0, over: in
     return effect([*bad, *good], [{"text": text, "prompt": prompt} for text, prompt in (*rows, *benign)])
 
 
+@settings(deadline=None)
 @given(*(st.integers(0, 12) for _ in range(4)))
 def test_p_is_that_of_the_libraries(flipped: int, back: int, both: int, neither: int):
     seen = asked(flipped, back, both, neither)

@@ -102,6 +102,6 @@ def test_what_is_not_of_openais_form_is_not_there(logprobs: Any):
 
 
 def test_responses_know_no_such_field(server: str):
-    with httpx2.Client() as http:
+    with httpx2.Client(timeout=60) as http:
         reply = http.post(f"{server}/responses", json={"model": "m", "input": "what is this", "top_logprobs": 2})
     assert reply.status_code == 400 and "top_logprobs" in reply.text

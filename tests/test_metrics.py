@@ -16,6 +16,7 @@ from davsp.query import Query, Response, Verdict
 APART = [""] * 1000
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilson_is_statsmodels(kn: tuple[int, int]) -> None:
     k, n = kn
@@ -30,6 +31,7 @@ def test_wilson_by_hand() -> None:
         metrics.wilson(11, 10)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 40), st.integers(0, 40))
 def test_mcnemar_is_statsmodels(gained: int, lost: int) -> None:
     theirs = sm_mcnemar([[5, gained], [lost, 5]], exact=True).pvalue if gained + lost else 1.0

@@ -229,7 +229,7 @@ def test_a_client_that_hangs_up_stops_the_upstream():
 
 def test_slow_clients_and_too_many():
     caller = client(concurrency=1)
-    with served(caller) as url, httpx2.Client(trust_env=False) as http:
+    with served(caller) as url, httpx2.Client(trust_env=False, timeout=60) as http:
         with talk(url, head(1000) + b"{"):
             until(lambda: caller.proxy.under_way == 1)
             busy = http.post(f"{url}/chat/completions", json={})

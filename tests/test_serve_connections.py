@@ -1,7 +1,7 @@
 """Bytes that are no request yet, or no longer: heads and what stands between chunks are bounded, and who is slow or does not read is hung up on."""
 
 import json
-import time
+import threading
 from contextlib import suppress
 
 import pytest
@@ -94,10 +94,14 @@ def test_bytes_that_begin_no_head_keep_no_connection(more, monkeypatch):
     monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
     monkeypatch.setattr(connections, "DROPPED_SECONDS", 0.1)
     monkeypatch.setitem(connections.SERVER, "timeout_keep_alive", 3600)  # so that uvicorn's own timer ends none
+    replied, complete = threading.Event(), connections.BoundedProtocol.on_response_complete
+    monkeypatch.setattr(
+        connections.BoundedProtocol, "on_response_complete", lambda self: (complete(self), replied.set())
+    )
     with connected(client().proxy.app) as connect, connect() as connection:
         connection.sendall(START.replace(b"json", b"xml") + b"Content-Length: %d\r\n\r\n" % (9 if more == b"d" else 0))
         assert b" 415 " in connection.recv(65536)
-        time.sleep(0.2)
+        assert replied.wait(10)  # no more is read and dropped as the rest of the body
         connection.sendall(more)
         everything(connection)  # a connection that is kept is a timeout here
 

@@ -11,7 +11,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from command import run
@@ -84,6 +84,7 @@ def test_the_score_is_the_log_odds_of_tokens_that_the_refusal_begins_with():
     assert -21 < log_odds(token(A=1.0), SORRY) < -20 and 20 < log_odds(token(I=1.0), SORRY) < 21
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.01, 1), min_size=3, max_size=12), st.integers(1, 12), st.data())
 def test_what_is_not_listed_counts_as_much_as_it_can(weights: list[float], top: int, data: st.DataObject):
     """With fewer tokens listed the score is never lower, so never more likely to pass."""

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -98,8 +99,10 @@ def test_corruptions(
 
     def killed(self: Corrupted, asked: Any) -> Any:
         done.append(1)
-        if len(done) == 2 and parallel.rank() == rank:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if len(done) == 2:
+            if parallel.rank() == rank:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)  # so that both get some; it is ended with the other
         return prepare(self, asked)
 
     with monkeypatch.context() as patch:

@@ -267,8 +267,8 @@ def test_serve_model_says_where_they_are(lvlm: LVLM, tmp_path: Path, monkeypatch
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with listening(model_app(lvlm, "m", ServeSettings.of(upstream=""), ServedStates(tmp_path, [1, 2]))) as url:
         body = {"model": "m", "messages": [{"role": "user", "content": "what is this"}], "max_tokens": 1}
-        reply = httpx2.post(f"{url}/chat/completions", json=body).json()
-        httpx2.post(f"{url}/chat/completions", json=body | {"stream": True}).raise_for_status()
+        reply = httpx2.post(f"{url}/chat/completions", json=body, timeout=60).json()
+        httpx2.post(f"{url}/chat/completions", json=body | {"stream": True}, timeout=60).raise_for_status()
     (path,) = tmp_path.glob("*.safetensors")
     assert reply["kv_transfer_params"] == {"hidden_states_path": str(path)}
     assert path.with_name(path.name + ".lock").exists() and len(list(tmp_path.iterdir())) == 2
@@ -289,5 +289,5 @@ def test_a_folder_that_is_gone_is_named_by_serve_model(
     states.folder = tmp_path / "gone"
     with listening(model_app(lvlm, "m", ServeSettings.of(upstream=""), states)) as url:
         body = {"model": "m", "messages": [{"role": "user", "content": "what is this"}], "max_tokens": 1}
-        reply = httpx2.post(f"{url}/chat/completions", json=body)
+        reply = httpx2.post(f"{url}/chat/completions", json=body, timeout=60)
     assert "hidden states cannot be written into" in reply.text and "--states-folder" in reply.text

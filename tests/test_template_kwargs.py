@@ -275,7 +275,7 @@ def test_serve_model_tells_its_template_what_a_request_says(thinker, quick):
     with listening(model_app(thinker, "m", ServeSettings.of(upstream=""))) as url:
 
         def ask(**more) -> httpx2.Response:
-            return httpx2.post(f"{url}/chat/completions", json=body | more, trust_env=False)
+            return httpx2.post(f"{url}/chat/completions", json=body | more, trust_env=False, timeout=60)
 
         assert ask().json()["usage"]["prompt_tokens"] == sizes[0]
         told = ask(chat_template_kwargs=OFF).json()

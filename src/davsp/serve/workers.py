@@ -37,9 +37,9 @@ def run(serve: Serve, count: int, host: str, port: int) -> None:
     context, workers, signals = multiprocessing.get_context("spawn"), list[BaseProcess](), list[int]()
 
     def stop(number: int, frame: Any) -> None:
+        signals.append(number)  # first, so that a second signal is one even where it comes in the middle of this
         for worker in workers:
-            worker.kill() if signals else worker.terminate()
-        signals.append(number)
+            worker.kill() if len(signals) > 1 else worker.terminate()
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     with TemporaryDirectory(prefix="davsp-metrics-") as folder:
