@@ -1,5 +1,6 @@
 """AdaShield-A: its loop against a scripted defender, the pool on disk, and retrieval."""
 
+import faulthandler
 import json
 import os
 import signal
@@ -204,6 +205,7 @@ def test_killed_it_goes_on_behind_the_last_finished_query(lvlm: LVLM, tmp_path: 
     calls, at = 0, 3
     child = os.fork()
     if child == 0:
+        faulthandler.dump_traceback_later(120, exit=True)  # one that hangs tells where
         try:
             make_pool(lvlm, data, Slow(), LVLMEncoder(lvlm), settings, tmp_path / "killed")
         finally:

@@ -1,5 +1,6 @@
 """PAT: its search on the tiny model, what a kill leaves, and its tokens at a question."""
 
+import faulthandler
 import json
 import os
 import signal
@@ -160,6 +161,7 @@ def test_killed_it_goes_on_to_the_same_tokens(lvlm: LVLM, tmp_path: Path) -> Non
     for number in (1, 3):
         child = os.fork()
         if child == 0:
+            faulthandler.dump_traceback_later(120, exit=True)  # one that hangs tells where
             train.write_json = dying(train.write_json, number + 1)  # the first one is before the first step
             try:
                 train_pat(lvlm, *data, TEXT, SETTINGS, tmp_path / f"killed{number}")

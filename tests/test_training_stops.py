@@ -1,6 +1,7 @@
 """The loop: nothing stops it from reaching the same bits, and what it can't use it refuses."""
 
 import errno
+import faulthandler
 import os
 import signal
 import time
@@ -58,6 +59,7 @@ def test_kill_9_and_resume_is_uninterrupted(lvlm, prompt, vector, tmp_path):
         warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12 on, where there are threads
         child = os.fork()  # what a fresh process imports for seconds is there already
     if child == 0:
+        faulthandler.dump_traceback_later(120, exit=True)  # one that hangs tells where
         try:
             Run.advance = lambda self, state: advance(self, state) if state.step < 7 else signal.pause()
             go(lvlm, prompt, vector, out, settings)
