@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from davsp import AdditiveNoise, DavspError, TrainSettings, VisualSafetyPrompt, cli
+from davsp import AdditiveNoise, DavspError, TrainSettings, VisualSafetyPrompt, cli, train
 from davsp.cli.train import _deeds
 from davsp.lvlm.onehot import answer_losses
 from davsp.training.adversary import worst
@@ -65,7 +65,7 @@ def test_starts_hang_on_their_keys_alone():
 @pytest.mark.parametrize("kind", ["border", "additive"])
 @pytest.mark.parametrize("target", ["", "a car"])
 def test_malicious_pictures_are_changed_against_the_prompt_and_benign_ones_are_not(
-    lvlm, prompt, vector, tmp_path, kind, target
+    lvlm, prompt, vector, tmp_path, monkeypatch, kind, target
 ):
     start = prompt if kind == "border" else AdditiveNoise.create(56, 32 / 255, text="please be safe")
     run = a_run(lvlm, start, vector, tmp_path, adversarial_target=target)
@@ -77,8 +77,11 @@ def test_malicious_pictures_are_changed_against_the_prompt_and_benign_ones_are_n
     outside = slice(0, 9)  # below a border nothing is changed, for nothing of it is seen
     assert bool(moved[..., outside].any()) == (kind == "additive")
     rows, attacked = batch.attacked()
-    before, after = (run._resistance(delta, x[rows], attacked) for x in (clean, found))
-    assert after.mean() > before.mean()  # three steps need not raise it for every picture
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "_resistance", lambda _, x, __: 0 * x.flatten(1).sum(1))
+        drawn = run._interiors(delta, batch)  # the start alone
+    before, at_start, after = (run._resistance(delta, x[rows], attacked) for x in (clean, drawn, found))
+    assert after.mean() > max(before.mean(), at_start.mean())  # so few steps need not raise it for every picture
     if target:
         canvas = start.apply(found[rows])
         losses = answer_losses(lvlm, canvas, attacked.questions, [target] * len(rows))
@@ -176,6 +179,24 @@ def test_a_held_out_question_without_room_is_told_before_the_first_step(lvlm, pr
         go(short, prompt, vector, tmp_path / "out", FAST, probe=probe)
 
 
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ("a car " * 300, r"^query odd cannot be trained on: .*, and its reference answer 601, but"),
+        (" ", "^query odd: its reference answer holds no token of"),
+    ],
+)
+def test_a_reference_that_cannot_be_trained_on_is_named_before_the_first_step(
+    lvlm, prompt, vector, tmp_path, answer, says
+):
+    short = copy(lvlm)
+    short.positions = 600
+    odd = [*BENIGN[1:], replace(BENIGN[0], id="odd", reference=answer)]
+    with pytest.raises(DavspError, match=says):
+        train(short, prompt, MALICIOUS, odd, vector, FAST, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_attacker_s_words_are_named_by_their_option(lvlm, prompt, vector, tmp_path):
     with pytest.raises(DavspError, match=r"^--adversarial-target 'xyzzy' holds words"):
         go(lvlm, prompt, vector, tmp_path / "out", ATTACKED.model_copy(update={"adversarial_target": "xyzzy"}))
@@ -183,6 +204,8 @@ def test_the_attacker_s_words_are_named_by_their_option(lvlm, prompt, vector, tm
     settings = ATTACKED.model_copy(update={"adversarial_target": "deed"})
     with pytest.raises(DavspError, match=f"^--adversarial-target deed: what query {MALICIOUS[1].id} asks for, 'xyzzy'"):
         Run(lvlm, prompt, MALICIOUS, BENIGN, vector, settings, tmp_path, [], ["a", "xyzzy", "a", "a", "a"])
+    with pytest.raises(DavspError, match=f"what query {MALICIOUS[1].id} asks for, ' ' holds no token of"):
+        Run(lvlm, prompt, MALICIOUS, BENIGN, vector, settings, tmp_path, [], ["a", " ", "a", "a", "a"])
     with pytest.raises(ValueError, match="it is blank"):
         TrainSettings(adversarial=2, adversarial_target=" ")
 

@@ -9,6 +9,7 @@ import pytest
 
 from davsp import HarmfulnessVector, cli
 from davsp.benchmarks.custom import save_queries
+from davsp.errors import DavspError
 from davsp.prompts import VisualSafetyPrompt
 from tiny import queries
 
@@ -124,8 +125,23 @@ def test_what_has_no_room_is_told_before_any_search_by_its_option(
 ) -> None:  # fmt: skip
     asked = [replace(q, id=f"malicious-{i}", context="a car") for i, q in enumerate(queries("malicious", 2))]
     save_queries(tmp_path / "data", [*asked, replace(asked[0], id="long", context="a car " * 9000)])
+    monkeypatch.setattr("davsp.attacks.run.search_suffix", lambda *_, **__: pytest.fail("words are searched"))
     given = ["--model", tiny_folder, "--queries", tmp_path / "data", "--defense", "none", "--target", "a car"]
     assert call(monkeypatch, *given, "--out", tmp_path / "out", *options) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert says in said and "max_new_tokens" not in said and "=True" not in said
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_refused_while_it_is_attacked_is_said_by_options(
+    tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Words that were searched for may be read as more tokens than were asked for."""
+
+    def attack(*_: object, **__: object) -> None:
+        raise DavspError("query 'q' cannot be asked: shorten the answers (max_new_tokens); or give skip_broken=True")
+
+    monkeypatch.setattr("davsp.attacks.attack", attack)
+    given = ["--model", tiny_folder, "--queries", data, "--defense", "none", "--target", "a car", "--attack", "noise"]
+    assert call(monkeypatch, *given, "--out", tmp_path / "out") == 2
+    assert "the answers (--max-new-tokens); or give --skip-broken" in " ".join(capsys.readouterr().err.split())

@@ -84,7 +84,7 @@ def test_words_after_the_question_make_the_answer_likelier(lvlm: LVLM, name: str
     ((_, surface),) = surfaces(lvlm, defense, [with_words(query, words.text)], TARGET)
     assert words.curve[-1] == pytest.approx(float(surface.comply(surface.pictures)), abs=1e-5)  # as it will be asked
     assert search_suffix(lvlm, defense, query, TARGET, **options) == words
-    with pytest.raises(DavspError, match="take fewer"):
+    with pytest.raises(DavspError, match=r"take fewer \(--words\)"):
         nothing = VisualPrompt(VisualSafetyPrompt.create(56, 8))
         nothing.prompt.question = lambda question: "what"  # type: ignore[method-assign]
         search_suffix(lvlm, nothing, query, TARGET, **options)

@@ -1,6 +1,7 @@
 """A run of attacks: its bounds and rates, how it goes on after a cut, and what it refuses."""
 
 import io
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from attacked import QUICK, TARGET, border, others
 from davsp import LVLM, HarmfulnessVector
 from davsp.attacks import AttackSettings, attack
 from davsp.attacks.checks import checks
+from davsp.attacks.deeds import wanted
 from davsp.attacks.page import markdown, words_sentence
+from davsp.attacks.possible import check_room
 from davsp.attacks.redraw import REDRAWS
 from davsp.attacks.run import slug
 from davsp.attacks.settings import CLEAN
@@ -186,14 +189,44 @@ def test_a_folder_stays_in_its_own(lvlm: LVLM, tmp_path: Path) -> None:
 
 
 def test_half_precision_without_range_is_refused(lvlm: LVLM, tmp_path: Path) -> None:
-    from copy import copy
-
     half = copy(lvlm)
     half.dtype = torch.float16
     with pytest.raises(DavspError, match="float16 loses small gradients"):
         attack(
             half, {"none": NoDefense()}, queries("malicious", 1), tmp_path, AttackSettings(attacks=("noise",), **QUICK)
         )
+
+
+@pytest.mark.parametrize(
+    ("attacks", "whose", "words", "says"),
+    [
+        (("random-words",), "malicious", 6 + 1, "--words 6 is too many for query 'malicious-0' under none: "),
+        (("random-words",), "benign", 6 + 1, "--words 6 is too many for query 'benign' under none: "),
+        (("suffix",), "malicious", 6 + 4, "--words 6 is too many for query 'malicious-0' under none: "),
+        (("comply",), "malicious", 4, "--target is too long for query 'malicious-0' under none: "),
+        (("universal",), "training", 4, "--target is too long for query 'training' under none: "),
+        (("deed",), "malicious", 7, "the answer that 'deed' wants of query 'malicious-0' is too long under none: "),
+    ],
+)
+def test_room_is_asked_for_all_that_an_attack_sends(
+    lvlm: LVLM, attacks: tuple[str, ...], whose: str, words: int, says: str
+) -> None:
+    """To the token: words after every question that gets them, and behind these the wanted answer with its end."""
+    (bad,) = told(1)
+    asked = {"malicious": bad} | {
+        name: replace(bad, id=name, label=label, question=f"{bad.question} please" if name == whose else bad.question)
+        for name, label in (("benign", "benign"), ("training", "malicious"))
+    }
+    settings = AttackSettings(attacks=attacks, words=6, target="a red car")
+    assert wanted(bad, settings.target) == "a red car: steal a car"
+    short = copy(lvlm)
+    short.positions = lvlm.prompt_size(asked[whose].question, bad.size())[0] + words
+    given = ({"none": NoDefense()}, [bad, asked["benign"]], settings, [asked["training"]], 1)
+    check_room(short, *given)
+    short.positions -= 1
+    with pytest.raises(DavspError) as refused:
+        check_room(short, *given)
+    assert str(refused.value).startswith(says) and "max_new_tokens" not in str(refused.value)
 
 
 def test_queries_that_are_left_out_are_counted(lvlm: LVLM, tmp_path: Path) -> None:

@@ -53,6 +53,32 @@ def test_of_several_seeds_each_has_its_own_rows_of_later_turns(tmp_path):
     assert "seed 0" not in (tmp_path / "turns.md").read_text().partition("\n")[2]
 
 
+@pytest.mark.parametrize(
+    ("pool", "file", "place", "column"),
+    [(turns.pool, "turns.md", turns.TURNS[-1], len(turns.TURNS)), (deep.pool, "deep-alignment.md", PLAIN, 1)],
+)
+def test_what_could_not_be_scored_is_told_once_below_the_table(tmp_path, pool, file, place, column):
+    """Not of each seed again; where nothing was scored, the table has no figure."""
+    benchmarks = dict.fromkeys((*turns.TURNS, *beginnings("sure")), "rsr")
+
+    def made(seed: int, lost: str) -> list[Outcome]:
+        rates = benchmarks | {"utility": "accuracy", "benign": "over_refusal"}
+        return [
+            Outcome(f"{seed} {q}", benchmark, "total", metric, q, None if benchmark == place and q in lost else 1.0)
+            for benchmark, metric in rates.items()
+            for q in "ab"
+        ] + [Outcome(f"{seed} {q}", place, "total", "unscored", q, float(q in lost)) for q in "ab"]
+
+    for seed, lost in ((0, ""), (1, "a")):
+        found = {"none": made(seed, ""), "text": made(seed, "ab"), "answer": made(seed, ""), "both": made(seed, lost)}
+        keep(tmp_path / f"seed-{seed}", {"seed": seed, "stages": {}, "beginning": "sure"}, found)
+    pool(tmp_path, "m")
+    page = (tmp_path / file).read_text()
+    assert page.endswith(f"\n- Unscored, and left out of RSR: text, {place}: 4 of 4; both, {place}: 1 of 4.\n")
+    (line,) = (line for line in page.splitlines() if line.startswith(f"| {TITLES['text']} |"))
+    assert line.split(" | ")[column] == "–"
+
+
 def test_beginnings_grow_from_nothing_to_the_whole_text():
     assert beginnings("sure , here are") == {
         PLAIN: "",
@@ -290,7 +316,8 @@ def test_a_curve_has_a_border_at_every_look_and_goes_on(mini, tmp_path, monkeypa
     lvlm = mini.told({})
     lvlm.longest = 6
     settings = embedded.SETTINGS.model_copy(update={"steps": 2, "batch_size": 2})
-    data = embedded.protocol(0, **SIZES)
+    data, done = embedded.protocol(0, **SIZES), []
+    monkeypatch.setattr(curve, "keep", lambda to, facts, found: [done.append(facts["done"]), keep(to, facts, found)])
     rows = curve.curve(lvlm, data, tmp_path, text=embedded.SAFETY_TEXT, settings=settings)
     at = {(r["defense"], r["metric"]): r for r in rows if r["split"] == "total"}
     assert all((f"{name} step {k}", "rsr") in at for name in curve.CURVES for k in (0, 1, 2))
@@ -309,8 +336,17 @@ def test_a_curve_has_a_border_at_every_look_and_goes_on(mini, tmp_path, monkeypa
     assert (tmp_path / "curve.svg").read_text().startswith("<svg")
     facts = json.loads((tmp_path / "seed-0" / "manifest.json").read_text())
     assert facts["done"] == facts["wanted"] == list(curve.CURVES)
+    assert done == [["answer"], list(curve.CURVES)]  # a call that is stopped after a curve leaves a seed under way
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub is asked"))
     shutil.rmtree(tmp_path / "seed-0" / "answer" / "step-1")  # lost: the checkpoint is behind it
     assert curve.curve(lvlm, data, tmp_path, text=embedded.SAFETY_TEXT, settings=settings) == rows
+    assert [(tmp_path / "seed-0" / "answer" / f"step-{k}" / "vsp.png").read_bytes() for k in (0, 1, 2)] == pixels
+    shutil.rmtree(tmp_path / "seed-0" / "answer" / "step-2")
+    (tmp_path / "seed-0" / "train" / "answer" / "metrics.jsonl").unlink()  # the checkpoint is there, and no use without
+    stages = Stages(tmp_path / "seed-0", Console(quiet=True))
+    vector = HarmfulnessVector.load(tmp_path / "seed-0" / "vector")
+    how = settings.model_copy(update={**curve.CURVES["answer"], "seed": 0})
+    assert list(curve.looked_at(stages, "answer", lvlm, data, vector, how, embedded.SAFETY_TEXT)) == [0, 1, 2]
     assert [(tmp_path / "seed-0" / "answer" / f"step-{k}" / "vsp.png").read_bytes() for k in (0, 1, 2)] == pixels
 
 

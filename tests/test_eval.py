@@ -224,3 +224,12 @@ def test_unsafe_answers_are_redacted(flag: tuple[str, ...], tiny_folder: Path, t
     assert davsp("eval", *common, *rows, *flag) == 0
     page = (tmp_path / "out" / "report.html").read_text()
     assert ("here are the steps" in page) == bool(flag) and ("[redacted]" in page) != bool(flag)
+
+
+def test_under_prefill_a_run_says_what_is_kept_and_judged(data: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    common = ("--queries", data, "--model", tiny_folder, "--max-new-tokens", 3, "--out", tmp_path / "out")
+    assert davsp("eval", *common, "--defense", "none", "--prefill", "a red car", "--max-unscored", 1) == 0
+    said = "every answer was made to begin with 'a red car'; kept and judged is what the model says behind it"
+    assert said in read(tmp_path / "out" / "manifest.json")["notes"]
+    texts = [line["text"] for line in lines(tmp_path / "out" / "responses.jsonl")]
+    assert len(texts) == 7 and not any(text.startswith("a red car") for text in texts)

@@ -291,6 +291,7 @@ def test_two_seeds_of_the_whole(mini: LVLM, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_parts_that_take_one_process(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("davsp.runtime.launch.launch", lambda *_: pytest.fail("processes are started"))
     for part in ("turns", "turns-hard"):
         for options in (["--num-processes", 2], ["--gpus-per-process", 1]):
             assert davsp("reproduce", "deep-alignment", "--part", part, *options, "--out", tmp_path / "out") == 2

@@ -21,7 +21,7 @@ from davsp.metrics import Outcome
 
 MADE = {
     "weights": "w", "text": "t", "settings": {"steps": 150, "lam": 2.5, "seed": 0}, "curves": {"answer": {"lam": 1}},
-    "follow_ups": ("more .",),
+    "follow_ups": ("more .",), "part": "kinds-1", "beginning": "sure", "barred": "i",
 }  # fmt: skip
 
 
@@ -33,6 +33,9 @@ MADE = {
         ({"settings": {"steps": 10, "lam": 2.5}}, "settings.steps", "150, seed 1 10"),
         ({"curves": {"answer": {"lam": 2}, "new": {}}}, "curves.answer.lam", "1, seed 1 2"),
         ({"follow_ups": ["go on ."]}, "follow_ups", "['more .'], seed 1 ['go on .']"),
+        ({"part": "kinds-2"}, "part", "'kinds-1', seed 1 'kinds-2'"),
+        ({"beginning": "yes"}, "beginning", "'sure', seed 1 'yes'"),
+        ({"barred": "no"}, "barred", "'i', seed 1 'no'"),
     ],
 )
 def test_seeds_that_were_made_in_other_ways_are_named(change: dict[str, Any], field: str, both: str, tmp_path: Path):
@@ -84,7 +87,9 @@ def test_seeds_of_other_settings_are_not_pooled(tmp_path: Path):
 
 
 @pytest.mark.parametrize("part", ["begun", "curve", "depth", "turns", "unseen", "gate"])
-def test_a_seed_that_could_not_be_pooled_is_not_begun(part: str, mini: LVLM, tmp_path: Path):
+def test_a_seed_that_could_not_be_pooled_is_not_begun(
+    part: str, mini: LVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     folder = tmp_path / part if part in ("depth", "turns") else tmp_path
     keep(folder / "seed-0", {"seed": 0, "settings": {"steps": 10}}, {})
     how: dict[str, Any] = {"text": embedded.SAFETY_TEXT, "settings": embedded.SETTINGS, "seed": 1}
@@ -95,6 +100,7 @@ def test_a_seed_that_could_not_be_pooled_is_not_begun(part: str, mini: LVLM, tmp
     modules: dict[str, Any] = {m.__name__.split(".")[-1]: m for m in (begun, curve, depth, turns, unseen)} | {
         "gate": gate
     }
+    monkeypatch.setattr(modules[part], "fitted_vector", lambda *_: pytest.fail("it is begun"))
     with pytest.raises(DavspError, match=rf"settings\.steps 10, seed 1 {embedded.SETTINGS.steps}"):
         getattr(modules[part], part)(mini, out=tmp_path, **how, **more.get(part, {"data": None}))
     assert not (tmp_path / "seed-1").exists()

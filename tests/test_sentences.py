@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,23 @@ def test_bad_input(lvlm: LVLM, tmp_path: Path):
     with pytest.raises(DavspError, match="canvas is 24x24"):
         SentenceRun(lvlm, AdditiveNoise.create(24), PICTURES, "", CORPUS, FAST, tmp_path)
     assert blank(4).getpixel((0, 0)) == (128,) * 3 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("odd", "says"),
+    [
+        ("a car " * 60, r"^sentence 6 \('a car .*'\) cannot be trained on: .*, and the sentence itself \(--corpus\) 121, but"),
+        ("  ", r"^sentence 6 \('  '\): the sentence itself \(--corpus\) holds no token of"),
+    ],
+)  # fmt: skip
+def test_a_sentence_that_cannot_be_trained_on_is_named_before_the_first_step(
+    lvlm: LVLM, tmp_path: Path, odd: str, says: str
+):
+    short = copy(lvlm)
+    short.positions = 100
+    with pytest.raises(DavspError, match=says):
+        go(short, tmp_path / "out", sentences=[*CORPUS, odd])
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_embedded_sentences_are_in_the_embedded_words():
