@@ -71,12 +71,16 @@ def test_what_could_not_be_scored_is_told_once_below_the_table(tmp_path, pool, f
 
     for seed, lost in ((0, ""), (1, "a")):
         found = {"none": made(seed, ""), "text": made(seed, "ab"), "answer": made(seed, ""), "both": made(seed, lost)}
+        found["projection"] = made(seed, "ab")  # nothing to compare, either
         keep(tmp_path / f"seed-{seed}", {"seed": seed, "stages": {}, "beginning": "sure"}, found)
     pool(tmp_path, "m")
     page = (tmp_path / file).read_text()
-    assert page.endswith(f"\n- Unscored, and left out of RSR: text, {place}: 4 of 4; both, {place}: 1 of 4.\n")
-    (line,) = (line for line in page.splitlines() if line.startswith(f"| {TITLES['text']} |"))
-    assert line.split(" | ")[column] == "–"
+    assert page.endswith(
+        f"\n- Unscored, and left out of RSR: text, {place}: 4 of 4; both, {place}: 1 of 4; projection, {place}: 4 of 4.\n"
+    )
+    for title in (TITLES["text"], TITLES["projection"], f"{TITLES['projection']}, less answers alone"):
+        (line,) = (line for line in page.splitlines() if line.startswith(f"| {title} |"))
+        assert line.split(" | ")[column] == "–", title
 
 
 def test_beginnings_grow_from_nothing_to_the_whole_text():

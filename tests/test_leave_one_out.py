@@ -146,7 +146,8 @@ def test_two_sources_stand_beside_the_average_of_one(tmp_path: Path) -> None:
         ]
         for name, values in resisted.items()
     }
-    keep(tmp_path / "seed-0", {"seed": 0, "models": ["a", "b", "c"]}, outcomes)
+    facts = {"seed": 0, "models": ["a", "b", "c"]}
+    keep(tmp_path / "seed-0", facts, outcomes)
     rows = experiment.pool(tmp_path)
     at = {(r["model"], r["defense"], r["metric"]): r["value"] for r in rows}
     assert at["a", "both against one", "rsr_difference"] == 0.75 - (0.25 + 0) / 2
@@ -155,6 +156,10 @@ def test_two_sources_stand_beside_the_average_of_one(tmp_path: Path) -> None:
     assert at["all", "one against text", "rsr_difference"] == 0.25
     assert at["a", "both", "rsr_difference"] == 0.75 and ("a", "a", "rsr") not in at
     assert read_json(tmp_path / "metrics.json")["rows"] == rows
+    outcomes["both"] = [replace(o, value=None) if o.metric == "rsr" else o for o in outcomes["both"]]  # unscored
+    keep(tmp_path / "seed-0", facts, outcomes)
+    experiment.pool(tmp_path)
+    assert "| all | of both, less of one | – | +50.0 " in (tmp_path / "leave-one-out.md").read_text()
 
 
 def test_the_command_asks_all_models_that_ship(

@@ -12,8 +12,10 @@ def rate(figure: Mapping[str, Any], digits: int = 1) -> str:
     return f"{value} <sub>{low}–{high}</sub>"
 
 
-def points(figure: Mapping[str, Any]) -> str:
-    """A difference of rates in points, always with its sign."""
+def points(figure: Mapping[str, Any] | None) -> str:
+    """A difference of rates in points, always with its sign; – where no query was scored both times (there is no row then)."""
+    if figure is None or figure["value"] is None:
+        return "–"
     value, low, high = _signed(figure)
     return f"{value} <sub>{low} to {high}</sub>"
 

@@ -199,7 +199,7 @@ def _gains(at: Mapping[tuple[str, str, str], Mapping[str, Any]], asked: str) -> 
     titles = {ONE: "of one", BOTH: "of both", "text": "the text"}
     return [
         f"| {asked} | {titles[label]}, less {titles[other]} | "
-        + " | ".join(points(at[asked, f"{label} against {other}", f"{metric}_difference"]) for metric in PLACES)
+        + " | ".join(points(at.get((asked, f"{label} against {other}", f"{metric}_difference"))) for metric in PLACES)
         + " |"
         for label, other in AGAINST
     ]

@@ -133,7 +133,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], model: str, seeds: Sequence[int]
     for name, title in titled(rows).items():
         lines.append("| " + " | ".join([title, *(rate(at[name, *place]) for place in places)]) + " |")
     for name, title in against(rows).items():
-        cells = [difference(at[f"{name} against answer", b, f"{m}_difference"]) for b, m in places]
+        cells = [difference(at.get((f"{name} against answer", b, f"{m}_difference"))) for b, m in places]
         lines.append("| " + " | ".join([title, *cells]) + " |")
     return "\n".join([*lines, "", NOTE, *unscored(rows)]) + "\n"
 

@@ -128,6 +128,6 @@ def unscored(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"- Unscored, and left out of RSR: {'; '.join(where)}."] if where else []
 
 
-def difference(figure: Mapping[str, Any]) -> str:
-    """A paired difference in points; a star where p < 0.05."""
-    return points(figure) + "\\*" * (figure["p"] < 0.05)
+def difference(figure: Mapping[str, Any] | None) -> str:
+    """A paired difference in points; a star where p < 0.05; – where there is none."""
+    return points(figure) + "\\*" * (figure is not None and figure["p"] < 0.05)

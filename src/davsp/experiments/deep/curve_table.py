@@ -146,25 +146,21 @@ def markdown(rows: Sequence[Mapping[str, Any]], model: str, seeds: Sequence[int]
         change = name.endswith(" against answer")
         cells = [at[name, "malicious", f"rsr_at_{x}" + "_difference" * change] for x in LOSSES]
         title = f"{name.removesuffix(' against answer')}, less answers alone" if change else name
-        lines.append("| " + " | ".join([title, *(_cell(one, change) for one in cells)]) + " |")
+        lines.append("| " + " | ".join([title, *((points if change else rate)(one) for one in cells)]) + " |")
     lines += ["", "| at the same step, paired | RSR | utility | over-refusal |", "|---|---|---|---|"]
     for name in dict.fromkeys(
         r["defense"] for r in rows if r["metric"] == "rsr_difference" and " against " in r["defense"]
     ):
         curve_of, _, other = name.partition(" against ")
         title = f"{curve_of}, less {'answers alone' if other == 'answer' else other}"
-        cells = [at[name, place, f"{metric}_difference"] for place, metric in PLACED]
-        lines.append("| " + " | ".join([title, *(points(one) for one in cells)]) + " |")
+        gains = (points(at.get((name, place, f"{metric}_difference"))) for place, metric in PLACED)
+        lines.append("| " + " | ".join([title, *gains]) + " |")
     return (
         "\n".join(
             [*lines, "", "- –: no point, in the figure or in more than 2.5 % of the draws. The judge is `keyword`."]
         )
         + "\n"
     )
-
-
-def _cell(figure: Mapping[str, Any], change: bool) -> str:
-    return "–" if figure["value"] is None else points(figure) if change else rate(figure)
 
 
 def figure(rows: Sequence[Mapping[str, Any]]) -> str:

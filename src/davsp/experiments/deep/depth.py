@@ -221,7 +221,7 @@ def markdown(
     for name, title in titled(rows).items():
         lines.append("| " + " | ".join([title, *(rate(at[name, b, "total", "rsr"]) for b in (PLAIN, BARRED))]) + " |")
     for name, title in against(rows).items():
-        cells = [difference(at[f"{name} against answer", b, "total", "rsr_difference"]) for b in (PLAIN, BARRED)]
+        cells = [difference(at.get((f"{name} against answer", b, "total", "rsr_difference"))) for b in (PLAIN, BARRED)]
         lines.append("| " + " | ".join([title, *cells]) + " |")
     return "\n".join([*lines, "", NOTE]) + "\n"
 

@@ -178,6 +178,6 @@ def markdown(rows: Sequence[Mapping[str, Any]], model: str, seeds: Sequence[int]
         cells = [rate(at[name, *place]) if (name, *place) in at else "–" for place in places]  # nothing was refused
         lines.append("| " + " | ".join([title, *cells]) + " |")
     for name, title in against(rows).items():
-        cells = [difference(at[f"{name} against answer", b, "rsr_difference"]) for b in TURNS]
+        cells = [difference(at.get((f"{name} against answer", b, "rsr_difference"))) for b in TURNS]
         lines.append("| " + " | ".join([title, *cells, *["" for _ in READS]]) + " |")
     return "\n".join([*lines, "", NOTE, *unscored(rows)]) + "\n"

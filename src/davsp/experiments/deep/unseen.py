@@ -205,6 +205,6 @@ def markdown(rows: Sequence[Mapping[str, Any]], model: str, seeds: Sequence[int]
         f"{name} against {control}": f"{TITLES[name]}, less the same that met all" for name, control in controls.items()
     }
     for name, title in pairs.items():
-        cells = [difference(at[name, b, "total", f"{m}_difference"]) for b, m in columns.values()]
+        cells = [difference(at.get((name, b, "total", f"{m}_difference"))) for b, m in columns.values()]
         lines.append("| " + " | ".join([title, *cells]) + " |")
     return "\n".join([*lines, "", NOTE]) + "\n"

@@ -81,7 +81,7 @@ def _defenses(at: Figures) -> list[str]:
             continue
         places = [("in distribution", "rsr"), ("out of distribution", "rsr"), ("utility", "accuracy")]
         cells = [TITLES[name], *(rate(at[name, *place]) for place in places)]
-        cells.append(points(change) if (change := at.get((name, "utility", "accuracy_difference"))) else "–")
+        cells.append(points(at.get((name, "utility", "accuracy_difference"))))
         cells += [rate(at[name, "benign", "over_refusal"], 1), _bounds(at[name, "benign", "over_refusal_by_query"])]
         lines.append(cells)
     return markdown_table(heads, lines)
@@ -98,7 +98,7 @@ def _looks(rows: Sequence[Mapping[str, Any]], at: Figures) -> list[str]:
         through, _, look = r["defense"].removeprefix("look: ").partition(" ")
         others = [at[r["defense"], "all pictures", m]["value"] for m in ("rsr_at_rate", "over_refusal_at_99")]
         gate = [at[r["defense"], *place] for place in (("all pictures", "rsr"), ("benign", "over_refusal"))]
-        price = points(at[r["defense"], "utility", "accuracy_difference"])
+        price = points(at.get((r["defense"], "utility", "accuracy_difference")))
         area = f"{r['value']:.4f} <sub>{r['low']:.4f}–{r['high']:.4f}</sub>"
         lines.append([look, THROUGH[through], area, *(f"{100 * x:.1f}" for x in others), *map(rate, gate), price])
     return markdown_table(heads, lines)
@@ -115,7 +115,7 @@ def _before_ecso(at: Figures) -> list[str]:
         through, _, look = key.partition(" ")
         places = (("in distribution", "rsr"), ("out of distribution", "rsr"), ("benign", "over_refusal"))
         *rsr, over = (rate(at[name, *place]) for place in places)
-        lines.append([look, THROUGH[through], *rsr, points(at[name, "utility", "accuracy_difference"]), over])
+        lines.append([look, THROUGH[through], *rsr, points(at.get((name, "utility", "accuracy_difference"))), over])
     return ["", "**A gate on a look, and ECSO behind it**", "", *markdown_table(heads, lines)]
 
 
