@@ -1,6 +1,7 @@
 """A border of several models: trained a step on each in turns, and asked on the one that was left out."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,16 @@ def test_two_sources_stand_beside_the_average_of_one(tmp_path: Path) -> None:
     assert at["all", "one against text", "rsr_difference"] == 0.25
     assert at["a", "both", "rsr_difference"] == 0.75 and ("a", "a", "rsr") not in at
     assert read_json(tmp_path / "metrics.json")["rows"] == rows
+    other = {
+        name: [replace(o, query_id=f"1{o.query_id[1:]}", value=0.0) for o in found] for name, found in outcomes.items()
+    }
+    keep(tmp_path / "seed-1", facts | {"seed": 1}, other)
+    rows = experiment.pool(tmp_path)
+    at = {
+        (r["split"], r["defense"]): r["value"] for r in rows if (r["model"], r["metric"]) == ("all", "rsr_difference")
+    }
+    assert [at[split, "both against one"] for split in ("total", "seed 0", "seed 1")] == [0.25, 0.5, 0.0]
+    shutil.rmtree(tmp_path / "seed-1")
     outcomes["both"] = [replace(o, value=None) if o.metric == "rsr" else o for o in outcomes["both"]]  # unscored
     keep(tmp_path / "seed-0", facts, outcomes)
     experiment.pool(tmp_path)

@@ -5,7 +5,8 @@ each as its own border had. Nothing is trained on the model that is asked.
 
 out/seed-N/MODEL/          the model's vector and its own border (`prompts/alone`); `asked/`: answers as `davsp eval` leaves them
 out/seed-N/A+B/            the border of two
-out/metrics.json           rows of all seeds: the model that is asked, under "alone" (its own border), "A", "B" and "both"; "all" are the three
+out/metrics.json           rows of all seeds: the model that is asked, under "alone" (its own border), "A", "B" and "both"; "all" are the three.
+                           Of several seeds each has a split of its own for the differences
 out/leave-one-out.md, manifest.json
 """
 
@@ -137,19 +138,25 @@ def pool(out: Path) -> list[dict[str, Any]]:
             for asked in models
             if label != asked
         )
-    for asked in (*models, ALL):
-        some = models if asked == ALL else [asked]
-        for label, other in AGAINST:
-            rows = metrics.rows(
-                asked,
-                f"{label} against {other}",
-                _each(some, models, outcomes, label),
-                _each(some, models, outcomes, other),
-            )
-            table += [row for row in rows if row["metric"].endswith("_difference")]
+    table += _compared(models, outcomes)
+    for seed in seeds if len(seeds) > 1 else ():  # trainings differ by more than queries do
+        of_seed = {label: [o for o in rows if o.query_id.startswith(f"{seed} ")] for label, rows in outcomes.items()}
+        table += [row | {"split": f"seed {seed}"} for row in _compared(models, of_seed)]
     write_json(out / "metrics.json", metrics.metrics_file(table))
     write_json(out / MANIFEST, {**facts[0], "seeds": seeds})
     write_text(out / "leave-one-out.md", markdown(table, models, seeds))
+    return table
+
+
+def _compared(models: Sequence[str], outcomes: Outcomes) -> list[dict[str, Any]]:
+    """The paired differences of `AGAINST`, of each model and of all."""
+    table: list[dict[str, Any]] = []
+    for asked in (*models, ALL):
+        some = models if asked == ALL else [asked]
+        for label, other in AGAINST:
+            better, worse = (_each(some, models, outcomes, one) for one in (label, other))
+            rows = metrics.rows(asked, f"{label} against {other}", better, worse)
+            table += [row for row in rows if row["metric"].endswith("_difference")]
     return table
 
 
@@ -173,7 +180,7 @@ def _each(
 
 def markdown(rows: Sequence[Mapping[str, Any]], models: Sequence[str], seeds: Sequence[int]) -> str:
     """For each model that is asked a line a border, and what two sources are better than one, on average over the two."""
-    at = {(r["model"], r["defense"], r["metric"]): r for r in rows}
+    at = {(r["model"], r["defense"], r["metric"]): r for r in rows if r["split"] == "total"}
     lines = [
         f"**A border of two models on the third**, seeds {', '.join(map(str, seeds))}. Percent, 95 % intervals by intent; "
         f"{at[models[0], 'none', 'rsr']['n']} malicious pictures and {at[models[0], 'none', 'accuracy']['n']} benign questions a model. "
