@@ -46,6 +46,12 @@ def test_models_take_turns_and_each_has_rows_of_its_own(pupils: list[Pupil], tmp
     border = train_in_turns(grey(), pupils, SETTINGS, tmp_path / "two", progress=False)
     assert border.canvas == 56 and not torch.equal(border.delta, grey().delta)
     assert [line["model"] for line in steps(tmp_path / "two")] == [0, 1, 0, 1]
+    border.save_pretrained(tmp_path / "saved")
+    text = (tmp_path / "saved" / "README.md").read_text()
+    both = " and ".join(Path(pupil.lvlm.model_id).name for pupil in pupils)
+    assert f"# Visual safety prompt for {both}\n" in text and f"| model | {both} |" in text
+    assert "base_model" not in text and str(tmp_path.parent) not in text
+    assert VisualSafetyPrompt.from_pretrained(tmp_path / "saved").config["figures"] == {"train_step": 4}
     twice = InTurns(grey(), [pupils[0]] * 2, SETTINGS, tmp_path / "same")
     state = twice.checkpoint.start(grey().delta)
     (first, again), rows = zip(*(twice._step(replace(state, step=k)) for k in (0, 1)), strict=True)

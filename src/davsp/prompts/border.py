@@ -369,6 +369,7 @@ def card(
     model_id = config["model_id"]
     base_model = hub_name(model_id)
     shown = base_model or (model_id and f"{folder_name(model_id)} (a folder)")
+    shown = shown or " and ".join(config.get("data", {}).get("models", []))  # of a border of several
     facts = config | {"model_id": shown}
     return environment.from_string(template).render(
         facts, source=source, gate=gate, served=served, base_model=base_model

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from davsp.errors import DavspError
 from davsp.lvlm import LVLM, fingerprint
-from davsp.prompts import VisualSafetyPrompt
+from davsp.prompts import Prompt, VisualSafetyPrompt
+from davsp.prompts.border import folder_name, hub_name
 from davsp.query import Query
 from davsp.training.borders import Run
 from davsp.training.checkpoint import TrainState
@@ -48,7 +49,7 @@ def train_in_turns(
         progress: show a bar with loss and the mean projections of both classes.
 
     Returns:
-        A new border with float32 delta on the first model's canvas.
+        A new border with float32 delta on the first model's canvas; no model is its own, and `data.models` in its config has all.
 
     Raises:
         DavspError: fewer than two models; steps that do not come out even; else as `davsp.train`.
@@ -89,6 +90,15 @@ class InTurns(Loop):
         seen = self.prompt.with_delta(leaf).resized(run.prompt.canvas).delta
         gradient, terms = run.gradient(seen.detach(), run._batch(turn))
         return torch.autograd.grad(seen, leaf, gradient)[0], terms | {"model": float(number)}
+
+    def finish(self, state: TrainState) -> Prompt:
+        """The border, which is no single model's: its card names all. Losses are left out, as those of the last step are of one."""
+        prompt = super().finish(state)
+        prompt.config["data"]["models"] = [
+            hub_name(run.lvlm.model_id) or folder_name(run.lvlm.model_id) for run in self.runs
+        ]
+        prompt.config |= {"model_id": None, "revision": None, "figures": {"train_step": state.step}}
+        return prompt
 
     def longest(self) -> tuple[int, bool]:
         """Of all models; raises DavspError as that of one does."""
